@@ -1,0 +1,1 @@
+"""Patterns, selection, supports, results: what every other layer builds on."""

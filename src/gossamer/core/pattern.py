@@ -1,0 +1,151 @@
+"""Sparsity patterns: which weights of an (out, in) matrix may be zero together.
+
+Patterns are immutable data. `density` is the fraction kept; N:M keeps `keep` of every `group`
+consecutive weights along the last axis, which is the contraction axis of a linear layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from gossamer.core.errors import PatternError
+
+Scope: TypeAlias = Literal["tensor", "row", "column", "global"]
+SCOPES = ("tensor", "row", "column", "global")
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any single weight. `scope` says over what weights are ranked against each other."""
+
+    scope: Scope = "tensor"
+
+    def __post_init__(self) -> None:
+        _check_scope(self.scope, SCOPES, "Unstructured")
+
+
+@dataclass(frozen=True)
+class NM:
+    """Exactly `keep` non-zeros in every `group` consecutive weights of a row, 1 <= keep < group."""
+
+    keep: int
+    group: int
+
+    def __post_init__(self) -> None:
+        if not (_is_int(self.keep) and _is_int(self.group) and 0 < self.keep < self.group <= 32):
+            raise PatternError(
+                f"N:M needs whole numbers 0 < keep < group <= 32, not {self.keep}:{self.group}"
+            )
+
+    @property
+    def density(self) -> float:
+        """The only density that the pattern admits: keep / group."""
+        return self.keep / self.group
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tiles of `rows` x `cols` weights that are kept or removed whole."""
+
+    rows: int
+    cols: int
+    scope: Literal["tensor", "global"] = "tensor"
+
+    def __post_init__(self) -> None:
+        if not (_is_int(self.rows) and _is_int(self.cols) and self.rows > 0 and self.cols > 0):
+            raise PatternError(f"Block needs rows, cols >= 1, not {self.rows}x{self.cols}")
+        _check_scope(self.scope, ("tensor", "global"), "Block")
+
+
+@dataclass(frozen=True)
+class Channel:
+    """Whole rows (`dim=0`, output channels) or whole columns (`dim=1`, input channels)."""
+
+    dim: int = 0
+    scope: Literal["tensor", "global"] = "tensor"
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.dim) or self.dim not in (0, 1):
+            raise PatternError(f"Channel needs dim 0 (rows) or 1 (columns), not {self.dim!r}")
+        _check_scope(self.scope, ("tensor", "global"), "Channel")
+
+
+Pattern: TypeAlias = Unstructured | NM | Block | Channel
+
+_FORMS = "unstructured[:tensor|row|column|global], N:M such as 2:4, block:RxC, channel:0|1"
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Read a pattern as the command line and the file format write it.
+
+    Raises PatternError for anything else than `unstructured`, `unstructured:row`, `2:4`,
+    `block:4x1`, `channel:0`; block and channel take an optional `:global`.
+    """
+    word = text.strip().lower()
+    if match := re.fullmatch(r"unstructured(?::(\w+))?", word):
+        return Unstructured(match[1] or "tensor")  # type: ignore[arg-type]
+    if match := re.fullmatch(r"(\d{1,4}):(\d{1,4})", word):
+        return NM(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"block:(\d{1,6})x(\d{1,6})(?::(\w+))?", word):
+        return Block(int(match[1]), int(match[2]), match[3] or "tensor")  # type: ignore[arg-type]
+    if match := re.fullmatch(r"channel(?::(\d))?(?::(\w+))?", word):
+        return Channel(int(match[1] or 0), match[2] or "tensor")  # type: ignore[arg-type]
+    raise PatternError(f"unknown pattern {text!r}; write one of: {_FORMS}")
+
+
+def format_pattern(pattern: Pattern) -> str:
+    """The text that `parse_pattern` reads back to an equal pattern."""
+    match pattern:
+        case Unstructured():
+            return "unstructured" + _scope_suffix(pattern.scope)
+        case NM():
+            return f"{pattern.keep}:{pattern.group}"
+        case Block():
+            return f"block:{pattern.rows}x{pattern.cols}" + _scope_suffix(pattern.scope)
+        case Channel():
+            return f"channel:{pattern.dim}" + _scope_suffix(pattern.scope)
+
+
+def pattern_kind(pattern: Pattern) -> str:
+    """The word that cards use for the pattern: unstructured, nm, block or channel."""
+    return {Unstructured: "unstructured", NM: "nm", Block: "block", Channel: "channel"}[
+        type(pattern)
+    ]
+
+
+def check_pattern(pattern: Pattern, shape: Sequence[int], name: str) -> None:
+    """Raise PatternError, naming the tensor, unless `pattern` divides a matrix of `shape`."""
+    if len(shape) != 2:
+        if isinstance(pattern, Unstructured) and pattern.scope in ("tensor", "global"):
+            return
+        raise PatternError(
+            f"{name or 'tensor'}: {format_pattern(pattern)} needs a matrix, not shape "
+            f"{tuple(shape)}"
+        )
+    rows, cols = shape
+    if isinstance(pattern, NM) and cols % pattern.group:
+        raise PatternError(
+            f"{name or 'tensor'}: {format_pattern(pattern)} needs an input dimension divisible by "
+            f"{pattern.group}, not {cols}; exclude this layer or choose another pattern"
+        )
+    if isinstance(pattern, Block) and (rows % pattern.rows or cols % pattern.cols):
+        raise PatternError(
+            f"{name or 'tensor'}: {format_pattern(pattern)} does not tile a {rows}x{cols} matrix; "
+            "exclude this layer or choose another block"
+        )
+
+
+def _scope_suffix(scope: str) -> str:
+    return "" if scope == "tensor" else f":{scope}"
+
+
+def _check_scope(scope: str, allowed: tuple[str, ...], what: str) -> None:
+    if scope not in allowed:
+        raise PatternError(f"{what} scope is one of {', '.join(allowed)}, not {scope!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
