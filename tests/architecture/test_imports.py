@@ -1,0 +1,84 @@
+"""Imports point downward only, importing does nothing, and hooks live in one file."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gossamer
+
+ROOT = Path(gossamer.__file__).parent
+ALLOWED = {
+    "core": set(),
+    "ops": {"core"},
+    "nn": {"core", "ops"},
+    "models": {"core", "ops"},
+    "io": {"core", "ops", "nn"},
+    "methods": {"core", "ops", "nn"},
+    "engine": {"core", "ops", "nn", "models"},
+    "report": {"core"},
+    "testbed": {"core", "ops", "nn", "models", "io"},
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}"
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downward(path):
+    parts = path.relative_to(ROOT).parts
+    layer = parts[0]
+    if layer not in ALLOWED:
+        return
+    for name in imports(path):
+        words = name.split(".")
+        if words[0] != "gossamer" or len(words) < 2:
+            continue
+        assert words[1] == layer or words[1] in ALLOWED[layer], f"{path.name} imports {name}"
+        if layer == "methods" and len(parts) > 2 and words[1] == "methods" and len(words) > 2:
+            assert words[2] == parts[1], f"{path.name} imports a sibling kind: {name}"
+
+
+def test_hooks_live_in_one_file():
+    for path in FILES:
+        if path.relative_to(ROOT).as_posix() != "engine/hooks.py":
+            assert "register_forward" not in path.read_text(), path
+
+
+def test_import_is_inert():
+    code = (
+        "import sys, torch; threads = torch.get_num_threads(); state = torch.get_rng_state();"
+        "import gossamer;"
+        "heavy = {'transformers', 'rich', 'jsonargparse', 'sklearn', 'scipy'} & set(sys.modules);"
+        "assert not heavy, heavy;"
+        "assert not torch.cuda.is_initialized();"
+        "assert torch.get_num_threads() == threads;"
+        "assert torch.equal(torch.get_rng_state(), state)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+
+
+def test_public_names_exist_and_are_documented():
+    for name in gossamer.__all__:
+        assert getattr(gossamer, name).__doc__, name
+
+
+def test_no_pickle_anywhere():
+    for path in FILES:
+        if "testbed" in path.parts:
+            continue
+        for name in imports(path):
+            assert name.split(".")[0] not in {"pickle", "dill", "cloudpickle"}, path
+        assert "torch.load(" not in path.read_text(), path
