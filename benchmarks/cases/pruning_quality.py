@@ -1,0 +1,73 @@
+"""Bits per byte of the bundled model after each method, at 50% unstructured and at 2:4.
+
+Three seeds (of the calibration windows, and of Random's positions) each; writes
+benchmarks/results/pruning_quality.json with every seed's figure, the mean and a 95% interval.
+Run: python benchmarks/cases/pruning_quality.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+from pathlib import Path
+
+import torch
+
+import gossamer as gs
+from gossamer.engine.evaluate import bits_per_byte
+from gossamer.testbed import calibration_batches, heldout_text, language_model
+
+OUT = Path(__file__).parents[1] / "results" / "pruning_quality.json"
+SEEDS = (0, 1, 2)
+STUDENT_95 = 4.303  # two-sided, two degrees of freedom: three seeds
+PATTERNS = {"unstructured 50%": (None, 0.5), "2:4": (gs.NM(2, 4), None)}
+
+
+def methods(seed: int) -> dict[str, object]:
+    return {
+        "sparsegpt": gs.SparseGPT(),
+        "wanda": gs.Wanda(),
+        "magnitude": gs.Magnitude(),
+        "random": gs.Random(seed=seed),
+    }
+
+
+def measure(name: str, pattern: object, density: float | None, seed: int) -> float:
+    model = language_model()
+    data = calibration_batches(n=128, length=256, seed=seed)
+    result = gs.prune(model, methods(seed)[name], pattern=pattern, density=density, data=data)
+    assert abs(result.measured_density - 0.5) < 1e-3, result.measured_density
+    return bits_per_byte(model, heldout_text())
+
+
+def summary(values: list[float]) -> dict[str, object]:
+    spread = statistics.stdev(values)
+    return {
+        "seeds": values,
+        "mean": statistics.mean(values),
+        "interval95": STUDENT_95 * spread / math.sqrt(len(values)),
+    }
+
+
+def main() -> None:
+    record: dict[str, object] = {
+        "metric": "bits per byte on the bundled held-out text, windows of 256; lower is better",
+        "dense": bits_per_byte(language_model(), heldout_text()),
+        "seeds": list(SEEDS),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+    for label, (pattern, density) in PATTERNS.items():
+        record[label] = {
+            name: summary([measure(name, pattern, density, seed) for seed in SEEDS])
+            for name in methods(0)
+        }
+        means = [record[label][name]["mean"] for name in methods(0)]
+        record[label]["order_holds"] = means == sorted(means)
+        print(label, {n: round(record[label][n]["mean"], 4) for n in methods(0)})
+    OUT.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
