@@ -1,0 +1,1 @@
+"""Running models: calibration, pruning, evaluation and generation."""

@@ -1,0 +1,174 @@
+"""Measuring a model: bits per byte, similarity of embeddings, speed of decoding."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gossamer.core.errors import NonFiniteError, UsageError
+from gossamer.core.result import CompressResult, PruneResult, unwrap
+from gossamer.engine import hooks
+from gossamer.engine.data import Batch, call, device_of, read_batches, real_tokens
+from gossamer.engine.generate import next_token
+
+Measurable = nn.Module | PruneResult | CompressResult
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians of interleaved repeats in one process; ratio is sparse over dense."""
+
+    dense: float
+    sparse: float
+    ratio: float
+    unit: str
+    repeats: int
+    threads: int
+
+
+def bits_per_byte(
+    model: Measurable,
+    data: bytes,
+    *,
+    window: int = 256,
+    batch: int = 8,
+    encode: Callable[[bytes], Sequence[int]] | None = None,
+) -> float:
+    """How many bits the causal language model needs per byte of `data`; lower is better.
+
+    Without `encode` a token is a byte: windows do not overlap, and each byte after the first of
+    its window is scored. With `encode` (bytes to token ids) windows share one token, so that every
+    token but the very first is scored, and the total is divided by the number of bytes.
+
+    Raises UsageError for data too short to score or ids outside the vocabulary, NonFiniteError
+    when the model's logits are not numbers.
+    """
+    model = unwrap(model)
+    if window < 2 or batch < 1:
+        raise UsageError(f"window is at least 2 and batch at least 1, not {window} and {batch}")
+    ids = torch.tensor(list(data if encode is None else encode(data)), dtype=torch.int64)
+    if ids.numel() < 2:
+        raise UsageError("at least two tokens of text are needed to measure bits per byte")
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if vocabulary is not None and int(ids.max()) >= vocabulary:
+        raise UsageError(
+            f"token {int(ids.max())} is outside the model's vocabulary of {vocabulary}; pass the "
+            "tokenizer's encode"
+        )
+    nats, scored = 0.0, 0
+    with hooks.evaluating(model):
+        for rows in _windows(ids, window, window if encode is None else window - 1, batch):
+            nats += _nats(model, rows.to(device_of(model)))
+            scored += rows.shape[0] * (rows.shape[1] - 1)
+    if not math.isfinite(nats):
+        raise NonFiniteError("the model's logits hold NaN or inf")
+    return nats / math.log(2) / (scored if encode is None else len(data))
+
+
+def embedding_similarity(dense: Measurable, sparse: Measurable, batches: Iterable[Batch]) -> float:
+    """Mean cosine similarity between the two encoders' embeddings over all inputs, in [-1, 1].
+
+    An embedding is the mean of the last hidden state over real (not padding) positions; a model
+    that returns a plain tensor gives the embedding itself.
+    """
+    dense, sparse = unwrap(dense), unwrap(sparse)
+    total, count = 0.0, 0
+    with hooks.evaluating(dense), hooks.evaluating(sparse):
+        for inputs in read_batches(batches):
+            first, second = (embed(model, inputs) for model in (dense, sparse))
+            cosine = functional.cosine_similarity(first, second, dim=-1)
+            total, count = total + float(cosine.sum()), count + cosine.numel()
+    return total / count
+
+
+def embed(model: nn.Module, batch: Batch) -> Tensor:
+    """Embeddings (inputs, width) in float32; see `embedding_similarity`."""
+    output: Any = call(model, batch)
+    hidden = getattr(output, "last_hidden_state", output)
+    if not isinstance(hidden, Tensor):
+        raise UsageError(f"{type(model).__name__} returns neither a tensor nor last_hidden_state")
+    hidden = hidden.float()
+    if hidden.dim() < 3:
+        return hidden
+    mask = real_tokens(batch)
+    if mask is None:
+        return hidden.mean(dim=1)
+    weight = mask.to(hidden.device).unsqueeze(-1).float()
+    return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
+
+
+def decode_speed(
+    dense: Measurable,
+    sparse: Measurable,
+    ids: Tensor,
+    new_tokens: int = 32,
+    repeats: int = 5,
+) -> Speed:
+    """Tokens per second of greedy decoding with a key-value cache, dense against sparse.
+
+    ids: (batch, tokens) prompt. The prompt's own pass is not timed. Both models decode in turns,
+    after one untimed warm-up each, so that both see the same machine.
+    """
+    dense, sparse = unwrap(dense), unwrap(sparse)
+    if new_tokens < 1 or repeats < 1:
+        raise UsageError(f"new_tokens and repeats are at least 1, not {new_tokens} and {repeats}")
+    times: dict[str, list[float]] = {"dense": [], "sparse": []}
+    with hooks.evaluating(dense), hooks.evaluating(sparse):
+        for repeat in range(repeats + 1):
+            for name, model in (("dense", dense), ("sparse", sparse)):
+                seconds = _decode_seconds(model, ids.to(device_of(model)), new_tokens)
+                if repeat:
+                    times[name].append(seconds)
+    tokens = ids.shape[0] * new_tokens
+    rates = {name: tokens / statistics.median(taken) for name, taken in times.items()}
+    return Speed(
+        dense=rates["dense"],
+        sparse=rates["sparse"],
+        ratio=rates["sparse"] / rates["dense"],
+        unit="tokens/s",
+        repeats=repeats,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _decode_seconds(model: nn.Module, ids: Tensor, new_tokens: int) -> float:
+    step, cache = next_token(model, ids, None)
+    _wait(ids.device)
+    start = time.perf_counter()
+    for _ in range(new_tokens):
+        step, cache = next_token(model, step, cache)
+    _wait(ids.device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _windows(ids: Tensor, window: int, stride: int, batch: int) -> Iterable[Tensor]:
+    """Batches of full windows, then the shorter last one if it has a token to score."""
+    starts = range(0, max(0, ids.numel() - 1), stride)
+    full = [ids[at : at + window] for at in starts if at + window <= ids.numel()]
+    for at in range(0, len(full), batch):
+        yield torch.stack(full[at : at + batch])
+    tail = ids[len(full) * stride :]
+    if tail.numel() > 1:
+        yield tail.unsqueeze(0)
+
+
+def _nats(model: nn.Module, rows: Tensor) -> float:
+    logits = model(input_ids=rows).logits[:, :-1].float()
+    return float(
+        functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), rows[:, 1:].reshape(-1), reduction="sum"
+        )
+    )

@@ -1,0 +1,66 @@
+"""Greedy generation with a key-value cache for Hugging Face causal language models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.core.errors import UsageError
+from gossamer.core.result import CompressResult, PruneResult, unwrap
+from gossamer.engine import hooks
+from gossamer.engine.data import device_of
+
+
+def generate(
+    model: nn.Module | PruneResult | CompressResult,
+    ids: Tensor,
+    max_new_tokens: int,
+    *,
+    eos: int | None = None,
+) -> Tensor:
+    """Continue each row of `ids` (batch, tokens; int64) with its most probable tokens, greedily.
+
+    Returns (batch, tokens + new), new <= max_new_tokens: with `eos`, a finished row is filled with
+    it and generation ends once every row is finished. Raises UsageError for an empty prompt, a
+    length beyond the model's positions, or a model without a key-value cache.
+    """
+    model = unwrap(model)
+    ids = _check(model, ids, max_new_tokens)
+    finished = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+    rows = [ids]
+    with hooks.evaluating(model):
+        step, cache = ids, None
+        for _ in range(max_new_tokens):
+            step, cache = next_token(model, step, cache)
+            if eos is not None:
+                step = step.masked_fill(finished.unsqueeze(1), eos)
+                finished |= step.squeeze(1) == eos
+            rows.append(step)
+            if eos is not None and bool(finished.all()):
+                break
+    return torch.cat(rows, dim=1)
+
+
+def next_token(model: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """The most probable token after `ids` (batch, new tokens), as (batch, 1), and the new cache."""
+    output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+    grown = getattr(output, "past_key_values", None)
+    if grown is None:
+        raise UsageError(f"{type(model).__name__} keeps no key-value cache, so it cannot decode")
+    return output.logits[:, -1:].argmax(dim=-1), grown
+
+
+def _check(model: nn.Module, ids: Tensor, max_new_tokens: int) -> Tensor:
+    if ids.dim() != 2 or not ids.numel():
+        raise UsageError(f"ids is a non-empty (batch, tokens) tensor, not {tuple(ids.shape)}")
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is at least 1, not {max_new_tokens}")
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if limit is not None and ids.shape[1] + max_new_tokens > limit:
+        raise UsageError(
+            f"{ids.shape[1]} prompt tokens and {max_new_tokens} new ones exceed the model's "
+            f"{limit} positions; shorten one of them"
+        )
+    return ids.to(device_of(model))

@@ -1,0 +1,127 @@
+"""The only file with hooks. Every context manager here takes its hooks away again, whatever
+happens inside, and changes no weight, buffer or flag of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.core.errors import UsageError
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""The positional and keyword arguments of one call of a module."""
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the wanted inputs are in hand."""
+
+
+@contextmanager
+def observe_inputs(
+    modules: Mapping[str, nn.Module], callback: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """While open, call `callback(name, input)` before every forward of each named module."""
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            callback(name, first_tensor(args, kwargs, name))
+
+        return hook
+
+    with _pre_hooks([(module, watch(name)) for name, module in modules.items()]):
+        yield
+
+
+@contextmanager
+def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Inputs]]]:
+    """While open, append (name, inputs) to the yielded list at every forward, in call order.
+
+    Tensors among the inputs are copied.
+    """
+    calls: list[tuple[str, Inputs]] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # A layer that works in place would spoil what is recorded.
+            copies = [x.clone() if isinstance(x, Tensor) else x for x in args]
+            named = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+            calls.append((name, without_cache(tuple(copies), named)))
+
+        return hook
+
+    with _pre_hooks([(module, watch(name)) for name, module in modules.items()]):
+        yield calls
+
+
+def capture_first_block_inputs(
+    model: nn.Module, block: nn.Module, data: Sequence[Any], call: Callable[[Any], Any]
+) -> list[Inputs]:
+    """The inputs of `block` for every batch, each forward pass stopped as soon as they are known.
+
+    `call(batch)` runs the model. Key-value caches among the arguments are replaced by None, so
+    that the block can be run again and again on them. Raises UsageError when a batch never
+    reaches the block.
+    """
+    captured: list[Inputs] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        captured.append(without_cache(args, kwargs))
+        raise _Stop
+
+    with _pre_hooks([(block, hook)]):
+        for index, batch in enumerate(data):
+            try:
+                call(batch)
+            except _Stop:
+                continue
+            raise UsageError(f"calibration batch {index} never reaches the model's first block")
+    return captured
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; every module's training flag is restored at the end."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:
+    """The tensor that a layer was called with; raises UsageError naming the layer if none."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    raise UsageError(f"{name}: was called without a tensor, so it cannot be calibrated")
+
+
+def without_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
+    """The same arguments without key-value caches, which running a block would grow."""
+    clean = {key: _no_cache(value) for key, value in kwargs.items()}
+    if clean.get("use_cache"):
+        clean["use_cache"] = False
+    return tuple(_no_cache(value) for value in args), clean
+
+
+def _no_cache(value: Any) -> Any:
+    return None if hasattr(value, "get_seq_length") else value
+
+
+@contextmanager
+def _pre_hooks(pairs: Sequence[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    handles = []
+    try:
+        for module, hook in pairs:
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,166 @@
+"""The journal of a pruning run: finished units on disk, so that a killed run can go on.
+
+A folder with `journal.json`, the fingerprint of the run, and one `unit-00012.safetensors` per
+finished unit holding the pruned weights (`<layer>.weight`, in the module's own layout) and masks
+(`<layer>.mask`, (out, in) as uint8). Every file is written under a temporary name, flushed to disk
+and renamed, so a file that exists is whole. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.core.errors import FormatError, UsageError
+from gossamer.core.matrix import as_matrix
+from gossamer.core.pattern import Pattern
+from gossamer.core.support import Support
+
+VERSION = 1
+
+
+class Journal:
+    """Opens or makes a journal folder for a run with this fingerprint.
+
+    Raises UsageError when the folder is a file, holds other things, or belongs to another run.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        # Through JSON, so that what is compared is what a later run reads back.
+        self.fingerprint = json.loads(json.dumps(fingerprint, sort_keys=True))
+        text = json.dumps(self.fingerprint, sort_keys=True)
+        self._digest = blake2b(text.encode(), digest_size=16).hexdigest()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"journal {self.folder} is a file; name a folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / "journal.json").exists():
+            self._check_same_run()
+            return
+        if any(not name.startswith(".tmp-") for name in os.listdir(self.folder)):
+            raise UsageError(
+                f"journal {self.folder} is a folder with other files in it; name an empty one"
+            )
+        record = {"format": "gossamer-journal", "version": VERSION, "run": self.fingerprint}
+        body = json.dumps(record, indent=1, sort_keys=True).encode()
+        _write_whole(self.folder / "journal.json", lambda path: path.write_bytes(body) and None)
+
+    def has(self, unit: int) -> bool:
+        """Whether the unit was finished by this or an earlier run."""
+        return self._path(unit).exists()
+
+    def write(
+        self, unit: int, layers: Mapping[str, nn.Module], supports: Mapping[str, Support]
+    ) -> None:
+        """Record one finished unit: its weights as they are now, and its supports."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        for name, module in layers.items():
+            tensors[f"{name}.weight"] = _weight(module).cpu().contiguous()
+            tensors[f"{name}.mask"] = supports[name].mask.cpu().to(torch.uint8).contiguous()
+        metadata = {"run": self._digest, "unit": str(unit)}
+        _write_whole(self._path(unit), lambda path: save_file(tensors, path, metadata))
+
+    def restore(
+        self,
+        unit: int,
+        layers: Mapping[str, nn.Module],
+        pattern: Pattern,
+        requested: Mapping[str, float],
+    ) -> dict[str, Support]:
+        """Write a finished unit's weights into the model and return its supports.
+
+        Raises FormatError, before any weight changes, when the file is damaged or foreign.
+        """
+        path = self._path(unit)
+        tensors = self._read(path, unit)
+        supports: dict[str, Support] = {}
+        for name, module in layers.items():
+            weight, mask = tensors.pop(f"{name}.weight", None), tensors.pop(f"{name}.mask", None)
+            own, shape = _weight(module), as_matrix(module).shape
+            if (
+                weight is None
+                or mask is None
+                or (weight.shape, weight.dtype) != (own.shape, own.dtype)
+                or (mask.shape, mask.dtype) != (shape, torch.uint8)
+            ):
+                raise FormatError(f"{path}: no fitting weight and mask for {name}; {_REMEDY}")
+            supports[name] = Support(mask.bool().to(own.device), pattern, requested[name])
+            tensors[name] = weight
+        if set(tensors) != set(layers):
+            raise FormatError(f"{path}: holds layers that this unit does not have; {_REMEDY}")
+        with torch.no_grad():
+            for name, module in layers.items():
+                _weight(module).copy_(tensors[name])
+        return supports
+
+    def _read(self, path: Path, unit: int) -> dict[str, Tensor]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise FormatError(f"{path}: damaged ({error}); {_REMEDY}") from None
+        if metadata != {"run": self._digest, "unit": str(unit)}:
+            raise FormatError(f"{path}: belongs to another run or unit; {_REMEDY}")
+        return tensors
+
+    def _check_same_run(self) -> None:
+        path = self.folder / "journal.json"
+        try:
+            record = json.loads(path.read_bytes())
+            run = record["run"]
+            known = record["format"] == "gossamer-journal" and record["version"] == VERSION
+        except (ValueError, KeyError, TypeError):
+            raise FormatError(f"{path}: damaged; {_REMEDY}") from None
+        if not known or not isinstance(run, dict):
+            raise FormatError(f"{path}: not a journal of version {VERSION}; {_REMEDY}")
+        keys = sorted(set(run) | set(self.fingerprint))
+        changed = [key for key in keys if run.get(key) != self.fingerprint.get(key)]
+        if changed:
+            raise UsageError(
+                f"journal {self.folder} belongs to another run: {', '.join(changed)} changed; "
+                "repeat that run's command with the dense model, or name another folder"
+            )
+
+    def _path(self, unit: int) -> Path:
+        return self.folder / f"unit-{unit:05d}.safetensors"
+
+
+_REMEDY = "delete the journal folder and start again"
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file, flush it to disk, then give it its name."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        write(temporary)
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,67 @@
+"""What the engine asks of methods and allocations, which it takes as arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from gossamer.core.allocation import LayerInfo
+from gossamer.core.card import Card
+from gossamer.core.errors import UsageError
+from gossamer.core.pattern import Pattern
+from gossamer.core.stats import LayerStats
+from gossamer.core.support import Support
+
+
+class Method(Protocol):
+    """What every pruning method has."""
+
+    @property
+    def card(self) -> Card: ...
+    @property
+    def default_pattern(self) -> Pattern: ...
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """A method that gives every weight a number; low is removed."""
+
+    def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
+        """Scores of the weight's shape (out, in)."""
+        ...
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """A method that chooses and repairs together."""
+
+    def solve(
+        self, weight: Tensor, stats: LayerStats, pattern: Pattern, density: float
+    ) -> tuple[Tensor, Support]:
+        """The new weight (out, in) and its support."""
+        ...
+
+
+class Allocation(Protocol):
+    """How one density becomes one per layer."""
+
+    @property
+    def needs_norm(self) -> bool: ...
+    def allocate(self, layers: Sequence[LayerInfo], density: float) -> dict[str, float]: ...
+
+
+def check_method(method: Any, statistics: Sequence[str]) -> None:
+    """Raise UsageError unless `method` is a method that needs no more than `statistics`."""
+    if isinstance(method, type):
+        raise UsageError(f"method is the class {method.__name__}; pass an instance of it")
+    card = getattr(method, "card", None)
+    if not isinstance(card, Card) or not isinstance(method, (Scorer, Solver)):
+        raise UsageError(
+            f"{type(method).__name__} is not a pruning method: it needs a card and either "
+            "score(weight, stats) or solve(weight, stats, pattern, density)"
+        )
+    for need in card.needs:
+        if need not in statistics:
+            raise UsageError(f"{card.name} needs {need}, which calibration does not gather")
