@@ -1,0 +1,25 @@
+"""The published methods, one file each; the catalogue is a literal tuple per kind."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from gossamer.core.card import Card
+from gossamer.core.errors import UsageError
+from gossamer.methods import weights
+
+
+def cards() -> tuple[Card, ...]:
+    """Every method's card, in the order of the catalogue."""
+    return weights.CARDS
+
+
+def find(name: str) -> type[Any]:
+    """The method's class by its card's name, in any case; raises UsageError naming near misses."""
+    word = name.strip().lower()
+    if word in weights.METHODS:
+        return weights.METHODS[word]
+    near = difflib.get_close_matches(word, weights.METHODS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(weights.METHODS)}"
+    raise UsageError(f"unknown method {name!r}; {hint}")

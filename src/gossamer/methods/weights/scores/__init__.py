@@ -1,0 +1,1 @@
+"""Scorers: a number per weight, low is removed."""

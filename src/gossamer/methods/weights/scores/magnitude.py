@@ -1,0 +1,45 @@
+"""Magnitude pruning: the smallest weights go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from gossamer.core.card import Card
+from gossamer.core.pattern import Pattern, Unstructured
+from gossamer.core.stats import LayerStats
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """|w|. Units of several weights score the sum, that is their 1-norm.
+
+    Source: Learning both Weights and Connections for Efficient Neural Networks (2015).
+    """
+
+    card: ClassVar[Card] = Card(
+        name="magnitude",
+        kind="score",
+        title="Learning both Weights and Connections for Efficient Neural Networks",
+        year=2015,
+        link="https://arxiv.org/abs/1506.02626",
+        needs=(),
+        patterns=("unstructured", "nm", "block", "channel"),
+        claim="With retraining, AlexNet keeps its accuracy with a ninth of its weights.",
+        status="stable",
+        summary="Removes the weights of smallest absolute value; needs no data.",
+        defaults="Ranked within each layer; uniform allocation.",
+        notes="The published figures need retraining after pruning; one-shot results on language "
+        "models are far worse than those of methods that look at the inputs.",
+    )
+
+    @property
+    def default_pattern(self) -> Pattern:
+        """Any weight, ranked over the tensor."""
+        return Unstructured()
+
+    def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
+        """|weight|, shape (out, in); statistics are not used."""
+        return weight.abs()

@@ -1,0 +1,55 @@
+"""Random pruning: the null score that every mask claim must beat."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gossamer.core.card import Card
+from gossamer.core.pattern import Pattern, Unstructured
+from gossamer.core.stats import LayerStats
+
+
+@dataclass(frozen=True)
+class Random:
+    """Uniform random scores, reproducible per layer from `seed` and the layer's name.
+
+    Source: The Unreasonable Effectiveness of Random Pruning (2022). Counts are exact rather than
+    Bernoulli, so that small layers meet the budget.
+    """
+
+    seed: int = 0
+
+    card: ClassVar[Card] = Card(
+        name="random",
+        kind="score",
+        title="The Unreasonable Effectiveness of Random Pruning: Return of the Most Naive Baseline "
+        "for Sparse Training",
+        year=2022,
+        link="https://arxiv.org/abs/2202.02643",
+        needs=(),
+        patterns=("unstructured", "nm", "block", "channel"),
+        claim="A randomly pruned wide network, trained sparse, can exceed its dense counterpart; "
+        "the gap to dense shrinks as networks grow wider and deeper.",
+        status="stable",
+        summary="Scores are independent uniform numbers, so every support of the pattern is "
+        "equally likely.",
+        defaults="seed 0; uniform allocation. The paper trains from scratch after pruning.",
+        notes="The paper samples each weight independently, which misses the budget in small "
+        "layers; here the kept count is exact. Without training afterwards this is only a floor.",
+    )
+
+    @property
+    def default_pattern(self) -> Pattern:
+        """Any weight, ranked over the tensor."""
+        return Unstructured()
+
+    def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
+        """Random scores of the weight's shape, the same for the same seed and layer name."""
+        digest = hashlib.sha256(f"{self.seed}:{stats.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return torch.rand(weight.shape, generator=generator, dtype=torch.float64)

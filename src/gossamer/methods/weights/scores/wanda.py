@@ -1,0 +1,55 @@
+"""Wanda: weights times the norm of what they multiply."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from gossamer.core.card import Card
+from gossamer.core.errors import UsageError
+from gossamer.core.pattern import Pattern, Scope, Unstructured
+from gossamer.core.stats import LayerStats
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """|W_ij| * ||X_j||_2, compared within each output row by default; no weight is updated.
+
+    scope: over what weights are ranked when no pattern is given: `row` as published.
+    Source: A Simple and Effective Pruning Approach for Large Language Models (2023).
+    """
+
+    scope: Scope = "row"
+
+    card: ClassVar[Card] = Card(
+        name="wanda",
+        kind="score",
+        title="A Simple and Effective Pruning Approach for Large Language Models",
+        year=2023,
+        link="https://arxiv.org/abs/2306.11695",
+        needs=("norm",),
+        patterns=("unstructured", "nm", "block", "channel"),
+        claim="Without retraining or weight updates, well above magnitude pruning on LLaMA and "
+        "LLaMA-2, and competitive with methods that update weights.",
+        status="stable",
+        summary="A weight matters by its size times the 2-norm of its input over calibration "
+        "data.",
+        defaults="Ranked per output row; N:M within groups of consecutive inputs; 128 calibration "
+        "windows.",
+        notes="Blocks and channels are not in the paper; a unit's score is the sum of its "
+        "weights' scores.",
+    )
+
+    @property
+    def default_pattern(self) -> Pattern:
+        """Any weight, ranked over `scope`."""
+        return Unstructured(self.scope)
+
+    def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
+        """Scores (out, in) in float32 or wider. Raises UsageError without input norms (in,)."""
+        if stats.norm is None or stats.norm.shape != weight.shape[1:]:
+            raise UsageError(f"{stats.name}: Wanda needs the norms of {weight.shape[1]} inputs")
+        wide = weight if weight.dtype.itemsize >= 4 else weight.float()
+        return wide.abs() * stats.norm.to(wide.dtype)

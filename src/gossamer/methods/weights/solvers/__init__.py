@@ -1,0 +1,1 @@
+"""Solvers: choose the support and repair the kept weights together."""
