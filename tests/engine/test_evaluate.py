@@ -91,7 +91,7 @@ def test_embedding_similarity(tiny):
     ]
     assert 1.0 > values[0] > values[1] > values[2]
     with pytest.raises(UsageError, match="empty"):
-        embedding_similarity(dense, sparse, [])
+        embedding_similarity(dense, dense, [])
 
 
 def test_padding_does_not_change_an_embedding(tiny):

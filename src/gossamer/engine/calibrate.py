@@ -127,10 +127,10 @@ class Calibrator:
 
     def _advance_to(self, block: int) -> _Chain:
         if self._chain is None:
-            inputs = hooks.capture_first_block_inputs(
+            captured = hooks.capture_first_block_inputs(
                 self.model, self.blocks[0], self.batches, lambda batch: call(self.model, batch)
             )
-            self._chain = _Chain(inputs)
+            self._chain = _Chain(captured)
         chain = self._chain
         while chain.position < block:
             module = self.blocks[chain.position]

@@ -72,7 +72,7 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
         total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if flat.numel():
-            total.update(memoryview(flat.view(torch.uint8).numpy()))
+            total.update(flat.view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -50,7 +50,7 @@ class Journal:
             )
         record = {"format": "gossamer-journal", "version": VERSION, "run": self.fingerprint}
         body = json.dumps(record, indent=1, sort_keys=True).encode()
-        _write_whole(self.folder / "journal.json", lambda path: path.write_bytes(body) and None)
+        _write_whole(self.folder / "journal.json", lambda path: path.write_bytes(body))
 
     def has(self, unit: int) -> bool:
         """Whether the unit was finished by this or an earlier run."""
@@ -64,7 +64,7 @@ class Journal:
 
         tensors: dict[str, Tensor] = {}
         for name, module in layers.items():
-            tensors[f"{name}.weight"] = _weight(module).cpu().contiguous()
+            tensors[f"{name}.weight"] = weight_of(module).cpu().contiguous()
             tensors[f"{name}.mask"] = supports[name].mask.cpu().to(torch.uint8).contiguous()
         metadata = {"run": self._digest, "unit": str(unit)}
         _write_whole(self._path(unit), lambda path: save_file(tensors, path, metadata))
@@ -85,7 +85,7 @@ class Journal:
         supports: dict[str, Support] = {}
         for name, module in layers.items():
             weight, mask = tensors.pop(f"{name}.weight", None), tensors.pop(f"{name}.mask", None)
-            own, shape = _weight(module), as_matrix(module).shape
+            own, shape = weight_of(module), as_matrix(module).shape
             if (
                 weight is None
                 or mask is None
@@ -99,7 +99,7 @@ class Journal:
             raise FormatError(f"{path}: holds layers that this unit does not have; {_REMEDY}")
         with torch.no_grad():
             for name, module in layers.items():
-                _weight(module).copy_(tensors[name])
+                weight_of(module).copy_(tensors[name])
         return supports
 
     def _read(self, path: Path, unit: int) -> dict[str, Tensor]:
@@ -140,13 +140,14 @@ class Journal:
 _REMEDY = "delete the journal folder and start again"
 
 
-def _weight(module: nn.Module) -> Tensor:
+def weight_of(module: nn.Module) -> Tensor:
+    """The module's own weight, detached, sharing storage."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.detach()
 
 
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, flush it to disk, then give it its name."""
     temporary = path.with_name(f".tmp-{path.name}")
     try:

@@ -21,7 +21,7 @@ from gossamer.core.support import Support
 from gossamer.engine import hooks
 from gossamer.engine.calibrate import STATISTICS, Calibrator, gather_dense
 from gossamer.engine.data import Batch, digest_batches, digest_model, read_batches
-from gossamer.engine.journal import Journal
+from gossamer.engine.journal import Journal, weight_of
 from gossamer.engine.progress import track
 from gossamer.engine.protocols import Allocation, Method, Solver, check_method
 from gossamer.models import find_blocks, prunable_layers
@@ -188,7 +188,7 @@ def _densities(
     infos = [
         LayerInfo(
             name=name,
-            shape=tuple(module.weight.shape),
+            shape=tuple(weight_of(module).shape),
             block=block,
             weight=as_matrix(module),
             norm=norms[name].norm if name in norms else None,
@@ -302,9 +302,10 @@ def _prune_layer(
     plan: _Plan, name: str, module: nn.Module, stats: LayerStats
 ) -> tuple[Tensor, Support]:
     weight, density = as_matrix(module), plan.densities[name]
-    if not isinstance(plan.method, Solver):
-        return weight, select(plan.method.score(weight, stats), plan.pattern, density, name)
-    repaired, support = plan.method.solve(weight, stats, plan.pattern, density)
+    method = plan.method
+    if not isinstance(method, Solver):
+        return weight, select(method.score(weight, stats), plan.pattern, density, name)
+    repaired, support = method.solve(weight, stats, plan.pattern, density)
     repaired = repaired.to(weight.dtype)
     if not bool(torch.isfinite(repaired).all()):
         raise NonFiniteError(
@@ -319,8 +320,7 @@ def _result(
     pattern = format_pattern(plan.pattern)
     records, kept, total = [], 0, 0
     for name, module in plan.layers.items():
-        support, weight = supports[name], module.weight
-        assert isinstance(weight, Tensor)
+        support, weight = supports[name], weight_of(module)
         size = weight.numel() * weight.element_size()
         records.append(
             LayerRecord(
