@@ -1,0 +1,120 @@
+// AVX-512 path (F, BW, DQ, VL): 16 bits of the bitmap are an expand mask for 16 packed values.
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "bitmap.hpp"
+
+namespace gossamer {
+namespace {
+
+inline float widen(float value);
+inline float widen(uint16_t value);
+
+inline __m512 load16(const float* p) { return _mm512_loadu_ps(p); }
+inline __m512 load16(const uint16_t* p) {
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+// Faults on masked-off lanes are suppressed, so the end of the array is safe.
+inline __m512 load16(const float* p, int count) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+}
+inline __m512 load16(const uint16_t* p, int count) {
+  const __m256i raw = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+
+template <class T, int B>
+void row_dot(const uint64_t* bits, int64_t words, const T* values, const T* end, const float* x,
+             int64_t x_stride, float* out) {
+  constexpr int kChains = B < 3 ? 4 : 1;  // independent sums hide the latency of fused multiply-add
+  __m512 sums[B][kChains];
+  for (int b = 0; b < B; ++b)
+    for (int c = 0; c < kChains; ++c) sums[b][c] = _mm512_setzero_ps();
+  int64_t w = 0;
+  for (; w < words && end - values >= 80; ++w) {  // 64 values and one whole vector beyond
+    const uint64_t word = bits[w];
+    _mm_prefetch(reinterpret_cast<const char*>(values) + 1024, _MM_HINT_T0);
+    for (int part = 0; part < 4; ++part) {
+      const __mmask16 mask = static_cast<__mmask16>(word >> (16 * part));
+      const T* from = values + __builtin_popcountll(word & ((uint64_t{1} << (16 * part)) - 1));
+      const __m512 value = _mm512_maskz_expand_ps(mask, load16(from));
+      for (int b = 0; b < B; ++b) {
+        const __m512 input = _mm512_loadu_ps(x + b * x_stride + w * 64 + part * 16);
+        __m512& sum = sums[b][part % kChains];
+        sum = _mm512_mask3_fmadd_ps(value, input, sum, mask);
+      }
+    }
+    values += __builtin_popcountll(word);
+  }
+  for (; w < words; ++w) {
+    for (int part = 0; part < 4; ++part) {
+      const __mmask16 mask = static_cast<__mmask16>(bits[w] >> (16 * part));
+      const int count = __builtin_popcount(mask);
+      const __m512 value = _mm512_maskz_expand_ps(mask, load16(values, count));
+      values += count;
+      for (int b = 0; b < B; ++b) {
+        const __m512 input = _mm512_loadu_ps(x + b * x_stride + w * 64 + part * 16);
+        __m512& sum = sums[b][part % kChains];
+        sum = _mm512_mask3_fmadd_ps(value, input, sum, mask);
+      }
+    }
+  }
+  for (int b = 0; b < B; ++b) {
+    __m512 total = sums[b][0];
+    for (int c = 1; c < kChains; ++c) total = _mm512_add_ps(total, sums[b][c]);
+    out[b] = _mm512_reduce_add_ps(total);
+  }
+}
+
+template <class T, int NV>
+const T* row_axpy(const uint64_t* bits, int64_t words, const T* values, const float* xt,
+                  float* y) {
+  constexpr int64_t width = 16 * NV;
+  __m512 even[NV], odd[NV];  // two sets of sums, for the latency of fused multiply-add
+  for (int k = 0; k < NV; ++k) {
+    even[k] = _mm512_loadu_ps(y + 16 * k);
+    odd[k] = _mm512_setzero_ps();
+  }
+  for (int64_t w = 0; w < words; ++w) {
+    uint64_t m = bits[w];
+    const float* x = xt + w * 64 * width;
+    for (int pairs = __builtin_popcountll(m) / 2; pairs; --pairs) {
+      const float* first = x + __builtin_ctzll(m) * width;
+      m &= m - 1;
+      const float* second = x + __builtin_ctzll(m) * width;
+      m &= m - 1;
+      const __m512 a = _mm512_set1_ps(widen(values[0])), b = _mm512_set1_ps(widen(values[1]));
+      values += 2;
+      for (int k = 0; k < NV; ++k) {
+        even[k] = _mm512_fmadd_ps(a, _mm512_loadu_ps(first + 16 * k), even[k]);
+        odd[k] = _mm512_fmadd_ps(b, _mm512_loadu_ps(second + 16 * k), odd[k]);
+      }
+    }
+    if (m) {
+      const float* last = x + __builtin_ctzll(m) * width;
+      const __m512 a = _mm512_set1_ps(widen(*values++));
+      for (int k = 0; k < NV; ++k)
+        even[k] = _mm512_fmadd_ps(a, _mm512_loadu_ps(last + 16 * k), even[k]);
+    }
+  }
+  for (int k = 0; k < NV; ++k) _mm512_storeu_ps(y + 16 * k, _mm512_add_ps(even[k], odd[k]));
+  return values;
+}
+
+}  // namespace
+}  // namespace gossamer
+
+#include "bitmap_driver.hpp"
+
+namespace gossamer {
+void matvec_avx512(const Bitmap& m, const float* x, int64_t batch, float* y, const float* bias,
+                   int threads) {
+  run_matvec(m, x, batch, y, bias, threads);
+}
+void spmm_avx512(const Bitmap& m, const float* xt, int64_t tiles, int64_t width, float* yt,
+                 const float* bias, int64_t* cursor, int threads) {
+  run_spmm(m, xt, tiles, width, yt, bias, cursor, threads);
+}
+}  // namespace gossamer

@@ -1,0 +1,122 @@
+// Loops over rows, tiles and threads, shared by the instruction sets. The including file defines,
+// in an anonymous namespace:
+//   template <class T, int B> void row_dot(const uint64_t* bits, int64_t words, const T* values,
+//       const T* end, const float* x, int64_t x_stride, float* out);
+//   template <class T, int NV> const T* row_axpy(const uint64_t* bits, int64_t words,
+//       const T* values, const float* xt, float* y);
+// where `end` is the end of the whole value array: nothing at or past it may be read.
+#pragma once
+#include <omp.h>
+
+#include "bitmap.hpp"
+
+namespace gossamer {
+namespace {
+
+// First row whose values start at or after share i of n: threads get equal numbers of weights.
+inline int64_t split_rows(const Bitmap& m, int i, int n) {
+  const int64_t goal = (m.nnz + m.rows) * i / n;  // a row costs something even when empty
+  int64_t low = 0, high = m.rows;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (m.row_ptr[middle] + middle < goal) low = middle + 1;
+    else high = middle;
+  }
+  return i == n ? m.rows : low;
+}
+
+template <class T, int B>
+void matvec_rows(const Bitmap& m, const float* x, float* y, const float* bias, int64_t from,
+                 int64_t to) {
+  const T* values = static_cast<const T*>(m.values);
+  const int64_t x_stride = m.stride * 8;
+  for (int64_t r = from; r < to; ++r) {
+    float sums[B];
+    const auto* bits = reinterpret_cast<const uint64_t*>(m.bits + r * m.stride);
+    row_dot<T, B>(bits, m.stride / 8, values + m.row_ptr[r], values + m.nnz, x, x_stride, sums);
+    for (int b = 0; b < B; ++b) y[b * m.rows + r] = sums[b] + (bias ? bias[r] : 0.0f);
+  }
+}
+
+template <class T>
+void matvec_dispatch(const Bitmap& m, const float* x, int64_t batch, float* y, const float* bias,
+                     int64_t from, int64_t to) {
+  const int64_t x_stride = m.stride * 8;
+  for (; batch >= 4; batch -= 4, x += 4 * x_stride, y += 4 * m.rows)
+    matvec_rows<T, 4>(m, x, y, bias, from, to);
+  if (batch == 3) matvec_rows<T, 3>(m, x, y, bias, from, to);
+  if (batch == 2) matvec_rows<T, 2>(m, x, y, bias, from, to);
+  if (batch == 1) matvec_rows<T, 1>(m, x, y, bias, from, to);
+}
+
+inline void run_matvec(const Bitmap& m, const float* x, int64_t batch, float* y, const float* bias,
+                       int threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const int i = omp_get_thread_num(), n = omp_get_num_threads();
+    const int64_t from = split_rows(m, i, n), to = split_rows(m, i + 1, n);
+    if (m.bf16) matvec_dispatch<uint16_t>(m, x, batch, y, bias, from, to);
+    else matvec_dispatch<float>(m, x, batch, y, bias, from, to);
+  }
+}
+
+// Columns are taken 2048 at a time, so that a tile of x stays in the second-level cache.
+constexpr int64_t kColumnWords = 32;
+
+template <class T, int NV>
+void spmm_rows(const Bitmap& m, const float* xt, int64_t tiles, float* yt, const float* bias,
+               int64_t* cursor, int64_t from, int64_t to) {
+  constexpr int64_t width = 16 * NV;
+  const T* values = static_cast<const T*>(m.values);
+  const int64_t words = m.stride / 8;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const float* x = xt + t * words * 64 * width;
+    float* y = yt + t * m.rows * width;
+    for (int64_t r = from; r < to; ++r) {
+      cursor[r] = m.row_ptr[r];
+      for (int64_t k = 0; k < width; ++k) y[r * width + k] = bias ? bias[r] : 0.0f;
+    }
+    for (int64_t w = 0; w < words; w += kColumnWords) {
+      const int64_t count = words - w < kColumnWords ? words - w : kColumnWords;
+      for (int64_t r = from; r < to; ++r) {
+        const auto* bits = reinterpret_cast<const uint64_t*>(m.bits + r * m.stride) + w;
+        const T* stop = row_axpy<T, NV>(bits, count, values + cursor[r], x + w * 64 * width,
+                                        y + r * width);
+        cursor[r] = stop - values;
+      }
+    }
+  }
+}
+
+template <class T>
+void spmm_dispatch(const Bitmap& m, const float* xt, int64_t tiles, int64_t width, float* yt,
+                   const float* bias, int64_t* cursor, int64_t from, int64_t to) {
+  switch (width) {
+    case 16: return spmm_rows<T, 1>(m, xt, tiles, yt, bias, cursor, from, to);
+    case 32: return spmm_rows<T, 2>(m, xt, tiles, yt, bias, cursor, from, to);
+    case 48: return spmm_rows<T, 3>(m, xt, tiles, yt, bias, cursor, from, to);
+    default: return spmm_rows<T, 4>(m, xt, tiles, yt, bias, cursor, from, to);
+  }
+}
+
+inline void run_spmm(const Bitmap& m, const float* xt, int64_t tiles, int64_t width, float* yt,
+                     const float* bias, int64_t* cursor, int threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const int i = omp_get_thread_num(), n = omp_get_num_threads();
+    const int64_t from = split_rows(m, i, n), to = split_rows(m, i + 1, n);
+    if (m.bf16) spmm_dispatch<uint16_t>(m, xt, tiles, width, yt, bias, cursor, from, to);
+    else spmm_dispatch<float>(m, xt, tiles, width, yt, bias, cursor, from, to);
+  }
+}
+
+inline float widen(float value) { return value; }
+inline float widen(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, 4);
+  return result;
+}
+
+}  // namespace
+}  // namespace gossamer

@@ -1,0 +1,57 @@
+// Portable path: walks the set bits; the compiler vectorises over the batch.
+#include <cstdint>
+
+#include "bitmap.hpp"
+
+namespace gossamer {
+namespace {
+
+inline float widen(float value);
+inline float widen(uint16_t value);
+
+template <class T, int B>
+void row_dot(const uint64_t* bits, int64_t words, const T* values, const T*, const float* x,
+             int64_t x_stride, float* out) {
+  float sums[B] = {};
+  for (int64_t w = 0; w < words; ++w) {
+    for (uint64_t m = bits[w]; m; m &= m - 1) {
+      const int64_t column = w * 64 + __builtin_ctzll(m);
+      const float value = widen(*values++);
+      for (int b = 0; b < B; ++b) sums[b] += value * x[b * x_stride + column];
+    }
+  }
+  for (int b = 0; b < B; ++b) out[b] = sums[b];
+}
+
+template <class T, int NV>
+const T* row_axpy(const uint64_t* bits, int64_t words, const T* values, const float* xt,
+                  float* y) {
+  constexpr int width = 16 * NV;
+  float sums[width];
+  for (int k = 0; k < width; ++k) sums[k] = y[k];
+  for (int64_t w = 0; w < words; ++w) {
+    for (uint64_t m = bits[w]; m; m &= m - 1) {
+      const float value = widen(*values++);
+      const float* source = xt + (w * 64 + __builtin_ctzll(m)) * width;
+      for (int k = 0; k < width; ++k) sums[k] += value * source[k];
+    }
+  }
+  for (int k = 0; k < width; ++k) y[k] = sums[k];
+  return values;
+}
+
+}  // namespace
+}  // namespace gossamer
+
+#include "bitmap_driver.hpp"
+
+namespace gossamer {
+void matvec_portable(const Bitmap& m, const float* x, int64_t batch, float* y, const float* bias,
+                     int threads) {
+  run_matvec(m, x, batch, y, bias, threads);
+}
+void spmm_portable(const Bitmap& m, const float* xt, int64_t tiles, int64_t width, float* yt,
+                   const float* bias, int64_t* cursor, int threads) {
+  run_spmm(m, xt, tiles, width, yt, bias, cursor, threads);
+}
+}  // namespace gossamer

@@ -1,0 +1,107 @@
+// Python bindings. Arrays come by address and count: the Python side owns and keeps them, has
+// checked dtype and contiguity, and every size is checked here against the shape.
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "bitmap.hpp"
+
+namespace nb = nanobind;
+using namespace gossamer;
+
+namespace {
+
+enum Isa { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+
+int best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+  return kPortable;
+}
+
+Bitmap view(uintptr_t bits, uintptr_t values, uintptr_t row_ptr, int64_t rows, int64_t stride,
+            int64_t nnz, bool bf16) {
+  if (rows < 0 || stride < 0 || stride % 8 || nnz < 0)
+    throw std::invalid_argument("bitmap: negative or misaligned size");
+  const auto* offsets = reinterpret_cast<const int64_t*>(row_ptr);
+  if (offsets[0] != 0 || offsets[rows] != nnz)
+    throw std::invalid_argument("bitmap: row offsets do not end at the number of values");
+  return {reinterpret_cast<const uint8_t*>(bits), reinterpret_cast<const void*>(values), offsets,
+          rows, stride, nnz, bf16};
+}
+
+Matvec pick_matvec(int isa) {
+#if defined(__x86_64__)
+  if (isa == kAvx512) return matvec_avx512;
+  if (isa == kAvx2) return matvec_avx2;
+#endif
+  return matvec_portable;
+}
+
+Spmm pick_spmm(int isa) {
+#if defined(__x86_64__)
+  if (isa == kAvx512) return spmm_avx512;
+  if (isa == kAvx2) return spmm_avx2;
+#endif
+  return spmm_portable;
+}
+
+void check_isa(int isa) {
+  if (isa < 0 || isa > best_isa()) throw std::invalid_argument("this processor lacks that ISA");
+}
+
+// Offsets of each row's values, from the bitmap; throws where padding bits are set.
+void offsets(uintptr_t bits, int64_t rows, int64_t cols, int64_t stride, uintptr_t out) {
+  const auto* byte = reinterpret_cast<const uint8_t*>(bits);
+  auto* row_ptr = reinterpret_cast<int64_t*>(out);
+  row_ptr[0] = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto* words = reinterpret_cast<const uint64_t*>(byte + r * stride);
+    int64_t count = 0;
+    for (int64_t w = 0; w < stride / 8; ++w) {
+      const int64_t left = cols - w * 64;
+      const uint64_t allowed = left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
+      if (words[w] & ~allowed) throw std::invalid_argument("bitmap: a padding bit is set");
+      count += __builtin_popcountll(words[w]);
+    }
+    row_ptr[r + 1] = row_ptr[r] + count;
+  }
+}
+
+void matvec(uintptr_t bits, uintptr_t values, uintptr_t row_ptr, int64_t rows, int64_t stride,
+            int64_t nnz, bool bf16, uintptr_t x, int64_t batch, uintptr_t y, uintptr_t bias,
+            int threads, int isa) {
+  check_isa(isa);
+  if (batch < 1 || batch > 8 || threads < 1) throw std::invalid_argument("bitmap: bad batch");
+  const Bitmap m = view(bits, values, row_ptr, rows, stride, nnz, bf16);
+  pick_matvec(isa)(m, reinterpret_cast<const float*>(x), batch, reinterpret_cast<float*>(y),
+                   reinterpret_cast<const float*>(bias), threads);
+}
+
+void spmm(uintptr_t bits, uintptr_t values, uintptr_t row_ptr, int64_t rows, int64_t stride,
+          int64_t nnz, bool bf16, uintptr_t xt, int64_t tiles, int64_t width, uintptr_t yt,
+          uintptr_t bias, uintptr_t cursor, int threads, int isa) {
+  check_isa(isa);
+  if (tiles < 0 || width % 16 || width < 16 || width > 64 || threads < 1)
+    throw std::invalid_argument("bitmap: bad tiles");
+  const Bitmap m = view(bits, values, row_ptr, rows, stride, nnz, bf16);
+  pick_spmm(isa)(m, reinterpret_cast<const float*>(xt), tiles, width,
+                 reinterpret_cast<float*>(yt), reinterpret_cast<const float*>(bias),
+                 reinterpret_cast<int64_t*>(cursor), threads);
+}
+
+}  // namespace
+
+NB_MODULE(_kernels, m) {
+  m.doc() = "Compiled kernels; call them through gossamer.ops.";
+  m.def("best_isa", &best_isa);
+  m.def("bitmap_offsets", &offsets, nb::call_guard<nb::gil_scoped_release>());
+  m.def("bitmap_matvec", &matvec, nb::call_guard<nb::gil_scoped_release>());
+  m.def("bitmap_spmm", &spmm, nb::call_guard<nb::gil_scoped_release>());
+}

@@ -1,0 +1,105 @@
+"""Putting sparse kernels behind the layers whose zeros pay."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import nn
+
+from gossamer.core.errors import UsageError
+from gossamer.core.matrix import as_matrix, is_prunable
+from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwrap
+from gossamer.nn.bitmap import BitmapLinear
+from gossamer.ops import _dispatch
+from gossamer.ops.bitmap import bitmap_bytes, kernel_name
+
+MAX_BYTES = 0.9
+"""A packed weight must be at most this fraction of the dense one: decoding reads every byte."""
+
+
+def compress(
+    model: nn.Module | PruneResult, *, max_density: float | None = None, strict: bool = False
+) -> CompressResult:
+    """Replace, in place, every linear layer whose zeros pay by a kernel-backed `BitmapLinear`.
+
+    Any zeros count, whoever made them. A layer stays dense, and its record says why, when the
+    packed weight would take more than 0.9 of the dense bytes (or its density exceeds
+    `max_density`), when its weight is tied to another module, or when no kernel serves its kind,
+    dtype or device. strict: raise UsageError when a layer that holds zeros stays dense.
+    """
+    root = unwrap(model)
+    requested = {r.name: r for r in model.layers} if isinstance(model, PruneResult) else {}
+    uses = Counter(
+        id(parameter)
+        for module in root.modules()
+        for parameter in module.parameters(recurse=False)
+    )
+    records = []
+    for name, module in list(root.named_modules()):
+        if not is_prunable(module):
+            continue
+        asked = requested.get(name)
+        record = _record(name, module, asked)
+        reason = _refusal(module, record, uses, max_density)
+        if reason is None:
+            record = _swap(root, name, module, record)
+        elif strict and record.density < 1.0:
+            raise UsageError(f"{name} stays dense: {reason}")
+        else:
+            record = _with_reason(record, reason)
+        records.append(record)
+    return CompressResult(root, tuple(records), _dispatch.isa(), torch.get_num_threads())
+
+
+def _record(name: str, module: nn.Module, asked: LayerRecord | None) -> LayerRecord:
+    matrix = as_matrix(module)
+    nnz, total = int((matrix != 0).sum()), matrix.numel()
+    width = matrix.element_size()
+    return LayerRecord(
+        name=name,
+        shape=(matrix.shape[0], matrix.shape[1]),
+        density=nnz / total if total else 1.0,
+        requested=asked.requested if asked else (nnz / total if total else 1.0),
+        pattern=asked.pattern if asked else "",
+        dense_bytes=total * width,
+        sparse_bytes=nnz * width + matrix.shape[0] * bitmap_bytes(matrix.shape[1]),
+    )
+
+
+def _refusal(
+    module: nn.Module, record: LayerRecord, uses: Counter[int], max_density: float | None
+) -> str | None:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    if isinstance(module, nn.Conv2d):
+        return "no sparse convolution kernel yet"
+    if record.density == 1.0:
+        return "no zeros"
+    if weight.device.type != "cpu":
+        return f"the kernels run on the CPU, the weight is on {weight.device.type}"
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"no kernel for {weight.dtype}"
+    if uses[id(weight)] > 1:
+        return "its weight is tied to another module"
+    if max_density is not None and record.density > max_density:
+        return f"density {record.density:.2f} is above {max_density:.2f}"
+    share = record.sparse_bytes / max(1, record.dense_bytes)
+    if share > MAX_BYTES:
+        return f"packed it would take {share:.2f} of the dense bytes, which does not pay"
+    return None
+
+
+def _swap(root: nn.Module, name: str, module: nn.Module, record: LayerRecord) -> LayerRecord:
+    bias = getattr(module, "bias", None)
+    packed = BitmapLinear.from_matrix(as_matrix(module), bias, record.pattern)
+    packed.density_requested = record.requested
+    packed.train(module.training)
+    if not name:
+        raise UsageError("the model is itself one layer; wrap it in torch.nn.Sequential")
+    root.set_submodule(name, packed)
+    return LayerRecord(**{**vars(record), "kernel": kernel_name()})
+
+
+def _with_reason(record: LayerRecord, reason: str) -> LayerRecord:
+    return LayerRecord(**{**vars(record), "reason": reason, "sparse_bytes": record.dense_bytes})

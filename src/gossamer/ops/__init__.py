@@ -1,0 +1,1 @@
+"""Operations on sparse data: for each a plain reference, a compiled home and a dispatch."""

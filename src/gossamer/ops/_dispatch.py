@@ -1,0 +1,63 @@
+"""Which implementation serves the compiled operations on this machine, and why."""
+
+from __future__ import annotations
+
+import functools
+import os
+from types import ModuleType
+
+import torch
+
+from gossamer.core.errors import UsageError
+
+ISAS = ("portable", "avx2", "avx512")
+
+
+@functools.cache
+def kernels() -> ModuleType | None:
+    """The compiled module, or None where it was not built. torch comes first: its libgomp serves."""
+    assert torch.__version__
+    try:
+        from gossamer import _kernels
+    except ImportError:
+        return None
+    return _kernels
+
+
+def isa() -> str:
+    """`avx512`, `avx2`, `portable`, or `reference` where nothing is compiled.
+
+    The best that the processor has, unless the environment's GOSSAMER_ISA names another. Raises
+    UsageError when that one is unknown or not to be had here.
+    """
+    wanted = os.environ.get("GOSSAMER_ISA", "").strip().lower()
+    module = kernels()
+    best = ISAS.index(ISAS[module.best_isa()]) if module else -1
+    if not wanted:
+        return ISAS[best] if module else "reference"
+    if wanted == "reference":
+        return wanted
+    if wanted not in ISAS:
+        raise UsageError(f"GOSSAMER_ISA={wanted!r} is none of {', '.join(ISAS)}, reference")
+    if ISAS.index(wanted) > best:
+        have = ", ".join(ISAS[: best + 1]) or "no compiled kernels"
+        raise UsageError(f"GOSSAMER_ISA={wanted} cannot run here; this machine has {have}")
+    return wanted
+
+
+def isa_index() -> int:
+    """The number by which the compiled module knows `isa()`; -1 for the reference."""
+    name = isa()
+    return -1 if name == "reference" else ISAS.index(name)
+
+
+def describe() -> str:
+    """One line: what runs, and why not better."""
+    module = kernels()
+    if module is None:
+        return "reference: the compiled kernels were not built (pip install with a C++ compiler)"
+    best = ISAS[module.best_isa()]
+    name = isa()
+    if name != best:
+        return f"{name}: forced by GOSSAMER_ISA; this processor has {best}"
+    return f"{name}: the best this processor has"

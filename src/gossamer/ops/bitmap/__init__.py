@@ -1,0 +1,130 @@
+"""Linear layers with a bitmap-packed weight: pack, unpack and multiply."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gossamer.core.errors import FormatError
+from gossamer.ops import _dispatch
+from gossamer.ops.bitmap import native, reference
+from gossamer.ops.bitmap.reference import bitmap_bytes, pack, unpack, unpack_mask
+
+__all__ = ["bitmap_bytes", "kernel_name", "linear", "pack", "row_offsets", "unpack", "unpack_mask"]
+
+
+def kernel_name(rows: int = 1) -> str:
+    """The kernel that serves `rows` rows of input here, such as `bitmap-matvec/avx512`."""
+    kind = "matvec" if rows <= native.MATVEC_ROWS else "spmm"
+    return f"bitmap-{kind}/{_dispatch.isa()}"
+
+
+def row_offsets(values: Tensor, bitmap: Tensor, in_features: int) -> Tensor:
+    """int64 (out + 1) offsets of each row's values.
+
+    Raises FormatError where shapes, padding bits or the number of values contradict the bitmap:
+    kernels trust what has passed here.
+    """
+    if bitmap.dtype != torch.uint8 or bitmap.dim() != 2 or values.dim() != 1:
+        raise FormatError("bitmap is uint8 (out, bytes) and values one-dimensional")
+    if bitmap.shape[1] != bitmap_bytes(in_features):
+        raise FormatError(
+            f"bitmap has {bitmap.shape[1]} bytes per row; {in_features} inputs need "
+            f"{bitmap_bytes(in_features)}"
+        )
+    bitmap = bitmap.contiguous()
+    home = reference if _dispatch.kernels() is None else native
+    offsets = home.row_offsets(bitmap, in_features)
+    if int(offsets[-1]) != values.numel():
+        raise FormatError(f"bitmap keeps {int(offsets[-1])} weights but holds {values.numel()}")
+    return offsets
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    bitmap: Tensor,
+    row_ptr: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+) -> Tensor:
+    """x (..., in) times the packed matrix transposed, plus bias (out,).
+
+    x of any float dtype, the result in the same; sums in float32. The matrix-vector kernel serves
+    up to 8 rows, the tiled one more. Differentiable in x and bias, at the memory of one dense
+    weight. Columns that a row does not keep never touch its result, even where x is NaN.
+    """
+    eager = not torch.compiler.is_compiling()
+    if eager and not (torch.is_grad_enabled() and _any_grad(x, bias)):
+        return _forward(x, values, bitmap, row_ptr, bias, in_features)
+    return _bitmap_linear(x, values, bitmap, row_ptr, bias, in_features)
+
+
+def _any_grad(x: Tensor, bias: Tensor | None) -> bool:
+    return x.requires_grad or (bias is not None and bias.requires_grad)
+
+
+def _forward(
+    x: Tensor,
+    values: Tensor,
+    bitmap: Tensor,
+    row_ptr: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+) -> Tensor:
+    if _dispatch.isa_index() < 0:
+        return reference.linear(x, values, bitmap, bias, in_features)
+    return native.linear(x, values, bitmap, row_ptr, bias, in_features)
+
+
+@torch.library.custom_op("gossamer::bitmap_linear", mutates_args=())
+def _bitmap_linear(
+    x: Tensor,
+    values: Tensor,
+    bitmap: Tensor,
+    row_ptr: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+) -> Tensor:
+    return _forward(x, values, bitmap, row_ptr, bias, in_features)
+
+
+@_bitmap_linear.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    bitmap: Tensor,
+    row_ptr: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], bitmap.shape[0])
+
+
+@torch.library.custom_op("gossamer::bitmap_linear_grad_x", mutates_args=())
+def _grad_x(grad: Tensor, values: Tensor, bitmap: Tensor, in_features: int) -> Tensor:
+    matrix = unpack(values, bitmap, in_features)
+    return (grad.float() @ matrix.float()).to(grad.dtype)
+
+
+@_grad_x.register_fake
+def _(grad: Tensor, values: Tensor, bitmap: Tensor, in_features: int) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+def _setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
+    _, values, bitmap, _, bias, in_features = inputs
+    ctx.save_for_backward(values, bitmap)  # type: ignore[attr-defined]
+    ctx.in_features = in_features  # type: ignore[attr-defined]
+    ctx.has_bias = bias is not None  # type: ignore[attr-defined]
+
+
+def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
+    values, bitmap = ctx.saved_tensors  # type: ignore[attr-defined]
+    in_features, has_bias = ctx.in_features, ctx.has_bias  # type: ignore[attr-defined]
+    grad_x = _grad_x(grad, values, bitmap, in_features)
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if has_bias else None
+    return grad_x, None, None, None, grad_bias, None
+
+
+_bitmap_linear.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,159 @@
+"""The compiled home of the bitmap operations: checks, padding and layout around the kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gossamer.core.errors import FormatError, UsageError
+from gossamer.ops._dispatch import isa_index, kernels
+
+MATVEC_ROWS = 8
+"""Up to so many rows of x the matrix-vector kernel serves: each weight is read once."""
+_SMALL = 1 << 15
+"""Below so many kept weights a second thread costs more than it gains."""
+
+
+def row_offsets(bitmap: Tensor, in_features: int) -> Tensor:
+    """int64 (out + 1): where each row's values begin; raises FormatError on padding bits."""
+    module = kernels()
+    assert module is not None
+    offsets = torch.empty(bitmap.shape[0] + 1, dtype=torch.int64)
+    try:
+        module.bitmap_offsets(
+            bitmap.data_ptr(), bitmap.shape[0], in_features, bitmap.shape[1], offsets.data_ptr()
+        )
+    except ValueError as error:
+        raise FormatError(str(error)) from None
+    return offsets
+
+
+def linear(
+    x: Tensor,
+    values: Tensor,
+    bitmap: Tensor,
+    row_ptr: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+) -> Tensor:
+    """x (..., in) times the matrix transposed plus bias; accumulates in float32.
+
+    values float32 or bfloat16, contiguous; row_ptr from `row_offsets`. O(rows of x * nnz).
+    """
+    _check(x, values, bitmap, row_ptr, bias, in_features)
+    rows = x.reshape(-1, in_features)
+    padded = bitmap.shape[1] * 8
+    inputs = rows.float()
+    if padded != in_features:
+        inputs = functional.pad(inputs, (0, padded - in_features))
+    wide_bias = None if bias is None else bias.detach().float().contiguous()
+    run = _matvec if rows.shape[0] <= MATVEC_ROWS else _spmm
+    result = run(inputs, values, bitmap, row_ptr, wide_bias)
+    return result.to(x.dtype).reshape(*x.shape[:-1], bitmap.shape[0])
+
+
+def _matvec(
+    x: Tensor, values: Tensor, bitmap: Tensor, row_ptr: Tensor, bias: Tensor | None
+) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty(x.shape[0], bitmap.shape[0])
+    if y.numel():
+        _module().bitmap_matvec(
+            *_matrix(values, bitmap, row_ptr),
+            x.data_ptr(),
+            x.shape[0],
+            y.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            _threads(values.numel() * x.shape[0]),
+            isa_index(),
+        )
+    return y
+
+
+def _spmm(
+    x: Tensor, values: Tensor, bitmap: Tensor, row_ptr: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Whole tiles of 64 rows of x, then one narrower tile for the rest."""
+    out, rows = bitmap.shape[0], x.shape[0]
+    whole = rows // 64 * 64
+    parts = [_tiles(x[:whole], 64, values, bitmap, row_ptr, bias)] if whole else []
+    if rows > whole:
+        width = (rows - whole + 15) // 16 * 16
+        rest = functional.pad(x[whole:], (0, 0, 0, width - (rows - whole)))
+        parts.append(_tiles(rest, width, values, bitmap, row_ptr, bias)[: rows - whole])
+    return parts[0] if len(parts) == 1 else torch.cat(parts).reshape(rows, out)
+
+
+def _tiles(
+    x: Tensor,
+    width: int,
+    values: Tensor,
+    bitmap: Tensor,
+    row_ptr: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    tiles, out = x.shape[0] // width, bitmap.shape[0]
+    xt = x.reshape(tiles, width, -1).transpose(1, 2).contiguous()
+    yt = torch.empty(tiles, out, width)
+    cursor = torch.empty(out, dtype=torch.int64)
+    _module().bitmap_spmm(
+        *_matrix(values, bitmap, row_ptr),
+        xt.data_ptr(),
+        tiles,
+        width,
+        yt.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        cursor.data_ptr(),
+        _threads(values.numel() * x.shape[0]),
+        isa_index(),
+    )
+    return yt.transpose(1, 2).reshape(tiles * width, out)
+
+
+def _matrix(values: Tensor, bitmap: Tensor, row_ptr: Tensor) -> tuple[int | bool, ...]:
+    return (
+        bitmap.data_ptr(),
+        values.data_ptr(),
+        row_ptr.data_ptr(),
+        bitmap.shape[0],
+        bitmap.shape[1],
+        values.numel(),
+        values.dtype == torch.bfloat16,
+    )
+
+
+def _threads(work: int) -> int:
+    return 1 if work < _SMALL else torch.get_num_threads()
+
+
+def _module() -> Any:
+    module = kernels()
+    assert module is not None
+    return module
+
+
+def _check(
+    x: Tensor,
+    values: Tensor,
+    bitmap: Tensor,
+    row_ptr: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+) -> None:
+    if x.shape[-1] != in_features:
+        raise UsageError(f"expected inputs of width {in_features}, not {tuple(x.shape)}")
+    if values.dtype not in (torch.float32, torch.bfloat16):
+        raise UsageError(f"packed values are float32 or bfloat16, not {values.dtype}")
+    if bitmap.dtype != torch.uint8 or bitmap.shape[1] != (in_features + 63) // 64 * 8:
+        raise UsageError("bitmap does not fit the number of inputs")
+    if row_ptr.dtype != torch.int64 or row_ptr.numel() != bitmap.shape[0] + 1:
+        raise UsageError("row offsets do not fit the bitmap")
+    if bias is not None and bias.shape != (bitmap.shape[0],):
+        raise UsageError(f"bias has shape {tuple(bias.shape)}, not ({bitmap.shape[0]},)")
+    if not (values.is_contiguous() and bitmap.is_contiguous() and row_ptr.is_contiguous()):
+        raise UsageError("packed values, bitmap and row offsets must be contiguous")
+    if x.device.type != "cpu" or values.device.type != "cpu":
+        raise UsageError("the bitmap kernels run on the CPU only")
