@@ -60,8 +60,8 @@ inline void run_matvec(const Bitmap& m, const float* x, int64_t batch, float* y,
   }
 }
 
-// Columns are taken 2048 at a time, so that a tile of x stays in the second-level cache.
-constexpr int64_t kColumnWords = 32;
+// Columns are taken 256 at a time: a tile of x is then 64 KiB, reused by every row from cache.
+constexpr int64_t kColumnWords = 4;
 
 template <class T, int NV>
 void spmm_rows(const Bitmap& m, const float* xt, int64_t tiles, float* yt, const float* bias,
