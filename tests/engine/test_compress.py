@@ -1,0 +1,62 @@
+"""Compression swaps what pays, says why not elsewhere, and changes no result."""
+
+import pytest
+import torch
+from torch import nn
+
+import gossamer as gs
+from gossamer.nn import BitmapLinear
+
+
+def model(density=0.4):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 64), nn.Conv2d(3, 3, 1), nn.Linear(64, 64)
+    )
+    with torch.no_grad():
+        for layer in (net[0], net[2], net[3]):
+            layer.weight[torch.rand_like(layer.weight) > density] = 0
+    return net
+
+
+def test_any_zeros_are_served_and_the_rest_says_why():
+    net = model()
+    x = torch.randn(4, 96)
+    expected = net[2](net[1](net[0](x)))
+    result = gs.compress(net)
+    assert isinstance(net[0], BitmapLinear) and isinstance(net[2], BitmapLinear)
+    torch.testing.assert_close(net[2](net[1](net[0](x))), expected, rtol=1e-5, atol=1e-5)
+    records = {record.name: record for record in result.layers}
+    assert records["0"].kernel.startswith("bitmap-matvec/")
+    assert records["0"].sparse_bytes < records["0"].dense_bytes
+    assert records["0"].density == int((net[0].to_matrix() != 0).sum()) / (96 * 128)
+    assert "convolution" in records["3"].reason and records["4"].reason == "no zeros"
+    assert gs.compress(net).layers[0].name == "3"  # idempotent: packed layers are left alone
+
+
+def test_layers_that_would_not_gain_stay_dense():
+    net = model(density=0.97)
+    result = gs.compress(net)
+    assert not any(isinstance(layer, BitmapLinear) for layer in net)
+    assert "does not pay" in result.layers[0].reason
+    with pytest.raises(gs.UsageError, match="stays dense"):
+        gs.compress(model(density=0.97), strict=True)
+    assert "above" in gs.compress(model(), max_density=0.1).layers[0].reason
+
+
+def test_tied_weights_and_other_dtypes_stay_dense():
+    net = model()
+    net.append(nn.Linear(96, 128))
+    net[5].weight = net[0].weight
+    reasons = {record.name: record.reason for record in gs.compress(net).layers}
+    assert "tied" in reasons["0"]
+    assert "float64" in gs.compress(model().double()).layers[0].reason
+
+
+def test_pruned_by_us():
+    net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    pruned = gs.prune(net, gs.Magnitude(), density=0.5)
+    result = gs.compress(pruned)
+    assert [record.requested for record in result.layers] == [0.5, 0.5]
+    assert all(record.pattern == "unstructured" for record in result.layers)
+    assert all(record.density == 0.5 for record in result.layers)

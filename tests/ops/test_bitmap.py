@@ -1,0 +1,147 @@
+"""The bitmap kernels against their plain twin: every instruction set, shape, dtype and thread count."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gossamer.core.errors import FormatError, UsageError
+from gossamer.nn import BitmapLinear
+from gossamer.ops import _dispatch
+from gossamer.ops import bitmap as ops
+from gossamer.ops.bitmap import native, reference
+
+best = _dispatch.kernels().best_isa() if _dispatch.kernels() else -1
+ISAS = [name for index, name in enumerate(_dispatch.ISAS) if index <= best]
+SHAPES = [(1, 1), (3, 64), (8, 65), (33, 100), (64, 515), (130, 256)]
+BATCHES = [1, 2, 3, 4, 5, 8, 9, 16, 17, 48, 63, 64, 65, 130]
+
+
+def sparse(rows, cols, density=0.4, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(rows, cols, generator=generator).to(dtype)
+    matrix[torch.rand(rows, cols, generator=generator) > density] = 0
+    return matrix
+
+
+def test_the_kernels_are_built():
+    assert ISAS, "make setup builds gossamer._kernels"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 200), st.floats(0, 1), st.integers(0, 99))
+def test_pack_and_unpack_are_inverse(rows, cols, density, seed):
+    matrix = sparse(rows, cols, density, seed=seed)
+    values, bitmap = ops.pack(matrix)
+    assert values.numel() == int((matrix != 0).sum())
+    assert bitmap.shape == (rows, ops.bitmap_bytes(cols))
+    assert torch.equal(ops.unpack(values, bitmap, cols), matrix)
+    assert torch.equal(
+        native.row_offsets(bitmap, cols), reference.row_offsets(bitmap, cols)
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernels_equal_the_reference(isa, dtype, shape, monkeypatch):
+    monkeypatch.setenv("GOSSAMER_ISA", isa)
+    matrix = sparse(*shape, dtype=dtype)
+    matrix[shape[0] // 2] = 0
+    bias = torch.randn(shape[0])
+    layer = BitmapLinear.from_matrix(matrix, bias)
+    assert ops.kernel_name() == f"bitmap-matvec/{isa}"
+    for batch in BATCHES:
+        x = torch.randn(batch, shape[1])
+        expected = x.double() @ matrix.double().t() + bias.double()
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_change_the_result(isa, threads, monkeypatch):
+    monkeypatch.setenv("GOSSAMER_ISA", isa)
+    layer = BitmapLinear.from_matrix(sparse(700, 300))
+    x, many = torch.randn(1, 300), torch.randn(70, 300)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = layer(x), layer(many)
+        torch.set_num_threads(threads)
+        assert torch.equal(layer(x), one[0]) and torch.equal(layer(many), one[1])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("isa", [*ISAS, "reference"])
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_empty_and_full_matrices(isa, density, monkeypatch):
+    monkeypatch.setenv("GOSSAMER_ISA", isa)
+    matrix = sparse(20, 70, 2.0) if density else torch.zeros(20, 70)
+    layer = BitmapLinear.from_matrix(matrix)
+    for batch in (1, 20):
+        x = torch.randn(batch, 70)
+        torch.testing.assert_close(layer(x), x @ matrix.t(), rtol=1e-5, atol=1e-5)
+    assert layer(torch.randn(0, 70)).shape == (0, 20)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("batch", [1, 8, 20])
+def test_nan_touches_only_rows_that_keep_the_column(isa, batch, monkeypatch):
+    monkeypatch.setenv("GOSSAMER_ISA", isa)
+    matrix = sparse(40, 90)
+    x = torch.randn(batch, 90)
+    x[0, 7], x[0, 77] = float("nan"), float("inf")
+    result = BitmapLinear.from_matrix(matrix)(x)[0]
+    touched = (matrix[:, 7] != 0) | (matrix[:, 77] != 0)
+    assert torch.equal(~torch.isfinite(result), touched)
+
+
+def test_shapes_dtypes_and_leading_dimensions():
+    layer = BitmapLinear.from_matrix(sparse(12, 64))
+    assert layer(torch.randn(2, 3, 64)).shape == (2, 3, 12)
+    assert layer(torch.randn(64)).shape == (12,)
+    assert layer(torch.randn(2, 64).bfloat16()).dtype == torch.bfloat16
+    strided = torch.randn(64, 5).t()
+    torch.testing.assert_close(layer(strided), layer(strided.contiguous()))
+
+
+def test_gradients_and_opcheck():
+    matrix, bias = sparse(12, 30), torch.randn(12, requires_grad=True)
+    values, bitmap = ops.pack(matrix)
+    offsets = ops.row_offsets(values, bitmap, 30)
+    x = torch.randn(5, 30, requires_grad=True)
+    grad = torch.randn(5, 12)
+    ops.linear(x, values, bitmap, offsets, bias, 30).backward(grad)
+    torch.testing.assert_close(x.grad, grad @ matrix)
+    torch.testing.assert_close(bias.grad, grad.sum(0))
+    torch.library.opcheck(
+        torch.ops.gossamer.bitmap_linear.default, (x, values, bitmap, offsets, bias, 30)
+    )
+
+
+def test_what_contradicts_itself_is_refused():
+    values, bitmap = ops.pack(sparse(8, 100))
+    with pytest.raises(FormatError, match="holds"):
+        BitmapLinear(values[:-1], bitmap, 100, 8)
+    with pytest.raises(FormatError, match="bytes per row"):
+        BitmapLinear(values, bitmap, 300, 8)
+    with pytest.raises(UsageError, match="rows"):
+        BitmapLinear(values, bitmap, 100, 9)
+    padded = bitmap.clone()
+    padded[0, -1] |= 128
+    with pytest.raises(FormatError, match="padding"):
+        BitmapLinear(values, padded, 100, 8)
+    with pytest.raises(UsageError, match="float32 or bfloat16"):
+        BitmapLinear(values.double(), bitmap, 100, 8)
+    layer = BitmapLinear(values, bitmap, 100, 8)
+    with pytest.raises(UsageError, match="width 100"):
+        layer(torch.randn(2, 99))
+
+
+def test_forced_isa(monkeypatch):
+    monkeypatch.setenv("GOSSAMER_ISA", "neon")
+    with pytest.raises(UsageError, match="neon"):
+        _dispatch.isa()
+    monkeypatch.setenv("GOSSAMER_ISA", "portable")
+    assert "forced" in _dispatch.describe() or best == 0
