@@ -1,3 +1,63 @@
 """Gossamer makes neural networks sparse, and makes sparse networks pay."""
 
+from gossamer.core.allocation import ER, ERK, LAMP, OWL, Global, Uniform, UniformPlus
+from gossamer.core.card import Card
+from gossamer.core.errors import (
+    FormatError,
+    GossamerError,
+    MissingExtra,
+    NonFiniteError,
+    PatternError,
+    UsageError,
+)
+from gossamer.core.pattern import NM, Block, Channel, Unstructured, format_pattern, parse_pattern
+from gossamer.core.result import CompressResult, LayerRecord, PruneResult
+from gossamer.core.select import select, select_global
+from gossamer.core.support import Support
+from gossamer.engine.compress import compress
+from gossamer.engine.prune import prune
+from gossamer.io import export, load, save
+from gossamer.methods import cards, find
+from gossamer.methods.weights import Magnitude, Random, SparseGPT, Wanda
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "ER",
+    "ERK",
+    "LAMP",
+    "NM",
+    "OWL",
+    "Block",
+    "Card",
+    "Channel",
+    "CompressResult",
+    "FormatError",
+    "Global",
+    "GossamerError",
+    "LayerRecord",
+    "Magnitude",
+    "MissingExtra",
+    "NonFiniteError",
+    "PatternError",
+    "PruneResult",
+    "Random",
+    "SparseGPT",
+    "Support",
+    "Uniform",
+    "UniformPlus",
+    "Unstructured",
+    "UsageError",
+    "Wanda",
+    "cards",
+    "compress",
+    "export",
+    "find",
+    "format_pattern",
+    "load",
+    "parse_pattern",
+    "prune",
+    "save",
+    "select",
+    "select_global",
+]

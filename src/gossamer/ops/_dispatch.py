@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from types import ModuleType
 
@@ -18,10 +19,9 @@ def kernels() -> ModuleType | None:
     """The compiled module, or None where it was not built. torch comes first: its libgomp serves."""
     assert torch.__version__
     try:
-        from gossamer import _kernels
+        return importlib.import_module("gossamer._kernels")
     except ImportError:
         return None
-    return _kernels
 
 
 def isa() -> str:

@@ -1,0 +1,290 @@
+"""gossamer compress: prune, keep the masks, save small, reload, run faster, and measure it all."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gossamer.cli.inputs import (
+    BUNDLED,
+    BUNDLED_TEXT,
+    Subject,
+    check_model,
+    density_of,
+    read_model,
+    read_text,
+    windows,
+)
+from gossamer.cli.output import note, print_json, print_table
+from gossamer.core.allocation import ALLOCATIONS
+from gossamer.core.errors import UsageError
+from gossamer.core.pattern import NM, Pattern, parse_pattern
+from gossamer.core.result import CompressResult, PruneResult
+from gossamer.engine.compress import compress
+from gossamer.engine.evaluate import bits_per_byte, decode_speed
+from gossamer.engine.prune import prune
+from gossamer.io.atomic import check_target, new_folder
+from gossamer.io.save import save
+from gossamer.methods import find
+from gossamer.ops import _dispatch
+from gossamer.report.html import render
+from gossamer.report.tables import headline
+
+
+@dataclass
+class Compress:
+    """Prune a model, pack it, measure quality, size and speed, and write model and report.
+
+    Example: gossamer compress --model testbed:lm --sparsity 0.5 --out gossamer-out
+    """
+
+    model: str = BUNDLED
+    """folder of a Hugging Face causal language model, or testbed:lm"""
+    method: str = "sparsegpt"
+    """see gossamer methods"""
+    pattern: str = "unstructured"
+    """unstructured, unstructured:row, 2:4, block:4x1, channel:1, ..."""
+    sparsity: float | None = None
+    """fraction of weights to remove, in [0, 1); 0.5 unless the pattern says otherwise"""
+    density: float | None = None
+    """fraction of weights to keep, instead of --sparsity"""
+    allocation: str = "uniform"
+    """uniform, uniform+, er, erk, global, lamp or owl"""
+    data: str = BUNDLED_TEXT
+    """calibration text: a file, a folder of text files, or testbed:text"""
+    eval_data: str | None = None
+    """held-out text for the quality: a file or folder; the bundled one for testbed:text"""
+    samples: int = 128
+    """calibration windows"""
+    length: int = 256
+    """tokens per calibration window"""
+    seed: int = 0
+    """of the calibration windows"""
+    dtype: str = "bfloat16"
+    """dtype of the written weights and of both models when timed: bfloat16 or float32"""
+    sweep: str = ""
+    """further sparsities to measure, such as 0.3,0.5,0.7, for the quality-against-size chart"""
+    tokens: int = 64
+    """tokens to decode for the speed"""
+    out: str = "gossamer-out"
+    """folder to write; killed runs resume from a hidden folder beside it"""
+    overwrite: bool = False
+    """replace the folder if it is not empty"""
+    json: bool = False
+    """print one JSON object on stdout"""
+
+    def run(self) -> None:
+        """Check everything cheap, then work, then write the folder whole."""
+        plan = self._check()
+        subject = read_model(self.model, "float32")
+        calibration, text = self._texts()
+        batches = windows(subject, calibration, self.samples, self.length, self.seed)
+        dense = subject.model
+        note(f"quality of the dense model on {len(text)} bytes of held-out text")
+        dense_bits = bits_per_byte(dense, text, encode=subject.encode)
+        sweep = [
+            self._point(subject, batches, text, plan, 1 - s, dense_bits) for s in plan["sweep"]
+        ]
+        journal = Path(self.out).with_name(f".{Path(self.out).name}.journal")
+        pruned = self._prune(copy.deepcopy(dense), batches, plan, plan["density"], journal)
+        sparse_bits = bits_per_byte(pruned.model, text, encode=subject.encode)
+        store = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+        _cast(dense, store)
+        _cast(pruned.model, store)
+        packed = compress(pruned)
+        prompt = subject.ids(text[:4096])[:32].unsqueeze(0)
+        speed = decode_speed(dense, packed, prompt, self.tokens)
+        result = self._record(plan, pruned, packed, dense_bits, sparse_bits, sweep)
+        result["speed"] = dataclasses.asdict(speed)
+        self._write(result, packed, subject, pruned)
+        shutil.rmtree(journal, ignore_errors=True)
+        if self.json:
+            print_json(result)
+        else:
+            self._print(result)
+
+    def _check(self) -> dict[str, Any]:
+        pattern = parse_pattern(self.pattern)
+        density = density_of(self.sparsity, self.density)
+        if density is None and not isinstance(pattern, NM):
+            density = 0.5
+        if isinstance(pattern, NM) and density is not None:
+            if abs(density - pattern.density) > 1e-9:
+                raise UsageError(
+                    f"--pattern {self.pattern} removes {1 - pattern.density:g} of the weights; "
+                    "leave --sparsity out"
+                )
+            density = None
+        if self.allocation not in ALLOCATIONS:
+            raise UsageError(
+                f"--allocation is one of {', '.join(ALLOCATIONS)}, not {self.allocation!r}"
+            )
+        if self.dtype not in ("bfloat16", "float32"):
+            raise UsageError(f"--dtype is bfloat16 or float32, not {self.dtype!r}")
+        if self.samples < 1 or self.length < 2 or self.tokens < 1:
+            raise UsageError("--samples and --tokens are at least 1, --length at least 2")
+        try:
+            sweep = [float(word) for word in self.sweep.split(",") if word.strip()]
+        except ValueError:
+            raise UsageError(f"--sweep is numbers such as 0.3,0.5,0.7, not {self.sweep!r}") from None
+        for value in sweep:
+            density_of(value, None)
+        if sweep and isinstance(pattern, NM):
+            raise UsageError(f"--sweep needs a pattern of any density, not {self.pattern}")
+        check_target(Path(self.out), self.overwrite)
+        check_model(self.model)
+        default = self.pattern.strip().lower() == "unstructured"
+        return {
+            "method": find(self.method)(),
+            "pattern": None if default else pattern,
+            "density": density,
+            "sweep": sweep,
+        }
+
+    def _texts(self) -> tuple[bytes, bytes]:
+        from gossamer.testbed import calibration_text, heldout_text
+
+        calibration = read_text(self.data, "--data", calibration_text)
+        if self.eval_data is not None:
+            return calibration, read_text(self.eval_data, "--eval-data", heldout_text)
+        if self.data == BUNDLED_TEXT:
+            return calibration, heldout_text()
+        cut = max(1, len(calibration) * 9 // 10)
+        return calibration[:cut], calibration[cut:]
+
+    def _prune(
+        self,
+        model: nn.Module,
+        batches: list[dict[str, torch.Tensor]],
+        plan: dict[str, Any],
+        density: float | None,
+        journal: Path | None,
+    ) -> PruneResult:
+        pattern: Pattern | None = plan["pattern"]
+        allocation = ALLOCATIONS[self.allocation]()
+        return prune(
+            model,
+            plan["method"],
+            pattern=pattern,
+            density=density,
+            allocation=allocation,
+            data=batches,
+            journal=journal,
+            progress=True,
+        )
+
+    def _point(
+        self,
+        subject: Subject,
+        batches: list[dict[str, torch.Tensor]],
+        text: bytes,
+        plan: dict[str, Any],
+        density: float,
+        dense_bits: float,
+    ) -> dict[str, float]:
+        """One density of the sweep: quality, and bytes of the pruned layers as stored."""
+        pruned = self._prune(copy.deepcopy(subject.model), batches, plan, density, None)
+        bits = bits_per_byte(pruned.model, text, encode=subject.encode)
+        width = 2 if self.dtype == "bfloat16" else 4
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in pruned.layers)
+        stored = int(weights * min(width, width * pruned.measured_density + 1 / 8))
+        return {"density": pruned.measured_density, "quality": bits, "bytes": stored}
+
+    def _record(
+        self,
+        plan: dict[str, Any],
+        pruned: PruneResult,
+        packed: CompressResult,
+        dense_bits: float,
+        sparse_bits: float,
+        sweep: list[dict[str, float]],
+    ) -> dict[str, Any]:
+        chosen = {layer.name for layer in pruned.layers}
+        ours = [layer for layer in packed.layers if layer.name in chosen]
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in ours)
+        kept = sum(s.count for s in pruned.supports.values())
+        return {
+            "method": pruned.method,
+            "pattern": pruned.pattern,
+            "allocation": self.allocation,
+            "requested_density": pruned.requested_density,
+            "measured_density": pruned.measured_density,
+            "layers": [dataclasses.asdict(layer) for layer in packed.layers],
+            "quality": {"metric": "bits per byte", "dense": dense_bits, "sparse": sparse_bits},
+            "bytes": {
+                "dense": 2 * weights,
+                "sparse": sum(layer.sparse_bytes for layer in ours),
+                "what": "weights of the pruned layers; dense in bfloat16",
+            },
+            "flops": {
+                "dense": 2 * weights,
+                "sparse": 2 * kept,
+                "what": "per token, pruned layers",
+            },
+            "sweep": sweep,
+            "machine": machine(packed),
+            "command": "gossamer " + " ".join(shlex.quote(word) for word in sys.argv[1:]),
+            "out": self.out,
+        }
+
+    def _write(
+        self, result: dict[str, Any], packed: CompressResult, subject: Subject, pruned: PruneResult
+    ) -> None:
+        target = Path(self.out)
+        with new_folder(target, self.overwrite) as place:
+            inner = place / "model"
+            facts = {**pruned.provenance, "method": pruned.method, "command": result["command"]}
+            save(packed, inner, tokenizer=subject.tokenizer, provenance=facts)
+            for path in list(inner.iterdir()):
+                path.rename(place / path.name)
+            inner.rmdir()
+            files = sum(p.stat().st_size for p in place.glob("*.safetensors"))
+            result["bytes"]["files"] = files
+            (place / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
+            (place / "report.html").write_text(render(result))
+
+    def _print(self, result: dict[str, Any]) -> None:
+        title = f"{self.model}: {result['method']}, {result['pattern']}"
+        print_table(title, ("", "dense", "sparse", "ratio"), headline(result))
+        refused = [layer for layer in result["layers"] if not layer["kernel"]]
+        for layer in refused[:5]:
+            print(f"stays dense: {layer['name']} ({layer['reason']})")
+        print(f"wrote {self.out}/ with report.html")
+
+
+def machine(packed: CompressResult) -> dict[str, Any]:
+    """What the figures were measured on."""
+    import gossamer
+
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            lines = [line for line in file if line.startswith("model name")]
+        name = lines[0].split(":", 1)[1].strip() if lines else name
+    return {
+        "cpu": name,
+        "isa": packed.isa,
+        "kernels": _dispatch.describe(),
+        "threads": packed.threads,
+        "torch": torch.__version__,
+        "gossamer": gossamer.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters only: buffers such as rotary frequencies keep their precision."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)

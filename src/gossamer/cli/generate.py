@@ -1,0 +1,51 @@
+"""gossamer generate."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from gossamer.cli.inputs import BUNDLED, read_model
+from gossamer.cli.output import note, print_json
+from gossamer.core.errors import UsageError
+from gossamer.engine.generate import generate
+
+
+@dataclass
+class Generate:
+    """Continue a text by greedy decoding.
+
+    Example: gossamer generate --model gossamer-out --prompt "def main(" --tokens 80
+    """
+
+    model: str = BUNDLED
+    """folder of a model, compressed or ordinary, or testbed:lm"""
+    prompt: str = "import "
+    """text to continue"""
+    tokens: int = 64
+    """how many tokens to add"""
+    dtype: str = "bfloat16"
+    """float32 or bfloat16"""
+    json: bool = False
+    """print one JSON object"""
+
+    def run(self) -> None:
+        """Print the continued text on stdout and the speed on stderr."""
+        if self.tokens < 1:
+            raise UsageError(f"--tokens is at least 1, not {self.tokens}")
+        if not self.prompt:
+            raise UsageError("--prompt is empty; give at least one character")
+        subject = read_model(self.model, self.dtype)
+        ids = subject.ids(self.prompt.encode()).unsqueeze(0)
+        start = time.perf_counter()
+        out = generate(subject.model, ids, self.tokens)[0].tolist()
+        rate = self.tokens / (time.perf_counter() - start)
+        if subject.tokenizer is None:
+            text = bytes(out).decode("utf-8", "replace")
+        else:
+            text = subject.tokenizer.decode(out)
+        if self.json:
+            print_json({"text": text, "tokens": self.tokens, "tokens_per_second": rate})
+        else:
+            print(text)
+            note(f"{rate:.1f} tokens/s, prompt included")

@@ -1,0 +1,119 @@
+"""What commands read: models, texts, densities; every refusal names the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.core.errors import FormatError, MissingExtra, UsageError
+from gossamer.io import load
+
+BUNDLED, BUNDLED_TEXT = "testbed:lm", "testbed:text"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with what turns text into its tokens; tokenizer is None for bytes."""
+
+    model: nn.Module
+    tokenizer: Any
+
+    @property
+    def encode(self) -> Callable[[bytes], Sequence[int]] | None:
+        """From bytes to token ids, or None where a byte is a token."""
+        if self.tokenizer is None:
+            return None
+        return lambda data: self.tokenizer(data.decode("utf-8", "replace"))["input_ids"]
+
+    def ids(self, data: bytes) -> Tensor:
+        """int64 (tokens,)."""
+        return torch.tensor(list(data if self.encode is None else self.encode(data)))
+
+
+def check_model(name: str) -> None:
+    """Raise UsageError unless `name` is the bundled model or a folder with config.json."""
+    if name == BUNDLED:
+        return
+    folder = Path(name)
+    if not folder.is_dir():
+        raise UsageError(f"--model {name}: no such folder; give a Hugging Face folder or {BUNDLED}")
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"--model {name}: holds no config.json, so it is not a model folder")
+
+
+def read_model(name: str, dtype: str) -> Subject:
+    """The model in the dtype, in eval mode, with its tokenizer if its folder has one."""
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
+    check_model(name)
+    if name == BUNDLED:
+        from gossamer.testbed import language_model
+
+        return Subject(language_model(DTYPES[dtype]), None)
+    model = load(name, dtype=DTYPES[dtype])
+    if not hasattr(model, "generate") or getattr(model.config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"--model {name}: {type(model).__name__} is no causal language model; prune other "
+            "models from Python with gs.prune"
+        )
+    return Subject(model, _tokenizer(Path(name), model))
+
+
+def _tokenizer(folder: Path, model: nn.Module) -> Any:
+    if not any(folder.glob("*token*")) and not (folder / "vocab.json").exists():
+        if getattr(model.config, "vocab_size", 0) == 256:
+            return None
+        raise UsageError(f"--model {folder}: holds no tokenizer; put its tokenizer files there")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise MissingExtra("transformers", "hf") from None
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise FormatError(f"--model {folder}: its tokenizer cannot be read ({error})") from None
+
+
+def read_text(source: str, option: str, bundled: Callable[[], bytes]) -> bytes:
+    """The bytes of a file, of all .txt, .md, .rst and .py files of a folder, or the bundled text."""
+    if source == BUNDLED_TEXT:
+        return bundled()
+    path = Path(source)
+    if path.is_dir():
+        files = [p for p in sorted(path.rglob("*")) if p.suffix in (".txt", ".md", ".rst", ".py")]
+        data = b"\n".join(p.read_bytes() for p in files)
+    elif path.is_file():
+        data = path.read_bytes()
+    else:
+        raise UsageError(f"{option} {source}: no such file or folder; or use {BUNDLED_TEXT}")
+    if not data.strip():
+        raise UsageError(f"{option} {source}: holds no text; give a file with text in it")
+    return data
+
+
+def windows(subject: Subject, data: bytes, n: int, length: int, seed: int) -> list[dict[str, Tensor]]:
+    """`n` random windows of `length` tokens, in batches of 8."""
+    ids = subject.ids(data)
+    if ids.numel() <= length:
+        raise UsageError(f"--data holds {ids.numel()} tokens; windows of {length} need more text")
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, ids.numel() - length, (n,), generator=generator).tolist()
+    rows = torch.stack([ids[start : start + length] for start in starts])
+    return [{"input_ids": part} for part in rows.split(8)]
+
+
+def density_of(sparsity: float | None, density: float | None) -> float | None:
+    """The density that the flags ask for; raises UsageError outside the range or for both."""
+    if sparsity is not None and density is not None:
+        raise UsageError("give --sparsity or --density, not both")
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise UsageError(f"--sparsity is the fraction removed, in [0, 1), not {sparsity:g}")
+    if density is not None and not 0 < density <= 1:
+        raise UsageError(f"--density is the fraction kept, in (0, 1], not {density:g}")
+    return density if sparsity is None else 1 - sparsity

@@ -1,0 +1,36 @@
+"""gossamer report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from gossamer.cli.output import note
+from gossamer.core.errors import FormatError, UsageError
+from gossamer.report.html import render
+
+
+@dataclass
+class Report:
+    """Write the HTML report of a finished compression anew from its result.json.
+
+    Example: gossamer report --model gossamer-out --out report.html
+    """
+
+    model: str
+    """folder that gossamer compress wrote"""
+    out: str = "report.html"
+    """file to write"""
+
+    def run(self) -> None:
+        """Render the page."""
+        path = Path(self.model) / "result.json"
+        if not path.is_file():
+            raise UsageError(f"--model {self.model}: holds no result.json")
+        try:
+            page = render(json.loads(path.read_text()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+        Path(self.out).write_text(page)
+        note(f"wrote {self.out}")

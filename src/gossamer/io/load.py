@@ -1,0 +1,157 @@
+"""Reading a folder back: packed layers take their places in the model its config describes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.core.errors import FormatError, MissingExtra, UsageError
+from gossamer.core.matrix import is_prunable
+from gossamer.io.manifest import NAME, PackedLayer, _one_line, read_json, read_manifest
+from gossamer.io.tensors import read_tensors
+from gossamer.nn.bitmap import BitmapLinear
+
+
+def load(
+    folder: str | Path, *, model: nn.Module | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """The model of a folder that `save` wrote, in eval mode, packed layers behind their kernels.
+
+    A Hugging Face folder rebuilds itself from its config, by the class that transformers has under
+    the config's name (never code from the folder); one without gossamer.json loads as an ordinary
+    dense model. Any other module must be passed as `model`, an instance of the same structure,
+    which is filled in place once everything has been checked. dtype: convert floating tensors.
+
+    Raises FormatError for anything wrong with the files, UsageError where `model` is missing.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise UsageError(f"{place} is not a folder; give one that gossamer or transformers wrote")
+    packed: dict[str, PackedLayer] = {}
+    if (place / NAME).exists() or (place / NAME).is_symlink():
+        packed = read_manifest(place)["layers"]
+    tensors = read_tensors(place)
+    layers = {name: _layer(name, facts, tensors) for name, facts in packed.items()}
+    root = _build(place) if model is None else model
+    _place(root, layers, tensors)
+    if dtype is not None:
+        root.to(dtype)
+    return root.eval()
+
+
+def _layer(name: str, facts: PackedLayer, tensors: dict[str, Tensor]) -> BitmapLinear:
+    """Takes the layer's tensors out of `tensors`; raises FormatError on any contradiction."""
+    try:
+        values, bitmap = tensors.pop(f"{name}.values"), tensors.pop(f"{name}.bitmap")
+        bias = tensors.pop(f"{name}.bias") if facts.bias else None
+    except KeyError as error:
+        raise FormatError(f"layer {name}: tensor {error} is missing") from None
+    out, width = facts.shape
+    if values.dim() != 1 or values.numel() != facts.nnz or str(values.dtype)[6:] != facts.dtype:
+        raise FormatError(f"layer {name}: its values are not {facts.nnz} of {facts.dtype}")
+    if bias is not None and (bias.shape != (out,) or not bias.is_floating_point()):
+        raise FormatError(f"layer {name}: its bias does not have {out} numbers")
+    try:
+        return BitmapLinear(values, bitmap, width, out, bias, facts.pattern, facts.requested)
+    except (FormatError, UsageError) as error:
+        raise FormatError(f"layer {name}: {_one_line(error)}") from None
+
+
+def _build(folder: Path) -> nn.Module:
+    """The model of config.json without memory for weights."""
+    if not (folder / "config.json").exists():
+        raise UsageError(
+            f"{folder} holds no config.json, so its structure is unknown: pass model=, an instance "
+            "to fill"
+        )
+    config_json = read_json(folder, "config.json")
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtra("transformers", "hf") from None
+    names = config_json.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    known = isinstance(name, str) and name.isidentifier()
+    kind = getattr(transformers, name, None) if known else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise FormatError("config.json: architectures names no model that transformers has")
+    try:
+        config = kind.config_class.from_dict({k: v for k, v in config_json.items() if k != "auto_map"})
+        with torch.device("meta"):
+            return kind(config)
+    except Exception as error:  # whatever a hostile config provokes inside transformers
+        raise FormatError(f"config.json: {type(error).__name__}: {_one_line(error)}") from None
+
+
+def _place(root: nn.Module, layers: Mapping[str, BitmapLinear], tensors: dict[str, Tensor]) -> None:
+    """Check everything, then change `root`."""
+    modules = dict(root.named_modules())
+    for name, layer in layers.items():
+        module = modules.get(name)
+        weight = getattr(module, "weight", None)
+        fits = module is not None and is_prunable(module) and isinstance(weight, Tensor)
+        shape = (layer.out_features, layer.in_features)
+        if not fits or tuple(sorted(weight.shape)) != tuple(sorted(shape)):  # type: ignore[union-attr]
+            raise FormatError(f"layer {name}: the model has no linear layer of that shape there")
+    wanted = _wanted(root, layers)
+    for name in wanted.keys() | tensors.keys():
+        if name not in wanted:
+            raise FormatError(f"tensor {name}: not part of the model")
+        if name in tensors and tensors[name].shape != wanted[name].shape:
+            raise FormatError(
+                f"tensor {name}: {tuple(tensors[name].shape)}, not {tuple(wanted[name].shape)}"
+            )
+    missing = _missing(root, wanted, tensors)
+    if missing:
+        raise FormatError(f"tensor {missing[0]}: missing from the files")
+    for name, layer in layers.items():
+        root.set_submodule(name, layer)
+    on_meta = any(t.is_meta for t in root.state_dict().values())
+    root.load_state_dict(tensors, strict=False, assign=on_meta)
+    if hasattr(root, "tie_weights"):
+        root.tie_weights()
+    _restore_buffers(root)
+
+
+def _wanted(root: nn.Module, layers: Mapping[str, BitmapLinear]) -> dict[str, Tensor]:
+    inside = tuple(f"{name}." for name in layers)
+    state = root.state_dict()
+    return {k: v for k, v in state.items() if not (inside and k.startswith(inside))}
+
+
+def _missing(root: nn.Module, wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names without a tensor, other than those tied to one that is there."""
+    parameters = dict(root.named_parameters(remove_duplicate=False))
+    present = {id(parameters[name]) for name in tensors if name in parameters}
+    tied = getattr(root, "all_tied_weights_keys", None) or {}
+    tied = tied if isinstance(tied, dict) else {}
+    return [
+        name
+        for name in wanted
+        if name not in tensors
+        and not (name in parameters and id(parameters[name]) in present)
+        and tied.get(name) not in tensors
+    ]
+
+
+def _restore_buffers(root: nn.Module) -> None:
+    """Buffers that are never stored (rotary frequencies) are computed anew off the meta device."""
+    for module in list(root.modules()):
+        if not any(b.is_meta for b in module.buffers(recurse=False)):
+            continue
+        config: Any = getattr(module, "config", None)
+        try:
+            fresh = type(module)(config)
+        except Exception as error:
+            raise FormatError(
+                f"{type(module).__name__}: its buffers cannot be rebuilt ({_one_line(error)})"
+            ) from None
+        for name, buffer in fresh.named_buffers(recurse=False):
+            module._buffers[name] = buffer
+        for name, value in vars(fresh).items():
+            if isinstance(value, Tensor):
+                setattr(module, name, value)

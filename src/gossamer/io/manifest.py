@@ -1,0 +1,136 @@
+"""gossamer.json: what is packed, how it was made. Strict: unknown keys fail."""
+
+from __future__ import annotations
+
+import json
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gossamer.core.errors import FormatError, PatternError
+from gossamer.core.pattern import parse_pattern
+
+NAME = "gossamer.json"
+VERSION = 1
+MAX_JSON = 16 << 20
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """One packed layer as the manifest describes it; `nnz` values of `dtype`."""
+
+    shape: tuple[int, int]
+    pattern: str
+    density: float
+    requested: float | None
+    dtype: str
+    bias: bool
+    nnz: int
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The checked content of gossamer.json; `layers` maps names to `PackedLayer`.
+
+    Raises FormatError for a missing, damaged or hostile file, or one of a newer version.
+    """
+    data = read_json(Path(folder), NAME)
+    _keys(data, {"format", "version", "layers", "method", "provenance"}, NAME)
+    if data["format"] != "gossamer":
+        raise FormatError(f"{NAME}: format is {_short(data['format'])}, not 'gossamer'")
+    version = data["version"]
+    if type(version) is not int or version < 1:
+        raise FormatError(f"{NAME}: version is {_short(version)}, not a whole number from 1")
+    if version > VERSION:
+        raise FormatError(f"{NAME}: version {version} is newer than {VERSION}; upgrade gossamer")
+    if not isinstance(data["layers"], dict) or not isinstance(data["provenance"], dict):
+        raise FormatError(f"{NAME}: layers and provenance are objects")
+    if data["method"] is not None and not isinstance(data["method"], str):
+        raise FormatError(f"{NAME}: method is a text or null")
+    layers = {name: _layer(name, value) for name, value in data["layers"].items()}
+    return {**data, "layers": layers}
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object from a regular file inside the folder, at most 16 MB, no duplicate keys."""
+    text = regular_file(folder, name, MAX_JSON).read_bytes()
+    try:
+        data = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_constant)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
+        raise FormatError(f"{name}: not valid JSON ({_one_line(error)})") from None
+    if not isinstance(data, dict):
+        raise FormatError(f"{name}: holds no JSON object")
+    return data
+
+
+def regular_file(folder: Path, name: str, largest: int | None = None) -> Path:
+    """The path of `name`, a plain file name in the folder; raises FormatError for links, paths
+    that leave the folder, missing files and files above `largest` bytes."""
+    plain = isinstance(name, str) and name not in ("", ".", "..")
+    if not plain or any(c in name for c in "/\\\0") or name.startswith("."):
+        raise FormatError(f"{_short(name)} is not a plain file name")
+    path = folder / name
+    try:
+        facts = path.lstat()
+    except (OSError, ValueError):
+        raise FormatError(f"{name}: missing from {folder}") from None
+    if not stat.S_ISREG(facts.st_mode):
+        raise FormatError(f"{name}: not a regular file")
+    if largest is not None and facts.st_size > largest:
+        raise FormatError(f"{name}: {facts.st_size} bytes, more than the {largest} allowed")
+    return path
+
+
+def _layer(name: str, value: Any) -> PackedLayer:
+    where = f"{NAME}: layer {_short(name)}"
+    if not isinstance(value, dict):
+        raise FormatError(f"{where}: not an object")
+    _keys(value, {"shape", "pattern", "density", "requested", "dtype", "bias", "nnz"}, where)
+    shape, nnz, dtype = value["shape"], value["nnz"], value["dtype"]
+    whole = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)
+    if not whole or min(shape) < 1 or max(shape) >= 1 << 31:
+        raise FormatError(f"{where}: shape is {_short(shape)}, not two whole numbers from 1")
+    if type(nnz) is not int or not 0 <= nnz <= shape[0] * shape[1]:
+        raise FormatError(f"{where}: nnz is {_short(nnz)}, which its shape cannot hold")
+    if dtype not in DTYPES or type(value["bias"]) is not bool:
+        raise FormatError(f"{where}: dtype or bias is not one of the known values")
+    density, requested, pattern = value["density"], value["requested"], value["pattern"]
+    for number in (density, 0.0 if requested is None else requested):
+        if type(number) not in (int, float) or not 0 <= number <= 1:
+            raise FormatError(f"{where}: a density is outside [0, 1]")
+    if not isinstance(pattern, str):
+        raise FormatError(f"{where}: pattern is not a text")
+    try:
+        if pattern:
+            parse_pattern(pattern)
+    except PatternError as error:
+        raise FormatError(f"{where}: {_one_line(error)}") from None
+    return PackedLayer((shape[0], shape[1]), pattern, density, requested, dtype, value["bias"], nnz)
+
+
+def _keys(data: dict[str, Any], wanted: set[str], where: str) -> None:
+    if set(data) != wanted:
+        extra, missing = sorted(set(data) - wanted), sorted(wanted - set(data))
+        what = f"unknown key {_short(extra[0])}" if extra else f"no key {missing[0]!r}"
+        raise FormatError(f"{where}: {what}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return result
+
+
+def _constant(text: str) -> float:
+    raise ValueError(f"{text} is not allowed")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,124 @@
+"""Writing a model: packed layers as values and bitmap, everything else under its own name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.core.result import CompressResult, PruneResult, unwrap
+from gossamer.io.atomic import new_folder
+from gossamer.io.manifest import NAME, VERSION
+from gossamer.io.tensors import INDEX, SINGLE
+from gossamer.nn.bitmap import BitmapLinear
+
+SHARD = 4 << 30
+"""Largest safetensors file, in bytes; more tensors go to further shards with an index."""
+
+
+def save(
+    model: nn.Module | PruneResult | CompressResult,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write `model` to a new folder, all of it or nothing, and return the folder.
+
+    A Hugging Face model brings its config.json, a tokenizer its own files. Raises UsageError when
+    the folder is not empty and `overwrite` is not set, OSError when the disk is full.
+    """
+    target, root = Path(folder), unwrap(model)
+    facts = dict(model.provenance) if isinstance(model, PruneResult) else {}
+    facts.update(provenance or {})
+    method = facts.pop("method", None)
+    with new_folder(target, overwrite) as place:
+        write_config(root, place, tokenizer)
+        write_tensors(distinct(root), place)
+        manifest = {
+            "format": "gossamer",
+            "version": VERSION,
+            "layers": {
+                name: _describe(module)
+                for name, module in root.named_modules()
+                if isinstance(module, BitmapLinear)
+            },
+            "method": None if method is None else str(method),
+            "provenance": json.loads(json.dumps(facts, default=str)),
+        }
+        (place / NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+    return target
+
+
+def write_config(model: nn.Module, folder: Path, tokenizer: Any) -> None:
+    """config.json, generation_config.json and the tokenizer, as Hugging Face writes them."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "save_pretrained"):
+        config.architectures = [type(model).__name__]
+        config.dtype = next((p.dtype for p in model.parameters()), torch.float32)
+        config.save_pretrained(folder)
+    generation = getattr(model, "generation_config", None)
+    if hasattr(generation, "save_pretrained"):
+        generation.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def distinct(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with tied tensors once, under their first name."""
+    seen: dict[tuple[int, torch.Size, torch.dtype], str] = {}
+    result = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.dtype)
+        if tensor.numel() and key in seen:
+            continue
+        seen[key] = name
+        result[name] = tensor.detach().contiguous().clone() if _shares(tensor) else tensor.detach()
+    return result
+
+
+def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """One safetensors file, or shards of at most `SHARD` bytes with Hugging Face's index."""
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, Tensor]] = [{}]
+    size = total = 0
+    for name, tensor in tensors.items():
+        width = tensor.numel() * tensor.element_size()
+        if shards[-1] and size + width > SHARD:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.contiguous()
+        size, total = size + width, total + width
+    if len(shards) == 1:
+        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
+        return
+    places = {}
+    for index, shard in enumerate(shards, 1):
+        name = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        places.update(dict.fromkeys(shard, name))
+    content = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _shares(tensor: Tensor) -> bool:
+    """A view into a larger storage, which safetensors refuses."""
+    return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+
+
+def _describe(layer: BitmapLinear) -> dict[str, Any]:
+    return {
+        "shape": [layer.out_features, layer.in_features],
+        "pattern": layer.pattern,
+        "density": layer.density,
+        "requested": layer.density_requested,
+        "dtype": str(layer.values.dtype).removeprefix("torch."),
+        "bias": layer.bias is not None,
+        "nnz": layer.values.numel(),
+    }

@@ -1,0 +1,1 @@
+"""Records as tables and as one self-contained HTML page."""

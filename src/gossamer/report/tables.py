@@ -1,0 +1,34 @@
+"""The headline table, the same for terminal and page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def headline(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Rows (what, dense, sparse, sparse over dense) of quality, bytes, FLOPs and speed."""
+    quality, size, work = result["quality"], result["bytes"], result["flops"]
+    speed = result["speed"]
+    return [
+        _row(f"{quality['metric']} (lower is better)", quality, "{:.4f}"),
+        ("bytes of the pruned layers", human(size["dense"]), human(size["sparse"]), _ratio(size)),
+        ("FLOPs per token", human(work["dense"]), human(work["sparse"]), _ratio(work)),
+        _row(f"decoding, {speed['unit']}", speed, "{:.1f}"),
+    ]
+
+
+def human(number: float) -> str:
+    """1234567 as 1.23 M."""
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.2f} {unit}"
+    return f"{number:.0f}"
+
+
+def _row(name: str, pair: Mapping[str, Any], form: str) -> tuple[str, str, str, str]:
+    return name, form.format(pair["dense"]), form.format(pair["sparse"]), _ratio(pair)
+
+
+def _ratio(pair: Mapping[str, Any]) -> str:
+    return f"{pair['sparse'] / pair['dense']:.2f}x" if pair["dense"] else "-"
