@@ -39,7 +39,7 @@ def load(
     root = _build(place) if model is None else model
     _place(root, layers, tensors)
     if dtype is not None:
-        root.to(dtype)
+        _convert(root, dtype)
     return root.eval()
 
 
@@ -80,7 +80,9 @@ def _build(folder: Path) -> nn.Module:
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise FormatError("config.json: architectures names no model that transformers has")
     try:
-        config = kind.config_class.from_dict({k: v for k, v in config_json.items() if k != "auto_map"})
+        config = kind.config_class.from_dict(
+            {k: v for k, v in config_json.items() if k != "auto_map"}
+        )
         with torch.device("meta"):
             return kind(config)
     except Exception as error:  # whatever a hostile config provokes inside transformers
@@ -123,7 +125,9 @@ def _wanted(root: nn.Module, layers: Mapping[str, BitmapLinear]) -> dict[str, Te
     return {k: v for k, v in state.items() if not (inside and k.startswith(inside))}
 
 
-def _missing(root: nn.Module, wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+def _missing(
+    root: nn.Module, wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> list[str]:
     """Names without a tensor, other than those tied to one that is there."""
     parameters = dict(root.named_parameters(remove_duplicate=False))
     present = {id(parameters[name]) for name in tensors if name in parameters}
@@ -136,6 +140,20 @@ def _missing(root: nn.Module, wanted: Mapping[str, Tensor], tensors: Mapping[str
         and not (name in parameters and id(parameters[name]) in present)
         and tied.get(name) not in tensors
     ]
+
+
+def _convert(root: nn.Module, dtype: torch.dtype) -> None:
+    """Change the dtype of what is stored; computed buffers (rotary frequencies) keep theirs."""
+    for module in root.modules():
+        skipped = module._non_persistent_buffers_set
+        for parts in (module._parameters, module._buffers):
+            for name, tensor in parts.items():
+                if tensor is None or name in skipped or not tensor.is_floating_point():
+                    continue
+                if isinstance(tensor, nn.Parameter):
+                    tensor.data = tensor.data.to(dtype)
+                else:
+                    module._buffers[name] = tensor.to(dtype)
 
 
 def _restore_buffers(root: nn.Module) -> None:
