@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import tempfile
@@ -36,17 +37,43 @@ def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
             _sync(path)
-        old = None
-        if folder.exists():
-            old = temporary.with_name(temporary.name + "-old")
-            folder.rename(old)
-        temporary.rename(folder)
-        _sync(folder.parent)
-        if old is not None:
-            shutil.rmtree(old)
+        _publish(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    """Give `temporary` the name `folder`; what had that name is removed afterwards.
+
+    Where the system can exchange two names in one step (Linux), `folder` names the old or the new
+    content at every moment. Elsewhere two renames follow each other, undone if the second fails.
+    """
+    if not folder.exists():
+        temporary.rename(folder)
+        _sync(folder.parent)
+        return
+    if not _exchange(temporary, folder):
+        old = temporary.with_name(temporary.name + "-old")
+        folder.rename(old)
+        try:
+            temporary.rename(folder)
+        except BaseException:
+            old.rename(folder)
+            raise
+        temporary = old
+    _sync(folder.parent)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where the system or file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 def _sync(path: Path) -> None:

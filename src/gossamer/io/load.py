@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import FormatError, MissingExtra, UsageError
-from gossamer.core.matrix import is_prunable
+from gossamer.core.matrix import as_matrix, is_prunable
 from gossamer.io.manifest import NAME, PackedLayer, _one_line, read_json, read_manifest
 from gossamer.io.tensors import read_tensors
 from gossamer.nn.bitmap import BitmapLinear
@@ -36,8 +36,13 @@ def load(
         packed = read_manifest(place)["layers"]
     tensors = read_tensors(place)
     layers = {name: _layer(name, facts, tensors) for name, facts in packed.items()}
-    root = _build(place) if model is None else model
-    _place(root, layers, tensors)
+    root = _build(place, len(tensors) + len(layers)) if model is None else model
+    try:
+        _place(root, layers, tensors)
+    except FormatError:
+        if layers or model is not None or (place / NAME).exists():
+            raise
+        root = _ordinary(place, type(root))
     if dtype is not None:
         _convert(root, dtype)
     return root.eval()
@@ -61,14 +66,37 @@ def _layer(name: str, facts: PackedLayer, tensors: dict[str, Tensor]) -> BitmapL
         raise FormatError(f"layer {name}: {_one_line(error)}") from None
 
 
-def _build(folder: Path) -> nn.Module:
-    """The model of config.json without memory for weights."""
+def _ordinary(folder: Path, kind: Any) -> nn.Module:
+    """A checkpoint whose names transformers translates; nothing may be left to chance."""
+    try:
+        root, info = kind.from_pretrained(
+            folder,
+            dtype="auto",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise FormatError(f"{folder}: {type(error).__name__}: {_one_line(error)}") from None
+    absent = sorted(info["missing_keys"]) or [str(key) for key in info["mismatched_keys"]]
+    if absent:
+        raise FormatError(f"tensor {absent[0]}: missing from the files or of another shape")
+    return root
+
+
+def _build(folder: Path, tensors: int | None = None) -> nn.Module:
+    """The model of config.json without memory for weights; `tensors` bounds its depth."""
     if not (folder / "config.json").exists():
         raise UsageError(
             f"{folder} holds no config.json, so its structure is unknown: pass model=, an instance "
             "to fill"
         )
     config_json = read_json(folder, "config.json")
+    for key, value in config_json.items():
+        deep = isinstance(value, int) and tensors is not None and value > tensors
+        if deep and key in ("n_layer", "num_layers", "num_hidden_layers"):
+            raise FormatError(f"config.json: {key} is {value}, more than the tensors in the files")
     try:
         import transformers
     except ImportError:
@@ -94,10 +122,9 @@ def _place(root: nn.Module, layers: Mapping[str, BitmapLinear], tensors: dict[st
     modules = dict(root.named_modules())
     for name, layer in layers.items():
         module = modules.get(name)
-        weight = getattr(module, "weight", None)
-        fits = module is not None and is_prunable(module) and isinstance(weight, Tensor)
+        fits = module is not None and is_prunable(module) and not isinstance(module, nn.Conv2d)
         shape = (layer.out_features, layer.in_features)
-        if not fits or tuple(sorted(weight.shape)) != tuple(sorted(shape)):  # type: ignore[union-attr]
+        if not fits or as_matrix(module).shape != shape:  # type: ignore[arg-type]
             raise FormatError(f"layer {name}: the model has no linear layer of that shape there")
     wanted = _wanted(root, layers)
     for name in wanted.keys() | tensors.keys():
@@ -107,6 +134,11 @@ def _place(root: nn.Module, layers: Mapping[str, BitmapLinear], tensors: dict[st
             raise FormatError(
                 f"tensor {name}: {tuple(tensors[name].shape)}, not {tuple(wanted[name].shape)}"
             )
+        if (
+            name in tensors
+            and tensors[name].is_floating_point() != wanted[name].is_floating_point()
+        ):
+            raise FormatError(f"tensor {name}: {tensors[name].dtype}, not {wanted[name].dtype}")
     missing = _missing(root, wanted, tensors)
     if missing:
         raise FormatError(f"tensor {missing[0]}: missing from the files")
