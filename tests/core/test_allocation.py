@@ -1,0 +1,84 @@
+"""Allocations meet the budget and follow their definitions."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gossamer as gs
+from gossamer.core.allocation import ALLOCATIONS, LayerInfo, lamp_scores
+
+SHAPES = [(16, 3, 3, 3), (32, 16, 3, 3), (64, 128), (10, 64)]
+
+
+def layers(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    infos = []
+    for index, shape in enumerate(SHAPES):
+        weight = torch.randn(shape, generator=generator).flatten(1) * (index + 1)
+        norm = torch.rand(weight.shape[1], generator=generator).mul(4).exp()
+        infos.append(LayerInfo(f"l{index}", shape, index, weight, norm))
+    return infos
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(sorted(ALLOCATIONS)), st.floats(0.25, 0.85), st.integers(0, 9))
+def test_the_budget_is_met(name, density, seed):
+    infos = layers(seed)
+    result = ALLOCATIONS[name]().allocate(infos, density)
+    assert list(result) == [info.name for info in infos]
+    assert all(0 < value <= 1 for value in result.values())
+    total = sum(info.size for info in infos)
+    assert abs(sum(result[i.name] * i.size for i in infos) - density * total) <= 1
+
+
+def test_erk_fixes_what_would_exceed_one_and_scales_the_rest():
+    infos = layers()
+    result = gs.ERK().allocate(infos, 0.3)
+    raw = [sum(s) / torch.tensor(s).prod().item() for s in SHAPES]
+    free = [i for i in range(4) if result[f"l{i}"] < 1]
+    scale = {round(result[f"l{i}"] / raw[i], 6) for i in free}
+    assert len(scale) == 1 and 0 < len(free) < 4
+    assert all(scale.pop() * raw[i] > 1 - 1e-6 for i in range(4) if i not in free) or free
+    assert gs.ER().allocate(infos[2:], 0.3) == gs.ERK().allocate(infos[2:], 0.3)
+
+
+def test_uniform_plus():
+    result = gs.UniformPlus().allocate(layers(), 0.15)
+    assert result["l0"] == 1.0 and result["l3"] == 0.2 and result["l1"] == result["l2"]
+    with pytest.raises(gs.UsageError, match="too low"):
+        gs.UniformPlus().allocate(layers(), 0.005)
+
+
+def test_lamp_by_its_definition():
+    weight = torch.tensor([[3.0, -1.0], [2.0, 2.0]])
+    squares = [9.0, 1.0, 4.0, 4.0]
+    ranked = sorted(range(4), key=lambda i: (squares[i], i))
+    expected = [0.0] * 4
+    for place, i in enumerate(ranked):
+        expected[i] = squares[i] / sum(squares[j] for j in ranked[place:])
+    torch.testing.assert_close(lamp_scores(weight).flatten(), torch.tensor(expected).double())
+    assert lamp_scores(weight).max() == 1.0
+
+
+def test_global_is_one_threshold():
+    infos = layers()
+    result = gs.Global().allocate(infos, 0.4)
+    joined = torch.cat([i.weight.abs().flatten() for i in infos])
+    threshold = joined.sort(descending=True).values[round(0.4 * len(joined)) - 1]
+    for info in infos:
+        share = (info.weight.abs() >= threshold).float().mean().item()
+        assert result[info.name] == pytest.approx(share, abs=2 / info.size)
+
+
+def test_owl_keeps_more_where_outliers_are():
+    quiet = LayerInfo("q", (64, 64), 0, torch.ones(64, 64), torch.ones(64))
+    norm = torch.ones(64)
+    norm[:2] = 100.0
+    loud = LayerInfo("o", (64, 64), 1, torch.ones(64, 64), norm)
+    result = gs.OWL().allocate([quiet, loud], 0.3)
+    assert gs.OWL().outlier_share([loud]) == 2 / 64 and gs.OWL().outlier_share([quiet]) == 0
+    assert result["o"] == pytest.approx(0.38) and result["q"] == pytest.approx(0.22)
+    assert gs.OWL().allocate([quiet], 0.3) == {"q": 0.3}
+    with pytest.raises(gs.UsageError, match="norms"):
+        gs.OWL().allocate([LayerInfo("x", (2, 2), 0, torch.ones(2, 2))], 0.5)

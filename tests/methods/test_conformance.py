@@ -1,0 +1,128 @@
+"""Every method in the registry, under every pattern it admits."""
+
+import pytest
+import torch
+
+import gossamer as gs
+from gossamer.core.select import kept_count, select
+from gossamer.core.stats import ColumnNorm, Hessian, LayerStats
+from gossamer.methods import cards, find
+from gossamer.methods.weights import CARDS, METHODS
+
+PATTERNS = {
+    "unstructured": [gs.Unstructured(), gs.Unstructured("row"), gs.Unstructured("column")],
+    "nm": [gs.NM(2, 4), gs.NM(1, 8)],
+    "block": [gs.Block(4, 1), gs.Block(1, 8), gs.Block(2, 4)],
+    "channel": [gs.Channel(1)],
+}
+CASES = [(c.name, p) for c in CARDS for kind in c.patterns for p in PATTERNS[kind]]
+IDS = [f"{name}-{gs.format_pattern(p)}" for name, p in CASES]
+
+
+def stats_of(x, name="layer"):
+    norm, hessian = ColumnNorm(), Hessian(torch.float64)
+    return LayerStats(
+        name,
+        len(x),
+        norm.finalize(norm.update(norm.init(x.shape[1]), x), name).norm,
+        hessian.finalize(hessian.update(hessian.init(x.shape[1]), x), name).hessian,
+    )
+
+
+def problem(rows=24, cols=48, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(cols, cols, generator=generator) / cols**0.5
+    x = torch.randn(400, cols, generator=generator) @ (mix + torch.eye(cols))
+    x = x * torch.rand(cols, generator=generator).mul(3).exp()
+    return torch.randn(rows, cols, generator=generator), x
+
+
+def apply(method, weight, stats, pattern, density):
+    if hasattr(method, "solve"):
+        return method.solve(weight, stats, pattern, density)
+    support = select(method.score(weight, stats), pattern, density, stats.name)
+    return support.apply(weight), support
+
+
+@pytest.mark.parametrize(("name", "pattern"), CASES, ids=IDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_counts_zeros_determinism_and_untouched_input(name, pattern, dtype):
+    weight, x = problem()
+    weight = weight.to(dtype)
+    before, stats = weight.clone(), stats_of(x)
+    density = pattern.density if isinstance(pattern, gs.NM) else 0.5
+    pruned, support = apply(find(name)(), weight, stats, pattern, density)
+    assert torch.equal(weight, before) and pruned.dtype == dtype
+    assert support.count == kept_count(weight.numel(), density)
+    assert not pruned[~support.mask].any()
+    if isinstance(pattern, gs.NM):
+        assert (support.mask.reshape(-1, pattern.group).sum(1) == pattern.keep).all()
+    again, same = apply(find(name)(), weight, stats, pattern, density)
+    assert torch.equal(pruned, again) and torch.equal(support.mask, same.mask)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("density", [0.1, 0.33, 0.77, 1.0])
+def test_exact_counts_at_awkward_densities(name, density):
+    weight, x = problem(13, 37, seed=1)
+    _, support = apply(find(name)(), weight, stats_of(x), gs.Unstructured(), density)
+    assert support.count == kept_count(13 * 37, density)
+
+
+@pytest.mark.parametrize("name", [c.name for c in CARDS if c.kind == "score" and c.name != "random"])
+def test_scores_follow_a_permutation_of_rows_and_columns(name):
+    weight, x = problem()
+    rows, cols = torch.randperm(24), torch.randperm(48)
+    plain = find(name)().score(weight, stats_of(x))
+    turned = find(name)().score(weight[rows][:, cols], stats_of(x[:, cols]))
+    torch.testing.assert_close(turned, plain[rows][:, cols])
+
+
+def test_error_on_correlated_inputs_orders_the_methods():
+    losses = {name: 0.0 for name in METHODS}
+    for seed in range(3):
+        weight, x = problem(64, 96, seed)
+        for name in METHODS:
+            method = find(name)()
+            pruned, _ = apply(method, weight, stats_of(x), method.default_pattern, 0.5)
+            losses[name] += float((x @ (pruned - weight).t()).square().sum())
+    assert losses["sparsegpt"] < losses["wanda"] < losses["magnitude"] < losses["random"]
+
+
+def test_wanda_masks_equal_a_sort_of_each_row():
+    weight, x = problem(40, 64, seed=5)
+    mask = select(gs.Wanda().score(weight, stats_of(x)), gs.Wanda().default_pattern, 0.5).mask
+    norm = x.double().square().sum(0).sqrt().float()
+    for row in range(40):
+        order = sorted(range(64), key=lambda j: (-float(weight[row, j].abs() * norm[j]), j))
+        assert set(mask[row].nonzero().flatten().tolist()) == set(order[:32])
+
+
+def test_random_depends_on_seed_and_name_only():
+    weight, x = problem()
+    one, other = LayerStats("a", 0), LayerStats("b", 0)
+    assert torch.equal(gs.Random(1).score(weight, one), gs.Random(1).score(weight * 2, one))
+    assert not torch.equal(gs.Random(1).score(weight, one), gs.Random(1).score(weight, other))
+    assert not torch.equal(gs.Random(1).score(weight, one), gs.Random(2).score(weight, one))
+
+
+def test_missing_statistics_and_bad_weights_name_the_layer():
+    weight, x = problem()
+    for method in (gs.Wanda(), gs.SparseGPT()):
+        with pytest.raises(gs.UsageError, match=r"h\.0\.fc"):
+            apply(method, weight, LayerStats("h.0.fc", 0), gs.Unstructured(), 0.5)
+    weight[0, 0] = float("nan")
+    for name in ("magnitude", "wanda", "sparsegpt"):
+        with pytest.raises(gs.NonFiniteError, match=r"h\.0\.fc"):
+            apply(find(name)(), weight, stats_of(x, "h.0.fc"), gs.Unstructured(), 0.5)
+    with pytest.raises(gs.PatternError, match="row"):
+        gs.SparseGPT().solve(torch.ones(24, 48), stats_of(x), gs.Channel(0), 0.5)
+
+
+def test_the_catalogue():
+    assert {card.name for card in cards()} == set(METHODS)
+    assert all(METHODS[card.name].card is card for card in cards())
+    for card in cards():
+        assert card.title and card.link.startswith("https://arxiv.org/") and card.claim
+    with pytest.raises(gs.UsageError, match="did you mean 'wanda'"):
+        find("wonda")
