@@ -69,7 +69,9 @@ def test_exact_counts_at_awkward_densities(name, density):
     assert support.count == kept_count(13 * 37, density)
 
 
-@pytest.mark.parametrize("name", [c.name for c in CARDS if c.kind == "score" and c.name != "random"])
+@pytest.mark.parametrize(
+    "name", [c.name for c in CARDS if c.kind == "score" and c.name != "random"]
+)
 def test_scores_follow_a_permutation_of_rows_and_columns(name):
     weight, x = problem()
     rows, cols = torch.randperm(24), torch.randperm(48)
@@ -79,7 +81,7 @@ def test_scores_follow_a_permutation_of_rows_and_columns(name):
 
 
 def test_error_on_correlated_inputs_orders_the_methods():
-    losses = {name: 0.0 for name in METHODS}
+    losses = dict.fromkeys(METHODS, 0.0)
     for seed in range(3):
         weight, x = problem(64, 96, seed)
         for name in METHODS:
@@ -99,7 +101,7 @@ def test_wanda_masks_equal_a_sort_of_each_row():
 
 
 def test_random_depends_on_seed_and_name_only():
-    weight, x = problem()
+    weight, _ = problem()
     one, other = LayerStats("a", 0), LayerStats("b", 0)
     assert torch.equal(gs.Random(1).score(weight, one), gs.Random(1).score(weight * 2, one))
     assert not torch.equal(gs.Random(1).score(weight, one), gs.Random(1).score(weight, other))

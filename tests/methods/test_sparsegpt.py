@@ -59,7 +59,14 @@ def twin(weight, hessian, pattern, density, width):
     return weight * mask, mask
 
 
-PATTERNS = [gs.Unstructured(), gs.NM(2, 4), gs.NM(1, 4), gs.NM(3, 8), gs.Block(4, 1), gs.Block(2, 4)]
+PATTERNS = [
+    gs.Unstructured(),
+    gs.NM(2, 4),
+    gs.NM(1, 4),
+    gs.NM(3, 8),
+    gs.Block(4, 1),
+    gs.Block(2, 4),
+]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=gs.format_pattern)

@@ -36,9 +36,7 @@ def test_pack_and_unpack_are_inverse(rows, cols, density, seed):
     assert values.numel() == int((matrix != 0).sum())
     assert bitmap.shape == (rows, ops.bitmap_bytes(cols))
     assert torch.equal(ops.unpack(values, bitmap, cols), matrix)
-    assert torch.equal(
-        native.row_offsets(bitmap, cols), reference.row_offsets(bitmap, cols)
-    )
+    assert torch.equal(native.row_offsets(bitmap, cols), reference.row_offsets(bitmap, cols))
 
 
 @pytest.mark.parametrize("isa", ISAS)

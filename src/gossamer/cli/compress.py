@@ -138,7 +138,9 @@ class Compress:
         try:
             sweep = [float(word) for word in self.sweep.split(",") if word.strip()]
         except ValueError:
-            raise UsageError(f"--sweep is numbers such as 0.3,0.5,0.7, not {self.sweep!r}") from None
+            raise UsageError(
+                f"--sweep is numbers such as 0.3,0.5,0.7, not {self.sweep!r}"
+            ) from None
         for value in sweep:
             density_of(value, None)
         if sweep and isinstance(pattern, NM):

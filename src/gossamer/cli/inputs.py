@@ -97,7 +97,9 @@ def read_text(source: str, option: str, bundled: Callable[[], bytes]) -> bytes:
     return data
 
 
-def windows(subject: Subject, data: bytes, n: int, length: int, seed: int) -> list[dict[str, Tensor]]:
+def windows(
+    subject: Subject, data: bytes, n: int, length: int, seed: int
+) -> list[dict[str, Tensor]]:
     """`n` random windows of `length` tokens, in batches of 8."""
     ids = subject.ids(data)
     if ids.numel() <= length:

@@ -31,9 +31,7 @@ def compress(
     root = unwrap(model)
     requested = {r.name: r for r in model.layers} if isinstance(model, PruneResult) else {}
     uses = Counter(
-        id(parameter)
-        for module in root.modules()
-        for parameter in module.parameters(recurse=False)
+        id(parameter) for module in root.modules() for parameter in module.parameters(recurse=False)
     )
     records = []
     for name, module in list(root.named_modules()):

@@ -103,8 +103,9 @@ def _build(folder: Path, tensors: int | None = None) -> nn.Module:
         raise MissingExtra("transformers", "hf") from None
     names = config_json.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    known = isinstance(name, str) and name.isidentifier()
-    kind = getattr(transformers, name, None) if known else None
+    kind: Any = None
+    if isinstance(name, str) and name.isidentifier():
+        kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise FormatError("config.json: architectures names no model that transformers has")
     try:
@@ -146,8 +147,9 @@ def _place(root: nn.Module, layers: Mapping[str, BitmapLinear], tensors: dict[st
         root.set_submodule(name, layer)
     on_meta = any(t.is_meta for t in root.state_dict().values())
     root.load_state_dict(tensors, strict=False, assign=on_meta)
-    if hasattr(root, "tie_weights"):
-        root.tie_weights()
+    tie: Any = getattr(root, "tie_weights", None)
+    if tie is not None:
+        tie()
     _restore_buffers(root)
 
 

@@ -57,13 +57,13 @@ def save(
 
 def write_config(model: nn.Module, folder: Path, tokenizer: Any) -> None:
     """config.json, generation_config.json and the tokenizer, as Hugging Face writes them."""
-    config = getattr(model, "config", None)
-    if hasattr(config, "save_pretrained"):
+    config: Any = getattr(model, "config", None)
+    if config is not None and hasattr(config, "save_pretrained"):
         config.architectures = [type(model).__name__]
         config.dtype = next((p.dtype for p in model.parameters()), torch.float32)
         config.save_pretrained(folder)
-    generation = getattr(model, "generation_config", None)
-    if hasattr(generation, "save_pretrained"):
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None and hasattr(generation, "save_pretrained"):
         generation.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

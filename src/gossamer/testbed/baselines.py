@@ -54,4 +54,3 @@ def _lookup(keys: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarr
 def _xz(data: bytes) -> int:
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 26}]
     return len(lzma.compress(data, format=lzma.FORMAT_XZ, filters=filters))
-

@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,8 +73,10 @@ def windows(text: np.ndarray, generator: np.random.Generator) -> Tensor:
     return torch.from_numpy(np.stack([text[s : s + CONTEXT + 1] for s in starts]).astype(np.int64))
 
 
-def train(text: bytes, steps: int | None, minutes: float, seed: int, device: str) -> nn.Module:
-    """The trained model on the CPU; progress goes to stderr."""
+def train(
+    text: bytes, steps: int | None, minutes: float, seed: int, device: str
+) -> tuple[nn.Module, int]:
+    """The trained model on the CPU and its steps; progress goes to stderr."""
     torch.manual_seed(seed)
     data, generator = np.frombuffer(text, dtype=np.uint8), np.random.default_rng(seed)
     model = build().to(device)
@@ -100,8 +103,7 @@ def train(text: bytes, steps: int | None, minutes: float, seed: int, device: str
         if step % 20 == 0:
             bits = loss.item() / math.log(2)
             print(f"step {step} ({progress:.0%}): {bits:.3f} bits per byte", file=sys.stderr)
-    model.config.gossamer_steps = step
-    return model.cpu()
+    return model.cpu(), step
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -117,18 +119,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     files = corpus.read(args.docs, args.stdlib)
     text, _ = corpus.split(files)
-    model = train(text, args.steps, args.minutes, args.seed, args.device)
-    steps = model.config.gossamer_steps
+    model, steps = train(text, args.steps, args.minutes, args.seed, args.device)
     write(model, files, args.out, {"seed": args.seed, "steps": steps})
 
 
-def write(
-    model: nn.Module, files: dict[str, bytes], out: Path, facts: dict[str, int]
-) -> None:
+def write(model: nn.Module, files: dict[str, bytes], out: Path, facts: dict[str, int]) -> None:
     """The folder that is shipped as package data."""
-    vars(model.config).pop("gossamer_steps", None)
     out.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(out / "lm")
+    save: Any = model.to(torch.bfloat16).save_pretrained
+    save(out / "lm")
     (out / "heldout.txt").write_bytes(corpus.excerpt(files, True, 200_000, 20_000))
     (out / "calibration.txt").write_bytes(corpus.excerpt(files, False, 400_000, 8_000))
     record = {**facts, "tokens_seen": facts["steps"] * BATCH * CONTEXT}

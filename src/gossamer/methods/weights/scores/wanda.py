@@ -34,8 +34,7 @@ class Wanda:
         claim="Without retraining or weight updates, well above magnitude pruning on LLaMA and "
         "LLaMA-2, and competitive with methods that update weights.",
         status="stable",
-        summary="A weight matters by its size times the 2-norm of its input over calibration "
-        "data.",
+        summary="A weight matters by its size times the 2-norm of its input over calibration data.",
         defaults="Ranked per output row; N:M within groups of consecutive inputs; 128 calibration "
         "windows.",
         notes="Blocks and channels are not in the paper; a unit's score is the sum of its "
