@@ -93,6 +93,19 @@ def test_every_pattern_round_trips_in_a_plain_module(text, dtype, tmp_path):
         gs.load(tmp_path / "out")
 
 
+def test_bert_whose_buffers_live_below_the_config(tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=128,
+    )  # fmt: skip
+    model = transformers.BertModel(config).eval()
+    gs.prune(model, gs.Magnitude(), density=0.4)
+    gs.save(gs.compress(model), tmp_path / "out")
+    again = gs.load(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(12)[None]
+    assert torch.equal(again(ids)[0], model(ids)[0])
+
+
 def test_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["gossamer.io.save"], "SHARD", 40_000)
     model = llama()
@@ -274,6 +287,8 @@ DAMAGE = {
     "config path": raw("config.json", b'{"architectures": ["os.system"]}'),
     "config type": config(hidden_size="x"),
     "config size": config(hidden_size=48),
+    "config deep": config(num_hidden_layers=10**9),
+    "config labels": config(num_labels=10**12),
     "weights empty": raw("model.safetensors", b""),
     "weights pickle": raw("model.safetensors", b"\x80\x04cos\nsystem\n(S'true'\ntR."),
     "header huge": raw("model.safetensors", struct.pack("<Q", 2**63) + b"{}"),

@@ -94,6 +94,8 @@ def _build(folder: Path, tensors: int | None = None) -> nn.Module:
         )
     config_json = read_json(folder, "config.json")
     for key, value in config_json.items():
+        if key == "num_labels" and not (isinstance(value, int) and 0 <= value <= 1 << 20):
+            raise FormatError("config.json: num_labels is not a whole number up to 1048576")
         deep = isinstance(value, int) and tensors is not None and value > tensors
         if deep and key in ("n_layer", "num_layers", "num_hidden_layers"):
             raise FormatError(f"config.json: {key} is {value}, more than the tensors in the files")
@@ -192,10 +194,12 @@ def _convert(root: nn.Module, dtype: torch.dtype) -> None:
 
 def _restore_buffers(root: nn.Module) -> None:
     """Buffers that are never stored (rotary frequencies) are computed anew off the meta device."""
-    for module in list(root.modules()):
+    configs: dict[str, Any] = {}
+    for path, module in list(root.named_modules()):
+        above = configs.get(path.rpartition(".")[0])
+        configs[path] = config = getattr(module, "config", None) or above
         if not any(b.is_meta for b in module.buffers(recurse=False)):
             continue
-        config: Any = getattr(module, "config", None)
         try:
             fresh = type(module)(config)
         except Exception as error:
