@@ -111,7 +111,7 @@ def _build(folder: Path, tensors: int | None = None) -> nn.Module:
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise FormatError("config.json: architectures names no model that transformers has")
     try:
-        config = kind.config_class.from_dict(
+        config = kind.config_class.from_dict(  # type: ignore[attr-defined]
             {k: v for k, v in config_json.items() if k != "auto_map"}
         )
         with torch.device("meta"):
