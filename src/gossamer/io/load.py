@@ -108,7 +108,8 @@ def _build(folder: Path, tensors: int | None = None) -> nn.Module:
     kind: Any = None
     if isinstance(name, str) and name.isidentifier():
         kind = getattr(transformers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+    known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    if not known:
         raise FormatError("config.json: architectures names no model that transformers has")
     try:
         config = kind.config_class.from_dict(  # type: ignore[attr-defined]
