@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <vector>
 
 #include "bitmap.hpp"
 
@@ -74,14 +75,51 @@ void offsets(uintptr_t bits, int64_t rows, int64_t cols, int64_t stride, uintptr
   }
 }
 
+float from_bf16(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, 4);
+  return result;
+}
+
+// Round to nearest even; NaN stays NaN.
+uint16_t to_bf16(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  if (value != value) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// x (batch, cols) and y (batch, rows), both float32 or both bfloat16; bias float32. Converts and
+// pads here, because small layers are called so often that every tensor operation around the
+// kernel would cost more than the kernel.
 void matvec(uintptr_t bits, uintptr_t values, uintptr_t row_ptr, int64_t rows, int64_t stride,
-            int64_t nnz, bool bf16, uintptr_t x, int64_t batch, uintptr_t y, uintptr_t bias,
-            int threads, int isa) {
+            int64_t nnz, bool bf16, uintptr_t x, int64_t cols, int64_t batch, bool x_bf16,
+            uintptr_t y, uintptr_t bias, int threads, int isa) {
   check_isa(isa);
-  if (batch < 1 || batch > 8 || threads < 1) throw std::invalid_argument("bitmap: bad batch");
+  if (batch < 1 || batch > 8 || threads < 1 || cols < 0 || cols > stride * 8)
+    throw std::invalid_argument("bitmap: bad batch");
   const Bitmap m = view(bits, values, row_ptr, rows, stride, nnz, bf16);
-  pick_matvec(isa)(m, reinterpret_cast<const float*>(x), batch, reinterpret_cast<float*>(y),
-                   reinterpret_cast<const float*>(bias), threads);
+  const int64_t padded = stride * 8;
+  const auto* input = reinterpret_cast<const float*>(x);
+  auto* output = reinterpret_cast<float*>(y);
+  thread_local std::vector<float> wide, sums;
+  if (x_bf16 || padded != cols) {
+    wide.assign(batch * padded, 0.0f);
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t j = 0; j < cols; ++j)
+        wide[b * padded + j] = x_bf16 ? from_bf16(reinterpret_cast<const uint16_t*>(x)[b * cols + j])
+                                      : input[b * cols + j];
+    input = wide.data();
+  }
+  if (x_bf16) {
+    sums.resize(batch * rows);
+    output = sums.data();
+  }
+  pick_matvec(isa)(m, input, batch, output, reinterpret_cast<const float*>(bias), threads);
+  if (x_bf16)
+    for (int64_t i = 0; i < batch * rows; ++i)
+      reinterpret_cast<uint16_t*>(y)[i] = to_bf16(output[i]);
 }
 
 void spmm(uintptr_t bits, uintptr_t values, uintptr_t row_ptr, int64_t rows, int64_t stride,

@@ -24,6 +24,12 @@ def kernels() -> ModuleType | None:
         return None
 
 
+@functools.cache
+def _best() -> int:
+    module = kernels()
+    return module.best_isa() if module else -1
+
+
 def isa() -> str:
     """`avx512`, `avx2`, `portable`, or `reference` where nothing is compiled.
 
@@ -31,10 +37,9 @@ def isa() -> str:
     UsageError when that one is unknown or not to be had here.
     """
     wanted = os.environ.get("GOSSAMER_ISA", "").strip().lower()
-    module = kernels()
-    best = ISAS.index(ISAS[module.best_isa()]) if module else -1
+    best = _best()
     if not wanted:
-        return ISAS[best] if module else "reference"
+        return ISAS[best] if best >= 0 else "reference"
     if wanted == "reference":
         return wanted
     if wanted not in ISAS:
@@ -47,6 +52,8 @@ def isa() -> str:
 
 def isa_index() -> int:
     """The number by which the compiled module knows `isa()`; -1 for the reference."""
+    if "GOSSAMER_ISA" not in os.environ:
+        return _best()
     name = isa()
     return -1 if name == "reference" else ISAS.index(name)
 

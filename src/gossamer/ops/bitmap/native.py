@@ -44,30 +44,35 @@ def linear(
     values float32 or bfloat16, contiguous; row_ptr from `row_offsets`. O(rows of x * nnz).
     """
     _check(x, values, bitmap, row_ptr, bias, in_features)
-    rows = x.reshape(-1, in_features)
-    padded = bitmap.shape[1] * 8
-    inputs = rows.float()
-    if padded != in_features:
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.detach().float()
+    rows = x.numel() // max(1, in_features)
+    if rows <= MATVEC_ROWS and x.dtype in (torch.float32, torch.bfloat16):
+        return _matvec(x, values, bitmap, row_ptr, bias, rows)
+    inputs = x.reshape(-1, in_features).float()
+    if (padded := bitmap.shape[1] * 8) != in_features:
         inputs = functional.pad(inputs, (0, padded - in_features))
-    wide_bias = None if bias is None else bias.detach().float().contiguous()
-    run = _matvec if rows.shape[0] <= MATVEC_ROWS else _spmm
-    result = run(inputs, values, bitmap, row_ptr, wide_bias)
+    result = _spmm(inputs, values, bitmap, row_ptr, bias)
     return result.to(x.dtype).reshape(*x.shape[:-1], bitmap.shape[0])
 
 
 def _matvec(
-    x: Tensor, values: Tensor, bitmap: Tensor, row_ptr: Tensor, bias: Tensor | None
+    x: Tensor, values: Tensor, bitmap: Tensor, row_ptr: Tensor, bias: Tensor | None, rows: int
 ) -> Tensor:
-    x = x.contiguous()
-    y = torch.empty(x.shape[0], bitmap.shape[0])
+    """One call does it all: no tensor operation around the kernel, for the sake of small layers."""
+    if not x.is_contiguous():
+        x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], bitmap.shape[0]))
     if y.numel():
         _module().bitmap_matvec(
             *_matrix(values, bitmap, row_ptr),
             x.data_ptr(),
-            x.shape[0],
+            x.shape[-1],
+            rows,
+            x.dtype == torch.bfloat16,
             y.data_ptr(),
             0 if bias is None else bias.data_ptr(),
-            _threads(values.numel() * x.shape[0]),
+            _threads(values.numel() * rows),
             isa_index(),
         )
     return y
@@ -155,5 +160,5 @@ def _check(
         raise UsageError(f"bias has shape {tuple(bias.shape)}, not ({bitmap.shape[0]},)")
     if not (values.is_contiguous() and bitmap.is_contiguous() and row_ptr.is_contiguous()):
         raise UsageError("packed values, bitmap and row offsets must be contiguous")
-    if x.device.type != "cpu" or values.device.type != "cpu":
+    if not (x.is_cpu and values.is_cpu):
         raise UsageError("the bitmap kernels run on the CPU only")
