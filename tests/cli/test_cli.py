@@ -100,7 +100,7 @@ def test_damaged_folder_is_exit_2(tiny, tmp_path, capsys):
 
 def test_the_whole_path(tiny, tmp_path, capsys):
     out = tmp_path / "out"
-    main(["compress", *options(tiny, out, sweep="0.3,0.7"), "--json=true"])
+    main(["compress", *options(tiny, out, sweep="0.3,0.7"), "--json"])
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((out / "result.json").read_text())
     assert printed["measured_density"] == pytest.approx(0.5, abs=1e-3)
@@ -110,9 +110,9 @@ def test_the_whole_path(tiny, tmp_path, capsys):
     assert len(printed["sweep"]) == 2 and printed["speed"]["unit"] == "tokens/s"
     assert "<svg" in (out / "report.html").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
-    main(["inspect", f"--model={out}", "--json=true"])
+    main(["inspect", f"--model={out}", "--json"])
     assert len(json.loads(capsys.readouterr().out)["layers"]) == 14
-    main(["generate", f"--model={out}", "--prompt=abc", "--tokens=5", "--json=true"])
+    main(["generate", f"--model={out}", "--prompt=abc", "--tokens=5", "--json"])
     assert json.loads(capsys.readouterr().out)["text"].startswith("abc")
     data = f"--data={tiny / 'text.txt'}"
     main(
@@ -122,7 +122,7 @@ def test_the_whole_path(tiny, tmp_path, capsys):
             f"--sparse={out}",
             data,
             "--tokens=2",
-            "--json=true",
+            "--json",
         ]
     )
     quality = json.loads(capsys.readouterr().out)["quality"]
@@ -132,7 +132,7 @@ def test_the_whole_path(tiny, tmp_path, capsys):
 
 
 def test_methods_and_help(capsys):
-    main(["methods", "--json=true"])
+    main(["methods", "--json"])
     assert {m["name"] for m in json.loads(capsys.readouterr().out)["methods"]} >= {"sparsegpt"}
     main([])
     assert "compress" in capsys.readouterr().out
@@ -150,7 +150,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tiny, tmp_path):
     process.kill()
     process.wait()
     assert journal.exists() or killed.exists()
-    arguments = options(tiny, killed) + ([] if not killed.exists() else ["--overwrite=true"])
+    arguments = options(tiny, killed) + ([] if not killed.exists() else ["--overwrite"])
     subprocess.run([*command, *arguments], check=True, env=environment)
     one, two = (folder / "model.safetensors" for folder in (clean, killed))
     assert one.read_bytes() == two.read_bytes() and not journal.exists()

@@ -59,7 +59,7 @@ def run(argv: list[str]) -> None:
         parser.print_help()
         return
     try:
-        parsed: Namespace = parser.parse_args(argv)
+        parsed: Namespace = parser.parse_args(_normal(argv))
     except Exception as error:
         # jsonargparse wraps what the user typed wrongly in several kinds of exception
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -68,6 +68,20 @@ def run(argv: list[str]) -> None:
     names = {field.name for field in dataclasses.fields(options)}
     values = {k: v for k, v in vars(parsed[parsed.command]).items() if k in names}
     options(**values).run()
+
+
+def _normal(argv: list[str]) -> list[str]:
+    """Flags as people type them: `--json` for `--json=true`, `--eval-data` for `--eval_data`."""
+    options = COMMANDS.get(argv[0])
+    fields = dataclasses.fields(options) if options else ()
+    switches = {f"--{field.name}" for field in fields if field.type == "bool"}
+    result = argv[:1]
+    for word in argv[1:]:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            word = "--" + name[2:].replace("-", "_") + equals + value
+        result.append(f"{word}=true" if word in switches else word)
+    return result
 
 
 def _fail(error: BaseException, code: int) -> None:
