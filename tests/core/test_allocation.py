@@ -50,6 +50,13 @@ def test_uniform_plus():
         gs.UniformPlus().allocate(layers(), 0.005)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0.15, 0.95), st.integers(0, 5))
+def test_uniform_plus_never_breaks_its_floor(density, seed):
+    result = gs.UniformPlus().allocate(layers(seed), density)
+    assert result["l0"] == 1.0 and result["l3"] >= 0.2
+
+
 def test_lamp_by_its_definition():
     weight = torch.tensor([[3.0, -1.0], [2.0, 2.0]])
     squares = [9.0, 1.0, 4.0, 4.0]

@@ -88,6 +88,12 @@ def test_weights_equal_the_straightforward_twin(pattern, seed, width):
     assert ((single.double() - expected).norm() / expected.norm()).item() < 1e-3
 
 
+def test_a_density_that_contradicts_the_pattern_is_refused():
+    stats = LayerStats("layer", 9, hessian=torch.eye(8))
+    with pytest.raises(gs.PatternError, match="contradicts"):
+        gs.SparseGPT().solve(torch.randn(4, 8), stats, gs.NM(2, 4), 0.9)
+
+
 def test_dead_inputs_are_zeroed():
     x = torch.randn(200, 16, dtype=torch.float64)
     x[:, 5] = 0

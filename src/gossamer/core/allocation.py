@@ -68,8 +68,10 @@ class UniformPlus:
         fixed: dict[str, float] = {}
         if len(layers[0].shape) == 4:
             fixed[layers[0].name] = 1.0
-        if density < self.last:
-            fixed[layers[-1].name] = self.last
+        solved = _fill(layers, density, fixed, lambda layer: 1.0)
+        if solved[layers[-1].name] >= self.last:
+            return solved
+        fixed[layers[-1].name] = self.last
         return _fill(layers, density, fixed, lambda layer: 1.0)
 
 

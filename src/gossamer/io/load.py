@@ -112,7 +112,7 @@ def _build(folder: Path, tensors: int | None = None) -> nn.Module:
     if not known:
         raise FormatError("config.json: architectures names no model that transformers has")
     try:
-        config = kind.config_class.from_dict(  # type: ignore[attr-defined]
+        config = kind.config_class.from_dict(
             {k: v for k, v in config_json.items() if k != "auto_map"}
         )
         with torch.device("meta"):

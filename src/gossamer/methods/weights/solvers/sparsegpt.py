@@ -76,14 +76,14 @@ class SparseGPT:
         PatternError for a pattern that does not fit, NonFiniteError naming the layer.
         """
         density = check_density(density)
-        _check(pattern, weight, stats)
+        _check(pattern, weight, stats, density)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         work = weight.detach().to(dtype, copy=True)
         assert stats.hessian is not None
         dead = stats.hessian.diagonal() == 0
         work[:, dead] = 0
         factor = inverse_factor(stats.hessian, self.damping, stats.name).to(dtype)
-        mask = torch.zeros(work.shape, dtype=torch.bool)
+        mask = torch.zeros_like(work, dtype=torch.bool)
         unit = _unit_columns(pattern)
         width = unit * max(1, self.block // unit)
         for start in range(0, work.shape[1], width):
@@ -108,7 +108,9 @@ def inverse_factor(hessian: Tensor, damping: float, name: str) -> Tensor:
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1.0
     for _ in range(4):
-        damped = hessian + damping * diagonal.mean() * torch.eye(len(hessian), dtype=hessian.dtype)
+        damped = hessian + damping * diagonal.mean() * torch.eye(
+            len(hessian), dtype=hessian.dtype, device=hessian.device
+        )
         lower, info = torch.linalg.cholesky_ex(damped)
         if not int(info):
             inverse = torch.cholesky_inverse(lower)
@@ -122,13 +124,18 @@ def inverse_factor(hessian: Tensor, damping: float, name: str) -> Tensor:
     )
 
 
-def _check(pattern: Pattern, weight: Tensor, stats: LayerStats) -> None:
+def _check(pattern: Pattern, weight: Tensor, stats: LayerStats, density: float) -> None:
     name = stats.name
     check_pattern(pattern, weight.shape, name)
     if isinstance(pattern, Channel) and pattern.dim == 0:
         raise PatternError(
             f"{name}: SparseGPT cannot repair a removed row ({format_pattern(pattern)}); use "
             "Wanda or Magnitude, or channel:1"
+        )
+    if isinstance(pattern, NM) and abs(density - pattern.density) > 1e-9:
+        raise PatternError(
+            f"{name}: {format_pattern(pattern)} keeps {pattern.density:g} of the weights, which a "
+            f"density of {density:g} contradicts"
         )
     if getattr(pattern, "scope", "tensor") == "global":
         raise PatternError(f"{name}: SparseGPT solves one layer at a time; scope global cannot be")
