@@ -32,7 +32,7 @@ pre { background:var(--tint); border:1px solid var(--line); border-radius:.6rem;
 svg { width:100%; height:auto; max-width:40rem } svg text { fill:var(--soft); font-size:12px }
 details summary { cursor:pointer }
 @media (max-width:520px) { main { padding:1.25rem .9rem 3rem } th,td { padding:.35rem .35rem; font-size:.86rem }
-  .track { width:3.2rem } }
+  .track { display:none } td:first-child { min-width:9rem } }
 """
 
 
