@@ -13,10 +13,17 @@ from gossamer.report.html import render
 
 RESULT = json.loads((Path(__file__).parents[2] / "benchmarks/results/demo.json").read_text())
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-quic --timeout=20000"
-).split()
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-quic",
+    "--timeout=20000",
+]
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=alert(1)>"
 
 
