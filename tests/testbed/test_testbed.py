@@ -44,7 +44,8 @@ def test_ngram_model_is_a_distribution_and_learns():
 def test_xz_of_noise_and_of_repeats():
     noise = np.random.default_rng(0).integers(0, 256, 20_000, dtype=np.uint8).tobytes()
     assert baselines.xz_bits_per_byte(noise) > 7.9
-    assert baselines.xz_bits_per_byte(noise, primer=noise) < 0.1
+    # xz copies at most 273 bytes at a time: some 73 matches of a few bytes each
+    assert baselines.xz_bits_per_byte(noise, primer=noise) < 0.2
 
 
 def test_split_is_by_file_and_disjoint(tmp_path):
