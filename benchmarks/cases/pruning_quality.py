@@ -2,11 +2,12 @@
 
 Three seeds (of the calibration windows, and of Random's positions) each; writes
 benchmarks/results/pruning_quality.json with every seed's figure, the mean and a 95% interval.
-Run: python benchmarks/cases/pruning_quality.py
+Run: python benchmarks/cases/pruning_quality.py [--seeds 3] [--bytes 200000]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import platform
@@ -20,8 +21,7 @@ from gossamer.engine.evaluate import bits_per_byte
 from gossamer.testbed import calibration_batches, heldout_text, language_model
 
 OUT = Path(__file__).parents[1] / "results" / "pruning_quality.json"
-SEEDS = (0, 1, 2)
-STUDENT_95 = 4.303  # two-sided, two degrees of freedom: three seeds
+STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided, by number of seeds
 PATTERNS = {"unstructured 50%": (None, 0.5), "2:4": (gs.NM(2, 4), None)}
 
 
@@ -34,33 +34,40 @@ def methods(seed: int) -> dict[str, object]:
     }
 
 
-def measure(name: str, pattern: object, density: float | None, seed: int) -> float:
+def measure(name: str, pattern: object, density: float | None, seed: int, text: bytes) -> float:
     model = language_model()
     data = calibration_batches(n=128, length=256, seed=seed)
     result = gs.prune(model, methods(seed)[name], pattern=pattern, density=density, data=data)
     assert abs(result.measured_density - 0.5) < 1e-3, result.measured_density
-    return bits_per_byte(model, heldout_text())
+    return bits_per_byte(model, text)
 
 
 def summary(values: list[float]) -> dict[str, object]:
-    spread = statistics.stdev(values)
     return {
         "seeds": values,
         "mean": statistics.mean(values),
-        "interval95": STUDENT_95 * spread / math.sqrt(len(values)),
+        "interval95": None
+        if len(values) < 2
+        else STUDENT_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)),
     }
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3, choices=[1, *STUDENT_95])
+    parser.add_argument("--bytes", type=int, default=200_000)
+    args = parser.parse_args()
+    seeds, text = range(args.seeds), heldout_text()[: args.bytes]
     record: dict[str, object] = {
         "metric": "bits per byte on the bundled held-out text, windows of 256; lower is better",
-        "dense": bits_per_byte(language_model(), heldout_text()),
-        "seeds": list(SEEDS),
+        "dense": bits_per_byte(language_model(), text),
+        "seeds": list(seeds),
+        "held_out_bytes": len(text),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
     for label, (pattern, density) in PATTERNS.items():
         record[label] = {
-            name: summary([measure(name, pattern, density, seed) for seed in SEEDS])
+            name: summary([measure(name, pattern, density, seed, text) for seed in seeds])
             for name in methods(0)
         }
         means = [record[label][name]["mean"] for name in methods(0)]
