@@ -97,7 +97,8 @@ class Compress:
         sweep = [
             self._point(subject, batches, text, plan, 1 - s, dense_bits) for s in plan["sweep"]
         ]
-        journal = Path(self.out).with_name(f".{Path(self.out).name}.journal")
+        target = Path(self.out).resolve()
+        journal = target.with_name(f".{target.name}.journal")
         pruned = self._prune(copy.deepcopy(dense), batches, plan, plan["density"], journal)
         sparse_bits = bits_per_byte(pruned.model, text, encode=subject.encode)
         store = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
@@ -244,8 +245,7 @@ class Compress:
     def _write(
         self, result: dict[str, Any], packed: CompressResult, subject: Subject, pruned: PruneResult
     ) -> None:
-        target = Path(self.out)
-        with new_folder(target, self.overwrite) as place:
+        with new_folder(Path(self.out).resolve(), self.overwrite) as place:
             inner = place / "model"
             facts = {**pruned.provenance, "method": pruned.method, "command": result["command"]}
             save(packed, inner, tokenizer=subject.tokenizer, provenance=facts)
