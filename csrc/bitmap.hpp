@@ -18,7 +18,8 @@ struct Bitmap {
   bool bf16;
 };
 
-// y (batch, rows) = x (batch, stride * 8) W^T + bias, batch 1 to 8, float32.
+// y (batch, rows) = x (batch, stride * 8) W^T + bias, batch 1 to 8, float32,
+// x on a 64-byte boundary.
 // Columns that a row does not keep never touch its result, even where x is NaN or infinite.
 using Matvec = void (*)(const Bitmap&, const float* x, int64_t batch, float* y, const float* bias,
                         int threads);

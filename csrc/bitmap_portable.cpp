@@ -43,7 +43,7 @@ const T* row_axpy(const uint64_t* bits, int64_t words, const T* values, const fl
 }  // namespace
 }  // namespace gossamer
 
-#include "bitmap_driver.hpp"
+#include "decoder_driver.hpp"
 
 namespace gossamer {
 void matvec_portable(const Bitmap& m, const float* x, int64_t batch, float* y, const float* bias,
@@ -53,5 +53,8 @@ void matvec_portable(const Bitmap& m, const float* x, int64_t batch, float* y, c
 void spmm_portable(const Bitmap& m, const float* xt, int64_t tiles, int64_t width, float* yt,
                    const float* bias, int64_t* cursor, int threads) {
   run_spmm(m, xt, tiles, width, yt, bias, cursor, threads);
+}
+void decode_portable(const Llama& m, int64_t token, int64_t position, float* logits, int threads) {
+  run_decode(m, token, position, logits, threads);
 }
 }  // namespace gossamer

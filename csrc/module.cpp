@@ -7,24 +7,13 @@
 #include <vector>
 
 #include "bitmap.hpp"
+#include "decoder_bindings.hpp"
+#include "isa.hpp"
 
 namespace nb = nanobind;
 using namespace gossamer;
 
 namespace {
-
-enum Isa { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
-
-int best_isa() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
-#endif
-  return kPortable;
-}
 
 Bitmap view(uintptr_t bits, uintptr_t values, uintptr_t row_ptr, int64_t rows, int64_t stride,
             int64_t nnz, bool bf16) {
@@ -51,10 +40,6 @@ Spmm pick_spmm(int isa) {
   if (isa == kAvx2) return spmm_avx2;
 #endif
   return spmm_portable;
-}
-
-void check_isa(int isa) {
-  if (isa < 0 || isa > best_isa()) throw std::invalid_argument("this processor lacks that ISA");
 }
 
 // Offsets of each row's values, from the bitmap; throws where padding bits are set.
@@ -104,13 +89,15 @@ void matvec(uintptr_t bits, uintptr_t values, uintptr_t row_ptr, int64_t rows, i
   const auto* input = reinterpret_cast<const float*>(x);
   auto* output = reinterpret_cast<float*>(y);
   thread_local std::vector<float> wide, sums;
-  if (x_bf16 || padded != cols) {
-    wide.assign(batch * padded, 0.0f);
+  if (x_bf16 || padded != cols || x % 64) {
+    wide.assign(batch * padded + 16, 0.0f);
+    float* aligned = wide.data() + (64 - reinterpret_cast<uintptr_t>(wide.data()) % 64) / 4 % 16;
     for (int64_t b = 0; b < batch; ++b)
       for (int64_t j = 0; j < cols; ++j)
-        wide[b * padded + j] = x_bf16 ? from_bf16(reinterpret_cast<const uint16_t*>(x)[b * cols + j])
-                                      : input[b * cols + j];
-    input = wide.data();
+        aligned[b * padded + j] = x_bf16
+            ? from_bf16(reinterpret_cast<const uint16_t*>(x)[b * cols + j])
+            : input[b * cols + j];
+    input = aligned;
   }
   if (x_bf16) {
     sums.resize(batch * rows);
@@ -141,5 +128,6 @@ NB_MODULE(_kernels, m) {
   m.def("best_isa", &best_isa);
   m.def("bitmap_offsets", &offsets, nb::call_guard<nb::gil_scoped_release>());
   m.def("bitmap_matvec", &matvec, nb::call_guard<nb::gil_scoped_release>());
+  bind_decoder(m);
   m.def("bitmap_spmm", &spmm, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -17,14 +17,20 @@ from gossamer.core.errors import NonFiniteError, UsageError
 from gossamer.core.result import CompressResult, PruneResult, unwrap
 from gossamer.engine import hooks
 from gossamer.engine.data import Batch, call, device_of, read_batches, real_tokens
-from gossamer.engine.generate import next_token
+from gossamer.engine.decoder import Decoder, refusal
+from gossamer.engine.generate import compiled_serves, next_token
 
 Measurable = nn.Module | PruneResult | CompressResult
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians of interleaved repeats in one process; ratio is sparse over dense."""
+    """Medians of interleaved repeats in one process; ratio is sparse over dense.
+
+    dense: under plain transformers. sparse: as `generate` serves it, by the compiled loop where
+    that serves the model. dense_compiled: the dense model under the same compiled loop, with our
+    own dense kernels, so that what the loop gives is told apart from what the zeros give.
+    """
 
     dense: float
     sparse: float
@@ -32,6 +38,8 @@ class Speed:
     unit: str
     repeats: int
     threads: int
+    dense_compiled: float | None = None
+    loop: str = "transformers"
 
 
 def bits_per_byte(
@@ -120,11 +128,15 @@ def decode_speed(
     dense, sparse = unwrap(dense), unwrap(sparse)
     if new_tokens < 1 or repeats < 1:
         raise UsageError(f"new_tokens and repeats are at least 1, not {new_tokens} and {repeats}")
-    times: dict[str, list[float]] = {"dense": [], "sparse": []}
+    runs = {"dense": (dense, False), "sparse": (sparse, compiled_serves(sparse, ids, new_tokens))}
+    if runs["sparse"][1] and refusal(dense, ids.shape[1] + new_tokens) is None:
+        runs["dense_compiled"] = (dense, True)
+    times: dict[str, list[float]] = {name: [] for name in runs}
     with hooks.evaluating(dense), hooks.evaluating(sparse):
         for repeat in range(repeats + 1):
-            for name, model in (("dense", dense), ("sparse", sparse)):
-                seconds = _decode_seconds(model, ids.to(device_of(model)), new_tokens)
+            for name, (model, compiled) in runs.items():
+                timed = _compiled_seconds if compiled else _decode_seconds
+                seconds = timed(model, ids.to(device_of(model)), new_tokens)
                 if repeat:
                     times[name].append(seconds)
     tokens = ids.shape[0] * new_tokens
@@ -136,6 +148,8 @@ def decode_speed(
         unit="tokens/s",
         repeats=repeats,
         threads=torch.get_num_threads(),
+        dense_compiled=rates.get("dense_compiled"),
+        loop="compiled" if runs["sparse"][1] else "transformers",
     )
 
 
@@ -146,6 +160,15 @@ def _decode_seconds(model: nn.Module, ids: Tensor, new_tokens: int) -> float:
     for _ in range(new_tokens):
         step, cache = next_token(model, step, cache)
     _wait(ids.device)
+    return time.perf_counter() - start
+
+
+def _compiled_seconds(model: nn.Module, ids: Tensor, new_tokens: int) -> float:
+    decoder = Decoder(model, ids.shape[1] + new_tokens)
+    token = int(decoder.prefill(ids).argmax())
+    start = time.perf_counter()
+    for _ in range(new_tokens):
+        token = int(decoder.step(token).argmax())
     return time.perf_counter() - start
 
 

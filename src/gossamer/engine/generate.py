@@ -11,6 +11,8 @@ from gossamer.core.errors import UsageError
 from gossamer.core.result import CompressResult, PruneResult, unwrap
 from gossamer.engine import hooks
 from gossamer.engine.data import device_of
+from gossamer.engine.decoder import Decoder, refusal
+from gossamer.nn.bitmap import BitmapLinear
 
 
 def generate(
@@ -19,15 +21,24 @@ def generate(
     max_new_tokens: int,
     *,
     eos: int | None = None,
+    compiled: bool | None = None,
 ) -> Tensor:
     """Continue each row of `ids` (batch, tokens; int64) with its most probable tokens, greedily.
 
     Returns (batch, tokens + new), new <= max_new_tokens: with `eos`, a finished row is filled with
     it and generation ends once every row is finished. Raises UsageError for an empty prompt, a
     length beyond the model's positions, or a model without a key-value cache.
+
+    compiled: take the compiled loop (`engine.decoder`), which serves batch 1 of Llama-style models
+    on the CPU; None takes it where it serves a model with packed layers, True raises UsageError
+    with the reason where it does not. In bfloat16 it rounds less than transformers do.
     """
     model = unwrap(model)
     ids = _check(model, ids, max_new_tokens)
+    if compiled is None:
+        compiled = compiled_serves(model, ids, max_new_tokens)
+    if compiled:
+        return _generate_compiled(model, ids, max_new_tokens, eos)
     finished = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
     rows = [ids]
     with hooks.evaluating(model):
@@ -41,6 +52,25 @@ def generate(
             if eos is not None and bool(finished.all()):
                 break
     return torch.cat(rows, dim=1)
+
+
+def compiled_serves(model: nn.Module, ids: Tensor, max_new_tokens: int) -> bool:
+    """Whether `generate` takes the compiled loop by itself: packed layers, batch 1, served."""
+    packed = any(isinstance(module, BitmapLinear) for module in model.modules())
+    return packed and ids.shape[0] == 1 and refusal(model, ids.shape[1] + max_new_tokens) is None
+
+
+def _generate_compiled(
+    model: nn.Module, ids: Tensor, max_new_tokens: int, eos: int | None
+) -> Tensor:
+    if ids.shape[0] != 1:
+        raise UsageError(f"compiled decoding serves batch 1, not {ids.shape[0]}")
+    decoder = Decoder(model, ids.shape[1] + max_new_tokens)
+    with hooks.evaluating(model):
+        tokens = [int(decoder.prefill(ids).argmax())]
+        while len(tokens) < max_new_tokens and tokens[-1] != eos:
+            tokens.append(int(decoder.step(tokens[-1]).argmax()))
+    return torch.cat([ids, torch.tensor([tokens])], dim=1)
 
 
 def next_token(model: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:

@@ -1,0 +1,139 @@
+// The decoder's binding. Arrays come by address; Python keeps them alive as long as the decoder and
+// has checked dtype and contiguity. Shapes are checked here against the geometry.
+#include "decoder_bindings.hpp"
+
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/vector.h>
+
+#include <array>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "decoder.hpp"
+#include "isa.hpp"
+
+namespace nb = nanobind;
+
+namespace gossamer {
+namespace {
+
+// values, bits, row_ptr, rows, cols, stride, nnz, bf16, dense, bias
+using LinearArgs = std::array<int64_t, 10>;
+// hidden, heads, kv_heads, head_dim, inner, vocab, capacity
+using Geometry = std::array<int64_t, 7>;
+
+const float* floats(int64_t address) { return reinterpret_cast<const float*>(address); }
+
+Linear linear(const LinearArgs& a, int64_t rows, int64_t cols, const char* name) {
+  Linear m;
+  if (a[3] != rows || a[4] != cols)
+    throw std::invalid_argument(std::string("decoder: ") + name + " has the wrong shape");
+  m.packed.values = reinterpret_cast<const void*>(a[0]);
+  m.packed.bits = reinterpret_cast<const uint8_t*>(a[1]);
+  m.packed.row_ptr = reinterpret_cast<const int64_t*>(a[2]);
+  m.packed.rows = rows;
+  m.packed.stride = a[5];
+  m.packed.nnz = a[6];
+  m.packed.bf16 = a[7] != 0;
+  m.dense = a[8] != 0;
+  m.cols = cols;
+  m.bias = floats(a[9]);
+  if (m.dense) return m;
+  if (m.packed.stride != (cols + 63) / 64 * 8 || m.packed.row_ptr[0] != 0 ||
+      m.packed.row_ptr[rows] != m.packed.nnz)
+    throw std::invalid_argument(std::string("decoder: ") + name + " has a wrong bitmap");
+  return m;
+}
+
+class Decoder {
+ public:
+  Decoder(const Geometry& g, float eps, float scale, uintptr_t embedding, bool embedding_bf16,
+          uintptr_t cosines, uintptr_t sines, uintptr_t final_norm, const LinearArgs& head) {
+    for (const int64_t size : g)
+      if (size < 1) throw std::invalid_argument("decoder: sizes are at least 1");
+    if (g[1] % g[2] || g[3] % 2 || g[3] > 512)
+      throw std::invalid_argument("decoder: heads or head_dim not served");
+    m_.hidden = g[0], m_.heads = g[1], m_.kv_heads = g[2], m_.head_dim = g[3];
+    m_.inner = g[4], m_.vocab = g[5], m_.capacity = g[6];
+    m_.eps = eps, m_.scale = scale;
+    m_.embedding = reinterpret_cast<const void*>(embedding);
+    m_.embedding_bf16 = embedding_bf16;
+    m_.cosines = reinterpret_cast<const float*>(cosines);
+    m_.sines = reinterpret_cast<const float*>(sines);
+    m_.final_norm = reinterpret_cast<const float*>(final_norm);
+    m_.head = linear(head, m_.vocab, m_.hidden, "head");
+    scratch();
+  }
+
+  // norms: input and mlp; cache: keys and values, (kv_heads, capacity, head_dim) float32 each.
+  void add_layer(uintptr_t input_norm, uintptr_t mlp_norm, const std::vector<LinearArgs>& parts,
+                 uintptr_t keys, uintptr_t values) {
+    if (parts.size() != 7) throw std::invalid_argument("decoder: a layer has 7 matrices");
+    const int64_t q = m_.heads * m_.head_dim, kv = m_.kv_heads * m_.head_dim;
+    Layer layer;
+    layer.input_norm = reinterpret_cast<const float*>(input_norm);
+    layer.mlp_norm = reinterpret_cast<const float*>(mlp_norm);
+    layer.q = linear(parts[0], q, m_.hidden, "q");
+    layer.k = linear(parts[1], kv, m_.hidden, "k");
+    layer.v = linear(parts[2], kv, m_.hidden, "v");
+    layer.o = linear(parts[3], m_.hidden, q, "o");
+    layer.gate = linear(parts[4], m_.inner, m_.hidden, "gate");
+    layer.up = linear(parts[5], m_.inner, m_.hidden, "up");
+    layer.down = linear(parts[6], m_.hidden, m_.inner, "down");
+    layer.keys = reinterpret_cast<float*>(keys);
+    layer.values = reinterpret_cast<float*>(values);
+    layers_.push_back(layer);
+    m_.layers = layers_.data();
+    m_.layer_count = static_cast<int64_t>(layers_.size());
+  }
+
+  void step(int64_t token, int64_t position, uintptr_t logits, int threads, int isa) {
+    check_isa(isa);
+    if (token < 0 || token >= m_.vocab || position < 0 || position >= m_.capacity || threads < 1)
+      throw std::invalid_argument("decoder: token or position out of range");
+    DecodeStep run = decode_portable;
+#if defined(__x86_64__)
+    if (isa == kAvx512) run = decode_avx512;
+    if (isa == kAvx2) run = decode_avx2;
+#endif
+    run(m_, token, position, reinterpret_cast<float*>(logits), threads);
+  }
+
+ private:
+  void scratch() {
+    const int64_t wide = m_.heads * m_.head_dim;
+    const std::array<int64_t, 7> sizes = {
+        m_.hidden, m_.hidden, wide, m_.kv_heads * m_.head_dim, wide, m_.inner,
+        m_.heads * m_.capacity};
+    float** const parts[] = {&m_.state, &m_.normed, &m_.query, &m_.key,
+                             &m_.mixed, &m_.gated,  &m_.scores};
+    int64_t total = 16;
+    for (const int64_t size : sizes) total += (size + 63) / 64 * 64;
+    memory_ = std::make_unique<float[]>(total);
+    auto at = reinterpret_cast<uintptr_t>(memory_.get());
+    at += (64 - at % 64) % 64;
+    for (size_t k = 0; k < sizes.size(); ++k) {
+      *parts[k] = reinterpret_cast<float*>(at);
+      at += (sizes[k] + 63) / 64 * 64 * sizeof(float);
+    }
+  }
+
+  Llama m_{};
+  std::vector<Layer> layers_;
+  std::unique_ptr<float[]> memory_;
+};
+
+}  // namespace
+
+void bind_decoder(nb::module_& m) {
+  nb::class_<Decoder>(m, "Decoder")
+      .def(nb::init<const Geometry&, float, float, uintptr_t, bool, uintptr_t, uintptr_t, uintptr_t,
+                    const LinearArgs&>())
+      .def("add_layer", &Decoder::add_layer)
+      .def("step", &Decoder::step, nb::call_guard<nb::gil_scoped_release>());
+}
+
+}  // namespace gossamer

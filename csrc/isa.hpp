@@ -1,0 +1,24 @@
+// The instruction sets a kernel may be asked for, and which of them this processor has.
+#pragma once
+#include <stdexcept>
+
+namespace gossamer {
+
+enum Isa { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+
+inline int best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+  return kPortable;
+}
+
+inline void check_isa(int isa) {
+  if (isa < 0 || isa > best_isa()) throw std::invalid_argument("this processor lacks that ISA");
+}
+
+}  // namespace gossamer

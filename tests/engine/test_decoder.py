@@ -1,0 +1,146 @@
+"""The compiled decoding step against transformers, token by token and logit by logit."""
+
+import os
+
+import pytest
+import torch
+
+import gossamer as gs
+from gossamer.core.errors import UsageError
+from gossamer.engine.decoder import Decoder, refusal
+from gossamer.engine.generate import generate
+from gossamer.ops._dispatch import ISAS, kernels
+
+transformers = pytest.importorskip("transformers")
+if kernels() is None:
+    pytest.skip("the kernels are not built", allow_module_level=True)
+
+
+def build(family="Llama", **other):
+    config = {
+        "vocab_size": 97,
+        "hidden_size": 72,  # not a multiple of a vector or of a bitmap word
+        "intermediate_size": 150,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    config.update(other)
+    torch.manual_seed(0)
+    kind = getattr(transformers, f"{family}ForCausalLM")
+    model = kind(getattr(transformers, f"{family}Config")(**config)).eval()
+    for parameter in model.parameters():  # norms and biases too: none may stay at its default
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def prompt(tokens=7):
+    return torch.randint(0, 97, (1, tokens), generator=torch.Generator().manual_seed(1))
+
+
+CASES = [
+    ("Llama", {}),
+    ("Llama", {"head_dim": 20, "attention_bias": True, "mlp_bias": True}),
+    ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 6}),
+    (
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    ("Qwen2", {}),
+    ("Mistral", {"sliding_window": None, "num_key_value_heads": 1}),
+]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("family", "other"), CASES)
+def test_every_logit_is_that_of_transformers(family, other, isa, monkeypatch):
+    if ISAS.index(isa) > kernels().best_isa():
+        pytest.skip(f"this processor lacks {isa}")
+    monkeypatch.setitem(os.environ, "GOSSAMER_ISA", isa)
+    model, ids = build(family, **other), prompt()
+    gs.prune(model, gs.Magnitude(), density=0.5)
+    with torch.inference_mode():
+        expected = model(input_ids=torch.cat([ids, prompt(20)], dim=1)).logits[0, 6:]
+    gs.compress(model)
+    with torch.inference_mode():
+        decoder = Decoder(model, 27)
+        found = [decoder.prefill(ids)] + [decoder.step(int(t)).clone() for t in prompt(20)[0]]
+    torch.testing.assert_close(torch.stack(found), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_dense_layers_are_served_too_and_tokens_agree():
+    model, ids = build(), prompt()
+    expected = generate(model, ids, 30, compiled=False)
+    assert torch.equal(generate(model, ids, 30, compiled=True), expected)
+
+
+def test_generate_takes_the_compiled_loop_by_itself(monkeypatch):
+    model, ids = build(), prompt()
+    gs.prune(model, gs.Magnitude(), density=0.5)
+    expected = generate(model, ids, 30)
+    gs.compress(model)
+    calls = []
+    step = Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, token: calls.append(1) or step(self, token))
+    assert torch.equal(generate(model, ids, 30), expected)
+    assert len(calls) == 29
+    eos = int(expected[0, 7 + 11])
+    stopped = generate(model, ids, 30, eos=eos)
+    assert torch.equal(stopped, generate(model, ids, 30, eos=eos, compiled=False))
+
+
+def test_bfloat16_stays_close_to_transformers():
+    model, ids = build().bfloat16(), prompt()
+    gs.prune(model, gs.Magnitude(), density=0.5)
+    with torch.inference_mode():
+        expected = model(input_ids=torch.cat([ids, prompt(20)], dim=1)).logits[0, -1].float()
+        gs.compress(model)
+        decoder = Decoder(model, 27)
+        decoder.prefill(ids)
+        for token in prompt(20)[0]:
+            found = decoder.step(int(token))
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def test_refusals_name_the_reason():
+    assert "silu" in refusal(build(hidden_act="gelu"), 8)
+    assert "sliding window" in refusal(build("Mistral", sliding_window=16), 32)
+    assert refusal(build("Mistral", sliding_window=16), 16) is None
+    assert "GPT2LMHeadModel" in refusal(
+        transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=16)
+        ),
+        8,
+    )
+    assert "float16" in refusal(build().half(), 8)
+    hooked = build()
+    hooked.model.layers[0].mlp._forward_hooks[0] = lambda *_: None
+    assert "hooks" in refusal(hooked, 8)
+    with pytest.raises(UsageError, match="batch 1"):
+        generate(build(), prompt().expand(2, -1), 4, compiled=True)
+
+
+def test_capacity_and_token_range():
+    decoder = Decoder(build(), 8)
+    with torch.inference_mode():
+        decoder.prefill(prompt())
+        with pytest.raises(ValueError, match="out of range"):
+            decoder.step(97)
+        decoder.step(3)
+        with pytest.raises(UsageError, match="full"):
+            decoder.step(3)
+        with pytest.raises(UsageError, match="prompt"):
+            decoder.prefill(prompt(9))
