@@ -1,9 +1,8 @@
 """Trains the bundled byte-level model; run as `python -m gossamer.testbed.train --help`.
 
 A Llama architecture of 3.8 million parameters on Python's documentation and standard library, by
-Muon for the matrices inside blocks and AdamW for the rest. Reproducible from `--seed` with
-`--steps` on the same machine and versions. `--minutes` spends wall-clock time instead: the decay
-of the learning rate then follows the clock, and train.json records the steps done.
+AdamW. Reproducible from `--seed` on the same machine and versions. A checkpoint is kept in
+`--out` while it trains: a run that was killed goes on from there when started again.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import math
 import os
 import sys
 import sysconfig
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from gossamer.core.errors import MissingExtra
 from gossamer.testbed import corpus
 
 CONTEXT, BATCH = 256, 16
-MUON_RATE, ADAM_RATE = 0.02, 3e-3
+PEAK_RATE, WARM_UP, SAVE_EVERY = 2e-3, 100, 200
 DOCS = "/usr/share/doc/python3.11/html/_sources"
 
 
@@ -51,20 +49,17 @@ def build() -> nn.Module:
     return LlamaForCausalLM(config)
 
 
-def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for matrices inside blocks, AdamW for embedding, head and norms."""
+def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW; weight decay on matrices inside blocks only."""
     inner = [p for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n]
     outer = [p for n, p in model.named_parameters() if not (p.dim() == 2 and "layers" in n)]
-    muon = torch.optim.Muon(
-        inner, lr=MUON_RATE, weight_decay=0.01, momentum=0.95, adjust_lr_fn="original"
-    )
-    adam = torch.optim.AdamW(outer, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0)
-    return [muon, adam]
+    groups = [{"params": inner, "weight_decay": 0.1}, {"params": outer, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95))
 
 
-def rate(step: int, progress: float) -> float:
-    """Share of the peak learning rate: 50 steps of warm-up, then down to 0 in the second half."""
-    return min(1.0, (step + 1) / 50) * min(1.0, (1.0 - progress) / 0.5)
+def rate(step: int, steps: int) -> float:
+    """Share of the peak learning rate: a linear warm-up, then down to 0 in the second half."""
+    return min(1.0, (step + 1) / WARM_UP) * min(1.0, (steps - step) / (0.5 * steps))
 
 
 def windows(text: np.ndarray, generator: np.random.Generator) -> Tensor:
@@ -74,36 +69,66 @@ def windows(text: np.ndarray, generator: np.random.Generator) -> Tensor:
 
 
 def train(
-    text: bytes, steps: int | None, minutes: float, seed: int, device: str
-) -> tuple[nn.Module, int]:
-    """The trained model on the CPU and its steps; progress goes to stderr."""
+    text: bytes, steps: int, seed: int, device: str, checkpoint: Path, compiled: bool
+) -> nn.Module:
+    """The trained model on the CPU; progress goes to stderr."""
     torch.manual_seed(seed)
     data, generator = np.frombuffer(text, dtype=np.uint8), np.random.default_rng(seed)
     model = build().to(device)
-    parts = optimizers(model)
-    peaks = [MUON_RATE, ADAM_RATE]
-    start, step = time.monotonic(), 0
-    while True:
-        spent = (time.monotonic() - start) / (60 * minutes)
-        progress = step / steps if steps else spent
-        if progress >= 1.0:
-            break
-        for part, peak in zip(parts, peaks, strict=True):
-            for group in part.param_groups:
-                group["lr"] = peak * rate(step, progress)
+    adam = optimizer(model)
+    first = _resume(checkpoint, model, adam, generator, (steps, seed))
+    forward: Any = torch.compile(model) if compiled else model
+    for step in range(first, steps):
+        for group in adam.param_groups:
+            group["lr"] = PEAK_RATE * rate(step, steps)
         rows = windows(data, generator).to(device)
-        logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+        logits = forward(input_ids=rows[:, :-1], use_cache=False).logits
         loss = nn.functional.cross_entropy(logits.reshape(-1, 256), rows[:, 1:].reshape(-1))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for part in parts:
-            part.step()
-            part.zero_grad(set_to_none=True)
-        step += 1
-        if step % 20 == 0:
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+        if (step + 1) % 20 == 0:
             bits = loss.item() / math.log(2)
-            print(f"step {step} ({progress:.0%}): {bits:.3f} bits per byte", file=sys.stderr)
-    return model.cpu(), step
+            print(f"step {step + 1} of {steps}: {bits:.3f} bits per byte", file=sys.stderr)
+        if (step + 1) % SAVE_EVERY == 0:
+            _save(checkpoint, step + 1, model, adam, generator, (steps, seed))
+    return model.cpu()
+
+
+def _save(
+    path: Path,
+    step: int,
+    model: nn.Module,
+    adam: torch.optim.Optimizer,
+    generator: np.random.Generator,
+    run: tuple[int, int],
+) -> None:
+    """Everything that the next step depends on; written beside, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {"step": step, "model": model.state_dict(), "adam": adam.state_dict(), "run": run}
+    state["generator"] = json.dumps(generator.bit_generator.state)
+    torch.save(state, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+
+
+def _resume(
+    path: Path,
+    model: nn.Module,
+    adam: torch.optim.Optimizer,
+    generator: np.random.Generator,
+    run: tuple[int, int],
+) -> int:
+    """Steps already done by the same run (steps, seed); 0 when there is no checkpoint."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    if tuple(state["run"]) != run:
+        raise SystemExit(f"{path} belongs to a run with other --steps or --seed: remove it")
+    model.load_state_dict(state["model"])
+    adam.load_state_dict(state["adam"])
+    generator.bit_generator.state = json.loads(state["generator"])
+    return int(state["step"])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -112,15 +137,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, default=Path(DOCS))
     parser.add_argument("--stdlib", type=Path, default=Path(sysconfig.get_path("stdlib")))
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, help="exact number of steps; else --minutes")
-    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--steps", type=int, default=5000, help="default: 5000, an hour or two")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: a third faster")
     args = parser.parse_args(argv)
     files = corpus.read(args.docs, args.stdlib)
     text, _ = corpus.split(files)
-    model, steps = train(text, args.steps, args.minutes, args.seed, args.device)
-    write(model, files, args.out, {"seed": args.seed, "steps": steps})
+    checkpoint = args.out / "checkpoint.pt"
+    model = train(text, args.steps, args.seed, args.device, checkpoint, args.compile)
+    write(model, files, args.out, {"seed": args.seed, "steps": args.steps})
+    checkpoint.unlink(missing_ok=True)
 
 
 def write(model: nn.Module, files: dict[str, bytes], out: Path, facts: dict[str, int]) -> None:
