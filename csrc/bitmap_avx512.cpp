@@ -28,7 +28,7 @@ inline __m512 load16(const uint16_t* p, int count) {
 template <class T, int B>
 void row_dot(const uint64_t* bits, int64_t words, const T* values, const T* end, const float* x,
              int64_t x_stride, float* out) {
-  constexpr int kChains = B < 3 ? 4 : 1;  // independent sums hide the latency of fused multiply-add
+  constexpr int kChains = B == 1 ? 2 : B == 2 ? 4 : 1;  // independent sums hide the latency of fused multiply-add
   __m512 sums[B][kChains];
   for (int b = 0; b < B; ++b)
     for (int c = 0; c < kChains; ++c) sums[b][c] = _mm512_setzero_ps();
@@ -36,7 +36,7 @@ void row_dot(const uint64_t* bits, int64_t words, const T* values, const T* end,
   for (; w < words && end - values >= 80; ++w) {  // 64 values and one whole vector beyond
     const uint64_t word = bits[w];
     const auto* masks = reinterpret_cast<const uint16_t*>(bits + w);
-    _mm_prefetch(reinterpret_cast<const char*>(values) + 2048, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(values) + 4096, _MM_HINT_T0);
     for (int part = 0; part < 4; ++part) {
       __mmask16 mask;  // loaded, not shifted out of the word: one instruction less per part
       __builtin_memcpy(&mask, masks + part, sizeof mask);
@@ -68,6 +68,52 @@ void row_dot(const uint64_t* bits, int64_t words, const T* values, const T* end,
     for (int c = 1; c < kChains; ++c) total = _mm512_add_ps(total, sums[b][c]);
     out[b] = _mm512_reduce_add_ps(total);
   }
+}
+
+// Two rows at once, from two places of the matrix: twice as many streams from memory are in flight,
+// and each vector of x is loaded once for both. Adds in the order of row_dot<T, 1>, bit for bit.
+template <class T>
+void pair_dot(const uint64_t* bits_a, const uint64_t* bits_b, int64_t words, const T* a, const T* b,
+              const T* end_a, const T* end_b, const float* x, float* out) {
+  __m512 sums_a[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  __m512 sums_b[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  int64_t w = 0;
+  for (; w < words && end_a - a >= 80 && end_b - b >= 80; ++w) {
+    const uint64_t word_a = bits_a[w], word_b = bits_b[w];
+    _mm_prefetch(reinterpret_cast<const char*>(a) + 2048, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(b) + 2048, _MM_HINT_T0);
+    for (int part = 0; part < 4; ++part) {
+      __mmask16 mask_a, mask_b;
+      __builtin_memcpy(&mask_a, reinterpret_cast<const uint16_t*>(bits_a + w) + part, 2);
+      __builtin_memcpy(&mask_b, reinterpret_cast<const uint16_t*>(bits_b + w) + part, 2);
+      const uint64_t before = (uint64_t{1} << (16 * part)) - 1;
+      const __m512 input = _mm512_load_ps(x + w * 64 + part * 16);
+      const __m512 kept_a =
+          _mm512_maskz_expand_ps(mask_a, load16(a + __builtin_popcountll(word_a & before)));
+      const __m512 kept_b =
+          _mm512_maskz_expand_ps(mask_b, load16(b + __builtin_popcountll(word_b & before)));
+      sums_a[part % 2] = _mm512_mask3_fmadd_ps(kept_a, input, sums_a[part % 2], mask_a);
+      sums_b[part % 2] = _mm512_mask3_fmadd_ps(kept_b, input, sums_b[part % 2], mask_b);
+    }
+    a += __builtin_popcountll(word_a);
+    b += __builtin_popcountll(word_b);
+  }
+  for (; w < words; ++w) {
+    for (int part = 0; part < 4; ++part) {
+      const __mmask16 mask_a = static_cast<__mmask16>(bits_a[w] >> (16 * part));
+      const __mmask16 mask_b = static_cast<__mmask16>(bits_b[w] >> (16 * part));
+      const int count_a = __builtin_popcount(mask_a), count_b = __builtin_popcount(mask_b);
+      const __m512 input = _mm512_load_ps(x + w * 64 + part * 16);
+      const __m512 kept_a = _mm512_maskz_expand_ps(mask_a, load16(a, count_a));
+      const __m512 kept_b = _mm512_maskz_expand_ps(mask_b, load16(b, count_b));
+      sums_a[part % 2] = _mm512_mask3_fmadd_ps(kept_a, input, sums_a[part % 2], mask_a);
+      sums_b[part % 2] = _mm512_mask3_fmadd_ps(kept_b, input, sums_b[part % 2], mask_b);
+      a += count_a;
+      b += count_b;
+    }
+  }
+  out[0] = _mm512_reduce_add_ps(_mm512_add_ps(sums_a[0], sums_a[1]));
+  out[1] = _mm512_reduce_add_ps(_mm512_add_ps(sums_b[0], sums_b[1]));
 }
 
 template <class T, int NV>

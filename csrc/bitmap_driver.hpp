@@ -2,6 +2,7 @@
 // in an anonymous namespace:
 //   template <class T, int B> void row_dot(const uint64_t* bits, int64_t words, const T* values,
 //       const T* end, const float* x, int64_t x_stride, float* out);
+//   template <class T> void pair_dot(...): two rows, of one matrix or of two, at once
 //   template <class T, int NV> const T* row_axpy(const uint64_t* bits, int64_t words,
 //       const T* values, const float* xt, float* y);
 // where `end` is the end of the whole value array: nothing at or past it may be read.
@@ -38,6 +39,29 @@ void matvec_rows(const Bitmap& m, const float* x, float* y, const float* bias, i
   }
 }
 
+// Row a of matrix m and row b of matrix n (as many columns) times x, into out[0] and out[1].
+template <class T>
+void two_rows(const Bitmap& m, int64_t a, const Bitmap& n, int64_t b, const float* x, float* out) {
+  const T *first = static_cast<const T*>(m.values), *second = static_cast<const T*>(n.values);
+  pair_dot<T>(reinterpret_cast<const uint64_t*>(m.bits + a * m.stride),
+              reinterpret_cast<const uint64_t*>(n.bits + b * n.stride), m.stride / 8,
+              first + m.row_ptr[a], second + n.row_ptr[b], first + m.nnz, second + n.nnz, x, out);
+}
+
+// Batch 1: each row goes with the one half a share further on.
+template <class T>
+void matvec_pairs(const Bitmap& m, const float* x, float* y, const float* bias, int64_t from,
+                  int64_t to) {
+  const int64_t half = (to - from) / 2;
+  for (int64_t r = from; r < from + half; ++r) {
+    float sums[2];
+    two_rows<T>(m, r, m, r + half, x, sums);
+    y[r] = sums[0] + (bias ? bias[r] : 0.0f);
+    y[r + half] = sums[1] + (bias ? bias[r + half] : 0.0f);
+  }
+  matvec_rows<T, 1>(m, x, y, bias, from + 2 * half, to);
+}
+
 template <class T>
 void matvec_dispatch(const Bitmap& m, const float* x, int64_t batch, float* y, const float* bias,
                      int64_t from, int64_t to) {
@@ -46,7 +70,7 @@ void matvec_dispatch(const Bitmap& m, const float* x, int64_t batch, float* y, c
     matvec_rows<T, 4>(m, x, y, bias, from, to);
   if (batch == 3) matvec_rows<T, 3>(m, x, y, bias, from, to);
   if (batch == 2) matvec_rows<T, 2>(m, x, y, bias, from, to);
-  if (batch == 1) matvec_rows<T, 1>(m, x, y, bias, from, to);
+  if (batch == 1) matvec_pairs<T>(m, x, y, bias, from, to);
 }
 
 inline void run_matvec(const Bitmap& m, const float* x, int64_t batch, float* y, const float* bias,

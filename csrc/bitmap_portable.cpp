@@ -23,6 +23,13 @@ void row_dot(const uint64_t* bits, int64_t words, const T* values, const T*, con
   for (int b = 0; b < B; ++b) out[b] = sums[b];
 }
 
+template <class T>
+void pair_dot(const uint64_t* bits_a, const uint64_t* bits_b, int64_t words, const T* a, const T* b,
+              const T* end_a, const T* end_b, const float* x, float* out) {
+  row_dot<T, 1>(bits_a, words, a, end_a, x, 0, out);
+  row_dot<T, 1>(bits_b, words, b, end_b, x, 0, out + 1);
+}
+
 template <class T, int NV>
 const T* row_axpy(const uint64_t* bits, int64_t words, const T* values, const float* xt,
                   float* y) {

@@ -55,13 +55,33 @@ inline int64_t first_row(const Linear& m, int i, int n) {
   return m.dense ? m.packed.rows * i / n : split_rows(m.packed, i, n);
 }
 
+// Row a of m and row b of n times x plus their biases, into out[0] and out[1].
+inline void two_products(const Linear& m, int64_t a, const Linear& n, int64_t b, const float* x,
+                         float* out) {
+  const bool alike = !m.dense && !n.dense && m.packed.bf16 == n.packed.bf16;
+  if (alike && m.packed.bf16) two_rows<uint16_t>(m.packed, a, n.packed, b, x, out);
+  else if (alike) two_rows<float>(m.packed, a, n.packed, b, x, out);
+  else {
+    out[0] = m.packed.bf16 ? row_product<uint16_t>(m, a, x) : row_product<float>(m, a, x);
+    out[1] = n.packed.bf16 ? row_product<uint16_t>(n, b, x) : row_product<float>(n, b, x);
+  }
+  if (m.bias) out[0] += m.bias[a];
+  if (n.bias) out[1] += n.bias[b];
+}
+
 // done(r, row r of the matrix times x, plus bias) for the rows of share i of n.
 template <class F>
 void product(const Linear& m, const float* x, int i, int n, F done) {
-  const int64_t from = first_row(m, i, n), to = first_row(m, i + 1, n);
-  for (int64_t r = from; r < to; ++r) {
-    const float sum = m.packed.bf16 ? row_product<uint16_t>(m, r, x) : row_product<float>(m, r, x);
-    done(r, m.bias ? sum + m.bias[r] : sum);
+  const int64_t from = first_row(m, i, n), to = first_row(m, i + 1, n), half = (to - from) / 2;
+  float sums[2];
+  for (int64_t r = from; r < from + half; ++r) {
+    two_products(m, r, m, r + half, x, sums);
+    done(r, sums[0]);
+    done(r + half, sums[1]);
+  }
+  if ((to - from) % 2) {
+    two_products(m, to - 1, m, to - 1, x, sums);
+    done(to - 1, sums[0]);
   }
 }
 
@@ -130,13 +150,9 @@ inline void attention(const Llama& m, const Layer& layer, int64_t position, int 
 inline void mlp(const Llama& m, const Layer& layer, int i, int n) {
   const int64_t from = first_row(layer.gate, i, n), to = first_row(layer.gate, i + 1, n);
   for (int64_t r = from; r < to; ++r) {
-    float gate = layer.gate.packed.bf16 ? row_product<uint16_t>(layer.gate, r, m.normed)
-                                        : row_product<float>(layer.gate, r, m.normed);
-    float up = layer.up.packed.bf16 ? row_product<uint16_t>(layer.up, r, m.normed)
-                                    : row_product<float>(layer.up, r, m.normed);
-    if (layer.gate.bias) gate += layer.gate.bias[r];
-    if (layer.up.bias) up += layer.up.bias[r];
-    m.gated[r] = gate / (1.0f + fast_exp(-gate)) * up;
+    float both[2];
+    two_products(layer.gate, r, layer.up, r, m.normed, both);
+    m.gated[r] = both[0] / (1.0f + fast_exp(-both[0])) * both[1];
   }
 #pragma omp barrier
   product(layer.down, m.gated, i, n, [&](int64_t r, float y) { m.state[r] += y; });

@@ -66,7 +66,7 @@ def exact(layers: int, steps: int = 32) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=22)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     record = {
         "geometry": f"Llama, {args.layers} layers, hidden 2048, random weights",
