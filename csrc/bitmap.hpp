@@ -29,6 +29,13 @@ using Matvec = void (*)(const Bitmap&, const float* x, int64_t batch, float* y, 
 using Spmm = void (*)(const Bitmap&, const float* xt, int64_t tiles, int64_t width, float* yt,
                       const float* bias, int64_t* cursor, int threads);
 
+// Rows from..to as dense float32 rows of `cols` into out.
+using Unpack = void (*)(const Bitmap&, int64_t cols, int64_t from, int64_t to, float* out,
+                        int threads);
+
+void unpack_portable(const Bitmap&, int64_t, int64_t, int64_t, float*, int);
+void unpack_avx2(const Bitmap&, int64_t, int64_t, int64_t, float*, int);
+void unpack_avx512(const Bitmap&, int64_t, int64_t, int64_t, float*, int);
 void matvec_portable(const Bitmap&, const float*, int64_t, float*, const float*, int);
 void spmm_portable(const Bitmap&, const float*, int64_t, int64_t, float*, const float*, int64_t*,
                    int);

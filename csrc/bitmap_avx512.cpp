@@ -116,6 +116,17 @@ void pair_dot(const uint64_t* bits_a, const uint64_t* bits_b, int64_t words, con
   out[1] = _mm512_reduce_add_ps(_mm512_add_ps(sums_b[0], sums_b[1]));
 }
 
+// The 64 positions of a word, zeros where it keeps nothing.
+template <class T>
+void expand_word(uint64_t word, const T* values, float* out) {
+  for (int part = 0; part < 4; ++part) {
+    const __mmask16 mask = static_cast<__mmask16>(word >> (16 * part));
+    const int count = __builtin_popcount(mask);
+    _mm512_storeu_ps(out + 16 * part, _mm512_maskz_expand_ps(mask, load16(values, count)));
+    values += count;
+  }
+}
+
 template <class T, int NV>
 const T* row_axpy(const uint64_t* bits, int64_t words, const T* values, const float* xt,
                   float* y) {
@@ -157,6 +168,14 @@ const T* row_axpy(const uint64_t* bits, int64_t words, const T* values, const fl
 #include "decoder_driver.hpp"
 
 namespace gossamer {
+namespace {
+constexpr int kVectors = 4;  // of 16 floats, in a batch tile of the grouped product
+}
+}  // namespace gossamer
+
+#include "grouped_driver.hpp"
+
+namespace gossamer {
 void matvec_avx512(const Bitmap& m, const float* x, int64_t batch, float* y, const float* bias,
                    int threads) {
   run_matvec(m, x, batch, y, bias, threads);
@@ -167,5 +186,12 @@ void spmm_avx512(const Bitmap& m, const float* xt, int64_t tiles, int64_t width,
 }
 void decode_avx512(const Llama& m, int64_t token, int64_t position, float* logits, int threads) {
   run_decode(m, token, position, logits, threads);
+}
+void grouped_avx512(const Grouped& m, const Dense& d, const float* bias, bool relu, float* xt,
+                 float* yt, int threads) {
+  run_grouped(m, d, bias, relu, xt, yt, threads);
+}
+void unpack_avx512(const Bitmap& m, int64_t cols, int64_t from, int64_t to, float* out, int threads) {
+  run_unpack(m, cols, from, to, out, threads);
 }
 }  // namespace gossamer

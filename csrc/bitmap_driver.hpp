@@ -3,6 +3,7 @@
 //   template <class T, int B> void row_dot(const uint64_t* bits, int64_t words, const T* values,
 //       const T* end, const float* x, int64_t x_stride, float* out);
 //   template <class T> void pair_dot(...): two rows, of one matrix or of two, at once
+//   template <class T> void expand_word(uint64_t word, const T* values, float* out);
 //   template <class T, int NV> const T* row_axpy(const uint64_t* bits, int64_t words,
 //       const T* values, const float* xt, float* y);
 // where `end` is the end of the whole value array: nothing at or past it may be read.
@@ -140,6 +141,30 @@ inline float widen(uint16_t value) {
   float result;
   __builtin_memcpy(&result, &bits, 4);
   return result;
+}
+
+template <class T>
+void unpack_row(const Bitmap& m, int64_t cols, int64_t row, float* out) {
+  const T* values = static_cast<const T*>(m.values) + m.row_ptr[row];
+  const auto* bits = reinterpret_cast<const uint64_t*>(m.bits + row * m.stride);
+  int64_t j = 0;
+  for (; j + 64 <= cols; j += 64) {
+    expand_word<T>(bits[j / 64], values, out + j);
+    values += __builtin_popcountll(bits[j / 64]);
+  }
+  if (j == cols) return;
+  float last[64];
+  expand_word<T>(bits[j / 64], values, last);
+  __builtin_memcpy(out + j, last, (cols - j) * sizeof(float));
+}
+
+inline void run_unpack(const Bitmap& m, int64_t cols, int64_t from, int64_t to, float* out,
+                       int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t r = from; r < to; ++r) {
+    if (m.bf16) unpack_row<uint16_t>(m, cols, r, out + (r - from) * cols);
+    else unpack_row<float>(m, cols, r, out + (r - from) * cols);
+  }
 }
 
 }  // namespace

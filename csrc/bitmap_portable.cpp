@@ -30,6 +30,12 @@ void pair_dot(const uint64_t* bits_a, const uint64_t* bits_b, int64_t words, con
   row_dot<T, 1>(bits_b, words, b, end_b, x, 0, out + 1);
 }
 
+template <class T>
+void expand_word(uint64_t word, const T* values, float* out) {
+  for (int j = 0; j < 64; ++j) out[j] = 0.0f;
+  for (; word; word &= word - 1) out[__builtin_ctzll(word)] = widen(*values++);
+}
+
 template <class T, int NV>
 const T* row_axpy(const uint64_t* bits, int64_t words, const T* values, const float* xt,
                   float* y) {
@@ -53,6 +59,14 @@ const T* row_axpy(const uint64_t* bits, int64_t words, const T* values, const fl
 #include "decoder_driver.hpp"
 
 namespace gossamer {
+namespace {
+constexpr int kVectors = 1;  // of 16 floats, in a batch tile of the grouped product
+}
+}  // namespace gossamer
+
+#include "grouped_driver.hpp"
+
+namespace gossamer {
 void matvec_portable(const Bitmap& m, const float* x, int64_t batch, float* y, const float* bias,
                      int threads) {
   run_matvec(m, x, batch, y, bias, threads);
@@ -63,5 +77,12 @@ void spmm_portable(const Bitmap& m, const float* xt, int64_t tiles, int64_t widt
 }
 void decode_portable(const Llama& m, int64_t token, int64_t position, float* logits, int threads) {
   run_decode(m, token, position, logits, threads);
+}
+void grouped_portable(const Grouped& m, const Dense& d, const float* bias, bool relu, float* xt,
+                 float* yt, int threads) {
+  run_grouped(m, d, bias, relu, xt, yt, threads);
+}
+void unpack_portable(const Bitmap& m, int64_t cols, int64_t from, int64_t to, float* out, int threads) {
+  run_unpack(m, cols, from, to, out, threads);
 }
 }  // namespace gossamer

@@ -8,6 +8,7 @@
 
 #include "bitmap.hpp"
 #include "decoder_bindings.hpp"
+#include "grouped_bindings.hpp"
 #include "isa.hpp"
 
 namespace nb = nanobind;
@@ -121,6 +122,21 @@ void spmm(uintptr_t bits, uintptr_t values, uintptr_t row_ptr, int64_t rows, int
                  reinterpret_cast<int64_t*>(cursor), threads);
 }
 
+void unpack(uintptr_t bits, uintptr_t values, uintptr_t row_ptr, int64_t rows, int64_t stride,
+            int64_t nnz, bool bf16, int64_t cols, int64_t from, int64_t to, uintptr_t out,
+            int threads, int isa) {
+  check_isa(isa);
+  if (from < 0 || to < from || to > rows || cols < 0 || cols > stride * 8 || threads < 1)
+    throw std::invalid_argument("bitmap: bad rows");
+  const Bitmap m = view(bits, values, row_ptr, rows, stride, nnz, bf16);
+  Unpack run = unpack_portable;
+#if defined(__x86_64__)
+  if (isa == kAvx512) run = unpack_avx512;
+  if (isa == kAvx2) run = unpack_avx2;
+#endif
+  run(m, cols, from, to, reinterpret_cast<float*>(out), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -129,5 +145,7 @@ NB_MODULE(_kernels, m) {
   m.def("bitmap_offsets", &offsets, nb::call_guard<nb::gil_scoped_release>());
   m.def("bitmap_matvec", &matvec, nb::call_guard<nb::gil_scoped_release>());
   bind_decoder(m);
+  bind_grouped(m);
+  m.def("bitmap_unpack", &unpack, nb::call_guard<nb::gil_scoped_release>());
   m.def("bitmap_spmm", &spmm, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -13,11 +13,15 @@ from gossamer.core.errors import FormatError, MissingExtra, UsageError
 from gossamer.core.matrix import as_matrix, is_prunable
 from gossamer.io.manifest import NAME, PackedLayer, _one_line, read_json, read_manifest
 from gossamer.io.tensors import read_tensors
-from gossamer.nn.bitmap import BitmapLinear
+from gossamer.nn.bitmap import BitmapLinear, prepare_batches, serves_batches
 
 
 def load(
-    folder: str | Path, *, model: nn.Module | None = None, dtype: torch.dtype | None = None
+    folder: str | Path,
+    *,
+    model: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+    batches: bool | None = None,
 ) -> nn.Module:
     """The model of a folder that `save` wrote, in eval mode, packed layers behind their kernels.
 
@@ -25,6 +29,7 @@ def load(
     the config's name (never code from the folder); one without gossamer.json loads as an ordinary
     dense model. Any other module must be passed as `model`, an instance of the same structure,
     which is filled in place once everything has been checked. dtype: convert floating tensors.
+    batches: also build the form that serves many rows of input at once, as `compress` does.
 
     Raises FormatError for anything wrong with the files, UsageError where `model` is missing.
     """
@@ -45,6 +50,8 @@ def load(
         root = _ordinary(place, type(root))
     if dtype is not None:
         _convert(root, dtype)
+    if serves_batches(root, batches):
+        prepare_batches(root)
     return root.eval()
 
 

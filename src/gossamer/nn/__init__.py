@@ -1,5 +1,5 @@
 """Modules that hold sparse weights."""
 
-from gossamer.nn.bitmap import BitmapLinear
+from gossamer.nn.bitmap import BitmapLinear, prepare_batches, serves_batches
 
-__all__ = ["BitmapLinear"]
+__all__ = ["BitmapLinear", "prepare_batches", "serves_batches"]

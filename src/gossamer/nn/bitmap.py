@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import UsageError
 from gossamer.ops import bitmap as ops
+from gossamer.ops import grouped
+from gossamer.ops.bitmap.native import MATVEC_ROWS
+from gossamer.ops.grouped import Grouped
 
 
 class BitmapLinear(nn.Module):
@@ -15,6 +18,9 @@ class BitmapLinear(nn.Module):
     values: (nnz,), float32 or bfloat16. bitmap: uint8 (out, 8 * ceil(in / 64)). Moving the module
     to another floating dtype converts the values; other devices than the CPU are refused when
     called. Raises FormatError when the parts contradict each other.
+
+    `prepare_batches` adds a second copy of the weights, never saved, in the form that serves more
+    than 8 rows of input fastest; without it such batches are unpacked piece by piece.
     """
 
     values: Tensor
@@ -42,6 +48,7 @@ class BitmapLinear(nn.Module):
         self.register_buffer("bitmap", bitmap.contiguous())
         offsets = ops.row_offsets(values, bitmap, in_features)
         self.register_buffer("row_ptr", offsets, persistent=False)
+        self._grouped: tuple[int, Grouped] | None = None
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
@@ -61,8 +68,30 @@ class BitmapLinear(nn.Module):
         """The fraction of weights stored."""
         return self.values.numel() / max(1, self.in_features * self.out_features)
 
+    def prepare_batches(self) -> int:
+        """Build the form for batches; returns its bytes. O(out * in / 64 + nnz)."""
+        parts = (self.values, self.bitmap, self.row_ptr, self.in_features)
+        form = grouped.build(*parts)
+        self._grouped = (_version(self.values), form)
+        return form.nbytes
+
+    def _form(self, x: Tensor) -> Grouped | None:
+        """The form for batches, where it is prepared and serves x; made anew for new values."""
+        if self._grouped is None or x.numel() <= MATVEC_ROWS * self.in_features:
+            return None
+        if x.dtype not in (torch.float32, torch.bfloat16) or not x.is_cpu:
+            return None
+        if torch.is_grad_enabled() and (x.requires_grad or torch.compiler.is_compiling()):
+            return None
+        version, form = self._grouped
+        if version != _version(self.values) or form.values.dtype != self.values.dtype:
+            self.prepare_batches()
+        return self._grouped[1]
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in x's dtype."""
+        if (form := self._form(x)) is not None:
+            return grouped.linear(x, form, self.bias)
         return ops.linear(x, self.values, self.bitmap, self.row_ptr, self.bias, self.in_features)
 
     def extra_repr(self) -> str:
@@ -71,3 +100,25 @@ class BitmapLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"density={self.density:.3f}, bias={self.bias is not None}, dtype={self.values.dtype}"
         )
+
+
+def _version(values: Tensor) -> int:
+    """Changes when the values are written to or replaced."""
+    return hash((values.data_ptr(), 0 if values.is_inference() else values._version))
+
+
+def serves_batches(model: nn.Module, wanted: bool | None = None) -> bool:
+    """Whether its layers should hold the form for batches: as wanted, else unless it generates.
+
+    A model that generates text multiplies mostly one row at a time, and memory decides its speed.
+    """
+    if wanted is not None:
+        return wanted
+    asked = getattr(model, "can_generate", None)  # Hugging Face models answer
+    return not (callable(asked) and asked())
+
+
+def prepare_batches(model: nn.Module) -> int:
+    """Build the form for batches in every packed layer; returns the bytes it takes."""
+    packed = [module for module in model.modules() if isinstance(module, BitmapLinear)]
+    return sum(module.prepare_batches() for module in packed)

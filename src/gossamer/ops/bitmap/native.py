@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from gossamer.ops._dispatch import isa_index, kernels
 
 MATVEC_ROWS = 8
 """Up to so many rows of x the matrix-vector kernel serves: each weight is read once."""
+UNPACK_DENSITY = 0.3
+"""Above this density a batch is served by unpacking some rows at a time and multiplying densely."""
+_UNPACKED = 1 << 20
+"""So many weights are unpacked at a time: 4 MB."""
 _SMALL = 1 << 15
 """Below so many kept weights a second thread costs more than it gains."""
 
@@ -50,6 +55,10 @@ def linear(
     if rows <= MATVEC_ROWS and x.dtype in (torch.float32, torch.bfloat16):
         return _matvec(x, values, bitmap, row_ptr, bias, rows)
     inputs = x.reshape(-1, in_features).float()
+    dense = values.numel() > UNPACK_DENSITY * bitmap.shape[0] * in_features
+    if dense and math.isfinite(inputs.sum().item()):  # 0 * NaN would reach rows that keep nothing
+        result = _unpacked(inputs, values, bitmap, row_ptr, bias)
+        return result.to(x.dtype).reshape(*x.shape[:-1], bitmap.shape[0])
     if (padded := bitmap.shape[1] * 8) != in_features:
         inputs = functional.pad(inputs, (0, padded - in_features))
     result = _spmm(inputs, values, bitmap, row_ptr, bias)
@@ -75,6 +84,34 @@ def _matvec(
             _threads(values.numel() * rows),
             isa_index(),
         )
+    return y
+
+
+def _unpacked(
+    x: Tensor, values: Tensor, bitmap: Tensor, row_ptr: Tensor, bias: Tensor | None
+) -> Tensor:
+    """x (rows, in) float32; dense products with blocks of rows that stay in the cache."""
+    out, in_features = bitmap.shape[0], x.shape[1]
+    x = x.contiguous()
+    y = torch.empty(x.shape[0], out)
+    step = max(1, _UNPACKED // max(1, in_features))
+    scratch = torch.empty(min(step, out), in_features)
+    for first in range(0, out, step):
+        last = min(out, first + step)
+        rows = scratch[: last - first]
+        _module().bitmap_unpack(
+            *_matrix(values, bitmap, row_ptr),
+            in_features,
+            first,
+            last,
+            rows.data_ptr(),
+            _threads(rows.numel()),
+            isa_index(),
+        )
+        if bias is None:
+            torch.mm(x, rows.t(), out=y[:, first:last])
+        else:
+            torch.addmm(bias[first:last], x, rows.t(), out=y[:, first:last])
     return y
 
 
