@@ -1,6 +1,7 @@
 """Exit codes and one clear line for bad input; a whole run on a tiny model; pure JSON."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import gossamer as gs
 from gossamer.cli import main
+from gossamer.engine.evaluate import bits_per_byte
 
 transformers = pytest.importorskip("transformers")
 TEXT = "".join(f"line {n}: the quick brown fox jumps over {n * n} dogs\n" for n in range(400))
@@ -70,6 +73,8 @@ BAD = [
     ({"sweep": "a,b"}, "--sweep"),
     ({"dtype": "int3"}, "bfloat16"),
     ({"nonsense": 1}, "nonsense"),
+    ({"tokens": 500}, "at most 480"),
+    ({"length": 600}, "512 positions"),
 ]
 
 
@@ -92,6 +97,69 @@ def test_full_disk_is_exit_1_and_leaves_nothing(tiny, tmp_path, capsys, monkeypa
     assert not (tmp_path / "out").exists()
 
 
+def test_texts_are_read_before_the_model(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules["gossamer.cli.compress"], "read_model", None)
+    code, line = fails(
+        ["compress", *options(tiny, tmp_path / "out", data=tiny / "empty.txt")], capsys
+    )
+    assert code == 2 and "no text" in line
+
+
+def test_a_fault_of_ours_is_one_line_and_exit_1(tiny, tmp_path, capsys, monkeypatch):
+    def broken(*_):
+        raise ValueError("no such luck")
+
+    monkeypatch.setattr(sys.modules["gossamer.cli.compress"], "read_model", broken)
+    command = ["compress", *options(tiny, tmp_path / "out")]
+    code, line = fails(command, capsys)
+    assert code == 1 and "ValueError: no such luck" in line and "GOSSAMER_DEBUG" in line
+    monkeypatch.setenv("GOSSAMER_DEBUG", "1")
+    with pytest.raises(ValueError, match="no such luck"):
+        main(command)
+
+
+def test_float32_is_compared_with_float32_and_out_may_be_the_current_folder(
+    tiny, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    main(["compress", *options(tiny, ".", dtype="float32", method="magnitude"), "--json"])
+    captured = capsys.readouterr()
+    printed = json.loads(captured.out)
+    weights = sum(math.prod(x["shape"]) for x in printed["layers"] if x["kernel"])
+    assert printed["bytes"]["dense"] == 4 * weights
+    assert printed["bytes"]["sparse"] == 2 * weights + weights // 8
+    assert (tmp_path / "here" / "result.json").is_file()
+    assert "Loading weights" not in captured.err
+
+
+def test_a_text_encoder(tmp_path, capsys):
+    words = sorted({w for line in TEXT.splitlines() for w in line.replace(":", " :").split()})
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (folder / "vocab.txt").write_text("\n".join(special + words))
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(special + words), hidden_size=64, intermediate_size=128,
+        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(folder)
+    (tmp_path / "text.txt").write_text(TEXT)
+    out = tmp_path / "out"
+    flags = [f"--data={tmp_path / 'text.txt'}", "--samples=16", f"--out={out}", "--json"]
+    main(["compress", f"--model={folder}", *flags])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["quality"]["dense"] == 1.0 and 0 < printed["quality"]["sparse"] < 1
+    assert printed["quality"]["better"] == "higher" and printed["speed"]["unit"] == "inputs/s"
+    assert all("grouped-spmm" in x["kernel"] for x in printed["layers"] if x["kernel"])
+    assert "higher is better" in (out / "report.html").read_text()
+    flags = [f"--data={tmp_path / 'text.txt'}", "--dtype=float32", "--json"]
+    main(["compare", f"--dense={folder}", f"--sparse={out}", *flags])
+    assert json.loads(capsys.readouterr().out)["quality"]["sparse"] < 1
+
+
 def test_damaged_folder_is_exit_2(tiny, tmp_path, capsys):
     (tmp_path / "gossamer.json").write_text("{")
     code, line = fails(["inspect", f"--model={tmp_path}"], capsys)
@@ -107,7 +175,14 @@ def test_the_whole_path(tiny, tmp_path, capsys):
     assert printed["bytes"]["sparse"] <= 0.6 * printed["bytes"]["dense"]
     kernels = {layer["name"]: layer["kernel"] for layer in printed["layers"]}
     assert kernels["lm_head"] is None and kernels["model.layers.0.mlp.up_proj"]
-    assert len(printed["sweep"]) == 2 and printed["speed"]["unit"] == "tokens/s"
+    assert len(printed["sweep"]) == 3 and printed["speed"]["unit"] == "tokens/s"
+    sizes = {round(p["density"], 2): p["bytes"] for p in printed["sweep"]}
+    assert sizes[0.5] == printed["bytes"]["sparse"]
+    kept = {d: (b - sizes[0.3]) / (sizes[0.7] - sizes[0.3]) for d, b in sizes.items()}
+    assert kept[0.5] == pytest.approx(0.5, abs=1e-3)
+    assert printed["speed"]["loop"] == "compiled" and printed["speed"]["dense_compiled"] > 0
+    stored = bits_per_byte(gs.load(out, dtype=torch.float32), TEXT.encode()[len(TEXT) * 9 // 10 :])
+    assert printed["quality"]["sparse"] == pytest.approx(stored, abs=1e-5)
     assert "<svg" in (out / "report.html").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     main(["inspect", f"--model={out}", "--json"])

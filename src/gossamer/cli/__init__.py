@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(error, 1)
     except KeyboardInterrupt:
         _fail(RuntimeError("interrupted; the same command resumes a pruning run"), 130)
+    except Exception as error:
+        if os.environ.get("GOSSAMER_DEBUG"):
+            raise
+        text = f"{type(error).__name__}: {error} (GOSSAMER_DEBUG=1 shows where)"
+        _fail(RuntimeError(text), 1)
 
 
 def run(argv: list[str]) -> None:

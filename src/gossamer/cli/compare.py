@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from gossamer.cli.inputs import BUNDLED, BUNDLED_TEXT, check_model, read_model, read_text
 from gossamer.cli.output import print_json, print_table
-from gossamer.engine.evaluate import bits_per_byte, decode_speed
+from gossamer.cli.tasks import task_of
+from gossamer.core.errors import UsageError
 
 
 @dataclass
 class Compare:
-    """Measure two models side by side: bits per byte, and decoding speed in one process.
+    """Measure two models side by side: quality, and speed in one process.
 
     Example: gossamer compare --dense testbed:lm --sparse gossamer-out
     """
@@ -39,22 +40,25 @@ class Compare:
         text = read_text(self.data, "--data", heldout_text)
         dense = read_model(self.dense, self.dtype)
         sparse = read_model(self.sparse, self.dtype)
+        if dense.causal != sparse.causal:
+            raise UsageError("one is a causal language model and the other an encoder")
+        task = task_of(dense, text)
+        task.check(2, self.tokens)
         quality = {
-            name: bits_per_byte(subject.model, text, encode=subject.encode)
-            for name, subject in (("dense", dense), ("sparse", sparse))
+            name: task.quality(dense.model, model)
+            for name, model in (("dense", dense.model), ("sparse", sparse.model))
         }
-        prompt = dense.ids(text[:4096])[:32].unsqueeze(0)
-        speed = decode_speed(dense.model, sparse.model, prompt, self.tokens)
+        speed = task.speed(dense.model, sparse.model, self.tokens)
         if self.json:
             print_json(
                 {
-                    "quality": {"metric": "bits per byte", **quality},
+                    "quality": {"metric": task.metric, "better": task.better, **quality},
                     "speed": dataclasses.asdict(speed),
                 }
             )
             return
         rows = [
-            ("bits per byte", f"{quality['dense']:.4f}", f"{quality['sparse']:.4f}",
+            (task.metric, f"{quality['dense']:.4f}", f"{quality['sparse']:.4f}",
              f"{quality['sparse'] / quality['dense']:.3f}"),
             (speed.unit, f"{speed.dense:.1f}", f"{speed.sparse:.1f}", f"{speed.ratio:.2f}"),
         ]  # fmt: skip

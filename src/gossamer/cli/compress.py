@@ -20,20 +20,20 @@ from torch import nn
 from gossamer.cli.inputs import (
     BUNDLED,
     BUNDLED_TEXT,
+    DTYPES,
     Subject,
     check_model,
     density_of,
     read_model,
     read_text,
-    windows,
 )
 from gossamer.cli.output import note, print_json, print_table
+from gossamer.cli.tasks import Task, task_of
 from gossamer.core.allocation import ALLOCATIONS
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import NM, Pattern, parse_pattern
-from gossamer.core.result import CompressResult, PruneResult
+from gossamer.core.result import CompressResult, LayerRecord, PruneResult
 from gossamer.engine.compress import compress
-from gossamer.engine.evaluate import bits_per_byte, decode_speed
 from gossamer.engine.prune import prune
 from gossamer.io.atomic import check_target, new_folder
 from gossamer.io.save import save
@@ -51,7 +51,7 @@ class Compress:
     """
 
     model: str = BUNDLED
-    """folder of a Hugging Face causal language model, or testbed:lm"""
+    """folder of a Hugging Face causal language model or text encoder, or testbed:lm"""
     method: str = "sparsegpt"
     """see gossamer methods"""
     pattern: str = "unstructured"
@@ -88,33 +88,39 @@ class Compress:
     def run(self) -> None:
         """Check everything cheap, then work, then write the folder whole."""
         plan = self._check()
-        subject = read_model(self.model, "float32")
         calibration, text = self._texts()
-        batches = windows(subject, calibration, self.samples, self.length, self.seed)
+        subject = read_model(self.model, "float32")
+        task = task_of(subject, text)
+        task.check(self.length, self.tokens)
+        batches = task.calibration(calibration, self.samples, self.length, self.seed)
         dense = subject.model
+        _round(dense, self._store)
         note(f"quality of the dense model on {len(text)} bytes of held-out text")
-        dense_bits = bits_per_byte(dense, text, encode=subject.encode)
-        sweep = [
-            self._point(subject, batches, text, plan, 1 - s, dense_bits) for s in plan["sweep"]
-        ]
+        dense_quality = task.quality(dense, dense)
         target = Path(self.out).resolve()
+        points = {}
+        for density in plan["sweep"]:
+            journal = target.with_name(f".{target.name}.journal-{density:.6f}")
+            points[density] = self._point(task, dense, batches, plan, density, journal)[2]
         journal = target.with_name(f".{target.name}.journal")
-        pruned = self._prune(copy.deepcopy(dense), batches, plan, plan["density"], journal)
-        sparse_bits = bits_per_byte(pruned.model, text, encode=subject.encode)
-        store = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
-        _cast(dense, store)
-        _cast(pruned.model, store)
-        packed = compress(pruned)
-        prompt = subject.ids(text[:4096])[:32].unsqueeze(0)
-        speed = decode_speed(dense, packed, prompt, self.tokens)
-        result = self._record(plan, pruned, packed, dense_bits, sparse_bits, sweep)
+        pruned, packed, point = self._point(task, dense, batches, plan, plan["density"], journal)
+        points[plan["density"]] = point
+        _cast(dense, self._store)
+        speed = task.speed(dense, packed, self.tokens)
+        result = self._record(plan, task, pruned, packed, dense_quality, point)
+        result["sweep"] = list(points.values()) if plan["sweep"] else []
         result["speed"] = dataclasses.asdict(speed)
         self._write(result, packed, subject, pruned)
-        shutil.rmtree(journal, ignore_errors=True)
+        for left in target.parent.glob(f".{target.name}.journal*"):
+            shutil.rmtree(left, ignore_errors=True)
         if self.json:
             print_json(result)
         else:
             self._print(result)
+
+    @property
+    def _store(self) -> torch.dtype:
+        return DTYPES[self.dtype]
 
     def _check(self) -> dict[str, Any]:
         pattern = parse_pattern(self.pattern)
@@ -144,6 +150,7 @@ class Compress:
             ) from None
         for value in sweep:
             density_of(value, None)
+        further = [1 - value for value in sweep if density is None or 1 - value != density]
         if sweep and isinstance(pattern, NM):
             raise UsageError(f"--sweep needs a pattern of any density, not {self.pattern}")
         check_target(Path(self.out), self.overwrite)
@@ -153,7 +160,7 @@ class Compress:
             "method": find(self.method)(),
             "pattern": None if default else pattern,
             "density": density,
-            "sweep": sweep,
+            "sweep": further,
         }
 
     def _texts(self) -> tuple[bytes, bytes]:
@@ -190,32 +197,37 @@ class Compress:
 
     def _point(
         self,
-        subject: Subject,
+        task: Task,
+        dense: nn.Module,
         batches: list[dict[str, torch.Tensor]],
-        text: bytes,
         plan: dict[str, Any],
-        density: float,
-        dense_bits: float,
-    ) -> dict[str, float]:
-        """One density of the sweep: quality, and bytes of the pruned layers as stored."""
-        pruned = self._prune(copy.deepcopy(subject.model), batches, plan, density, None)
-        bits = bits_per_byte(pruned.model, text, encode=subject.encode)
-        width = 2 if self.dtype == "bfloat16" else 4
-        weights = sum(layer.shape[0] * layer.shape[1] for layer in pruned.layers)
-        stored = int(weights * min(width, width * pruned.measured_density + 1 / 8))
-        return {"density": pruned.measured_density, "quality": bits, "bytes": stored}
+        density: float | None,
+        journal: Path,
+    ) -> tuple[PruneResult, CompressResult, dict[str, float]]:
+        """One density, pruned, rounded as stored, measured and packed.
+
+        Quality is that of the stored weights, computed in float32 with plain dense products: where
+        the processor lacks bfloat16 arithmetic that is several times faster, and no less exact.
+        """
+        pruned = self._prune(copy.deepcopy(dense), batches, plan, density, journal)
+        _round(pruned.model, self._store)
+        quality = task.quality(dense, pruned.model)
+        _cast(pruned.model, self._store)
+        packed = compress(pruned)
+        stored = sum(layer.sparse_bytes for layer in _of(pruned, packed))
+        point = {"density": pruned.measured_density, "quality": quality, "bytes": stored}
+        return pruned, packed, point
 
     def _record(
         self,
         plan: dict[str, Any],
+        task: Task,
         pruned: PruneResult,
         packed: CompressResult,
-        dense_bits: float,
-        sparse_bits: float,
-        sweep: list[dict[str, float]],
+        dense_quality: float,
+        point: dict[str, float],
     ) -> dict[str, Any]:
-        chosen = {layer.name for layer in pruned.layers}
-        ours = [layer for layer in packed.layers if layer.name in chosen]
+        ours = _of(pruned, packed)
         weights = sum(layer.shape[0] * layer.shape[1] for layer in ours)
         kept = sum(s.count for s in pruned.supports.values())
         return {
@@ -225,18 +237,22 @@ class Compress:
             "requested_density": pruned.requested_density,
             "measured_density": pruned.measured_density,
             "layers": [dataclasses.asdict(layer) for layer in packed.layers],
-            "quality": {"metric": "bits per byte", "dense": dense_bits, "sparse": sparse_bits},
+            "quality": {
+                "metric": task.metric,
+                "better": task.better,
+                "dense": dense_quality,
+                "sparse": point["quality"],
+            },
             "bytes": {
-                "dense": 2 * weights,
-                "sparse": sum(layer.sparse_bytes for layer in ours),
-                "what": "weights of the pruned layers; dense in bfloat16",
+                "dense": sum(layer.dense_bytes for layer in ours),
+                "sparse": point["bytes"],
+                "what": f"weights of the pruned layers, both in {self.dtype}",
             },
             "flops": {
                 "dense": 2 * weights,
                 "sparse": 2 * kept,
                 "what": "per token, pruned layers",
             },
-            "sweep": sweep,
             "machine": machine(packed),
             "command": "gossamer " + " ".join(shlex.quote(word) for word in sys.argv[1:]),
             "out": self.out,
@@ -286,7 +302,19 @@ def machine(packed: CompressResult) -> dict[str, Any]:
     }
 
 
+def _of(pruned: PruneResult, packed: CompressResult) -> list[LayerRecord]:
+    """The packed records of the pruned layers."""
+    chosen = {layer.name for layer in pruned.layers}
+    return [layer for layer in packed.layers if layer.name in chosen]
+
+
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Parameters only: buffers such as rotary frequencies keep their precision."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+
+
+def _round(model: nn.Module, dtype: torch.dtype) -> None:
+    """Every parameter to what `dtype` can hold, still float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()

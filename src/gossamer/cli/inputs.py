@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ class Subject:
 
     model: nn.Module
     tokenizer: Any
+    causal: bool = True
 
     @property
     def encode(self) -> Callable[[bytes], Sequence[int]] | None:
@@ -47,22 +49,55 @@ def check_model(name: str) -> None:
         raise UsageError(f"--model {name}: holds no config.json, so it is not a model folder")
 
 
-def read_model(name: str, dtype: str) -> Subject:
-    """The model in the dtype, in eval mode, with its tokenizer if its folder has one."""
+def read_model(name: str, dtype: str, batches: bool | None = None) -> Subject:
+    """The model in the dtype, in eval mode, with its tokenizer if its folder has one.
+
+    batches: see `io.load`.
+    """
     if dtype not in DTYPES:
         raise UsageError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
     check_model(name)
     if name == BUNDLED:
         from gossamer.testbed import language_model
 
-        return Subject(language_model(DTYPES[dtype]), None)
-    model = load(name, dtype=DTYPES[dtype])
-    if not hasattr(model, "generate") or getattr(model.config, "is_encoder_decoder", False):
-        raise UsageError(
-            f"--model {name}: {type(model).__name__} is no causal language model; prune other "
-            "models from Python with gs.prune"
-        )
-    return Subject(model, _tokenizer(Path(name), model))
+        with _no_bars():
+            return Subject(language_model(DTYPES[dtype]), None)
+    with _no_bars():
+        model = load(name, dtype=DTYPES[dtype], batches=batches)
+    kind = _kind(name, model)
+    return Subject(model, _tokenizer(Path(name), model), kind == "causal")
+
+
+def _kind(name: str, model: nn.Module) -> str:
+    """`causal` or `encoder`; raises UsageError for what the commands cannot measure."""
+    config: Any = model.config
+    asked = getattr(model, "can_generate", None)
+    if callable(asked) and asked() and not getattr(config, "is_encoder_decoder", False):
+        return "causal"
+    text_only = getattr(model, "main_input_name", "") == "input_ids"
+    if text_only and type(model).__name__.endswith("Model"):
+        return "encoder"
+    raise UsageError(
+        f"--model {name}: {type(model).__name__} is neither a causal language model nor a plain "
+        "text encoder; prune other models from Python with gs.prune"
+    )
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, as they were afterwards."""
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        yield
+        return
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _tokenizer(folder: Path, model: nn.Module) -> Any:

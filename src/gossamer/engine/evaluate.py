@@ -153,6 +153,35 @@ def decode_speed(
     )
 
 
+def encode_speed(
+    dense: Measurable, sparse: Measurable, batches: Iterable[Batch], repeats: int = 5
+) -> Speed:
+    """Inputs per second over all batches, dense against sparse, in turns after a warm-up."""
+    dense, sparse = unwrap(dense), unwrap(sparse)
+    rows = read_batches(batches)
+    inputs = sum(next(iter(r.values())).shape[0] if isinstance(r, dict) else len(r) for r in rows)
+    times: dict[str, list[float]] = {"dense": [], "sparse": []}
+    with hooks.evaluating(dense), hooks.evaluating(sparse):
+        for repeat in range(repeats + 1):
+            for name, model in (("dense", dense), ("sparse", sparse)):
+                _wait(device_of(model))
+                start = time.perf_counter()
+                for batch in rows:
+                    call(model, batch)
+                _wait(device_of(model))
+                if repeat:
+                    times[name].append(time.perf_counter() - start)
+    rates = {name: inputs / statistics.median(taken) for name, taken in times.items()}
+    return Speed(
+        dense=rates["dense"],
+        sparse=rates["sparse"],
+        ratio=rates["sparse"] / rates["dense"],
+        unit="inputs/s",
+        repeats=repeats,
+        threads=torch.get_num_threads(),
+    )
+
+
 def _decode_seconds(model: nn.Module, ids: Tensor, new_tokens: int) -> float:
     step, cache = next_token(model, ids, None)
     _wait(ids.device)

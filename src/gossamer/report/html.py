@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from gossamer.report.tables import headline, human
+from gossamer.report.tables import better, headline, human
 
 _STYLE = """
 :root { --ink:#1a1d21; --soft:#5c6670; --line:#dfe3e8; --paper:#fff; --bar:#2f6f8f; --dense:#b7c3cc;
@@ -29,7 +29,7 @@ th:first-child,td:first-child { text-align:left; overflow-wrap:anywhere } th { c
 .track i { background:var(--bar); height:100%; display:block; border-radius:.3rem }
 pre { background:var(--tint); border:1px solid var(--line); border-radius:.6rem; padding:.8rem 1rem;
   white-space:pre-wrap; overflow-wrap:anywhere; font-size:.9rem }
-svg { width:100%; height:auto; max-width:40rem } svg text { fill:var(--soft); font-size:12px }
+svg { width:100%; height:auto; max-width:40rem } svg text { fill:var(--soft); font-size:12px; paint-order:stroke; stroke:var(--paper); stroke-width:4px }
 details summary { cursor:pointer }
 @media (max-width:520px) { main { padding:1.25rem .9rem 3rem } th,td { padding:.35rem .35rem; font-size:.86rem }
   .track { display:none } td:first-child { min-width:9rem } }
@@ -65,7 +65,10 @@ def _cards(result: Mapping[str, Any]) -> str:
     cards = [
         (f"{size['sparse'] / size['dense']:.2f}x", "the bytes of the pruned layers"),
         (f"{speed['ratio']:.2f}x", f"the speed, {speed['sparse']:.1f} {speed['unit']}"),
-        (f"{quality['sparse'] - quality['dense']:+.4f}", f"{quality['metric']}, lower is better"),
+        (
+            f"{quality['sparse'] - quality['dense']:+.4f}",
+            f"{quality['metric']}, {better(quality)} is better",
+        ),
     ]
     inner = "".join(
         f'<div class="card"><b>{escape(figure)}</b><span class="soft">{escape(text)}</span></div>'
@@ -92,12 +95,24 @@ def _notes(result: Mapping[str, Any]) -> str:
     notes = [
         f"{len(result['layers']) - len(refused)} of {len(result['layers'])} linear layers run "
         f"sparse; {len(refused)} stay dense.",
-        "Speed: greedy decoding with a key-value cache, batch 1, both models in one process in "
-        f"turns, median of {result['speed']['repeats']} repeats; the prompt is not timed.",
-        "Quality is measured on held-out text, before the weights are rounded to the stored dtype.",
+        _speed_note(result["speed"]),
+        "Quality is measured on held-out text with the weights as stored, in float32 arithmetic.",
         f"Weights on disk, all layers: {human(result['bytes'].get('files', 0))}B.",
     ]
     return "".join(f"<p>{escape(text)}</p>" for text in notes)
+
+
+def _speed_note(speed: Mapping[str, Any]) -> str:
+    how = f"both models in one process in turns, median of {speed['repeats']} repeats"
+    if speed["unit"] != "tokens/s":
+        return f"Speed: {how}."
+    dense = "the dense model under plain transformers"
+    loop = speed.get("loop", "transformers")
+    sparse = "the sparse one in our compiled loop" if loop == "compiled" else "the sparse one too"
+    return (
+        f"Speed: greedy decoding with a key-value cache, batch 1, {dense}, {sparse}; {how}; the "
+        "prompt is not timed."
+    )
 
 
 def _machine(facts: Mapping[str, Any]) -> str:
