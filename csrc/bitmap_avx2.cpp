@@ -117,6 +117,7 @@ constexpr int kVectors = 1;  // of 16 floats, in a batch tile of the grouped pro
 }  // namespace gossamer
 
 #include "grouped_driver.hpp"
+#include "limits_driver.hpp"
 
 namespace gossamer {
 void matvec_avx2(const Bitmap& m, const float* x, int64_t batch, float* y, const float* bias,
@@ -137,4 +138,6 @@ void grouped_avx2(const Grouped& m, const Dense& d, const float* bias, bool relu
 void unpack_avx2(const Bitmap& m, int64_t cols, int64_t from, int64_t to, float* out, int threads) {
   run_unpack(m, cols, from, to, out, threads);
 }
+float read_avx2(const float* data, int64_t n, int threads) { return run_read(data, n, threads); }
+float multiply_avx2(int64_t steps, int threads) { return run_multiply(steps, threads); }
 }  // namespace gossamer

@@ -174,6 +174,7 @@ constexpr int kVectors = 4;  // of 16 floats, in a batch tile of the grouped pro
 }  // namespace gossamer
 
 #include "grouped_driver.hpp"
+#include "limits_driver.hpp"
 
 namespace gossamer {
 void matvec_avx512(const Bitmap& m, const float* x, int64_t batch, float* y, const float* bias,
@@ -194,4 +195,6 @@ void grouped_avx512(const Grouped& m, const Dense& d, const float* bias, bool re
 void unpack_avx512(const Bitmap& m, int64_t cols, int64_t from, int64_t to, float* out, int threads) {
   run_unpack(m, cols, from, to, out, threads);
 }
+float read_avx512(const float* data, int64_t n, int threads) { return run_read(data, n, threads); }
+float multiply_avx512(int64_t steps, int threads) { return run_multiply(steps, threads); }
 }  // namespace gossamer

@@ -65,6 +65,7 @@ constexpr int kVectors = 1;  // of 16 floats, in a batch tile of the grouped pro
 }  // namespace gossamer
 
 #include "grouped_driver.hpp"
+#include "limits_driver.hpp"
 
 namespace gossamer {
 void matvec_portable(const Bitmap& m, const float* x, int64_t batch, float* y, const float* bias,
@@ -85,4 +86,6 @@ void grouped_portable(const Grouped& m, const Dense& d, const float* bias, bool 
 void unpack_portable(const Bitmap& m, int64_t cols, int64_t from, int64_t to, float* out, int threads) {
   run_unpack(m, cols, from, to, out, threads);
 }
+float read_portable(const float* data, int64_t n, int threads) { return run_read(data, n, threads); }
+float multiply_portable(int64_t steps, int threads) { return run_multiply(steps, threads); }
 }  // namespace gossamer

@@ -10,6 +10,7 @@
 #include "decoder_bindings.hpp"
 #include "grouped_bindings.hpp"
 #include "isa.hpp"
+#include "limits.hpp"
 
 namespace nb = nanobind;
 using namespace gossamer;
@@ -137,6 +138,27 @@ void unpack(uintptr_t bits, uintptr_t values, uintptr_t row_ptr, int64_t rows, i
   run(m, cols, from, to, reinterpret_cast<float*>(out), threads);
 }
 
+float read_floats(uintptr_t data, int64_t n, int threads, int isa) {
+  check_isa(isa);
+  if (n < 0 || n % 64 || threads < 1) throw std::invalid_argument("limits: bad size");
+  const auto* from = reinterpret_cast<const float*>(data);
+#if defined(__x86_64__)
+  if (isa == kAvx512) return read_avx512(from, n, threads);
+  if (isa == kAvx2) return read_avx2(from, n, threads);
+#endif
+  return read_portable(from, n, threads);
+}
+
+float multiply(int64_t steps, int threads, int isa) {
+  check_isa(isa);
+  if (steps < 0 || threads < 1) throw std::invalid_argument("limits: bad size");
+#if defined(__x86_64__)
+  if (isa == kAvx512) return multiply_avx512(steps, threads);
+  if (isa == kAvx2) return multiply_avx2(steps, threads);
+#endif
+  return multiply_portable(steps, threads);
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -147,5 +169,8 @@ NB_MODULE(_kernels, m) {
   bind_decoder(m);
   bind_grouped(m);
   m.def("bitmap_unpack", &unpack, nb::call_guard<nb::gil_scoped_release>());
+  m.def("read_floats", &read_floats, nb::call_guard<nb::gil_scoped_release>());
+  m.def("multiply", &multiply, nb::call_guard<nb::gil_scoped_release>());
+  m.attr("FLOPS_PER_STEP") = kFlopsPerStep;
   m.def("bitmap_spmm", &spmm, nb::call_guard<nb::gil_scoped_release>());
 }

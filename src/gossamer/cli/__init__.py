@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from gossamer.cli.bench import Bench
 from gossamer.cli.compare import Compare
 from gossamer.cli.compress import Compress
 from gossamer.cli.generate import Generate
@@ -18,6 +19,7 @@ from gossamer.core.errors import FormatError, GossamerError, MissingExtra, Usage
 
 COMMANDS: dict[str, type[Any]] = {
     "compress": Compress,
+    "bench": Bench,
     "compare": Compare,
     "inspect": Inspect,
     "generate": Generate,

@@ -1,0 +1,43 @@
+// The loops of limits.hpp, compiled once per instruction set.
+#pragma once
+#include "grouped_driver.hpp"
+#include "limits.hpp"
+
+namespace gossamer {
+namespace {
+
+inline float total(Wide value) {
+  float sum = 0.0f;
+  for (int lane = 0; lane < 16; ++lane) sum += value[lane];
+  return sum;
+}
+
+inline float run_read(const float* data, int64_t n, int threads) {
+  float result = 0.0f;
+#pragma omp parallel num_threads(threads) reduction(+ : result)
+  {
+    const int64_t i = omp_get_thread_num(), all = omp_get_num_threads(), parts = n / 64;
+    Wide sums[4] = {};
+    for (int64_t at = parts * i / all * 64; at < parts * (i + 1) / all * 64; at += 64)
+      for (int k = 0; k < 4; ++k) sums[k] += load(data + at + 16 * k);
+    result += total(sums[0] + sums[1] + sums[2] + sums[3]);
+  }
+  return result;
+}
+
+inline float run_multiply(int64_t steps, int threads) {
+  float result = 0.0f;
+#pragma omp parallel num_threads(threads) reduction(+ : result)
+  {
+    Wide sums[10], factor;
+    for (int lane = 0; lane < 16; ++lane) factor[lane] = 0.9999f;
+    for (int k = 0; k < 10; ++k) sums[k] = factor * static_cast<float>(k);
+    for (int64_t step = 0; step < steps; ++step)
+      for (int k = 0; k < 10; ++k) sums[k] = sums[k] * factor + factor;
+    for (int k = 0; k < 10; ++k) result += total(sums[k]);
+  }
+  return result;
+}
+
+}  // namespace
+}  // namespace gossamer

@@ -1,0 +1,1 @@
+"""Benchmarks behind `gossamer bench`: correctness first, then time, against what users have."""

@@ -1,0 +1,117 @@
+"""Suite `kernels`: one sparse linear layer, at shapes, densities and batches that models have."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer.bench import peers
+from gossamer.bench.measure import Limits, interleaved
+from gossamer.core.errors import GossamerError
+from gossamer.nn.bitmap import BitmapLinear
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_COLD = 200 << 20
+"""Weights of so many bytes take turns where a single one could stay in a cache."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: the layer (out, in), dtype of its values, density and rows of input."""
+
+    out: int
+    inputs: int
+    dtype: str
+    density: float
+    batch: int
+
+
+def cases() -> list[Case]:
+    """Decoding of MLP-sized layers, and batches of 16 and 128."""
+    decode = [
+        Case(out, inputs, dtype, density, 1)
+        for out, inputs in ((4096, 11008), (4096, 4096))
+        for dtype in DTYPES
+        for density in (0.5, 0.3, 0.2)
+    ]
+    batches = [
+        Case(4096, 4096, dtype, density, batch)
+        for dtype in DTYPES
+        for batch in (16, 128)
+        for density in (0.5, 0.3, 0.2, 0.1, 0.05)
+    ]
+    return decode + batches
+
+
+def measure(case: Case, limits: Limits, repeats: int = 7) -> dict[str, Any]:
+    """Times of ours and every peer present; raises GossamerError where a result is wrong."""
+    matrix = _matrix(case)
+    width = matrix.element_size()
+    copies = max(1, min(8, -(-_COLD // (matrix.numel() * width)))) if case.batch <= 8 else 1
+    x = torch.randn(case.batch, case.inputs, generator=torch.Generator().manual_seed(1))
+    x = x.to(matrix.dtype).float()
+    layers = [BitmapLinear.from_matrix(matrix) for _ in range(copies)]
+    if case.batch > 8:
+        for layer in layers:
+            layer.prepare_batches()
+    calls = _calls([matrix] * copies, layers, x)
+    _check(case, calls, matrix, x)
+    with torch.inference_mode():
+        seconds = interleaved(calls, repeats)
+    ours = seconds["gossamer"]
+    dense = {name: taken for name, taken in seconds.items() if "dense" in name}
+    best = min(dense, key=lambda name: dense[name])
+    nnz = layers[0].values.numel()
+    nbytes = layers[0].values.nbytes + layers[0].bitmap.nbytes
+    least, binds = limits.seconds(nbytes, 2 * nnz * case.batch)
+    return {
+        "case": vars(case),
+        "milliseconds": {name: 1e3 * taken for name, taken in seconds.items()},
+        "best_dense": best,
+        "ratio": dense[best] / ours,
+        "ratio_to_sparse_peers": {
+            name: taken / ours for name, taken in seconds.items() if "csr" in name
+        },
+        "fraction_of_limit": least / ours,
+        "limit": binds,
+    }
+
+
+def _matrix(case: Case) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(case.out, case.inputs, generator=generator)
+    drop = torch.rand(case.out, case.inputs, generator=generator) > case.density
+    return matrix.masked_fill_(drop, 0.0).to(DTYPES[case.dtype])
+
+
+def _calls(
+    weights: list[Tensor], layers: list[BitmapLinear], x: Tensor
+) -> dict[str, Callable[[], Tensor]]:
+    turn, inputs = itertools.cycle(layers), x.to(weights[0].dtype)
+    found: dict[str, Callable[[], Tensor] | None] = {
+        "gossamer": lambda: next(turn)(inputs),
+        "torch dense float32": peers.torch_dense(weights, x, torch.float32),
+        "torch dense bfloat16": peers.torch_dense(weights, x, torch.bfloat16),
+        "numpy dense float32": peers.numpy_dense(weights, x),
+        "onnxruntime dense float32": peers.onnx_dense(weights[:2], x),
+        "torch csr float32": peers.torch_csr(weights[:2], x),
+        "scipy csr float32": peers.scipy_csr(weights[:2], x),
+    }
+    return {name: call for name, call in found.items() if call is not None}
+
+
+def _check(case: Case, calls: dict[str, Callable[[], Tensor]], matrix: Tensor, x: Tensor) -> None:
+    """No speed for a wrong result: ours within float32 rounding, bfloat16 outputs within theirs."""
+    expected = x.double() @ matrix.double().t()
+    for name, call in calls.items():
+        with torch.inference_mode():
+            found = call()
+        error = float((found.double() - expected).norm() / expected.norm())
+        allowed = 1e-2 if found.dtype == torch.bfloat16 else 1e-4
+        if not error < allowed:
+            raise GossamerError(f"{name} is wrong on {case}: relative error {error:.1e}")

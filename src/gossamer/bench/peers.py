@@ -1,0 +1,77 @@
+"""What users could run instead; each returns a call, or None where it is not installed.
+
+Every peer computes y = x W^T for x (batch, in) float32 and W (out, in), in its own best layout.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Run = Callable[[], Tensor]
+
+
+def torch_dense(weights: list[Tensor], x: Tensor, dtype: torch.dtype) -> Run:
+    """torch's own product; the weights take turns, so that they come from memory."""
+    copies = itertools.cycle([w.to(dtype).clone() for w in weights])
+    inputs = x.to(dtype)
+    return lambda: functional.linear(inputs, next(copies))
+
+
+def numpy_dense(weights: list[Tensor], x: Tensor) -> Run:
+    """numpy's product: OpenBLAS in the usual wheels."""
+    copies = itertools.cycle([w.float().numpy().T for w in weights])
+    inputs = x.numpy()
+    return lambda: torch.from_numpy(inputs @ next(copies))
+
+
+def onnx_dense(weights: list[Tensor], x: Tensor) -> Run | None:
+    """onnxruntime's float32 MatMul."""
+    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime")):
+        return None
+    onnx, onnxruntime = (importlib.import_module(name) for name in ("onnx", "onnxruntime"))
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    sessions = []
+    for weight in weights:
+        helper, proto = onnx.helper, onnx.TensorProto
+        stored = onnx.numpy_helper.from_array(weight.float().t().contiguous().numpy(), "w")
+        graph = helper.make_graph(
+            [helper.make_node("MatMul", ["x", "w"], ["y"])],
+            "linear",
+            [helper.make_tensor_value_info("x", proto.FLOAT, list(x.shape))],
+            [helper.make_tensor_value_info("y", proto.FLOAT, [x.shape[0], weight.shape[0]])],
+            [stored],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        sessions.append(onnxruntime.InferenceSession(model.SerializeToString(), options))
+    copies, inputs = itertools.cycle(sessions), {"x": x.numpy()}
+    return lambda: torch.from_numpy(next(copies).run(None, inputs)[0])
+
+
+def torch_csr(weights: list[Tensor], x: Tensor) -> Run:
+    """torch's compressed sparse rows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that its CSR is in beta
+        copies = itertools.cycle([w.float().to_sparse_csr() for w in weights])
+    inputs = x.t().contiguous()
+    return lambda: torch.mm(next(copies), inputs).t()
+
+
+def scipy_csr(weights: list[Tensor], x: Tensor) -> Run | None:
+    """scipy's compressed sparse rows, one thread."""
+    if importlib.util.find_spec("scipy") is None:
+        return None
+    from scipy import sparse
+
+    copies = itertools.cycle([sparse.csr_matrix(w.float().numpy()) for w in weights])
+    inputs = x.t().contiguous().numpy()
+    return lambda: torch.from_numpy(next(copies) @ inputs).t()

@@ -1,0 +1,78 @@
+"""gossamer bench: limits that are real, no speed for a wrong kernel, JSON that says what it is."""
+
+import json
+
+import pytest
+import torch
+
+from gossamer.bench import decode, kernels
+from gossamer.bench.measure import Limits, interleaved, measure_limits
+from gossamer.cli import main
+from gossamer.core.errors import GossamerError
+from gossamer.nn import BitmapLinear
+from gossamer.ops._dispatch import kernels as compiled
+
+if compiled() is None:
+    pytest.skip("the kernels are not built", allow_module_level=True)
+LIMITS = Limits(read=1e10, flops=1e11, threads=1)
+
+
+def test_limits_are_of_this_machine():
+    limits = measure_limits(megabytes=64)
+    assert 1e9 < limits.read < 1e12 and 1e9 < limits.flops < 1e14
+    assert limits.seconds(limits.read, 0.5 * limits.flops) == (1.0, "bytes")
+    assert limits.seconds(0.5 * limits.read, limits.flops) == (1.0, "flops")
+
+
+def test_turns_alternate():
+    seen = []
+    interleaved({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, repeats=2)
+    order = [name for at, name in enumerate(seen) if at == 0 or seen[at - 1] != name]
+    assert order == ["a", "b"] * 3
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_a_case_holds_every_engine(batch):
+    found = kernels.measure(kernels.Case(96, 130, "bfloat16", 0.5, batch), LIMITS, repeats=1)
+    times = found["milliseconds"]
+    assert {"gossamer", "torch dense float32", "torch csr float32"} <= set(times)
+    dense = min(t for name, t in times.items() if "dense" in name)
+    assert found["ratio"] == pytest.approx(dense / times["gossamer"])
+    assert found["limit"] in ("bytes", "flops")
+
+
+def test_a_wrong_kernel_gets_no_speed(monkeypatch):
+    right = BitmapLinear.forward
+    monkeypatch.setattr(BitmapLinear, "forward", lambda self, x: right(self, x) + 1)
+    with pytest.raises(GossamerError, match="gossamer is wrong"):
+        kernels.measure(kernels.Case(64, 64, "float32", 0.5, 1), LIMITS, repeats=1)
+
+
+def test_decode_suite(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("transformers")
+    small = decode.Geometry(64, 1, 4, 2, 128, 32000)
+    monkeypatch.setitem(decode.GEOMETRIES, "llama-1b", small)
+    out = tmp_path / "bench.json"
+    main(["bench", "--suite=decode", "--repeats=1", f"--out={out}", "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(out.read_text())
+    case = printed["cases"][0]
+    assert case["loop"] == "compiled" and case["tokens_per_second"]["gossamer"] > 0
+    main(["bench", "--suite=decode", "--repeats=1"])
+    assert "tokens/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [("--suite=speed", "kernels, decode"), ("--repeats=0", "at least 1"), ("--only=zz", "no case")],
+)
+def test_bad_options(flag, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", flag])
+    assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_matrix_has_the_density_asked_for():
+    matrix = kernels._matrix(kernels.Case(200, 300, "float32", 0.2, 1))
+    assert float((matrix != 0).float().mean()) == pytest.approx(0.2, abs=0.01)
+    assert torch.equal(matrix, kernels._matrix(kernels.Case(200, 300, "float32", 0.2, 1)))
