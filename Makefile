@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 KERNEL_SOURCES := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-slow lint types setup docs bench clean help
+.PHONY: demo test test-slow lint types setup docs bench sanitize fuzz clean help
 
 help:
 	@echo "make demo   compress the bundled model, write demo-out/report.html"
 	@echo "make test   run the tests        make test-slow  run the long ones"
 	@echo "make lint types docs bench clean"
+	@echo "make sanitize  kernel tests under AddressSanitizer and UBSan   make fuzz  a minute each"
 
 setup: $(READY)
 
@@ -43,6 +44,28 @@ docs: $(READY)
 
 bench: $(READY)
 	for case in benchmarks/cases/*.py; do $(BIN)/python $$case || exit 1; done
+
+FUZZ_SECONDS ?= 60
+fuzz: $(READY)
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz
+
+# The copy of the package beside the sanitized extension; every set of instructions in turn.
+SANITIZED := $(CURDIR)/build/sanitize
+sanitize: $(READY)
+	rm -rf $(SANITIZED)/src && mkdir -p $(SANITIZED)/src && cp -r src/gossamer $(SANITIZED)/src/
+	rm -f $(SANITIZED)/src/gossamer/_kernels*.so
+	$(BIN)/cmake -S . -B $(SANITIZED)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+		-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DGOSSAMER_SANITIZE=ON \
+		-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(SANITIZED)/src/gossamer
+	$(BIN)/ninja -C $(SANITIZED)/cmake
+	for isa in portable avx2 avx512; do \
+		GOSSAMER_ISA=$$isa $(BIN)/python -c "from gossamer.ops import _dispatch; _dispatch.isa()" \
+			|| continue; \
+		GOSSAMER_ISA=$$isa ASAN_OPTIONS=detect_leaks=0 \
+			LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+			$(BIN)/python tests/sanitized.py $(SANITIZED)/src -p no:cacheprovider \
+			tests/ops tests/nn tests/fuzz tests/engine/test_decoder.py || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build demo-out

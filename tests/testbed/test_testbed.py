@@ -1,5 +1,8 @@
 """The bundled model is well trained, its texts are honest, and its data is what it says."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +24,12 @@ def test_the_model_is_trained():
     text = heldout_text()[:40_000]
     dense = bits_per_byte(language_model(), text)
     assert dense < baselines.ngram_bits_per_byte(text, calibration_text())
+    assert dense < baselines.xz_bits_per_byte(heldout_text())  # longer text is easier for xz
+    results = Path(__file__).parents[2] / "benchmarks" / "results" / "testbed.json"
+    record = json.loads(results.read_text())
+    assert record["dense"] < min(record["xz"], record["ngram5"])
+    assert record["ngram5_training_bytes"] == record["train"]["training_bytes"]
+    assert dense == pytest.approx(record["dense"], abs=0.15)  # of the same model, on part of it
     torch.manual_seed(0)
     untrained = language_model()
     untrained.apply(lambda m: m.reset_parameters() if isinstance(m, torch.nn.Linear) else None)
