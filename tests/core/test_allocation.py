@@ -89,3 +89,23 @@ def test_owl_keeps_more_where_outliers_are():
     assert gs.OWL().allocate([quiet], 0.3) == {"q": 0.3}
     with pytest.raises(gs.UsageError, match="norms"):
         gs.OWL().allocate([LayerInfo("x", (2, 2), 0, torch.ones(2, 2))], 0.5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0.02, 0.99), st.floats(0.0, 0.5), st.integers(0, 99))
+def test_owl_meets_the_budget_with_unequal_blocks_at_every_density(density, lam, seed):
+    generator = torch.Generator().manual_seed(seed)
+    infos = [
+        LayerInfo(
+            str(k), (8 * (k + 1), 16), k, torch.randn(8 * (k + 1), 16, generator=generator) ** 3,
+            torch.ones(16),
+        )
+        for k in range(4)
+    ]  # fmt: skip
+    result = gs.OWL(lam=lam).allocate(infos, density)
+    kept = sum(result[info.name] * info.size for info in infos)
+    assert kept == pytest.approx(density * sum(info.size for info in infos), rel=1e-9)
+    assert all(density / 10 - 1e-12 <= value <= 1 for value in result.values())
+    shares = {info.name: gs.OWL().outlier_share([info]) for info in infos}
+    order = sorted(shares, key=lambda name: shares[name])
+    assert [result[n] for n in order] == sorted(result[n] for n in order)

@@ -11,6 +11,7 @@ from gossamer.core.errors import NonFiniteError, PatternError, UsageError
 from gossamer.core.matrix import as_matrix
 from gossamer.core.pattern import NM, Block, Unstructured
 from gossamer.core.select import kept_count
+from gossamer.engine.compress import compress
 from gossamer.engine.prune import prune
 from gossamer.methods.weights import METHODS
 from gossamer.models import prunable_layers
@@ -221,3 +222,30 @@ def test_progress_goes_to_stderr(tiny, capfd):
     out, err = capfd.readouterr()
     assert out == ""
     assert "pruning" in err
+
+
+def test_an_embedding_can_be_named_in():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    before = model.model.embed_tokens.weight.detach().clone()
+    with pytest.raises(UsageError, match=r"embed_tokens.*Magnitude"):
+        prune(model, METHODS["wanda"](), density=0.5, include=("*embed_tokens",), data=[before])
+    assert torch.equal(model.model.embed_tokens.weight, before)
+    result = prune(
+        model,
+        METHODS["magnitude"](),
+        density=0.25,
+        include=("*embed_tokens",),
+        exclude=("*layers*",),
+    )
+    kept = model.model.embed_tokens.weight != 0
+    assert list(result.supports) == ["model.embed_tokens"] and int(kept.sum()) == 50 * 32 // 4
+    assert before.abs()[kept].min() >= before.abs()[~kept].max()
+    fast = compress(result)
+    record = next(layer for layer in fast.layers if layer.name == "model.embed_tokens")
+    assert record.kernel is None and "looks rows up" in record.reason

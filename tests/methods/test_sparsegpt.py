@@ -44,6 +44,20 @@ def twin(weight, hessian, pattern, density, width):
                 scores = weight[:, group] ** 2 / diagonal[group]
                 for row in range(rows):
                     mask[row, group] = keep_best(scores[row], pattern.keep)
+        elif j % width == 0 and getattr(pattern, "scope", "") in ("row", "column"):
+            end = min(j + width, cols)
+            scores = weight[:, j:end] ** 2 / diagonal[j:end]
+            if pattern.scope == "row":
+                quota = kept_count(end, density) - kept_count(j, density)
+                for row in range(rows):
+                    mask[row, j:end] = keep_best(scores[row], quota)
+            else:
+                for column in range(end - j):
+                    mask[:, j + column] = keep_best(scores[:, column], kept_count(rows, density))
+        elif j % width == 0 and isinstance(pattern, gs.Channel):
+            end = min(j + width, cols)
+            scores = (weight[:, j:end] ** 2 / diagonal[j:end]).sum(0)
+            mask[:, j:end] = keep_best(scores, kept_count(end, density) - kept_count(j, density))
         elif j % width == 0:
             end = min(j + width, cols)
             scores = weight[:, j:end] ** 2 / diagonal[j:end]
@@ -66,6 +80,9 @@ PATTERNS = [
     gs.NM(3, 8),
     gs.Block(4, 1),
     gs.Block(2, 4),
+    gs.Unstructured("row"),
+    gs.Unstructured("column"),
+    gs.Channel(1),
 ]
 
 

@@ -5,7 +5,7 @@ Every allocation meets the budget: sum of density_l * size_l equals density * su
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -137,6 +137,8 @@ class OWL:
     D_l is the share of block l's Wanda scores above `m` times their mean; it is rescaled to a
     range of 2 `lam` and shifted to the mean of the budget. More outliers, more weights kept.
     Source: Outlier Weighed Layerwise Sparsity (2023). Layers outside blocks are each a block.
+    Ours: the mean is weighted by size, so that unequal blocks meet the budget exactly, and where
+    a block would leave [density / 10, 1] it stops there and the others make up for it.
     """
 
     m: float = 5.0
@@ -144,7 +146,7 @@ class OWL:
     needs_norm: ClassVar[bool] = True
 
     def allocate(self, layers: Sequence[LayerInfo], density: float) -> dict[str, float]:
-        """Density by layer name; raises UsageError without norms or outside (0, 1]."""
+        """Density by layer name; raises UsageError without norms."""
         density = check_density(density)
         blocks: dict[object, list[LayerInfo]] = {}
         for layer in layers:
@@ -156,17 +158,9 @@ class OWL:
             return {layer.name: density for layer in layers}
         raised = {k: 2 * self.lam * (d - low) / (high - low) for k, d in outliers.items()}
         sizes = {key: sum(x.size for x in members) for key, members in blocks.items()}
-        mean = sum(raised[k] * sizes[k] for k in blocks) / sum(sizes.values())
-        result = {
-            layer.name: density + raised[key] - mean
-            for key, members in blocks.items()
-            for layer in members
-        }
-        if min(result.values()) <= 0 or max(result.values()) > 1:
-            raise UsageError(
-                f"OWL with lam={self.lam:g} leaves (0, 1] at density {density:g}; use a smaller lam"
-            )
-        return {layer.name: result[layer.name] for layer in layers}
+        shifted = _centred(raised, sizes, density)
+        block_of = {layer.name: key for key, members in blocks.items() for layer in members}
+        return {layer.name: shifted[block_of[layer.name]] for layer in layers}
 
     def outlier_share(self, members: Sequence[LayerInfo]) -> float:
         """The share of |w| * norm above m times their mean, over all layers of a block."""
@@ -200,6 +194,28 @@ def lamp_scores(weight: Tensor) -> Tensor:
     scores = torch.empty_like(squares)
     scores[order] = torch.where(tail > 0, ranked / tail, torch.zeros((), dtype=tail.dtype))
     return scores.reshape(weight.shape)
+
+
+def _centred(
+    raised: Mapping[object, float], sizes: Mapping[object, int], density: float
+) -> dict[object, float]:
+    """raised + c, cut to [density / 10, 1], with c such that the sized mean is the density."""
+    total = sum(sizes.values())
+
+    def cut(c: float) -> dict[object, float]:
+        return {key: min(1.0, max(density / 10, value + c)) for key, value in raised.items()}
+
+    def mean(c: float) -> float:
+        return sum(value * sizes[key] for key, value in cut(c).items()) / total
+
+    plain = density - sum(value * sizes[key] for key, value in raised.items()) / total
+    if abs(mean(plain) - density) < 1e-12:
+        return cut(plain)
+    low, high = -1.0 - max(raised.values()), 1.0
+    for _ in range(100):  # mean is continuous and never falls as c grows
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean(middle) < density else (low, middle)
+    return cut(high)
 
 
 def _erdos(shape: Sequence[int]) -> float:

@@ -9,8 +9,8 @@ from gossamer.core.errors import UsageError
 
 
 def is_prunable(module: nn.Module) -> bool:
-    """Linear, Conv2d with groups=1 or transformers' Conv1D."""
-    if isinstance(module, nn.Linear):
+    """Linear, Embedding, Conv2d with groups=1 or transformers' Conv1D."""
+    if isinstance(module, nn.Linear | nn.Embedding):
         return True
     if isinstance(module, nn.Conv2d):
         return module.groups == 1
@@ -30,7 +30,7 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def as_matrix(module: nn.Module) -> Tensor:
-    """The detached weight as (out, in).
+    """The detached weight as (out, in); of an Embedding as it is, (entries, width).
 
     Conv2d becomes (out, kh * kw * in_channels), input channels innermost, so that N:M groups run
     along input channels. A view where the layout allows, else a copy: do not write through it.

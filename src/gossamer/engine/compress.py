@@ -46,7 +46,7 @@ def compress(
     )
     records = []
     for name, module in list(root.named_modules()):
-        if not is_prunable(module):
+        if not is_prunable(module) or _untouched_embedding(module):
             continue
         asked = requested.get(name)
         record = _record(name, module, asked)
@@ -59,6 +59,10 @@ def compress(
             record = _with_reason(record, reason)
         records.append(record)
     return CompressResult(root, tuple(records), _dispatch.isa(), torch.get_num_threads())
+
+
+def _untouched_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and bool((module.weight != 0).all(dim=1).any())
 
 
 def _record(name: str, module: nn.Module, asked: LayerRecord | None) -> LayerRecord:
@@ -83,6 +87,8 @@ def _refusal(
     assert isinstance(weight, torch.Tensor)
     if isinstance(module, nn.Conv2d):
         return "no sparse convolution kernel yet"
+    if isinstance(module, nn.Embedding):
+        return "an embedding looks rows up, so zeros save no multiplication"
     if record.density == 1.0:
         return "no zeros"
     if weight.device.type != "cpu":

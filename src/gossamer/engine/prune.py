@@ -151,6 +151,12 @@ def _check_layers(method: Method, pattern: Pattern, layers: Mapping[str, nn.Modu
             f"{', '.join(method.card.patterns)}"
         )
     for name, module in layers.items():
+        if isinstance(module, nn.Embedding) and method.card.needs:
+            raise UsageError(
+                f"{name}: an embedding looks rows up and multiplies nothing, so {method.card.name} "
+                "has no statistics of its inputs; prune it in a call of its own by Magnitude or "
+                "Random"
+            )
         weight = as_matrix(module)
         check_pattern(pattern, weight.shape, name)
         if not bool(torch.isfinite(weight).all()):

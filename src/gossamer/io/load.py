@@ -133,7 +133,8 @@ def _place(root: nn.Module, layers: Mapping[str, BitmapLinear], tensors: dict[st
     modules = dict(root.named_modules())
     for name, layer in layers.items():
         module = modules.get(name)
-        fits = module is not None and is_prunable(module) and not isinstance(module, nn.Conv2d)
+        fits = module is not None and is_prunable(module)
+        fits = fits and not isinstance(module, nn.Conv2d | nn.Embedding)
         shape = (layer.out_features, layer.in_features)
         if not fits or as_matrix(module).shape != shape:  # type: ignore[arg-type]
             raise FormatError(f"layer {name}: the model has no linear layer of that shape there")
