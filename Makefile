@@ -43,6 +43,7 @@ docs: $(READY)
 	$(BIN)/python docs/generate.py
 
 bench: $(READY)
+	$(BIN)/gossamer bench --suite kernels --out benchmarks/results/kernels.json
 	for case in benchmarks/cases/*.py; do $(BIN)/python $$case || exit 1; done
 
 FUZZ_SECONDS ?= 60

@@ -15,6 +15,7 @@ from gossamer.core.result import CompressResult, LayerRecord, PruneResult
 from gossamer.core.select import select, select_global
 from gossamer.core.support import Support
 from gossamer.engine.compress import compress
+from gossamer.engine.generate import generate
 from gossamer.engine.prune import prune
 from gossamer.io import export, load, save
 from gossamer.methods import cards, find
@@ -54,6 +55,7 @@ __all__ = [
     "export",
     "find",
     "format_pattern",
+    "generate",
     "load",
     "parse_pattern",
     "prune",
