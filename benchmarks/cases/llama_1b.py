@@ -18,8 +18,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gossamer as gs
+from gossamer.bench.measure import measure_limits
 from gossamer.engine.evaluate import decode_speed
 from gossamer.engine.generate import generate
+from gossamer.nn import BitmapLinear
 
 OUT = Path(__file__).parents[1] / "results" / "llama_1b.json"
 
@@ -51,7 +53,17 @@ def speed(layers: int, repeats: int) -> dict[str, object]:
     kernels = sorted({str(layer.kernel) for layer in result.layers})
     ids = torch.randint(0, 32000, (1, 16), generator=torch.Generator().manual_seed(1))
     timing = decode_speed(dense, sparse, ids, new_tokens=16, repeats=repeats)
-    return {"kernels": kernels, "isa": result.isa, "decode": timing}
+    packed = [m for m in sparse.modules() if isinstance(m, BitmapLinear)]
+    nbytes = sum(m.values.nbytes + m.bitmap.nbytes for m in packed) + sparse.lm_head.weight.nbytes
+    limits = measure_limits()
+    return {
+        "kernels": kernels,
+        "isa": result.isa,
+        "decode": timing,
+        "bytes_per_token": nbytes,
+        "read_bytes_per_second": limits.read,
+        "fraction_of_read_limit": timing.sparse * nbytes / limits.read,
+    }
 
 
 def exact(layers: int, steps: int = 32) -> bool:
