@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gossamer.core.card import Card
-from gossamer.methods import cards
+from gossamer.methods import cards, find
 
 OUT = Path(__file__).parent / "methods"
 
@@ -28,9 +28,19 @@ def page(card: Card) -> str:
 **Notes.** {card.notes}
 
 ```
-gossamer compress --method {card.name} --sparsity 0.5
+{usage(card)}
 ```
 """
+
+
+def usage(card: Card) -> str:
+    """How to run the method: on the command line, or around a training loop."""
+    if card.kind != "trainer":
+        return f"gossamer compress --method {card.name} --sparsity 0.5"
+    name = find(card.name).__name__
+    argument = "" if card.patterns == ("nm",) else "density=0.1"
+    return f"""with gs.sparse_training(model, optimizer, gs.{name}({argument}), total_steps=n):
+    ...  # the loop as it was: loss.backward(); optimizer.step()"""
 
 
 def pages() -> dict[str, str]:

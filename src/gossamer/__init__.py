@@ -17,18 +17,35 @@ from gossamer.core.support import Support
 from gossamer.engine.compress import compress
 from gossamer.engine.generate import generate
 from gossamer.engine.prune import prune
+from gossamer.engine.train import SparseRun, sparse_training
 from gossamer.io import export, load, save
 from gossamer.methods import cards, find
-from gossamer.methods.weights import Magnitude, Random, SparseGPT, Wanda
+from gossamer.methods.weights import (
+    GMP,
+    SET,
+    SNIP,
+    SRSTE,
+    GraNet,
+    Magnitude,
+    Random,
+    RigL,
+    SparseGPT,
+    StaticRandom,
+    Wanda,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ER",
     "ERK",
+    "GMP",
     "LAMP",
     "NM",
     "OWL",
+    "SET",
+    "SNIP",
+    "SRSTE",
     "Block",
     "Card",
     "Channel",
@@ -36,6 +53,7 @@ __all__ = [
     "FormatError",
     "Global",
     "GossamerError",
+    "GraNet",
     "LayerRecord",
     "Magnitude",
     "MissingExtra",
@@ -43,7 +61,10 @@ __all__ = [
     "PatternError",
     "PruneResult",
     "Random",
+    "RigL",
     "SparseGPT",
+    "SparseRun",
+    "StaticRandom",
     "Support",
     "Uniform",
     "UniformPlus",
@@ -62,4 +83,5 @@ __all__ = [
     "save",
     "select",
     "select_global",
+    "sparse_training",
 ]

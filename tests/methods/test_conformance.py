@@ -7,7 +7,7 @@ import gossamer as gs
 from gossamer.core.select import kept_count, select
 from gossamer.core.stats import ColumnNorm, Hessian, LayerStats
 from gossamer.methods import cards, find
-from gossamer.methods.weights import CARDS, METHODS
+from gossamer.methods.weights import CARDS, METHODS, TRAINERS
 
 PATTERNS = {
     "unstructured": [gs.Unstructured(), gs.Unstructured("row"), gs.Unstructured("column")],
@@ -122,8 +122,8 @@ def test_missing_statistics_and_bad_weights_name_the_layer():
 
 
 def test_the_catalogue():
-    assert {card.name for card in cards()} == set(METHODS)
-    assert all(METHODS[card.name].card is card for card in cards())
+    assert {card.name for card in cards()} == set(METHODS) | set(TRAINERS)
+    assert all(find(card.name).card is card for card in cards())
     for card in cards():
         assert card.title and card.link.startswith("https://arxiv.org/") and card.claim
     with pytest.raises(gs.UsageError, match="did you mean 'wanda'"):

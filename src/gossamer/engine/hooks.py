@@ -37,6 +37,32 @@ def observe_inputs(
 
 
 @contextmanager
+def around_steps(
+    optimizer: torch.optim.Optimizer, before: Callable[[], None], after: Callable[[], None]
+) -> Iterator[None]:
+    """While open, call `before()` and `after()` around every step that the optimizer takes.
+
+    A step that a GradScaler skips calls neither. Raises UsageError for a step with a closure, which
+    would compute gradients after `before` has seen them.
+    """
+
+    def pre(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(x is not None for x in args[1:]) or kwargs.get("closure") is not None:
+            raise UsageError("sparse training cannot see into optimizer.step(closure)")
+        before()
+
+    def post(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        after()
+
+    handles = [optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Inputs]]]:
     """While open, append (name, inputs) to the yielded list at every forward, in call order.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from gossamer.core.allocation import LayerInfo
@@ -41,6 +42,57 @@ class Solver(Protocol):
         self, weight: Tensor, stats: LayerStats, pattern: Pattern, density: float
     ) -> tuple[Tensor, Support]:
         """The new weight (out, in) and its support."""
+        ...
+
+
+@runtime_checkable
+class Trainer(Protocol):
+    """A method that chooses supports while the model trains. Pure functions over plain data.
+
+    Every weight, gradient and mask is a matrix (out, in) laid out as `core.matrix.as_matrix`, by
+    layer name. Steps count optimizer steps taken, from 1; `total` is how many there will be.
+    """
+
+    dense: ClassVar[bool]
+    """Whether weights outside the support live on behind it and receive gradients."""
+    gradients_at_start: ClassVar[bool]
+    """Whether `start` needs the gradients of one loss."""
+    gradients_at_update: ClassVar[bool]
+    """Whether `update` needs the gradients of all weights, kept or not."""
+
+    @property
+    def card(self) -> Card: ...
+    @property
+    def pattern(self) -> Pattern: ...
+
+    def start(
+        self,
+        layers: Sequence[LayerInfo],
+        gradients: Mapping[str, Tensor],
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """The first masks."""
+        ...
+
+    def due(self, step: int, total: int) -> bool:
+        """Whether supports may change after this step."""
+        ...
+
+    def update(
+        self,
+        step: int,
+        total: int,
+        layers: Sequence[LayerInfo],
+        gradients: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        generator: torch.Generator,
+    ) -> list[dict[str, Tensor]]:
+        """The supports to pass through, in order. What leaves one and enters the next starts
+        anew from zero; what stays in all of them keeps its value and its optimizer state."""
+        ...
+
+    def refine(self, weight: Tensor, gradient: Tensor, mask: Tensor) -> Tensor:
+        """The gradient that the optimizer is given, of a method with `dense` weights behind."""
         ...
 
 

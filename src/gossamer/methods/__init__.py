@@ -12,14 +12,15 @@ from gossamer.methods import weights
 
 def cards() -> tuple[Card, ...]:
     """Every method's card, in the order of the catalogue."""
-    return weights.CARDS
+    return weights.CARDS + tuple(trainer.card for trainer in weights.TRAINERS.values())
 
 
 def find(name: str) -> type[Any]:
     """The method's class by its card's name, in any case; raises UsageError naming near misses."""
     word = name.strip().lower()
-    if word in weights.METHODS:
-        return weights.METHODS[word]
-    near = difflib.get_close_matches(word, weights.METHODS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(weights.METHODS)}"
+    known = {**weights.METHODS, **weights.TRAINERS}
+    if word in known:
+        return known[word]
+    near = difflib.get_close_matches(word, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
     raise UsageError(f"unknown method {name!r}; {hint}")

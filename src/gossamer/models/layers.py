@@ -15,14 +15,18 @@ from gossamer.models.families import is_head
 
 
 def prunable_layers(
-    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    model: nn.Module,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    *,
+    tied: bool = False,
 ) -> dict[str, tuple[nn.Module, int | None]]:
     """The layers to prune, as name -> (module, index of its block or None), in module order.
 
     Default: every Linear, Conv1D or ungrouped Conv2d inside the blocks; in a model without blocks,
     every one that is not named as an output head. Embeddings and heads stay dense. `include` adds
     layers and `exclude` removes them, by `fnmatch` patterns on the dotted name (`lm_head`,
-    `*.q_proj`).
+    `*.q_proj`). With `tied`, layers that share a weight among themselves are welcome.
 
     Raises UsageError for a pattern that matches no layer (naming near ones), for a layer whose
     weight is tied to another module's, and when nothing is left to prune.
@@ -44,7 +48,7 @@ def prunable_layers(
             f"{type(model).__name__} has no layer to prune: Gossamer prunes Linear, Conv1D and "
             "Conv2d with groups=1, less what `exclude` names"
         )
-    _check_tied(model, chosen)
+    _check_tied(model, chosen, tied)
     return chosen
 
 
@@ -83,7 +87,9 @@ def _block_of(name: str, blocks: Sequence[tuple[str, nn.Module]]) -> int | None:
     return None
 
 
-def _check_tied(model: nn.Module, chosen: dict[str, tuple[nn.Module, int | None]]) -> None:
+def _check_tied(
+    model: nn.Module, chosen: dict[str, tuple[nn.Module, int | None]], allowed: bool
+) -> None:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -91,7 +97,7 @@ def _check_tied(model: nn.Module, chosen: dict[str, tuple[nn.Module, int | None]
     for name, (module, _) in chosen.items():
         for owner in owners.get(id(module.weight), ()):
             other = owner.rpartition(".")[0]
-            if modules[other] is not module:
+            if modules[other] is not module and not (allowed and other in chosen):
                 raise UsageError(
                     f"{name}: its weight is tied to {other}, so pruning one would prune both; "
                     f"untie them first or leave {name} dense"

@@ -9,6 +9,13 @@ from gossamer.methods.weights.scores.magnitude import Magnitude
 from gossamer.methods.weights.scores.random import Random
 from gossamer.methods.weights.scores.wanda import Wanda
 from gossamer.methods.weights.solvers.sparsegpt import SparseGPT
+from gossamer.methods.weights.training.gmp import GMP
+from gossamer.methods.weights.training.granet import GraNet
+from gossamer.methods.weights.training.rigl import RigL
+from gossamer.methods.weights.training.set import SET
+from gossamer.methods.weights.training.snip import SNIP
+from gossamer.methods.weights.training.srste import SRSTE
+from gossamer.methods.weights.training.static import StaticRandom
 
 CARDS: tuple[Card, ...] = (Random.card, Magnitude.card, Wanda.card, SparseGPT.card)
 METHODS: dict[str, type[Any]] = {
@@ -18,4 +25,29 @@ METHODS: dict[str, type[Any]] = {
     "sparsegpt": SparseGPT,
 }
 
-__all__ = ["CARDS", "METHODS", "Magnitude", "Random", "SparseGPT", "Wanda"]
+TRAINERS: dict[str, type[Any]] = {
+    "staticrandom": StaticRandom,
+    "snip": SNIP,
+    "gmp": GMP,
+    "set": SET,
+    "rigl": RigL,
+    "granet": GraNet,
+    "srste": SRSTE,
+}
+
+__all__ = [
+    "CARDS",
+    "GMP",
+    "METHODS",
+    "SET",
+    "SNIP",
+    "SRSTE",
+    "TRAINERS",
+    "GraNet",
+    "Magnitude",
+    "Random",
+    "RigL",
+    "SparseGPT",
+    "StaticRandom",
+    "Wanda",
+]

@@ -1,0 +1,309 @@
+"""Sparse training: one loop for every method that chooses weights while the model trains.
+
+Masks are data beside the model, not parametrizations: the parameter itself holds the masked
+weights between steps. So every forward (eager, compiled, under autocast, in another library's
+code) sees exact zeros without a wrapped module or a renamed parameter, checkpoints keep their
+names, and `weight.grad` already is the dense gradient that growth needs, at no extra pass.
+What must happen around a step hangs on the optimizer's own step hooks rather than on a call that
+each loop must remember: gradient accumulation, a GradScaler that skips a step and other trainers
+then do the right thing unasked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.core.allocation import LayerInfo
+from gossamer.core.errors import FormatError, NonFiniteError, UsageError
+from gossamer.core.pattern import check_pattern, format_pattern
+from gossamer.core.support import Support
+from gossamer.engine.hooks import around_steps
+from gossamer.engine.protocols import Trainer
+from gossamer.engine.train_layers import TrainedLayer, start_gradients, trained_layers
+
+VERSION = 1
+
+
+@contextmanager
+def sparse_training(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    trainer: Trainer,
+    *,
+    total_steps: int,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    loss: Callable[[], Tensor] | None = None,
+    seed: int = 0,
+    state: Mapping[str, Any] | None = None,
+) -> Iterator[SparseRun]:
+    """Train inside, with `optimizer.step()` as usual; the weights follow the trainer's support.
+
+    total_steps: optimizer steps of the whole run, for the schedules. include, exclude: as in
+    `prune`; layers that are frozen are left alone. loss: computes the loss of one batch, for a
+    method that looks at gradients before training (SNIP). state: an earlier `state_dict()`, to
+    continue from. After the block the model holds its sparse weights and nothing else of ours.
+
+    To clip gradients, call `sparsity.mask_gradients()` first (under a GradScaler, after
+    `unscale_`), so that the norm is that of the kept weights. Optimizer state is reset where it is
+    shaped as the weight (SGD, Adam and kin; not the factored moments of Adafactor).
+
+    Raises UsageError for a density that empties a layer, a pattern that does not divide, an
+    optimizer that holds other parameters than the model's, a missing gradient; NonFiniteError
+    before a step with NaN or infinite gradients is taken.
+    """
+    run = SparseRun(model, optimizer, trainer, total_steps, include, exclude, seed)
+    if state is None:
+        run.start(loss)
+    else:
+        run.load_state_dict(state)
+    with around_steps(optimizer, run.before_step, run.after_step):
+        yield run
+
+
+class SparseRun:
+    """The supports of one training run, its counters, and the state to continue it from."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        trainer: Trainer,
+        total_steps: int,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
+        if isinstance(trainer, type) or not isinstance(trainer, Trainer):
+            raise UsageError(f"{trainer!r} is not an instance of a training method")
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+            raise UsageError(f"total_steps is a whole number of at least 1, not {total_steps!r}")
+        self.model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper renames layers
+        self.optimizer, self.trainer, self.total_steps = optimizer, trainer, total_steps
+        self.layers = trained_layers(self.model, optimizer, include, exclude)
+        for layer in self.layers:
+            check_pattern(trainer.pattern, layer.matrix(layer.weight).shape, layer.name)
+        self.step = 0
+        self.changed = 0
+        """Mask entries that the last update flipped: the SAD of two successive supports."""
+        self.masks: dict[str, Tensor] = {}
+        self._generator = torch.Generator().manual_seed(seed)
+        self._ever: dict[str, Tensor] = {}
+        self._hidden: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}
+
+    def start(self, loss: Callable[[], Tensor] | None = None) -> None:
+        """Choose the first supports and apply them; the model is untouched if that fails."""
+        gradients: dict[str, Tensor] = {}
+        if self.trainer.gradients_at_start:
+            gradients = start_gradients(self.model, self.layers, loss, self.trainer.card.name)
+        masks = self.trainer.start(self._infos(), gradients, self._generator)
+        self._check(masks)
+        if self.trainer.dense:
+            self._hidden = {x.name: x.matrix(x.weight).clone() for x in self.layers}
+        self.masks = {name: mask.clone() for name, mask in masks.items()}
+        self._ever = {name: mask.clone() for name, mask in masks.items()}
+        self._apply()
+
+    @property
+    def supports(self) -> dict[str, Support]:
+        """The kept weights by layer, as matrices."""
+        pattern = self.trainer.pattern
+        return {
+            name: Support(mask.clone(), pattern, float(mask.double().mean()))
+            for name, mask in self.masks.items()
+        }
+
+    @property
+    def density(self) -> float:
+        """The measured share of kept weights over all layers in the run."""
+        kept = sum(int(mask.sum()) for mask in self.masks.values())
+        return kept / sum(mask.numel() for mask in self.masks.values())
+
+    @property
+    def itop_rate(self) -> float:
+        """The share of weights that were ever in the support (In-Time Over-Parameterization)."""
+        seen = sum(int(mask.sum()) for mask in self._ever.values())
+        return seen / sum(mask.numel() for mask in self._ever.values())
+
+    def mask_gradients(self) -> None:
+        """Zero the gradients outside the support; first keep them whole where growth needs them.
+
+        Called before every step; call it yourself before clipping gradients. Methods with dense
+        weights behind the support keep all gradients.
+        """
+        if self._wants_gradients():
+            self._gradients = {
+                x.name: x.matrix(x.weight.grad).detach().clone()
+                for x in self.layers
+                if x.weight.grad is not None
+            }
+        if not self.trainer.dense:
+            self._mask_gradients()
+
+    def before_step(self) -> None:
+        """Check gradients, mask or refine them, and put dense weights in place for the step."""
+        if getattr(self.optimizer, "found_inf", None) is not None:
+            raise UsageError(
+                "a fused optimizer that skips steps on its own hides them from sparse training; "
+                "construct it with fused=False"
+            )
+        if self._wants_gradients() and not self._gradients:
+            self.mask_gradients()
+        self._check_gradients()
+        for layer in self.layers:
+            gradient = layer.weight.grad
+            if gradient is not None and self.trainer.dense:
+                hidden, mask = self._hidden[layer.name], self.masks[layer.name]
+                refined = self.trainer.refine(hidden, layer.matrix(gradient), mask)
+                gradient.copy_(layer.tensor(refined))
+        if not self.trainer.dense:
+            self._mask_gradients()
+        with torch.no_grad():
+            for layer in self.layers:
+                if self.trainer.dense:
+                    layer.weight.copy_(layer.tensor(self._hidden[layer.name]))
+
+    def after_step(self) -> None:
+        """Count the step, hold the support against momentum and decay, then let it change."""
+        self.step += 1
+        if self.trainer.dense:
+            for layer in self.layers:
+                self._hidden[layer.name].copy_(layer.matrix(layer.weight))
+        else:
+            self._apply()
+        gradients, self._gradients = self._gradients, {}
+        if self.step > self.total_steps or not self.trainer.due(self.step, self.total_steps):
+            if self.trainer.dense:
+                self._apply()
+            return
+        before = self.masks
+        passed = self.trainer.update(
+            self.step, self.total_steps, self._infos(), gradients, before, self._generator
+        )
+        for masks in passed:
+            self._check(masks)
+        for masks in passed:
+            self.masks = {name: mask.clone() for name, mask in masks.items()}
+            self._apply()
+        self.changed = sum(int((before[n] ^ mask).sum()) for n, mask in self.masks.items())
+        for name, mask in self.masks.items():
+            self._ever[name] |= mask
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the run needs to continue bit for bit, as tensors and plain numbers.
+
+        Save it beside the model's and the optimizer's own state.
+        """
+
+        def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.clone() for name, tensor in tensors.items()}
+
+        return {
+            "version": VERSION,
+            "trainer": repr(self.trainer),
+            "pattern": format_pattern(self.trainer.pattern),
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "changed": self.changed,
+            "generator": self._generator.get_state(),
+            "masks": copies(self.masks),
+            "ever": copies(self._ever),
+            "hidden": copies(self._hidden),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`. Raises FormatError, nothing changed, if it does not fit."""
+        mine = {"version": VERSION, "trainer": repr(self.trainer), "total_steps": self.total_steps}
+        for key, value in mine.items():
+            if state.get(key) != value:
+                raise FormatError(f"training state: {key} is {state.get(key)!r}, not {value!r}")
+        shapes = {x.name: x.matrix(x.weight).shape for x in self.layers}
+        for part in ("masks", "ever") + (("hidden",) if self.trainer.dense else ()):
+            found = {name: tensor.shape for name, tensor in state.get(part, {}).items()}
+            if found != shapes:
+                raise FormatError(f"training state: {part} are not those of this model's layers")
+
+        def copies(part: str) -> dict[str, Tensor]:
+            device = {x.name: x.weight.device for x in self.layers}
+            return {name: tensor.to(device[name]).clone() for name, tensor in state[part].items()}
+
+        self._generator.set_state(state["generator"].cpu())
+        self.step, self.changed = int(state["step"]), int(state["changed"])
+        self.masks, self._ever = copies("masks"), copies("ever")
+        self._hidden = copies("hidden") if self.trainer.dense else {}
+        self._apply()
+
+    def _wants_gradients(self) -> bool:
+        return self.trainer.gradients_at_update and self.trainer.due(
+            self.step + 1, self.total_steps
+        )
+
+    def _infos(self) -> list[LayerInfo]:
+        return [
+            LayerInfo(
+                x.name,
+                tuple(x.weight.shape),
+                x.block,
+                self._hidden.get(x.name, x.matrix(x.weight)).detach(),
+            )
+            for x in self.layers
+        ]
+
+    def _check(self, masks: Mapping[str, Tensor]) -> None:
+        for layer in self.layers:
+            mask = masks[layer.name]
+            if not bool(mask.any()):
+                raise UsageError(
+                    f"{layer.name}: {self.trainer.card.name} would leave no weight; keep more "
+                    "weights or exclude this layer"
+                )
+
+    def _check_gradients(self) -> None:
+        missing = [x.name for x in self.layers if x.weight.grad is None]
+        if missing and self._wants_gradients():
+            raise UsageError(
+                f"{missing[0]}: has no gradient, and {self.trainer.card.name} grows weights by it "
+                "in this step; call backward() on a loss that was not computed under no_grad"
+            )
+        for layer in self.layers:
+            whole = self._gradients.get(layer.name)
+            for gradient in (layer.weight.grad, whole):
+                if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                    self._gradients = {}
+                    raise NonFiniteError(
+                        f"{layer.name}: its gradient holds NaN or infinity; the step is not taken"
+                    )
+
+    @torch.no_grad()
+    def _mask_gradients(self) -> None:
+        for layer in self.layers:
+            if layer.weight.grad is not None:
+                layer.weight.grad.masked_fill_(~layer.tensor(self.masks[layer.name]), 0)
+
+    @torch.no_grad()
+    def _apply(self) -> None:
+        """Exact zeros outside the support, in weights and, unless dense, in optimizer state.
+
+        A weight that enters the support was outside before, so it starts from zero with fresh
+        state.
+        """
+        for layer in self.layers:
+            mask = self.masks[layer.name]
+            if self.trainer.dense:
+                hidden = self._hidden[layer.name]
+                layer.weight.copy_(layer.tensor(hidden.masked_fill(~mask, 0)))
+                continue
+            outside = ~layer.tensor(mask)
+            layer.weight.masked_fill_(outside, 0)
+            for value in self.optimizer.state.get(layer.weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == layer.weight.shape:
+                    value.masked_fill_(outside, 0)
+
+
+__all__ = ["SparseRun", "TrainedLayer", "sparse_training"]

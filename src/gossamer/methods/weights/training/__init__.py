@@ -1,0 +1,1 @@
+"""Methods that choose weights while the model trains."""

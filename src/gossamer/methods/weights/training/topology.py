@@ -1,0 +1,141 @@
+"""What the topology methods share: exact counts, and dropping and growing in one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gossamer.core.allocation import ER, ERK, LayerInfo, Uniform, UniformPlus
+from gossamer.core.errors import UsageError
+from gossamer.core.pattern import Pattern, Unstructured
+from gossamer.core.select import check_density, kept_count, top_mask
+
+ShapeAllocation = Uniform | UniformPlus | ER | ERK
+"""Allocations that depend on shapes alone, so that they stay the same all through training."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Defaults of a trainer: no dense weights behind, no gradients, a support that stays."""
+
+    dense: ClassVar[bool] = False
+    gradients_at_start: ClassVar[bool] = False
+    gradients_at_update: ClassVar[bool] = False
+
+    @property
+    def pattern(self) -> Pattern:
+        """Any weight."""
+        return Unstructured()
+
+    def due(self, step: int, total: int) -> bool:
+        """Never."""
+        return False
+
+    def update(
+        self,
+        step: int,
+        total: int,
+        layers: Sequence[LayerInfo],
+        gradients: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        generator: torch.Generator,
+    ) -> list[dict[str, Tensor]]:
+        """The same support."""
+        return [dict(masks)]
+
+    def refine(self, weight: Tensor, gradient: Tensor, mask: Tensor) -> Tensor:
+        """The gradient as it is."""
+        return gradient
+
+
+def layer_counts(
+    layers: Sequence[LayerInfo], allocation: ShapeAllocation, density: float
+) -> dict[str, int]:
+    """Weights to keep in each layer; together exactly the nearest whole number to the budget.
+
+    Largest remainders are rounded up. Raises UsageError when a layer would keep none.
+    """
+    check_density(density)
+    if not isinstance(allocation, ShapeAllocation):
+        raise UsageError(f"{type(allocation).__name__} depends on weights; choose Uniform, "
+                         "UniformPlus, ER or ERK")  # fmt: skip
+    shares = allocation.allocate(layers, density)
+    exact = {layer.name: shares[layer.name] * layer.size for layer in layers}
+    # A hair more, so that 0.1 * 30 is 3 whichever way it was rounded.
+    counts = {name: int(value + 1e-6) for name, value in exact.items()}
+    left = kept_count(sum(x.size for x in layers), density) - sum(counts.values())
+    size = {layer.name: layer.size for layer in layers}
+    for name in sorted(exact, key=lambda name: counts[name] - exact[name]):
+        if left > 0 and counts[name] < size[name]:
+            counts[name] += 1
+            left -= 1
+    for name, count in counts.items():
+        if count == 0:
+            raise UsageError(
+                f"{name}: density {density:g} leaves no weight of {size[name]}; keep more weights "
+                "or exclude this layer"
+            )
+    return counts
+
+
+def random_masks(
+    layers: Sequence[LayerInfo], counts: Mapping[str, int], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Masks with exactly `counts` weights at uniformly random places."""
+    return {x.name: top(random_like(x.weight, generator), counts[x.name]) for x in layers}
+
+
+def random_like(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform float64 numbers of the weight's shape, on its device, drawn on the CPU."""
+    numbers = torch.rand(weight.shape, generator=generator, dtype=torch.float64)
+    return numbers.to(weight.device)
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """The mask of the `count` highest scores of a tensor; ties keep the lower index."""
+    return top_mask(scores.reshape(1, -1), count).reshape(scores.shape)
+
+
+def top_among(scores: Tensor, eligible: Tensor, count: int) -> Tensor:
+    """The mask of the `count` highest scores among eligible places, and of no other place."""
+    ranked = scores.masked_fill(~eligible, -torch.inf)
+    return top(ranked, min(count, int(eligible.sum()))) & eligible
+
+
+def keep_largest(weight: Tensor, mask: Tensor, count: int) -> Tensor:
+    """The `count` largest |w| among the kept weights."""
+    return top_among(weight.abs(), mask, count)
+
+
+def drop_and_regrow(
+    layers: Sequence[LayerInfo],
+    gradients: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    fraction: float,
+) -> dict[str, Tensor]:
+    """In each layer drop `fraction` of the kept weights, smallest |w| first, and grow as many by
+    the largest |dense gradient| outside. What was just dropped may grow back."""
+    grown = {}
+    for layer in layers:
+        mask = masks[layer.name]
+        count = int(mask.sum())
+        kept = keep_largest(layer.weight, mask, count - int(fraction * count))
+        room = count - int(kept.sum())
+        grown[layer.name] = kept | top_among(gradients[layer.name].abs(), ~kept, room)
+    return grown
+
+
+def check_every(every: int, what: str) -> None:
+    """Raise UsageError unless `every` is a whole number of at least 1."""
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise UsageError(f"{what}: every is a whole number of steps, at least 1, not {every!r}")
+
+
+def check_fraction(value: float, what: str) -> None:
+    """Raise UsageError unless 0 <= value <= 1."""
+    if not 0.0 <= value <= 1.0:
+        raise UsageError(f"{what} is a fraction in [0, 1], not {value!r}")
