@@ -29,7 +29,7 @@ th:first-child,td:first-child { text-align:left; overflow-wrap:anywhere } th { c
 .track i { background:var(--bar); height:100%; display:block; border-radius:.3rem }
 pre { background:var(--tint); border:1px solid var(--line); border-radius:.6rem; padding:.8rem 1rem;
   white-space:pre-wrap; overflow-wrap:anywhere; font-size:.9rem }
-svg { width:100%; height:auto; max-width:40rem } svg text { fill:var(--soft); font-size:12px; paint-order:stroke; stroke:var(--paper); stroke-width:4px }
+svg { width:100%; height:auto; max-width:44rem; min-width:34rem } svg text { fill:var(--soft); font-size:12px; paint-order:stroke; stroke:var(--paper); stroke-width:4px }
 details summary { cursor:pointer }
 @media (max-width:520px) { main { padding:1.25rem .9rem 3rem } th,td { padding:.35rem .35rem; font-size:.86rem }
   .track { display:none } td:first-child { min-width:9rem } }
@@ -64,7 +64,7 @@ def _cards(result: Mapping[str, Any]) -> str:
     quality, size, speed = result["quality"], result["bytes"], result["speed"]
     cards = [
         (f"{size['sparse'] / size['dense']:.2f}x", "the bytes of the pruned layers"),
-        (f"{speed['ratio']:.2f}x", f"the speed, {speed['sparse']:.1f} {speed['unit']}"),
+        (f"{speed['ratio']:.2f}x", _speed_card(speed)),
         (
             f"{quality['sparse'] - quality['dense']:+.4f}",
             f"{quality['metric']}, {better(quality)} is better",
@@ -75,6 +75,15 @@ def _cards(result: Mapping[str, Any]) -> str:
         for figure, text in cards
     )
     return f'<div class="cards">{inner}</div>'
+
+
+def _speed_card(speed: Mapping[str, Any]) -> str:
+    """What the ratio is to, and what the zeros alone give."""
+    text = f"the speed, {speed['sparse']:.1f} {speed['unit']}"
+    if not speed.get("dense_compiled"):
+        return text
+    alone = speed["sparse"] / speed["dense_compiled"]
+    return f"{text}, of plain transformers; the zeros alone give {alone:.2f}x"
 
 
 def _layers(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -143,18 +152,18 @@ def _chart(result: Mapping[str, Any]) -> str:
     y = place(0, dense)[1]
     marks = "".join(
         f'<circle cx="{place(b, q)[0]:.1f}" cy="{place(b, q)[1]:.1f}" r="5" fill="var(--bar)"/>'
-        f'<text x="{place(b, q)[0]:.1f}" y="{place(b, q)[1] - 10:.1f}" text-anchor="middle">'
+        f'<text x="{place(b, q)[0]:.1f}" y="{place(b, q)[1] - 8:.1f}" dx="9">'
         f"{q:.3f} at {1 - d:.0%} zeros</text>"
         for b, q, d in points
     )
     metric = escape(str(result["quality"]["metric"]))
     return (
-        '<svg viewBox="0 0 680 310" role="img" aria-label="quality against size">'
+        '<div class="wide"><svg viewBox="0 0 700 310" role="img" aria-label="quality against size">'
         f'<line x1="60" x2="620" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--dense)" stroke-dasharray="5 4"/>'
         f'<text x="620" y="{y + 16:.1f}" text-anchor="end">dense {dense:.3f} at '
         f"{human(result['bytes']['dense'])}B</text>"
         '<line x1="60" x2="620" y1="265" y2="265" stroke="var(--line)"/>'
         f'<polyline points="{line}" fill="none" stroke="var(--bar)" stroke-width="2"/>{marks}'
         f'<text x="60" y="285">0</text><text x="620" y="285" text-anchor="end">{human(widest)}B</text>'
-        f'<text x="340" y="302" text-anchor="middle">bytes of the pruned layers; up: {metric}</text></svg>'
+        f'<text x="340" y="302" text-anchor="middle">bytes of the pruned layers; up: {metric}</text></svg></div>'
     )
