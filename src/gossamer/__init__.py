@@ -22,6 +22,7 @@ from gossamer.io import export, load, save
 from gossamer.methods import cards, find
 from gossamer.methods.weights import (
     GMP,
+    ISSP,
     SET,
     SNIP,
     SRSTE,
@@ -40,6 +41,7 @@ __all__ = [
     "ER",
     "ERK",
     "GMP",
+    "ISSP",
     "LAMP",
     "NM",
     "OWL",

@@ -18,6 +18,7 @@ METHODS = {
     "set": lambda: gs.SET(0.2, every=5),
     "rigl": lambda: gs.RigL(0.2, every=5),
     "granet": lambda: gs.GraNet(0.2, every=5),
+    "issp": lambda: gs.ISSP(0.2),
     "srste": lambda: gs.SRSTE(decay=0.01),
 }
 OPTIMIZERS = {
@@ -73,7 +74,7 @@ def test_invariants_at_every_step(name, optimizer):
     optimizer = OPTIMIZERS[optimizer](model.parameters())
     size = sum(w.numel() for w in (model[0].weight, model[4].weight, model[6].weight))
     final = 0.5 if name == "srste" else method.density
-    start = {"gmp": 1.0, "gmp-global": 1.0, "granet": 0.5}.get(name, final)
+    start = {"gmp": 1.0, "gmp-global": 1.0, "issp": 1.0, "granet": 0.5}.get(name, final)
     with opened(model, optimizer, method) as run:
         last = round(start * size)
         for step in range(TOTAL):

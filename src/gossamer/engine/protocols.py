@@ -59,6 +59,8 @@ class Trainer(Protocol):
     """Whether `start` needs the gradients of one loss."""
     gradients_at_update: ClassVar[bool]
     """Whether `update` needs the gradients of all weights, kept or not."""
+    shrinks: ClassVar[bool]
+    """Whether `shrink` is called after every step, before `update`."""
 
     @property
     def card(self) -> Card: ...
@@ -89,6 +91,12 @@ class Trainer(Protocol):
     ) -> list[dict[str, Tensor]]:
         """The supports to pass through, in order. What leaves one and enters the next starts
         anew from zero; what stays in all of them keeps its value and its optimizer state."""
+        ...
+
+    def shrink(
+        self, step: int, total: int, layers: Sequence[LayerInfo], masks: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """New values for the weights of some layers, by name."""
         ...
 
     def refine(self, weight: Tensor, gradient: Tensor, mask: Tensor) -> Tensor:

@@ -177,6 +177,8 @@ class SparseRun:
                 self._hidden[layer.name].copy_(layer.matrix(layer.weight))
         else:
             self._apply()
+        if self.trainer.shrinks:
+            self._shrink()
         gradients, self._gradients = self._gradients, {}
         if self.step > self.total_steps or not self.trainer.due(self.step, self.total_steps):
             if self.trainer.dense:
@@ -285,6 +287,13 @@ class SparseRun:
         for layer in self.layers:
             if layer.weight.grad is not None:
                 layer.weight.grad.masked_fill_(~layer.tensor(self.masks[layer.name]), 0)
+
+    @torch.no_grad()
+    def _shrink(self) -> None:
+        shrunk = self.trainer.shrink(self.step, self.total_steps, self._infos(), self.masks)
+        for layer in self.layers:
+            if layer.name in shrunk:
+                layer.weight.copy_(layer.tensor(shrunk[layer.name]))
 
     @torch.no_grad()
     def _apply(self) -> None:

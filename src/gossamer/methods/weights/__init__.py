@@ -11,6 +11,7 @@ from gossamer.methods.weights.scores.wanda import Wanda
 from gossamer.methods.weights.solvers.sparsegpt import SparseGPT
 from gossamer.methods.weights.training.gmp import GMP
 from gossamer.methods.weights.training.granet import GraNet
+from gossamer.methods.weights.training.issp import ISSP
 from gossamer.methods.weights.training.rigl import RigL
 from gossamer.methods.weights.training.set import SET
 from gossamer.methods.weights.training.snip import SNIP
@@ -33,11 +34,13 @@ TRAINERS: dict[str, type[Any]] = {
     "rigl": RigL,
     "granet": GraNet,
     "srste": SRSTE,
+    "issp": ISSP,
 }
 
 __all__ = [
     "CARDS",
     "GMP",
+    "ISSP",
     "METHODS",
     "SET",
     "SNIP",

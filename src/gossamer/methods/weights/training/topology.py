@@ -25,6 +25,7 @@ class Fixed:
     dense: ClassVar[bool] = False
     gradients_at_start: ClassVar[bool] = False
     gradients_at_update: ClassVar[bool] = False
+    shrinks: ClassVar[bool] = False
 
     @property
     def pattern(self) -> Pattern:
@@ -46,6 +47,12 @@ class Fixed:
     ) -> list[dict[str, Tensor]]:
         """The same support."""
         return [dict(masks)]
+
+    def shrink(
+        self, step: int, total: int, layers: Sequence[LayerInfo], masks: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """No weight changes."""
+        return {}
 
     def refine(self, weight: Tensor, gradient: Tensor, mask: Tensor) -> Tensor:
         """The gradient as it is."""
