@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -111,12 +113,22 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"mean": float(numbers.mean()), "ci95": half}
 
 
+def job(which: tuple[str, int]) -> dict[str, float]:
+    """One arm on one seed, in a process of its own."""
+    result = train(arms(11)[which[0]], which[1])
+    print(*which, result, file=sys.stderr, flush=True)
+    return result
+
+
 def main() -> None:
     """Run every arm on every seed and write the table."""
-    torch.set_num_threads(2)
     rows = {}
-    for name, method in arms(11).items():
-        runs = [train(method, seed) for seed in SEEDS]
+    jobs = [(name, seed) for name in arms(11) for seed in SEEDS]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, context, torch.set_num_threads, (1,)) as pool:
+        results = list(pool.map(job, jobs))
+    for name in arms(11):
+        runs = [result for (arm, _), result in zip(jobs, results) if arm == name]
         accuracies = [run["accuracy"] for run in runs]
         rows[name] = {
             **summary(accuracies),
