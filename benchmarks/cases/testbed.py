@@ -35,6 +35,7 @@ def main() -> None:
         "metric": f"bits per byte on the bundled held-out text ({len(text)} bytes); lower is better",
         "windows": "256 bytes, not overlapping, each byte after the first of its window scored",
         "dense": bits_per_byte(language_model(), text),
+        "dense_first_40000_bytes": bits_per_byte(language_model(), text[:40_000]),
         "xz": baselines.xz_bits_per_byte(text),
         "ngram5": baselines.ngram_bits_per_byte(text, training),
         "ngram5_training_bytes": len(training),

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,7 @@ BAD = [
     ({"sweep": "a,b"}, "--sweep"),
     ({"dtype": "int3"}, "bfloat16"),
     ({"nonsense": 1}, "nonsense"),
+    ({"method": "rigl"}, "sparse_training"),
     ({"tokens": 500}, "at most 480"),
     ({"length": 600}, "512 positions"),
 ]
@@ -213,19 +216,39 @@ def test_methods_and_help(capsys):
     assert "compress" in capsys.readouterr().out
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(tiny, tmp_path):
-    command = [sys.executable, "-m", "gossamer", "compress"]
+def start(command, environment, journals):
+    """The command in the background, once it has finished one more block."""
+    before = len(list(journals.glob("*/*.safetensors")))
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and len(list(journals.glob("*/*.safetensors"))) <= before:
+        time.sleep(0.02)
+    return process
+
+
+def test_killed_and_interrupted_runs_resume_to_the_same_bytes(tiny, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
-    clean, killed = tmp_path / "a" / "out", tmp_path / "b" / "out"
-    subprocess.run([*command, *options(tiny, clean)], check=True, env=environment)
-    journal = killed.parent / ".out.journal"
-    process = subprocess.Popen([*command, *options(tiny, killed)], env=environment)
-    while process.poll() is None and not list(journal.glob("*.safetensors")):
-        pass
-    process.kill()
-    process.wait()
-    assert journal.exists() or killed.exists()
-    arguments = options(tiny, killed) + ([] if not killed.exists() else ["--overwrite"])
-    subprocess.run([*command, *arguments], check=True, env=environment)
-    one, two = (folder / "model.safetensors" for folder in (clean, killed))
-    assert one.read_bytes() == two.read_bytes() and not journal.exists()
+    environment["OMP_NUM_THREADS"] = "1"
+    flags = {"sweep": 0.3, "allocation": "uniform"}
+    out = tmp_path / "b" / "out"
+    command = [sys.executable, "-m", "gossamer", "compress", *options(tiny, out, **flags)]
+    first = start(command, environment, out.parent)
+    first.kill()
+    first.wait()
+    second = start(command, environment, out.parent)
+    second.send_signal(signal.SIGINT)
+    _, err = second.communicate()
+    if second.returncode:  # it may have finished before the signal came
+        assert second.returncode == 130 and err.strip().splitlines()[-1].endswith("pruning run")
+        assert list(out.parent.glob(".out.journal*")) and not out.exists()
+        subprocess.run(command, check=True, env=environment, capture_output=True)
+    clean = tmp_path / "a" / "out"
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        main(["compress", *options(tiny, clean, **flags)])
+    finally:
+        torch.set_num_threads(before)
+    one, two = (folder / "model.safetensors" for folder in (clean, out))
+    assert one.read_bytes() == two.read_bytes() and not list(out.parent.glob(".out*"))
+    results = [json.loads((folder / "result.json").read_text()) for folder in (clean, out)]
+    assert results[0]["sweep"] == results[1]["sweep"] and len(results[0]["sweep"]) == 2

@@ -29,7 +29,7 @@ def test_the_model_is_trained():
     record = json.loads(results.read_text())
     assert record["dense"] < min(record["xz"], record["ngram5"])
     assert record["ngram5_training_bytes"] == record["train"]["training_bytes"]
-    assert dense == pytest.approx(record["dense"], abs=0.15)  # of the same model, on part of it
+    assert dense == pytest.approx(record["dense_first_40000_bytes"], abs=1e-3)
     torch.manual_seed(0)
     untrained = language_model()
     untrained.apply(lambda m: m.reset_parameters() if isinstance(m, torch.nn.Linear) else None)

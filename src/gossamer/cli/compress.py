@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import glob
 import json
 import os
 import platform
@@ -111,7 +112,7 @@ class Compress:
         result["sweep"] = list(points.values()) if plan["sweep"] else []
         result["speed"] = dataclasses.asdict(speed)
         self._write(result, packed, subject, pruned)
-        for left in target.parent.glob(f".{target.name}.journal*"):
+        for left in target.parent.glob(f".{glob.escape(target.name)}.journal*"):
             shutil.rmtree(left, ignore_errors=True)
         if self.json:
             print_json(result)
@@ -150,14 +151,15 @@ class Compress:
             ) from None
         for value in sweep:
             density_of(value, None)
-        further = [1 - value for value in sweep if density is None or 1 - value != density]
+        wanted = {round(1 - value, 9) for value in sweep}
+        further = sorted(d for d in wanted if density is None or abs(d - density) > 1e-9)
         if sweep and isinstance(pattern, NM):
             raise UsageError(f"--sweep needs a pattern of any density, not {self.pattern}")
         check_target(Path(self.out), self.overwrite)
         check_model(self.model)
         default = self.pattern.strip().lower() == "unstructured"
         return {
-            "method": find(self.method)(),
+            "method": _pruner(self.method),
             "pattern": None if default else pattern,
             "density": density,
             "sweep": further,
@@ -280,6 +282,17 @@ class Compress:
         for layer in refused[:5]:
             print(f"stays dense: {layer['name']} ({layer['reason']})")
         print(f"wrote {self.out}/ with report.html")
+
+
+def _pruner(name: str) -> Any:
+    """The method by name, with its defaults; raises UsageError for one that trains."""
+    method = find(name)
+    if method.card.kind == "trainer":
+        raise UsageError(
+            f"--method {name} chooses weights while a model trains; use gs.sparse_training in a "
+            "training loop, or a method for trained models here (see gossamer methods)"
+        )
+    return method()
 
 
 def machine(packed: CompressResult) -> dict[str, Any]:
