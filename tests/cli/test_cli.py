@@ -74,6 +74,8 @@ BAD = [
     ({"density": 0.4, "sparsity": 0.6}, "not both"),
     ({"sweep": "a,b"}, "--sweep"),
     ({"dtype": "int3"}, "bfloat16"),
+    ({"bits": 3}, "4 or 8"),
+    ({"bits": 4, "group": 100}, "power of two"),
     ({"nonsense": 1}, "nonsense"),
     ({"method": "rigl"}, "sparse_training"),
     ({"tokens": 500}, "at most 480"),
@@ -161,6 +163,21 @@ def test_a_text_encoder(tmp_path, capsys):
     flags = [f"--data={tmp_path / 'text.txt'}", "--dtype=float32", "--json"]
     main(["compare", f"--dense={folder}", f"--sparse={out}", *flags])
     assert json.loads(capsys.readouterr().out)["quality"]["sparse"] < 1
+
+
+def test_integers(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    main(["compress", *options(tiny, out, method="magnitude", bits=4, group=64), "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    kinds = {x["kernel"].split("/")[0] for x in printed["layers"] if x["kernel"]}
+    assert kinds == {"int4-matvec", "int8-matvec"} and printed["bits"] == 4
+    assert printed["bytes"]["sparse"] < 0.27 * printed["bytes"]["dense"]  # 2 + 1 + 1/4 of 16 bits
+    text = (tiny / "text.txt").read_bytes()
+    again = bits_per_byte(gs.load(out).float(), text[len(text) * 9 // 10 :])
+    assert again == pytest.approx(printed["quality"]["sparse"], rel=1e-4)
+    assert "8 bits" in (out / "report.html").read_text()
+    main(["inspect", f"--model={out}"])
+    assert "int4" in capsys.readouterr().out
 
 
 def test_damaged_folder_is_exit_2(tiny, tmp_path, capsys):

@@ -15,7 +15,7 @@ from torch import nn
 import gossamer as gs
 from gossamer.core.errors import FormatError, UsageError
 from gossamer.io import atomic
-from gossamer.nn import BitmapLinear
+from gossamer.nn import BitmapLinear, QuantizedLinear
 
 transformers = pytest.importorskip("transformers")
 
@@ -91,6 +91,75 @@ def test_every_pattern_round_trips_in_a_plain_module(text, dtype, tmp_path):
     assert again[0].pattern == text and torch.equal(again[0].values, fast[0].values)
     with pytest.raises(UsageError, match="model="):
         gs.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("build", [llama, gpt2], ids=["llama", "gpt2"])
+def test_quantised_round_trip_and_export(build, bits, tmp_path):
+    model = build()
+    gs.prune(model, gs.Magnitude(), density=0.4)
+    fast = gs.compress(model, bits=bits, group=64).model
+    expected = logits(fast)
+    gs.save(fast, tmp_path / "out")
+    again = gs.load(tmp_path / "out")
+    assert torch.equal(logits(again), expected)
+    assert not any(t.is_meta for t in [*again.parameters(), *again.buffers()])
+    half = gs.load(tmp_path / "out", dtype=torch.bfloat16)
+    assert half.get_submodule(sorted(again_names(again))[0]).scales.dtype == torch.bfloat16
+    gs.export(tmp_path / "out", tmp_path / "dense")
+    plain = type(model).from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    assert torch.allclose(logits(plain), expected, atol=1e-4)
+
+
+def again_names(model):
+    return [name for name, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+
+
+def quantised_parts(symmetric, outliers, dense, bits):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(150, 33))
+    weight = net[0].weight.detach()
+    if not dense:
+        weight = weight * (torch.rand_like(weight) < 0.4)
+    layer = QuantizedLinear.from_matrix(
+        weight, net[0].bias, bits=bits, group=64, symmetric=symmetric, outliers=outliers
+    )
+    return nn.Sequential(layer), net
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("outliers", [0.0, 0.05])
+@pytest.mark.parametrize("dense", [True, False])
+def test_every_quantised_form_round_trips(bits, symmetric, outliers, dense, tmp_path):
+    fast, empty = quantised_parts(symmetric, outliers, dense, bits)
+    gs.save(fast, tmp_path / "out")
+    again = gs.load(tmp_path / "out", model=empty)
+    assert set(again.state_dict()) == set(fast.state_dict())
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in fast.state_dict().items())
+    assert torch.equal(again(torch.ones(2, 150)), fast(torch.ones(2, 150)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"group": 96}, {"group": 1 << 40}, {"group": True}, {"group": None}, {"group": 128},
+        {"zeros": False}, {"zeros": 1}, {"sparse": False}, {"outliers": 0}, {"outliers": -1},
+        {"outliers": 10**9}, {"nnz": 5}, {"dtype": "int8"}, {"dtype": "int3"}, {"extra": 1},
+        {"shape": [2**31 - 1, 150]}, {"shape": [33, 2**31 - 1]}, {"shape": [150, 33]},
+        {"dtype": "float32"}, {"bias": False},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_damaged_quantised_layers_get_one_clear_error(change, tmp_path):
+    fast, empty = quantised_parts(False, 0.05, False, 4)
+    gs.save(fast, tmp_path / "out")
+    edit(tmp_path / "out", lambda data: layer_of(data).update(change))
+    before = {k: v.clone() for k, v in empty.state_dict().items()}
+    with pytest.raises(FormatError) as caught:
+        gs.load(tmp_path / "out", model=empty)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(empty.state_dict()[k], v) for k, v in before.items())
 
 
 def test_bert_whose_buffers_live_below_the_config(tmp_path):

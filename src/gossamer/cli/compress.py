@@ -40,6 +40,7 @@ from gossamer.io.atomic import check_target, new_folder
 from gossamer.io.save import save
 from gossamer.methods import find
 from gossamer.ops import _dispatch
+from gossamer.ops.quantized import BITS
 from gossamer.report.html import render
 from gossamer.report.tables import headline
 
@@ -75,6 +76,10 @@ class Compress:
     """of the calibration windows"""
     dtype: str = "bfloat16"
     """dtype of the written weights and of both models when timed: bfloat16 or float32"""
+    bits: int | None = None
+    """also round the kept weights to integers of 4 or 8 bits (a language model's head to 8)"""
+    group: int = 128
+    """columns that share a scale, with --bits: a power of two from 64 on"""
     sweep: str = ""
     """further sparsities to measure, such as 0.3,0.5,0.7, for the quality-against-size chart"""
     tokens: int = 64
@@ -141,6 +146,10 @@ class Compress:
             )
         if self.dtype not in ("bfloat16", "float32"):
             raise UsageError(f"--dtype is bfloat16 or float32, not {self.dtype!r}")
+        if self.bits not in (None, *BITS):
+            raise UsageError(f"--bits is 4 or 8, not {self.bits}")
+        if self.group < 64 or self.group & (self.group - 1):
+            raise UsageError(f"--group is a power of two from 64 on, not {self.group}")
         if self.samples < 1 or self.length < 2 or self.tokens < 1:
             raise UsageError("--samples and --tokens are at least 1, --length at least 2")
         try:
@@ -213,9 +222,16 @@ class Compress:
         """
         pruned = self._prune(copy.deepcopy(dense), batches, plan, density, journal)
         _round(pruned.model, self._store)
-        quality = task.quality(dense, pruned.model)
-        _cast(pruned.model, self._store)
-        packed = compress(pruned)
+        if self.bits is None:
+            quality = task.quality(dense, pruned.model)
+            _cast(pruned.model, self._store)
+            packed = compress(pruned)
+        else:
+            _cast(pruned.model, self._store)  # so that dense bytes are those of the stored dtype
+            packed = compress(pruned, bits=self.bits, group=self.group)
+            _cast(pruned.model, torch.float32)
+            quality = task.quality(dense, pruned.model)
+            _cast(pruned.model, self._store)
         stored = sum(layer.sparse_bytes for layer in _of(pruned, packed))
         point = {"density": pruned.measured_density, "quality": quality, "bytes": stored}
         return pruned, packed, point
@@ -236,6 +252,7 @@ class Compress:
             "method": pruned.method,
             "pattern": pruned.pattern,
             "allocation": self.allocation,
+            "bits": self.bits,
             "requested_density": pruned.requested_density,
             "measured_density": pruned.measured_density,
             "layers": [dataclasses.asdict(layer) for layer in packed.layers],
@@ -248,7 +265,8 @@ class Compress:
             "bytes": {
                 "dense": sum(layer.dense_bytes for layer in ours),
                 "sparse": point["bytes"],
-                "what": f"weights of the pruned layers, both in {self.dtype}",
+                "what": f"weights of the pruned layers, dense in {self.dtype}, kept ones in "
+                + (self.dtype if self.bits is None else f"integers of {self.bits} bits"),
             },
             "flops": {
                 "dense": 2 * weights,

@@ -108,6 +108,11 @@ def _notes(result: Mapping[str, Any]) -> str:
         "Quality is measured on held-out text with the weights as stored, in float32 arithmetic.",
         f"Weights on disk, all layers: {human(result['bytes'].get('files', 0))}B.",
     ]
+    if result.get("bits"):
+        notes.append(
+            f"Kept weights are integers of {result['bits']} bits. Decoding also rounds what they "
+            "multiply to 8 bits, which the quality above does not include."
+        )
     return "".join(f"<p>{escape(text)}</p>" for text in notes)
 
 

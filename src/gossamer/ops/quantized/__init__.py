@@ -55,14 +55,14 @@ class QuantizedMatrix:
         """Checks the parts and finds the offsets."""
         if bits not in BITS or group < 64 or group & (group - 1) or group >= 1 << 31:
             raise FormatError(f"bits {bits} or group {group} is none that is served")
+        groups = (shape[0], reference.groups_of(shape[1], group))
+        if scales.dtype != torch.bfloat16 or scales.shape != groups:  # bounds what follows
+            raise FormatError(f"scales are not bfloat16 of shape {groups}")
         counts = _counts(bitmap, shape)
         offsets = reference.offsets_of(counts, bits)
         size = int(offsets[-1]) + reference.SLACK
         if values.dtype != torch.uint8 or values.shape != (size,):
             raise FormatError(f"values are not {size} bytes, which the bitmap asks for")
-        groups = (shape[0], reference.groups_of(shape[1], group))
-        if scales.dtype != torch.bfloat16 or scales.shape != groups:
-            raise FormatError(f"scales are not bfloat16 of shape {groups}")
         if zeros is not None and (zeros.dtype != torch.uint8 or zeros.shape != groups):
             raise FormatError(f"zeros are not bytes of shape {groups}")
         if zeros is not None and bool((zeros.int() >= 1 << bits).any()):
