@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import NonFiniteError, UsageError
 from gossamer.core.matrix import is_transposed
+from gossamer.engine.distributed import Ranks, is_sharded, local, local_part, whole
 from gossamer.models.layers import prunable_layers
 
 
@@ -22,9 +23,20 @@ class TrainedLayer:
     weight: nn.Parameter
     block: int | None
 
+    @property
+    def matrix_shape(self) -> torch.Size:
+        """The shape of `matrix`."""
+        shape = self.weight.shape
+        if len(shape) == 4:
+            return torch.Size((shape[0], shape.numel() // max(1, shape[0])))
+        return torch.Size(shape[::-1]) if is_transposed(self.module) else shape
+
     def matrix(self, tensor: Tensor) -> Tensor:
-        """A tensor of the weight's shape as (out, in), laid out as `core.matrix.as_matrix`."""
-        tensor = tensor.detach()
+        """A tensor of the weight's shape as (out, in), laid out as `core.matrix.as_matrix`.
+
+        Whole: where ranks hold parts of it, it is gathered, so all of them must call.
+        """
+        tensor = whole(tensor)
         if tensor.dim() == 4:
             return tensor.permute(0, 2, 3, 1).reshape(tensor.shape[0], -1)
         return tensor.t() if is_transposed(self.module) else tensor
@@ -35,6 +47,16 @@ class TrainedLayer:
             out, channels, height, width = self.weight.shape
             return matrix.reshape(out, height, width, channels).permute(0, 3, 1, 2)
         return matrix.t() if is_transposed(self.module) else matrix
+
+    @torch.no_grad()
+    def write(self, target: Tensor, matrix: Tensor) -> None:
+        """Copy a matrix into a tensor of the weight's shape, each rank its own part."""
+        local(target).copy_(local_part(self.tensor(matrix), target))
+
+    @torch.no_grad()
+    def clear(self, target: Tensor, mask: Tensor) -> None:
+        """Zero a tensor of the weight's shape outside a mask (out, in), each rank its own part."""
+        local(target).masked_fill_(~local_part(self.tensor(mask), target), 0)
 
 
 def trained_layers(
@@ -74,32 +96,55 @@ def start_gradients(
     layers: Sequence[TrainedLayer],
     loss: Callable[[], Tensor] | None,
     method: str,
+    ranks: Ranks,
 ) -> dict[str, Tensor]:
-    """The gradient of one loss by layer; buffers, gradients and random state stay as they were.
+    """The gradient of one loss by layer, averaged over ranks; buffers, gradients and random state
+    stay as they were.
 
     Raises UsageError without a loss or under no_grad, NonFiniteError for a NaN loss.
     """
     if loss is None:
         raise UsageError(f"{method} looks at gradients before training: pass loss=, a function "
                          "that returns the loss of one batch")  # fmt: skip
+    gradients: dict[str, Tensor] = {}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.random.fork_rng():
             value = loss()
         if not isinstance(value, Tensor) or not value.requires_grad:
             raise UsageError(f"{method}: the loss has no gradient; was it computed in no_grad?")
-        found = torch.autograd.grad(value, [x.weight for x in layers], allow_unused=True)
+        found = _gradients(model, value, [x.weight for x in layers])
     finally:
         with torch.no_grad():
             for buffer, saved in buffers:
                 buffer.copy_(saved)
-    gradients = {}
     for layer, gradient in zip(layers, found, strict=True):
-        if gradient is None:
+        if ranks.any(gradient is None):
             raise UsageError(f"{layer.name}: the loss does not depend on it; exclude it")
-        if not bool(torch.isfinite(gradient).all()):
+        assert gradient is not None
+        gradients[layer.name] = layer.matrix(gradient).clone()
+        if not is_sharded(gradient):
+            ranks.average([gradients[layer.name]])
+        if not bool(torch.isfinite(gradients[layer.name]).all()):
             raise NonFiniteError(
                 f"{layer.name}: the loss of the first batch has no finite gradient"
             )
-        gradients[layer.name] = layer.matrix(gradient).clone()
     return gradients
+
+
+def _gradients(
+    model: nn.Module, loss: Tensor, weights: Sequence[nn.Parameter]
+) -> Sequence[Tensor | None]:
+    """The gradients of a loss; those that the model held stay as they were."""
+    if not any(is_sharded(weight) for weight in weights):
+        return torch.autograd.grad(loss, weights, allow_unused=True)
+    # FSDP2 computes with gathered copies, whose gradients reach the shards in backward() only.
+    before = {parameter: parameter.grad for parameter in model.parameters()}
+    try:
+        for parameter in before:
+            parameter.grad = None
+        loss.backward()
+        return [weight.grad for weight in weights]
+    finally:
+        for parameter, gradient in before.items():
+            parameter.grad = gradient
