@@ -245,7 +245,7 @@ def test_bad_input_is_one_clear_error_and_harms_nothing():
             bad()
 
 
-def test_nan_missing_gradients_and_closures_leave_the_state_as_it_was():
+def test_nan_and_missing_gradients_leave_the_state_as_it_was():
     model = build()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     with opened(model, optimizer, gs.RigL(0.2, every=3)) as run:
@@ -257,14 +257,53 @@ def test_nan_missing_gradients_and_closures_leave_the_state_as_it_was():
         model.eval()
         nn.functional.cross_entropy(model(x * float("nan")), y).backward()
         unharmed(model, optimizer.step, gs.NonFiniteError, "NaN")
-        with pytest.raises(gs.UsageError, match="closure"):
-            optimizer.step(lambda: loss_of(model, 0))
         now = run.state_dict()
         assert now["step"] == saved["step"] == 2
         assert all(torch.equal(now["masks"][k], v) for k, v in saved["masks"].items())
         model.train()
         advance(model, optimizer, range(2, TOTAL))
         assert run.step == TOTAL
+
+
+def test_a_closure_is_a_step_like_any_other():
+    found = []
+    for closed in (False, True):
+        model = build()
+        optimizer = OPTIMIZERS["adamw"](model.parameters())
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = loss_of(model, 1)
+            loss.backward()
+            return loss
+
+        with opened(model, optimizer, gs.RigL(0.2, every=2)) as run:
+            for _ in range(5):
+                if closed:
+                    assert optimizer.step(closure).requires_grad
+                else:
+                    closure()
+                    optimizer.step()
+            assert run.step == 5
+        found.append(model[4].weight.detach().clone())
+    assert torch.equal(*found)
+
+
+def test_optimizers_that_evaluate_twice_are_refused():
+    class Twice(torch.optim.SGD):
+        def step(self, closure=None):
+            closure()
+            return super().step(closure)
+
+    model = build()
+    lbfgs = torch.optim.LBFGS(model.parameters())
+    unharmed(model, lambda: enter(model, gs.SET(0.3), lbfgs), gs.UsageError, "LBFGS")
+    optimizer = Twice(model.parameters(), lr=0.1)
+    with (
+        opened(model, optimizer, gs.SET(0.3)),
+        pytest.raises(gs.UsageError, match="twice"),
+    ):
+        optimizer.step(lambda: loss_of(model, 0).backward())
 
 
 def test_a_state_of_another_run_is_refused():

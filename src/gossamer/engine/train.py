@@ -61,11 +61,11 @@ def sparse_training(
     before a step with NaN or infinite gradients is taken; on all ranks, or on none.
     """
     run = SparseRun(model, optimizer, trainer, total_steps, include, exclude, seed, group)
-    if state is None:
-        run.start(loss)
-    else:
-        run.load_state_dict(state)
     with around_steps(optimizer, run.before_step, run.after_step):
+        if state is None:
+            run.start(loss)
+        else:
+            run.load_state_dict(state)
         yield run
 
 
