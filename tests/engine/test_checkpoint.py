@@ -69,9 +69,11 @@ def test_a_value_that_cannot_be_written_leaves_the_old_file(tmp_path):
 
 @pytest.mark.parametrize(
     "structure",
-    ["[1]", "{", '{"tensor": "9"}', '{"dict": 3}', '{"dict": [[[1], 2]]}', '{"code": []}', "7"]
-    + ['{"list": [' * 40 + "1" + "]}" * 40],
-)
+    [
+        "[1]", "{", "7", '{"tensor": "9"}', '{"dict": 3}', '{"dict": [[[1], 2]]}', '{"code": []}',
+        '{"list": [' * 40 + "1" + "]}" * 40,
+    ],
+)  # fmt: skip
 def test_damaged_files_are_one_error(structure, tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"0": torch.ones(1)}, path, {"format": FORMAT, "structure": structure})

@@ -86,6 +86,30 @@ def _once(loss: Any) -> Callable[[], Any]:
 
 
 @contextmanager
+def adjust_outputs(
+    adjust: Sequence[tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]],
+) -> Iterator[None]:
+    """While open, each module returns `function(its input, its output)`."""
+
+    def watch(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> Tensor:
+            return function(first_tensor(args, kwargs, type(module).__name__), output)
+
+        return hook
+
+    handles = []
+    try:
+        for module, function in adjust:
+            handles.append(module.register_forward_hook(watch(function), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Inputs]]]:
     """While open, append (name, inputs) to the yielded list at every forward, in call order.
 
