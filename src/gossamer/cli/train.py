@@ -12,10 +12,12 @@ import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from gossamer.cli.inputs import density_of
 from gossamer.cli.output import note, print_json, print_table
@@ -24,7 +26,7 @@ from gossamer.core.allocation import ALLOCATIONS
 from gossamer.core.errors import MissingExtra, UsageError
 from gossamer.core.pattern import format_pattern, parse_pattern
 from gossamer.engine.fit import Fit, Recipe
-from gossamer.engine.flops import expected_flops
+from gossamer.engine.flops import expected_flops, steps_for
 from gossamer.engine.journal import write_whole
 from gossamer.engine.progress import track
 from gossamer.io.atomic import check_target, new_folder
@@ -263,24 +265,21 @@ class Train:
     def _sweep(self, arms: list[tuple[str, float | None]], writer: Any) -> None:
         work = self._work(self.seed)
         model = work.build(self.seed)
-        costs = [
-            expected_flops(
-                model,
-                self._method(*arm),
-                self.steps,
-                lambda m: work.loss(m, 0, self.seed),
-                include=self.include,
-                exclude=self.exclude,
+        loss = partial(_first_loss, work, self.seed)
+
+        def cost(arm: tuple[str, float | None], steps: int) -> float:
+            return expected_flops(
+                model, self._method(*arm), steps, loss, include=self.include, exclude=self.exclude
             )
-            for arm in arms
-        ]
+
+        budget = max(cost(arm, self.steps) for arm in arms)
         result: dict[str, Any] = {
             **self._facts(), "metric": work.metric, "better": work.better,
-            "budget_flops": max(costs), "seeds": [self.seed + k for k in range(self.seeds)],
+            "budget_flops": budget, "seeds": [self.seed + k for k in range(self.seeds)],
             "arms": [],
         }  # fmt: skip
-        for (name, density), cost in zip(arms, costs, strict=True):
-            steps = round(self.steps * max(costs) / cost)
+        for name, density in arms:
+            steps = steps_for(budget, self.steps, partial(cost, (name, density)))
             runs = [self._arm(name, density, seed, steps, writer) for seed in result["seeds"]]
             result["arms"].append(
                 {"method": name, "density": density, "steps": steps, "runs": runs}
@@ -353,6 +352,10 @@ def _trainer(name: str) -> type[Any]:
 
 def _fields(kind: type[Any]) -> tuple[str, ...]:
     return tuple(x.name for x in dataclasses.fields(kind))
+
+
+def _first_loss(work: Images | Text, seed: int, model: nn.Module) -> torch.Tensor:
+    return work.loss(model, 0, seed)
 
 
 def _words(text: str) -> list[str]:

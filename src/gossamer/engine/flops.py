@@ -163,3 +163,19 @@ def expected_flops(
         run.after_step()
         meter.after_step()
     return meter.spent
+
+
+def steps_for(budget: float, first: int, cost: Callable[[int], float]) -> int:
+    """The number of steps whose cost is nearest to the budget, from a first guess.
+
+    cost(steps) is nearly proportional to steps; updates at whole steps make it not quite so.
+    """
+    best, steps = first, first
+    for _ in range(6):
+        spent = cost(steps)
+        if abs(spent - budget) <= abs(cost(best) - budget):
+            best = steps
+        steps = max(1, round(steps * budget / spent))
+        if steps == best:
+            break
+    return best
