@@ -19,7 +19,16 @@ def test_method_pages_are_current():
         assert (ROOT / "docs" / "methods" / name).read_text() == text, "run make docs"
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/guide/index.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "README.md",
+        "docs/guide/index.md",
+        "docs/guide/train-command.md",
+        "docs/guide/ranks-and-trainers.md",
+        "CONTRIBUTING.md",
+    ],
+)
 def test_links_and_commands_exist(path):
     file = ROOT / path
     text = file.read_text()

@@ -238,7 +238,7 @@ def test_killed_and_interrupted_runs_resume_to_the_same_bytes(tiny, tmp_path):
     second.send_signal(signal.SIGINT)
     _, err = second.communicate()
     if second.returncode:  # it may have finished before the signal came
-        assert second.returncode == 130 and err.strip().splitlines()[-1].endswith("pruning run")
+        assert second.returncode == 130 and err.strip().splitlines()[-1].endswith("resumes the run")
         assert list(out.parent.glob(".out.journal*")) and not out.exists()
         subprocess.run(command, check=True, env=environment, capture_output=True)
     clean = tmp_path / "a" / "out"

@@ -3,11 +3,13 @@
 import gzip
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,6 +161,17 @@ def test_images_from_files(place, tmp_path, kind):
     main(flags(data=kind.format(place), density=0.3, width=4, steps=20, batch=16, lr=0.05,
                out=tmp_path / "out"))  # fmt: skip
     assert result(tmp_path / "out")["quality"]["value"] > 0.7
+
+
+def test_the_recipe_of_the_guide_runs(tmp_path):
+    guide = Path(__file__).parents[2] / "docs" / "guide" / "train-command.md"
+    recipe = re.search(r"```yaml\n(.*?)```", guide.read_text(), re.DOTALL).group(1)
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    out = tmp_path / "out"
+    main(["train", "--config", str(tmp_path / "recipe.yaml"), "--steps=20", f"--out={out}"])
+    found = result(out)
+    assert found["method"] == "rigl" and found["measured_density"] <= 0.1
+    assert found["topology"]["updates"] == 1 and found["steps"] == 20
 
 
 BAD = [

@@ -185,9 +185,10 @@ def test_frozen_tied_and_grouped_parameters():
     assert torch.equal(model[3].weight, frozen)
 
 
-def test_a_compiled_model_follows_the_masks():
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_model_follows_the_masks(backend):
     model = build()
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend=backend)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     with gs.sparse_training(compiled, optimizer, gs.RigL(0.2, every=3), total_steps=9) as run:
         for step in range(9):
