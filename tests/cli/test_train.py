@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from gossamer.cli import main
+from gossamer.engine.fit import Fit
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
@@ -135,6 +136,29 @@ def test_a_comparison_spends_equal_flops_from_equal_seeds(tmp_path, capsys):
             assert run["flops"]["spent"] == pytest.approx(found["budget_flops"], rel=0.04)
     page = (out / "report.html").read_text()
     assert "staticrandom" in page and "<svg" in page and "±" in page
+
+
+def test_an_interrupted_comparison_keeps_its_finished_runs(tmp_path, monkeypatch, capsys):
+    def argv(name):
+        return flags(data="digits", model="mlp", width=16, steps=4, density=0.2, batch=32, seeds=2,
+                     sweep_methods="staticrandom,set", out=tmp_path / name)  # fmt: skip
+
+    main(argv("whole"))
+    train, calls = Fit.train, []
+
+    def counted(self, *args, **more):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        train(self, *args, **more)
+
+    monkeypatch.setattr(Fit, "train", counted)
+    with pytest.raises(SystemExit) as caught:
+        main(argv("cut"))
+    assert caught.value.code == 130 and "resumes the run" in capsys.readouterr().err
+    main(argv("cut"))
+    assert len(calls) == 3 + 2
+    assert result(tmp_path / "cut")["arms"] == result(tmp_path / "whole")["arms"]
 
 
 @pytest.mark.parametrize("scratch", ["true", "false"])

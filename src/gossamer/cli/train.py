@@ -118,15 +118,18 @@ class Train:
         if self.save_every < 1 or self.seeds < 1:
             raise UsageError("--save-every and --seeds are at least 1")
         arms = self._arms()
-        sweep = bool(self.sweep_methods or self.sweep_density)
-        if self.seeds > 1 and not sweep:
+        if self.seeds > 1 and not self._sweeps:
             raise UsageError("--seeds belongs to a comparison: give --sweep-methods too")
         with self._writer() as writer:
-            if sweep:
+            if self._sweeps:
                 self._sweep(arms, writer)
             else:
                 self._single(*arms[0], writer)
         shutil.rmtree(self._hidden, ignore_errors=True)
+
+    @property
+    def _sweeps(self) -> bool:
+        return bool(self.sweep_methods or self.sweep_density)
 
     @property
     def _hidden(self) -> Path:
@@ -199,15 +202,8 @@ class Train:
         )
 
     def _work(self, seed: int) -> Images | Text:
-        return read_work(
-            self.data,
-            self.model,
-            scratch=self.scratch,
-            width=self.width,
-            batch=self.batch,
-            length=self.length,
-            seed=seed,
-        )
+        names = ("data", "model", "scratch", "width", "batch", "length")
+        return read_work(**{name: getattr(self, name) for name in names}, seed=seed)
 
     def _fit(
         self, name: str, density: float | None, seed: int, steps: int, file: str, writer: Any
@@ -225,7 +221,7 @@ class Train:
         )
         options = dataclasses.asdict(self)
         fingerprint = {k: v for k, v in options.items() if k not in OUTSIDE}
-        fingerprint.update(run=[name, density, seed, steps], torch=torch.__version__)
+        fingerprint.update(run=[name, density, seed, steps], content=work.digest())
         with track(steps, True, f"{name} {seed}") as step:
             seen = 0
 
@@ -235,7 +231,7 @@ class Train:
                     step(f"loss {fit.losses[-1]:.4f}  density {fit.density:.4f}")
                 seen = fit.step
                 if writer is not None:
-                    _log(writer, fit, f"{name}-{density}-{seed}/" if self.sweep_methods else "")
+                    _log(writer, fit, f"{name}-{density}-{seed}/" if self._sweeps else "")
 
             fit.train(self._hidden / file, fingerprint, self.save_every, report)
         return fit, _record(fit, work, name, density, seed), work

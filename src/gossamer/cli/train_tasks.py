@@ -10,6 +10,7 @@ import gzip
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from gossamer.cli.inputs import BUNDLED, BUNDLED_TEXT, Subject, check_model, read_model, read_text
 from gossamer.core.errors import FormatError, MissingExtra, UsageError
+from gossamer.engine.data import digest
 from gossamer.engine.evaluate import bits_per_byte
 from gossamer.engine.hooks import evaluating
 
@@ -37,6 +39,7 @@ class Work(Protocol):
     def build(self, seed: int) -> nn.Module: ...
     def loss(self, model: nn.Module, step: int, seed: int) -> Tensor: ...
     def quality(self, model: nn.Module) -> float: ...
+    def digest(self) -> str: ...
 
 
 @dataclass
@@ -84,6 +87,10 @@ class Images:
         with evaluating(model):
             found = torch.cat([model(part).argmax(1) for part in x.split(512)])
         return float((found == y).double().mean())
+
+    def digest(self) -> str:
+        """A hash of all images and labels."""
+        return digest((str(index), part) for index, part in enumerate(self.split))
 
 
 @dataclass
@@ -135,6 +142,10 @@ class Text:
         return bits_per_byte(
             model, self.held_out[:HELD_OUT], window=self.length, encode=self._subject.encode
         )
+
+    def digest(self) -> str:
+        """A hash of the text."""
+        return blake2b(self.train + b"\0" + self.held_out, digest_size=16).hexdigest()
 
     @property
     def tokenizer(self) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import FormatError, NonFiniteError, UsageError
 from gossamer.engine.checkpoint import random_state, read_state, set_random_state, write_state
+from gossamer.engine.data import digest_model
 from gossamer.engine.flops import Meter, forward_work
 from gossamer.engine.protocols import Trainer
 from gossamer.engine.train import SparseRun, sparse_training
@@ -86,6 +87,7 @@ class Fit:
         self.step = 0
         self.losses: list[float] = []
         self.run: SparseRun | None = None
+        self._model = digest_model(model)
         self.work = forward_work(model, lambda: loss(model, 0))
         self.meter = Meter(self.work, None)
 
@@ -104,10 +106,11 @@ class Fit:
         """Train to the end, from `checkpoint` if that exists; written every `save_every` steps.
 
         report: called after each step. Raises UsageError where the checkpoint is of another run
-        (another fingerprint), NonFiniteError for a loss that is not a number, the last checkpoint
+        (another fingerprint, initial model or torch), NonFiniteError for a loss that is not a number, the last checkpoint
         unharmed.
         """
-        name = json.dumps(fingerprint or {}, sort_keys=True, default=str)
+        facts = {**(fingerprint or {}), "initial weights": self._model, "torch": torch.__version__}
+        name = json.dumps(facts, sort_keys=True, default=str)
         state = self._read(checkpoint, name)
         with self._opened(state):
             while self.step < self.recipe.steps:
