@@ -104,6 +104,38 @@ class Trainer(Protocol):
         ...
 
 
+@runtime_checkable
+class Rounds(Protocol):
+    """A method that trains, prunes and trains again, in rounds."""
+
+    @property
+    def card(self) -> Card: ...
+    @property
+    def rounds(self) -> int:
+        """How often the model is pruned."""
+        ...
+
+    @property
+    def members(self) -> int:
+        """How many copies are trained in a round and averaged."""
+        ...
+
+    @property
+    def rewind(self) -> int | None:
+        """The step of the dense training that each round starts from; None: the last round's end."""
+        ...
+
+    def prune(
+        self, layers: Sequence[LayerInfo], masks: Mapping[str, Tensor], index: int
+    ) -> dict[str, Tensor]:
+        """The support of round `index`, from 1, out of the last one."""
+        ...
+
+    def hold(self, masks: Mapping[str, Tensor]) -> Trainer:
+        """The trainer that keeps these masks."""
+        ...
+
+
 class Allocation(Protocol):
     """How one density becomes one per layer."""
 

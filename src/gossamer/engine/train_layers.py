@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -55,15 +56,24 @@ def trained_layers(
             f"the optimizer holds {len(foreign)} parameters that are not the model's; construct it "
             "from model.parameters() after the model is in its final form"
         )
+    layers = unfrozen_layers(model, include, exclude)
+    for layer in layers:
+        if not isinstance(layer.weight, nn.Parameter) or id(layer.weight) not in held:
+            raise UsageError(
+                f"{layer.name}: its weight is not in the optimizer; freeze or exclude it"
+            )
+    return layers
+
+
+def unfrozen_layers(
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str]
+) -> list[TrainedLayer]:
+    """The trainable prunable layers, one per distinct weight; UsageError when all are frozen."""
     layers: dict[int, TrainedLayer] = {}
     for name, (module, block) in prunable_layers(model, include, exclude, tied=True).items():
         weight = module.weight
-        assert isinstance(weight, Tensor)
-        if not weight.requires_grad or id(weight) in layers:
-            continue
-        if not isinstance(weight, nn.Parameter) or id(weight) not in held:
-            raise UsageError(f"{name}: its weight is not in the optimizer; freeze or exclude it")
-        layers[id(weight)] = TrainedLayer(name, module, weight, block)
+        if weight.requires_grad and id(weight) not in layers:
+            layers[id(weight)] = TrainedLayer(name, module, cast(nn.Parameter, weight), block)
     if not layers:
         raise UsageError("every layer that could be masked is frozen")
     return list(layers.values())

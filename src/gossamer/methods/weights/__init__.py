@@ -11,10 +11,13 @@ from gossamer.methods.weights.scores.wanda import Wanda
 from gossamer.methods.weights.solvers.sparsegpt import SparseGPT
 from gossamer.methods.weights.training.gmp import GMP
 from gossamer.methods.weights.training.granet import GraNet
+from gossamer.methods.weights.training.imp import IMP
 from gossamer.methods.weights.training.issp import ISSP
+from gossamer.methods.weights.training.keep import Keep
 from gossamer.methods.weights.training.rigl import RigL
 from gossamer.methods.weights.training.set import SET
 from gossamer.methods.weights.training.snip import SNIP
+from gossamer.methods.weights.training.soups import SparseModelSoups
 from gossamer.methods.weights.training.srste import SRSTE
 from gossamer.methods.weights.training.static import StaticRandom
 
@@ -37,20 +40,26 @@ TRAINERS: dict[str, type[Any]] = {
     "issp": ISSP,
 }
 
+ROUNDS: dict[str, type[Any]] = {"imp": IMP, "sparsemodelsoups": SparseModelSoups}
+
 __all__ = [
     "CARDS",
     "GMP",
+    "IMP",
     "ISSP",
     "METHODS",
+    "ROUNDS",
     "SET",
     "SNIP",
     "SRSTE",
     "TRAINERS",
     "GraNet",
+    "Keep",
     "Magnitude",
     "Random",
     "RigL",
     "SparseGPT",
+    "SparseModelSoups",
     "StaticRandom",
     "Wanda",
 ]

@@ -138,8 +138,13 @@ def drop_and_regrow(
 
 def check_every(every: int, what: str) -> None:
     """Raise UsageError unless `every` is a whole number of at least 1."""
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise UsageError(f"{what}: every is a whole number of steps, at least 1, not {every!r}")
+    check_whole(every, f"{what}: every, in steps,")
+
+
+def check_whole(number: int, what: str) -> None:
+    """Raise UsageError unless `number` is a whole number of at least 1."""
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise UsageError(f"{what} is a whole number of at least 1, not {number!r}")
 
 
 def check_fraction(value: float, what: str) -> None:

@@ -1,0 +1,107 @@
+"""The digits for the claims: small networks, one training loop, accuracy on held-out digits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gossamer as gs
+from gossamer.testbed import digits
+
+BATCH = 64
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """64 inputs, hidden layers of these widths, 10 classes."""
+    sizes = (64, *widths, 10)
+    layers: list[nn.Module] = [nn.Flatten()]
+    for one, other in pairwise(sizes):
+        layers += [nn.Linear(one, other), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def cnn(width: int = 8) -> nn.Sequential:
+    """Three convolutions with BatchNorm and a linear layer.
+
+    The norms' eps is 1e-3: with 1e-5 the gradient into an emptied channel is 300 times too large
+    and methods that grow by gradient spend their budget there (see cases/rigl_stability.py).
+    """
+    w = width
+    return nn.Sequential(
+        nn.Conv2d(1, w, 3, padding=1), nn.BatchNorm2d(w, 1e-3), nn.ReLU(),
+        nn.Conv2d(w, 2 * w, 3, padding=1), nn.BatchNorm2d(2 * w, 1e-3), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(2 * w, 4 * w, 3, padding=1), nn.BatchNorm2d(4 * w, 1e-3), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * w, 10),
+    )  # fmt: skip
+
+
+def train(
+    model: nn.Module,
+    method: Any,
+    steps: int,
+    seed: int,
+    *,
+    lr: float = 0.1,
+    first: int = 0,
+    last: int | None = None,
+    decay: float = 5e-4,
+    order: int | None = None,
+    watch: Callable[[gs.SparseRun], None] | None = None,
+) -> gs.SparseRun | None:
+    """SGD with momentum and a cosine rate over `steps`, all layers in the run, of which the steps
+    from `first` to `last` are taken. method None is dense. watch: called after every step.
+
+    seed: of data split and supports; order: of batches, where it differs.
+    """
+    train_x, train_y, _, _ = digits(seed=seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=decay)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda t: (1 + torch.cos(torch.tensor(torch.pi * (first + t) / steps)).item()) / 2,
+    )
+
+    def loss_of(step: int) -> Tensor:
+        picks = torch.Generator().manual_seed(7919 * (seed if order is None else order) + step)
+        rows = torch.randint(0, len(train_x), (BATCH,), generator=picks)
+        return nn.functional.cross_entropy(model(train_x[rows]), train_y[rows])
+
+    def loop(run: gs.SparseRun | None) -> None:
+        for step in range(first, steps if last is None else last):
+            optimizer.zero_grad()
+            loss_of(step).backward()
+            optimizer.step()
+            rate.step()
+            if watch is not None and run is not None:
+                watch(run)
+
+    if method is None:
+        loop(None)
+        return None
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    with gs.sparse_training(
+        model, optimizer, method, total_steps=steps, include=names, seed=seed,
+        loss=lambda: loss_of(steps),
+    ) as run:  # fmt: skip
+        loop(run)
+    return run
+
+
+def accuracy(model: nn.Module, seed: int) -> float:
+    """Share of held-out digits that are right; the model's mode is restored."""
+    _, _, test_x, test_y = digits(seed=seed)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        right = (model(test_x).argmax(1) == test_y).double().mean()
+    model.train(training)
+    return float(right)
+
+
+def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A model with weights from the seed."""
+    torch.manual_seed(seed)
+    return build()
