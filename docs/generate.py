@@ -4,6 +4,7 @@ package carries. Run: python docs/generate.py"""
 from __future__ import annotations
 
 import json
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 from gossamer.core.card import Card
@@ -73,10 +74,16 @@ def usage(card: Card) -> str:
 gs.train_rounds(model, gs.{find(card.name).__name__}(density=0.1), train)"""
     if card.kind != "trainer":
         return f"gossamer compress --method {card.name} --sparsity 0.5"
-    name = find(card.name).__name__
-    argument = "" if card.patterns == ("nm",) else "density=0.1"
-    return f"""with gs.sparse_training(model, optimizer, gs.{name}({argument}), total_steps=n):
-    ...  # the loop as it was: loss.backward(); optimizer.step()"""
+    method = find(card.name)
+    needed = [
+        x.name for x in fields(method) if x.default is MISSING and x.default_factory is MISSING
+    ]
+    given = {"density": "density=0.1", "coupled": "coupled=gs.coupled_channels(model, batch)"}
+    call = f"gs.{method.__name__}({', '.join(given[name] for name in needed)})"
+    loop = "    ...  # the loop as it was: loss.backward(); optimizer.step()"
+    if "coupled" in needed:
+        loop += "\nsmall = gs.shrink(model, batch).model"
+    return f"with gs.sparse_training(model, optimizer, {call}, total_steps=n):\n{loop}"
 
 
 def pages() -> dict[str, str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gossamer.core.errors import NonFiniteError, UsageError
 from gossamer.core.matrix import is_transposed
@@ -26,12 +28,16 @@ class TrainedLayer:
     def matrix(self, tensor: Tensor) -> Tensor:
         """A tensor of the weight's shape as (out, in), laid out as `core.matrix.as_matrix`."""
         tensor = tensor.detach()
+        if tensor.dim() == 1:
+            return tensor.unsqueeze(1)
         if tensor.dim() == 4:
             return tensor.permute(0, 2, 3, 1).reshape(tensor.shape[0], -1)
         return tensor.t() if is_transposed(self.module) else tensor
 
     def tensor(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix`."""
+        if self.weight.dim() == 1:
+            return matrix.squeeze(1)
         if self.weight.dim() == 4:
             out, channels, height, width = self.weight.shape
             return matrix.reshape(out, height, width, channels).permute(0, 3, 1, 2)
@@ -43,8 +49,9 @@ def trained_layers(
     optimizer: torch.optim.Optimizer,
     include: Sequence[str],
     exclude: Sequence[str],
+    scales: bool = False,
 ) -> list[TrainedLayer]:
-    """The trainable prunable layers, one per distinct weight.
+    """The trainable prunable layers, or with `scales` the batch norms, one per distinct weight.
 
     Raises UsageError when the optimizer holds parameters that the model lacks or lacks one that
     would be masked, and when every layer is frozen.
@@ -56,7 +63,7 @@ def trained_layers(
             f"the optimizer holds {len(foreign)} parameters that are not the model's; construct it "
             "from model.parameters() after the model is in its final form"
         )
-    layers = unfrozen_layers(model, include, exclude)
+    layers = norm_layers(model, exclude) if scales else unfrozen_layers(model, include, exclude)
     for layer in layers:
         if not isinstance(layer.weight, nn.Parameter) or id(layer.weight) not in held:
             raise UsageError(
@@ -77,6 +84,21 @@ def unfrozen_layers(
     if not layers:
         raise UsageError("every layer that could be masked is frozen")
     return list(layers.values())
+
+
+def norm_layers(model: nn.Module, exclude: Sequence[str]) -> list[TrainedLayer]:
+    """The batch norms with a trainable scale, less those that `exclude` names."""
+    layers = [
+        TrainedLayer(name, module, module.weight, None)
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        and module.affine
+        and module.weight.requires_grad
+        and not any(fnmatchcase(name, pattern) for pattern in exclude)
+    ]
+    if not layers:
+        raise UsageError(f"{type(model).__name__} has no batch norm with a trainable scale")
+    return layers
 
 
 def start_gradients(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from gossamer.core.card import Card
+from gossamer.methods.weights.regularizers.masksparsity import MaskSparsity
+from gossamer.methods.weights.regularizers.wgsef import WGSEF
 from gossamer.methods.weights.scores.magnitude import Magnitude
 from gossamer.methods.weights.scores.random import Random
 from gossamer.methods.weights.scores.wanda import Wanda
@@ -15,6 +17,7 @@ from gossamer.methods.weights.training.imp import IMP
 from gossamer.methods.weights.training.issp import ISSP
 from gossamer.methods.weights.training.keep import Keep
 from gossamer.methods.weights.training.rigl import RigL
+from gossamer.methods.weights.training.scl import SCL
 from gossamer.methods.weights.training.set import SET
 from gossamer.methods.weights.training.snip import SNIP
 from gossamer.methods.weights.training.soups import SparseModelSoups
@@ -38,6 +41,9 @@ TRAINERS: dict[str, type[Any]] = {
     "granet": GraNet,
     "srste": SRSTE,
     "issp": ISSP,
+    "scl": SCL,
+    "wgsef": WGSEF,
+    "masksparsity": MaskSparsity,
 }
 
 ROUNDS: dict[str, type[Any]] = {"imp": IMP, "sparsemodelsoups": SparseModelSoups}
@@ -49,13 +55,16 @@ __all__ = [
     "ISSP",
     "METHODS",
     "ROUNDS",
+    "SCL",
     "SET",
     "SNIP",
     "SRSTE",
     "TRAINERS",
+    "WGSEF",
     "GraNet",
     "Keep",
     "Magnitude",
+    "MaskSparsity",
     "Random",
     "RigL",
     "SparseGPT",

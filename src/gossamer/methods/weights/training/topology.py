@@ -26,6 +26,8 @@ class Fixed:
     gradients_at_start: ClassVar[bool] = False
     gradients_at_update: ClassVar[bool] = False
     shrinks: ClassVar[bool] = False
+    owns: ClassVar[bool] = False
+    scales: ClassVar[bool] = False
 
     @property
     def pattern(self) -> Pattern:
@@ -54,9 +56,18 @@ class Fixed:
         """No weight changes."""
         return {}
 
-    def refine(self, weight: Tensor, gradient: Tensor, mask: Tensor) -> Tensor:
+    def refine(self, layer: LayerInfo, gradient: Tensor, mask: Tensor) -> Tensor:
         """The gradient as it is."""
         return gradient
+
+    def own(self, layers: Sequence[LayerInfo], generator: torch.Generator) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def learn(self, layer: LayerInfo, gradient: Tensor, mask: Tensor) -> Tensor:
+        """What it was."""
+        assert layer.own is not None
+        return layer.own
 
 
 def layer_counts(
