@@ -64,12 +64,14 @@ ARMS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """Accuracy on held-out digits, density, steps taken and their FLOPs in dense steps."""
+    """Accuracy on held-out digits, density, steps taken, and their FLOPs in dense steps: those of
+    the kept weights, and those of the dense gradients that growth needs."""
 
     accuracy: float
     density: float
     steps: int
-    train_flops: float
+    kept_flops: float
+    growth_flops: float
 
 
 def train(arm: str, seed: int, total: int) -> Outcome:
@@ -85,13 +87,13 @@ def train(arm: str, seed: int, total: int) -> Outcome:
     def loss_of(rows: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(model(train_x[rows]), train_y[rows])
 
-    def loop(run: gs.SparseRun | None) -> float:
-        spent, step = 0.0, 0
+    def loop(run: gs.SparseRun | None) -> list[float]:
+        spent, step = [0.0, 0.0], 0
         while True:
             for rows in torch.randperm(len(train_x), generator=order).split(BATCH):
                 if step == total:
                     return spent
-                spent += step_cost(run)
+                spent = [a + b for a, b in zip(spent, step_cost(run))]
                 optimizer.zero_grad()
                 loss_of(rows).backward()
                 optimizer.step()
@@ -110,21 +112,23 @@ def train(arm: str, seed: int, total: int) -> Outcome:
     model.eval()
     with torch.no_grad():
         accuracy = (model(test_x).argmax(1) == test_y).double().mean()
-    return Outcome(float(accuracy), density, total, flops)
+    return Outcome(float(accuracy), density, total, *flops)
 
 
-def step_cost(run: gs.SparseRun | None) -> float:
-    """Multiply-adds of a step over a dense one: forward, input gradient, weight gradient."""
+def step_cost(run: gs.SparseRun | None) -> tuple[float, float]:
+    """Multiply-adds of a step over a dense one (forward, input gradient, weight gradient), by the
+    kept weights, and by the rest of the weight gradient where the step grows by it."""
     if run is None:
-        return 1.0
+        return 1.0, 0.0
     grows = run.trainer.gradients_at_update and run.trainer.due(run.step + 1, run.total_steps)
-    spent = dense = 0.0
+    kept = growth = dense = 0.0
     for name, mask in run.masks.items():
         work = mask.numel() * PLACES[name]
         share = float(mask.double().mean())
         dense += 3 * work
-        spent += work * (2 * share + (1.0 if grows else share))
-    return spent / dense
+        kept += 3 * work * share
+        growth += work * (1 - share) * grows
+    return kept / dense, growth / dense
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -140,8 +144,10 @@ def job(which: tuple[str, int]) -> Outcome:
     if arm == "dense, 165 steps":
         result = train(arm, seed, 165)
     else:
+        # Growth costs the same however long the run is, because the number of updates is fixed.
         probe = train(arm, seed, 2 * UPDATES)
-        result = train(arm, seed, round(BUDGET * probe.steps / probe.train_flops))
+        left = BUDGET - probe.growth_flops
+        result = train(arm, seed, round(left * probe.steps / probe.kept_flops))
     print(*which, result, file=sys.stderr, flush=True)
     return result
 
@@ -161,7 +167,7 @@ def main() -> None:
             "accuracies": accuracies,
             "density": runs[0].density,
             "steps": [run.steps for run in runs],
-            "train_flops": summary([run.train_flops for run in runs]),
+            "train_flops": summary([run.kept_flops + run.growth_flops for run in runs]),
         }
     for name, row in rows.items():
         base = rows["static, ERK, eps 1e-3" if "eps" in name else "static, ERK"]["accuracies"]

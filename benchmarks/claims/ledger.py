@@ -1,7 +1,7 @@
 """The ledger of claims: what a method promises, what came out here, and the verdict.
 
 A claims file has one function, `check(short)`, which trains or prunes over several seeds and returns
-a record; run as a script it writes the record. A promise is a list of differences, one per seed,
+a record; `python -m claims.<method>`, run in the folder benchmarks, writes it. A promise is a list of differences, one per seed,
 that ought to be above zero; the verdict follows from them and from nothing else.
 """
 

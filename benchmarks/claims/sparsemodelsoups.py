@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from ledger import main, promise, record
+from claims.ledger import main, promise, record
+from claims.vision import accuracy, mlp, seeded, train
 from torch import nn
-from vision import accuracy, cnn, seeded, train
 
 import gossamer as gs
 from gossamer.testbed import digits
+
+
+def network() -> nn.Sequential:
+    """Two hidden layers with BatchNorm."""
+    return mlp(128, 64, norm=True)
 
 
 def one(seed: int, steps: int, copies: int, density: float) -> dict[str, float]:
@@ -27,12 +32,12 @@ def one(seed: int, steps: int, copies: int, density: float) -> dict[str, float]:
         train(model, trainer, times * steps, seed, lr=0.05 if part.index else 0.1)
 
     data = list(digits(seed=seed)[0].split(64))
-    soup = seeded(cnn, seed)
+    soup = seeded(network, seed)
     gs.train_rounds(
-        soup, gs.SparseModelSoups(density, 3, copies), retrain, include=("12",), data=data
+        soup, gs.SparseModelSoups(density, 3, copies), retrain, include=("*",), data=data
     )
-    plain = seeded(cnn, seed)
-    gs.train_rounds(plain, gs.SparseModelSoups(density, 3, 1), longer, include=("12",))
+    plain = seeded(network, seed)
+    gs.train_rounds(plain, gs.SparseModelSoups(density, 3, 1), longer, include=("*",))
     last = members[3]
     return {
         "dense": members[0][0],
@@ -51,7 +56,7 @@ def check(short: bool = False) -> dict[str, Any]:
     return record(
         "sparsemodelsoups",
         "The soup beats its members, and plain pruning in phases with the same training in total.",
-        f"Digits, CNN 8-16-32 with BatchNorm, density 0.05 in 3 phases, {copies} copies, {steps} "
+        f"Digits, MLP 64-128-64-10 with BatchNorm, density 0.05 in 3 phases, {copies} copies, {steps} "
         f"steps each, {seeds} seeds.",
         arms,
         [

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from ledger import main, promise, record
+from claims.ledger import main, promise, record
 from torch import nn
 
 import gossamer as gs

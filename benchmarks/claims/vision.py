@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -15,28 +16,13 @@ from gossamer.testbed import digits
 BATCH = 64
 
 
-def mlp(*widths: int) -> nn.Sequential:
-    """64 inputs, hidden layers of these widths, 10 classes."""
+def mlp(*widths: int, norm: bool = False) -> nn.Sequential:
+    """64 inputs, hidden layers of these widths (with `norm` a BatchNorm after each), 10 classes."""
     sizes = (64, *widths, 10)
     layers: list[nn.Module] = [nn.Flatten()]
     for one, other in pairwise(sizes):
-        layers += [nn.Linear(one, other), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def cnn(width: int = 8) -> nn.Sequential:
-    """Three convolutions with BatchNorm and a linear layer.
-
-    The norms' eps is 1e-3: with 1e-5 the gradient into an emptied channel is 300 times too large
-    and methods that grow by gradient spend their budget there (see cases/rigl_stability.py).
-    """
-    w = width
-    return nn.Sequential(
-        nn.Conv2d(1, w, 3, padding=1), nn.BatchNorm2d(w, 1e-3), nn.ReLU(),
-        nn.Conv2d(w, 2 * w, 3, padding=1), nn.BatchNorm2d(2 * w, 1e-3), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(2 * w, 4 * w, 3, padding=1), nn.BatchNorm2d(4 * w, 1e-3), nn.ReLU(),
-        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * w, 10),
-    )  # fmt: skip
+        layers += [nn.Linear(one, other), *([nn.BatchNorm1d(other)] if norm else []), nn.ReLU()]
+    return nn.Sequential(*layers[: -2 if norm else -1])
 
 
 def train(
@@ -61,7 +47,7 @@ def train(
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=decay)
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda t: (1 + torch.cos(torch.tensor(torch.pi * (first + t) / steps)).item()) / 2,
+        lambda t: (1 + math.cos(math.pi * (first + t) / steps)) / 2,
     )
 
     def loss_of(step: int) -> Tensor:
@@ -81,13 +67,31 @@ def train(
     if method is None:
         loop(None)
         return None
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    include = () if method.scales else ("*",)
     with gs.sparse_training(
-        model, optimizer, method, total_steps=steps, include=names, seed=seed,
+        model, optimizer, method, total_steps=steps, include=include, seed=seed,
         loss=lambda: loss_of(steps),
     ) as run:  # fmt: skip
         loop(run)
     return run
+
+
+def arms(
+    methods: Mapping[str, Callable[[int], Any]],
+    seeds: int,
+    steps: int,
+    build: Callable[[], nn.Module],
+    **how: Any,
+) -> dict[str, list[float]]:
+    """Held-out accuracy of each arm on each seed; a method is made from the seed, None is dense."""
+    found: dict[str, list[float]] = {}
+    for name, method in methods.items():
+        found[name] = []
+        for seed in range(seeds):
+            model = seeded(build, seed)
+            train(model, method(seed), steps, seed, **how)
+            found[name].append(accuracy(model, seed))
+    return found
 
 
 def accuracy(model: nn.Module, seed: int) -> float:
