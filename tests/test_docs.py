@@ -20,7 +20,9 @@ def test_method_pages_are_current():
     assert generate.VERDICTS.read_text() == generate.verdicts(), "run make docs"
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/guide/index.md", "docs/guide/training.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "path", ["README.md", "docs/guide/index.md", "docs/guide/training.md", "CONTRIBUTING.md"]
+)
 def test_links_and_commands_exist(path):
     file = ROOT / path
     text = file.read_text()
