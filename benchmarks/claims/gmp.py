@@ -17,7 +17,7 @@ def check(short: bool = False) -> dict[str, Any]:
     """Five seeds: 10% against a small dense network, cubic against one-shot at 5%."""
     seeds, steps = (2, 30) if short else (5, 400)
     every = max(1, steps // 40)
-    found = arms({"small dense": lambda _: None}, seeds, steps, lambda: mlp(SMALL))
+    found = arms({"small dense": lambda _: None}, seeds, steps, lambda: mlp(SMALL, norm=True))
     found |= arms(
         {
             "large dense": lambda _: None,
@@ -27,13 +27,13 @@ def check(short: bool = False) -> dict[str, Any]:
         },
         seeds,
         steps,
-        lambda: mlp(LARGE),
+        lambda: mlp(LARGE, norm=True),
     )
     return record(
         "gmp",
         "A large sparse network beats a small dense one of equal non-zero count; the cubic ramp "
         "beats pruning at once.",
-        f"Digits, MLP 64-{LARGE}-10 against 64-{SMALL}-10, {steps} steps, {seeds} seeds.",
+        f"Digits, MLP 64-{LARGE}-10 against 64-{SMALL}-10, both with BatchNorm, {steps} steps, {seeds} seeds.",
         found,
         [
             promise(

@@ -18,7 +18,7 @@ def check(short: bool = False) -> dict[str, Any]:
     every = max(1, steps // 15)
     spent, gmp = [], []
     for seed in range(seeds):
-        model = seeded(lambda: mlp(128, 64), seed)
+        model = seeded(lambda: mlp(128, 64, norm=True), seed)
         spent.append(0.0)
         train(model, gs.GMP(DENSITY, gs.ERK(), every), steps, seed,
               watch=lambda run: spent.__setitem__(-1, spent[-1] + run.density))  # fmt: skip
@@ -36,13 +36,13 @@ def check(short: bool = False) -> dict[str, Any]:
         },
         seeds,
         longer,
-        lambda: mlp(128, 64),
+        lambda: mlp(128, 64, norm=True),
     )
     return record(
         "rigl",
         "Training sparse from start to end matches or beats dense-to-sparse training at a fixed "
         "cost, and beats random growth and static masks.",
-        f"Digits, MLP 64-128-64-10 at 5%, ERK; GMP {steps} steps, the others {longer} at the same "
+        f"Digits, MLP 64-128-64-10 with BatchNorm at 5%, ERK; GMP {steps} steps, the others {longer} at the same "
         f"multiply-adds (RigL's dense gradients counted), {seeds} seeds.",
         found,
         [

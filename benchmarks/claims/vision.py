@@ -17,11 +17,18 @@ BATCH = 64
 
 
 def mlp(*widths: int, norm: bool = False) -> nn.Sequential:
-    """64 inputs, hidden layers of these widths (with `norm` a BatchNorm after each), 10 classes."""
+    """64 inputs, hidden layers of these widths (with `norm` a BatchNorm after each), 10 classes.
+
+    The norms' eps is 1e-3, because growth by gradient goes astray with 1e-5 (cases/rigl_stability).
+    """
     sizes = (64, *widths, 10)
     layers: list[nn.Module] = [nn.Flatten()]
     for one, other in pairwise(sizes):
-        layers += [nn.Linear(one, other), *([nn.BatchNorm1d(other)] if norm else []), nn.ReLU()]
+        layers += [
+            nn.Linear(one, other),
+            *([nn.BatchNorm1d(other, 1e-3)] if norm else []),
+            nn.ReLU(),
+        ]
     return nn.Sequential(*layers[: -2 if norm else -1])
 
 

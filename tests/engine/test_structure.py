@@ -163,3 +163,21 @@ def test_layers_that_cannot_be_cut_are_left_out():
     assert [x.layers for x in sets] == [("2",)]
     with pytest.raises(gs.UsageError, match="names no layer"):
         gs.coupled_channels(model, torch.randn(3, 4), exclude=("9",))
+
+
+def test_what_a_regulariser_zeroed_is_cut_out_and_the_rest_trains_on():
+    model = build(Residual).train()
+    sets = gs.coupled_channels(model, EXAMPLE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    method = gs.WGSEF(0.5, sets, strength=0.1, until=0.5)
+    with gs.sparse_training(model, optimizer, method, total_steps=6, exclude=("fc",)) as run:
+        for _ in range(6):
+            optimizer.zero_grad()
+            model(EXAMPLE).square().mean().backward()
+            optimizer.step()
+    assert torch.equal(run.masks["a.c2"].any(1), run.masks["stem.0"].any(1))
+    result = gs.shrink(model, EXAMPLE)
+    assert result.removed == {x.layers[0]: x.width // 2 for x in sets}
+    assert result.flops[1] < 0.35 * result.flops[0] and result.model.fc.in_features == 32
+    assert result.model.training and result.deviation < 1.0
+    result.model(EXAMPLE).sum().backward()
