@@ -14,8 +14,8 @@ LARGE, SMALL = 256, 25
 
 
 def check(short: bool = False) -> dict[str, Any]:
-    """Five seeds: 10% against a small dense network, cubic against one-shot at 5%."""
-    seeds, steps = (2, 30) if short else (5, 400)
+    """Four seeds: 10% against a small dense network, cubic against one-shot at 5%."""
+    seeds, steps = (2, 20) if short else (4, 250)
     every = max(1, steps // 40)
     found = arms({"small dense": lambda _: None}, seeds, steps, lambda: mlp(SMALL, norm=True))
     found |= arms(

@@ -10,14 +10,14 @@ from gossamer.testbed import calibration_batches, heldout_text, language_model
 
 
 def bits(method: Any, seed: int, short: bool, *, pattern: Any = None, density: Any = 0.5) -> float:
-    """Bits per byte on 30 kB of held-out text that begins at a place given by the seed (4 kB in
+    """Bits per byte on 12 kB of held-out text that begins at a place given by the seed (4 kB in
     the short form); lower is better. method None: the dense model. The calibration windows come
     from the seed too."""
     model = language_model()
-    size = 2_000 if short else 30_000
+    size = 2_000 if short else 12_000
     text = heldout_text()[seed * size :][:size]
     if method is not None:
-        data = calibration_batches(n=4 if short else 64, length=256, seed=seed, batch=4)
+        data = calibration_batches(n=4 if short else 32, length=256, seed=seed, batch=4)
         gs.prune(model, method, pattern=pattern, density=density, data=data)
     return bits_per_byte(model, text)
 
@@ -32,6 +32,6 @@ def arms(methods: dict[str, Any], seeds: int, short: bool, **how: Any) -> dict[s
 
 
 WHERE = (
-    "Bundled byte-level model, 50% unstructured, 30 kB of held-out text at another place and 64 \
+    "Bundled byte-level model, 50% unstructured, 12 kB of held-out text at another place and 32 \
 calibration windows for each of {seeds} seeds; bits per byte, lower is better."
 )

@@ -13,8 +13,8 @@ DENSITY = 0.05
 
 
 def check(short: bool = False) -> dict[str, Any]:
-    """Five seeds at 5%; RigL and the static mask train for as long as GMP's FLOPs last."""
-    seeds, steps = (2, 20) if short else (5, 150)
+    """Four seeds at 5%; RigL and the static mask train for as long as GMP's FLOPs last."""
+    seeds, steps = (2, 20) if short else (4, 60)
     every = max(1, steps // 15)
     spent, gmp = [], []
     for seed in range(seeds):

@@ -11,8 +11,8 @@ import gossamer as gs
 
 
 def check(short: bool = False) -> dict[str, Any]:
-    """Five seeds at 5%."""
-    seeds, steps = (2, 30) if short else (5, 600)
+    """Four seeds at 5%."""
+    seeds, steps = (2, 30) if short else (4, 300)
     every = max(1, steps // 30)
     found = arms(
         {

@@ -14,7 +14,6 @@ def check(short: bool = False) -> dict[str, Any]:
     """Three seeds at 50%."""
     seeds = 2 if short else 3
     methods = {
-        "dense": None,
         "wanda": gs.Wanda(),
         "magnitude": gs.Magnitude(),
         "sparsegpt": gs.SparseGPT(),
