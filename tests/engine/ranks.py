@@ -21,8 +21,10 @@ METHODS = {
     "granet": lambda: gs.GraNet(0.2, every=3),
     "issp": lambda: gs.ISSP(0.2),
     "srste": lambda: gs.SRSTE(decay=0.01),
+    "scl": lambda: gs.SCL(penalty=0.05, rate=0.3),
+    "wgsef": lambda: gs.WGSEF(0.5, (gs.Coupled(12, ("4",), (), (), ("6",)),)),
 }
-RESUMED = ("rigl", "srste")
+RESUMED = ("rigl", "srste", "scl")
 
 
 def build():

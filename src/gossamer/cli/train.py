@@ -172,8 +172,9 @@ class Train:
         if "density" in known:
             values["density"] = 0.1 if density is None else density
         elif density is not None:
-            raise UsageError(f"--method {name} takes its density from its pattern: leave --density "
-                             "out and give --pattern 2:4 or the like")  # fmt: skip
+            how = "give --pattern 2:4 or the like" if "pattern" in known else "see its page"
+            raise UsageError(f"--method {name} has no density to ask for; leave --density out and "
+                             f"{how}")  # fmt: skip
         if self.pattern and ("pattern" in known or not self.sweep_methods):
             if "pattern" not in known:
                 raise UsageError(f"--pattern: {name} trains unstructured weights; leave it out")
@@ -340,7 +341,7 @@ def _trainer(name: str) -> type[Any]:
     kind = find(name)
     if kind.card.kind != "trainer":
         raise UsageError(
-            f"--method {name} does not choose weights while a model trains; take a trainer of "
+            f"--method {name} is a {kind.card.kind}, not a trainer of one run; choose a trainer of "
             "gossamer methods, or gossamer compress for trained models"
         )
     return kind

@@ -89,7 +89,7 @@ class SparseRun:
             raise UsageError(f"total_steps is a whole number of at least 1, not {total_steps!r}")
         self.model, self._ranks = unwrapped(model, group)
         self.optimizer, self.trainer, self.total_steps = optimizer, trainer, total_steps
-        self.layers = trained_layers(self.model, optimizer, include, exclude)
+        self.layers = trained_layers(self.model, optimizer, include, exclude, trainer.scales)
         for layer in self.layers:
             check_pattern(trainer.pattern, layer.matrix_shape, layer.name)
         self.step = 0
@@ -99,6 +99,7 @@ class SparseRun:
         self._generator = torch.Generator().manual_seed(seed)
         self._ever: dict[str, Tensor] = {}
         self._hidden: dict[str, Tensor] = {}
+        self._own: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
 
     def start(self, loss: Callable[[], Tensor] | None = None) -> None:
@@ -111,6 +112,8 @@ class SparseRun:
         masks = self.trainer.start(self._infos(), gradients, self._generator)
         self._check(masks)
         self._ranks.check_equal(masks)
+        if self.trainer.owns:
+            self._own = self.trainer.own(self._infos(), self._generator)
         if self.trainer.dense:
             self._hidden = {x.name: x.matrix(x.weight).clone() for x in self.layers}
         self.masks = {name: mask.clone() for name, mask in masks.items()}
@@ -159,12 +162,8 @@ class SparseRun:
         if self._wants_gradients() and not self._gradients:
             self.mask_gradients()
         self._check_gradients()
-        for layer in self.layers:
-            gradient = layer.weight.grad
-            if gradient is not None and self.trainer.dense:
-                hidden, mask = self._hidden[layer.name], self.masks[layer.name]
-                refined = self.trainer.refine(hidden, layer.matrix(gradient), mask)
-                layer.write(gradient, refined)
+        if self.trainer.dense or self.trainer.owns:
+            self._refine()
         if not self.trainer.dense:
             self._mask_gradients()
         for layer in self.layers:
@@ -221,6 +220,7 @@ class SparseRun:
             "masks": copies(self.masks),
             "ever": copies(self._ever),
             "hidden": copies(self._hidden),
+            "own": copies(self._own),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -230,9 +230,15 @@ class SparseRun:
             if state.get(key) != value:
                 raise FormatError(f"training state: {key} is {state.get(key)!r}, not {value!r}")
         shapes = {x.name: x.matrix_shape for x in self.layers}
-        for part in ("masks", "ever") + (("hidden",) if self.trainer.dense else ()):
+        want = dict.fromkeys(("masks", "ever"), shapes)
+        if self.trainer.dense:
+            want["hidden"] = shapes
+        if self.trainer.owns:
+            own = self.trainer.own(self._infos(), torch.Generator())
+            want["own"] = {name: tensor.shape for name, tensor in own.items()}
+        for part, expected in want.items():
             found = {name: tensor.shape for name, tensor in state.get(part, {}).items()}
-            if found != shapes:
+            if found != expected:
                 raise FormatError(f"training state: {part} are not those of this model's layers")
 
         def copies(part: str) -> dict[str, Tensor]:
@@ -243,6 +249,7 @@ class SparseRun:
         self.step, self.changed = int(state["step"]), int(state["changed"])
         self.masks, self._ever = copies("masks"), copies("ever")
         self._hidden = copies("hidden") if self.trainer.dense else {}
+        self._own = copies("own") if self.trainer.owns else {}
         self._apply()
 
     def _wants_gradients(self) -> bool:
@@ -256,7 +263,8 @@ class SparseRun:
                 x.name,
                 tuple(x.weight.shape),
                 x.block,
-                self._hidden.get(x.name, x.matrix(x.weight)).detach(),
+                self._hidden[x.name] if x.name in self._hidden else x.matrix(x.weight),
+                own=self._own.get(x.name),
             )
             for x in self.layers
         ]
@@ -303,6 +311,17 @@ class SparseRun:
                 f"{bad or 'a layer of another rank'}: its gradient holds NaN or infinity; the step "
                 "is not taken"
             )
+
+    @torch.no_grad()
+    def _refine(self) -> None:
+        """Let the trainer learn from the gradients of this step and change them."""
+        for layer, info in zip(self.layers, self._infos(), strict=True):
+            if layer.weight.grad is not None:
+                gradient, mask = layer.matrix(layer.weight.grad), self.masks[layer.name]
+                refined = self.trainer.refine(info, gradient, mask)
+                if self.trainer.owns:
+                    self._own[layer.name] = self.trainer.learn(info, gradient, mask)
+                layer.write(layer.weight.grad, refined)
 
     def _mask_gradients(self) -> None:
         for layer in self.layers:

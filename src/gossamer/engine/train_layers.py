@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gossamer.core.errors import NonFiniteError, UsageError
 from gossamer.core.matrix import is_transposed
@@ -27,7 +30,7 @@ class TrainedLayer:
     def matrix_shape(self) -> torch.Size:
         """The shape of `matrix`."""
         shape = self.weight.shape
-        if len(shape) == 4:
+        if len(shape) in (1, 4):
             return torch.Size((shape[0], shape.numel() // max(1, shape[0])))
         return torch.Size(shape[::-1]) if is_transposed(self.module) else shape
 
@@ -37,12 +40,16 @@ class TrainedLayer:
         Whole: where ranks hold parts of it, it is gathered, so all of them must call.
         """
         tensor = whole(tensor)
+        if tensor.dim() == 1:
+            return tensor.unsqueeze(1)
         if tensor.dim() == 4:
             return tensor.permute(0, 2, 3, 1).reshape(tensor.shape[0], -1)
         return tensor.t() if is_transposed(self.module) else tensor
 
     def tensor(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix`."""
+        if self.weight.dim() == 1:
+            return matrix.squeeze(1)
         if self.weight.dim() == 4:
             out, channels, height, width = self.weight.shape
             return matrix.reshape(out, height, width, channels).permute(0, 3, 1, 2)
@@ -64,8 +71,9 @@ def trained_layers(
     optimizer: torch.optim.Optimizer,
     include: Sequence[str],
     exclude: Sequence[str],
+    scales: bool = False,
 ) -> list[TrainedLayer]:
-    """The trainable prunable layers, one per distinct weight.
+    """The trainable prunable layers, or with `scales` the batch norms, one per distinct weight.
 
     Raises UsageError when the optimizer holds parameters that the model lacks or lacks one that
     would be masked, and when every layer is frozen.
@@ -77,18 +85,42 @@ def trained_layers(
             f"the optimizer holds {len(foreign)} parameters that are not the model's; construct it "
             "from model.parameters() after the model is in its final form"
         )
+    layers = norm_layers(model, exclude) if scales else unfrozen_layers(model, include, exclude)
+    for layer in layers:
+        if not isinstance(layer.weight, nn.Parameter) or id(layer.weight) not in held:
+            raise UsageError(
+                f"{layer.name}: its weight is not in the optimizer; freeze or exclude it"
+            )
+    return layers
+
+
+def unfrozen_layers(
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str]
+) -> list[TrainedLayer]:
+    """The trainable prunable layers, one per distinct weight; UsageError when all are frozen."""
     layers: dict[int, TrainedLayer] = {}
     for name, (module, block) in prunable_layers(model, include, exclude, tied=True).items():
         weight = module.weight
-        assert isinstance(weight, Tensor)
-        if not weight.requires_grad or id(weight) in layers:
-            continue
-        if not isinstance(weight, nn.Parameter) or id(weight) not in held:
-            raise UsageError(f"{name}: its weight is not in the optimizer; freeze or exclude it")
-        layers[id(weight)] = TrainedLayer(name, module, weight, block)
+        if weight.requires_grad and id(weight) not in layers:
+            layers[id(weight)] = TrainedLayer(name, module, cast(nn.Parameter, weight), block)
     if not layers:
         raise UsageError("every layer that could be masked is frozen")
     return list(layers.values())
+
+
+def norm_layers(model: nn.Module, exclude: Sequence[str]) -> list[TrainedLayer]:
+    """The batch norms with a trainable scale, less those that `exclude` names."""
+    layers = [
+        TrainedLayer(name, module, module.weight, None)
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        and module.affine
+        and module.weight.requires_grad
+        and not any(fnmatchcase(name, pattern) for pattern in exclude)
+    ]
+    if not layers:
+        raise UsageError(f"{type(model).__name__} has no batch norm with a trainable scale")
+    return layers
 
 
 def start_gradients(
