@@ -36,8 +36,8 @@ def one(method: gs.ISSP, seed: int, steps: int) -> float:
 
 
 def check(short: bool = False) -> dict[str, Any]:
-    """Four seeds at 5%."""
-    seeds, steps = (2, 20) if short else (4, 400)
+    """Five seeds at 5%."""
+    seeds, steps = (2, 20) if short else (5, 500)
     methods = {
         "ISS-P": gs.ISSP(DENSITY, alpha=0.95),
         "hard thresholding": gs.ISSP(DENSITY, alpha=0.0),

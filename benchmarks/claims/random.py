@@ -23,7 +23,7 @@ def one(width: int, density: float, seed: int, steps: int) -> tuple[float, float
 
 def check(short: bool = False) -> dict[str, Any]:
     """Four seeds; widths 16 and 256 at 10%, width 256 at 50%."""
-    seeds, steps, wide = (2, 20, 32) if short else (4, 150, 256)
+    seeds, steps, wide = (2, 20, 32) if short else (4, 100, 256)
     narrow_runs = [one(16, 0.1, seed, steps) for seed in range(seeds)]
     wide_runs = [one(wide, 0.1, seed, steps) for seed in range(seeds)]
     half_runs = [one(wide, 0.5, seed, steps) for seed in range(seeds)]

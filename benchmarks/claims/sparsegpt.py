@@ -13,7 +13,7 @@ import gossamer as gs
 def check(short: bool = False) -> dict[str, Any]:
     """Three seeds at 50% and 2:4."""
     seeds = 2 if short else 3
-    methods = {"sparsegpt": gs.SparseGPT(), "wanda": gs.Wanda(), "magnitude": gs.Magnitude()}
+    methods = {"sparsegpt": gs.SparseGPT(), "magnitude": gs.Magnitude()}
     half = arms({"dense": None, **methods}, seeds, short)
     pairs = arms(methods, seeds, short, pattern=gs.NM(2, 4), density=None)
     dense = half["dense"]
@@ -28,10 +28,9 @@ def check(short: bool = False) -> dict[str, Any]:
                 "50%: no more than 5% above dense", [1.05 * x for x in dense], half["sparsegpt"]
             ),
             promise("50%: fewer bits than magnitude", half["magnitude"], half["sparsegpt"]),
-            promise("50%: fewer bits than Wanda", half["wanda"], half["sparsegpt"]),
             promise("2:4: fewer bits than magnitude", pairs["magnitude"], pairs["sparsegpt"]),
-            promise("2:4: fewer bits than Wanda", pairs["wanda"], pairs["sparsegpt"]),
         ],
+        remark="Wanda beside it: see its claim, and pruning_quality.json for all methods.",
     )
 
 

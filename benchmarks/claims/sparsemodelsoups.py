@@ -50,7 +50,7 @@ def one(seed: int, steps: int, copies: int, density: float) -> dict[str, float]:
 
 def check(short: bool = False) -> dict[str, Any]:
     """Four seeds, three phases to 5% of the weights, three copies."""
-    seeds, steps, copies = (2, 20, 2) if short else (4, 80, 3)
+    seeds, steps, copies = (2, 20, 2) if short else (4, 50, 3)
     runs = [one(seed, steps, copies, 0.05) for seed in range(seeds)]
     arms = {name: [run[name] for run in runs] for name in runs[0]}
     return record(

@@ -12,7 +12,7 @@ import gossamer as gs
 
 def check(short: bool = False) -> dict[str, Any]:
     """Four seeds, three widths at 10%, two allocations at 5%."""
-    seeds, steps, widths = (2, 20, (8, 16, 32)) if short else (4, 150, (16, 64, 256))
+    seeds, steps, widths = (2, 20, (8, 16, 32)) if short else (4, 100, (16, 64, 256))
     found: dict[str, list[float]] = {}
     gaps = []
     for width in widths:

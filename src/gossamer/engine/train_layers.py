@@ -85,6 +85,8 @@ def trained_layers(
             f"the optimizer holds {len(foreign)} parameters that are not the model's; construct it "
             "from model.parameters() after the model is in its final form"
         )
+    if scales and include:
+        raise UsageError("a method that acts on batch norms takes all of them; narrow by exclude=")
     layers = norm_layers(model, exclude) if scales else unfrozen_layers(model, include, exclude)
     for layer in layers:
         if not isinstance(layer.weight, nn.Parameter) or id(layer.weight) not in held:

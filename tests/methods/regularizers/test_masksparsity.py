@@ -95,5 +95,14 @@ def test_bad_input():
         gs.sparse_training(model, optimizer, gs.MaskSparsity(0.5, SETS), total_steps=2),
     ):
         pass
+    normed = build()
+    optimizer = torch.optim.SGD(normed.parameters(), lr=0.1)
+    with (
+        pytest.raises(gs.UsageError, match="exclude="),
+        gs.sparse_training(
+            normed, optimizer, gs.MaskSparsity(0.5, SETS), total_steps=2, include=("1",)
+        ),
+    ):
+        pass
     with pytest.raises(gs.UsageError, match="threshold"):
         gs.MaskSparsity(0.5, SETS, threshold=0.0)
