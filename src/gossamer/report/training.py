@@ -139,10 +139,10 @@ def chart(lines: Mapping[str, Sequence[tuple[float, float]]], across: str, up: s
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>'
                 for x, y in (placed if len(placed) < 40 else ())
             )
-            + f'<text x="70" y="{20 + 15 * index}" style="fill:{colour}">{escape(name)}</text>'
+            + f'<text x="612" y="{34 + 16 * index}" style="fill:{colour}">{escape(name)}</text>'
         )
     return (
-        '<div class="wide"><svg viewBox="0 0 700 300" role="img" '
+        '<div class="wide"><svg viewBox="0 0 720 300" role="img" '
         f'aria-label="{escape(up)} against {escape(across)}">'
         '<line x1="60" x2="600" y1="250" y2="250" stroke="var(--line)"/>'
         f'<text x="52" y="244" text-anchor="end">{low:.3g}</text>'
