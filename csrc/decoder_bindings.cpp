@@ -5,8 +5,10 @@
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -14,21 +16,36 @@
 
 #include "decoder.hpp"
 #include "isa.hpp"
+#include "quantized_bindings.hpp"
 
 namespace nb = nanobind;
 
 namespace gossamer {
 namespace {
 
-// values, bits, row_ptr, rows, cols, stride, nnz, bf16, dense, bias
-using LinearArgs = std::array<int64_t, 10>;
+// values, bits, row_ptr, rows, cols, stride, nnz, bf16, dense, bias; or QuantizedArgs and bias
+using LinearArgs = std::vector<int64_t>;
 // hidden, heads, kv_heads, head_dim, inner, vocab, capacity
 using Geometry = std::array<int64_t, 7>;
 
 const float* floats(int64_t address) { return reinterpret_cast<const float*>(address); }
 
-Linear linear(const LinearArgs& a, int64_t rows, int64_t cols, const char* name) {
+// `kept` owns the quantised matrices.
+Linear linear(const LinearArgs& a, int64_t rows, int64_t cols, const char* name,
+              std::deque<Quantized>& kept) {
   Linear m;
+  QuantizedArgs args;
+  if (a.size() == args.size() + 1) {
+    std::copy(a.begin(), a.end() - 1, args.begin());
+    kept.push_back(quantized_view(args));
+    if (kept.back().rows != rows || kept.back().cols != cols)
+      throw std::invalid_argument(std::string("decoder: ") + name + " has the wrong shape");
+    m.quantized = &kept.back();
+    m.packed.rows = rows, m.cols = cols;
+    m.bias = floats(a.back());
+    return m;
+  }
+  if (a.size() != 10) throw std::invalid_argument("decoder: a layer of no known kind");
   if (a[3] != rows || a[4] != cols)
     throw std::invalid_argument(std::string("decoder: ") + name + " has the wrong shape");
   m.packed.values = reinterpret_cast<const void*>(a[0]);
@@ -64,7 +81,7 @@ class Decoder {
     m_.cosines = reinterpret_cast<const float*>(cosines);
     m_.sines = reinterpret_cast<const float*>(sines);
     m_.final_norm = reinterpret_cast<const float*>(final_norm);
-    m_.head = linear(head, m_.vocab, m_.hidden, "head");
+    m_.head = linear(head, m_.vocab, m_.hidden, "head", kept_);
     scratch();
   }
 
@@ -76,13 +93,13 @@ class Decoder {
     Layer layer;
     layer.input_norm = reinterpret_cast<const float*>(input_norm);
     layer.mlp_norm = reinterpret_cast<const float*>(mlp_norm);
-    layer.q = linear(parts[0], q, m_.hidden, "q");
-    layer.k = linear(parts[1], kv, m_.hidden, "k");
-    layer.v = linear(parts[2], kv, m_.hidden, "v");
-    layer.o = linear(parts[3], m_.hidden, q, "o");
-    layer.gate = linear(parts[4], m_.inner, m_.hidden, "gate");
-    layer.up = linear(parts[5], m_.inner, m_.hidden, "up");
-    layer.down = linear(parts[6], m_.hidden, m_.inner, "down");
+    layer.q = linear(parts[0], q, m_.hidden, "q", kept_);
+    layer.k = linear(parts[1], kv, m_.hidden, "k", kept_);
+    layer.v = linear(parts[2], kv, m_.hidden, "v", kept_);
+    layer.o = linear(parts[3], m_.hidden, q, "o", kept_);
+    layer.gate = linear(parts[4], m_.inner, m_.hidden, "gate", kept_);
+    layer.up = linear(parts[5], m_.inner, m_.hidden, "up", kept_);
+    layer.down = linear(parts[6], m_.hidden, m_.inner, "down", kept_);
     layer.keys = reinterpret_cast<float*>(keys);
     layer.values = reinterpret_cast<float*>(values);
     layers_.push_back(layer);
@@ -92,24 +109,33 @@ class Decoder {
 
   void step(int64_t token, int64_t position, uintptr_t logits, int threads, int isa) {
     check_isa(isa);
-    if (token < 0 || token >= m_.vocab || position < 0 || position >= m_.capacity || threads < 1)
+    if (token < 0 || token >= m_.vocab || position < 0 || position >= m_.capacity || threads < 1 ||
+        threads > 1024)
       throw std::invalid_argument("decoder: token or position out of range");
     DecodeStep run = decode_portable;
 #if defined(__x86_64__)
     if (isa == kAvx512) run = decode_avx512;
     if (isa == kAvx2) run = decode_avx2;
 #endif
+    m_.quantize = pick_quantize_input(isa);
+    m_.quantized_rows = pick_quantized_rows(isa);
     run(m_, token, position, reinterpret_cast<float*>(logits), threads);
   }
 
  private:
   void scratch() {
     const int64_t wide = m_.heads * m_.head_dim;
-    const std::array<int64_t, 7> sizes = {
+    const int64_t widest = std::max({m_.hidden, wide, m_.inner}), rows = std::max(widest, m_.vocab);
+    const int64_t words = (widest + 63) / 64;
+    constexpr int64_t kThreads = 2 * 1024;
+    float* integers;
+    const std::array<int64_t, 12> sizes = {
         m_.hidden, m_.hidden, wide, m_.kv_heads * m_.head_dim, wide, m_.inner,
-        m_.heads * m_.capacity};
-    float** const parts[] = {&m_.state, &m_.normed, &m_.query, &m_.key,
-                             &m_.mixed, &m_.gated,  &m_.scores};
+        m_.heads * m_.capacity, rows + kThreads, rows + kThreads, words * 64 / 4 + 64, words, words};
+    m_.most_rows = rows;
+    float** const parts[] = {&m_.state,  &m_.normed, &m_.query,     &m_.key,
+                             &m_.mixed,  &m_.gated,  &m_.scores,    &m_.sums,
+                             &m_.more_sums, &integers, &m_.integer_scales, &m_.integer_sums};
     int64_t total = 16;
     for (const int64_t size : sizes) total += (size + 63) / 64 * 64;
     memory_ = std::make_unique<float[]>(total);
@@ -119,10 +145,12 @@ class Decoder {
       *parts[k] = reinterpret_cast<float*>(at);
       at += (sizes[k] + 63) / 64 * 64 * sizeof(float);
     }
+    m_.integers = reinterpret_cast<int8_t*>(integers);
   }
 
   Llama m_{};
   std::vector<Layer> layers_;
+  std::deque<Quantized> kept_;
   std::unique_ptr<float[]> memory_;
 };
 

@@ -52,6 +52,7 @@ float row_product(const Linear& m, int64_t r, const float* x) {
 
 // Share i of n of the rows: by kept weights where packed, else by rows.
 inline int64_t first_row(const Linear& m, int i, int n) {
+  if (m.quantized) return i == n ? m.packed.rows : m.packed.rows * i / n & ~int64_t{1};
   return m.dense ? m.packed.rows * i / n : split_rows(m.packed, i, n);
 }
 
@@ -69,18 +70,46 @@ inline void two_products(const Linear& m, int64_t a, const Linear& n, int64_t b,
   if (n.bias) out[1] += n.bias[b];
 }
 
-// done(r, row r of the matrix times x, plus bias) for the rows of share i of n.
+// x as the quantised layer's kernels want it; every thread must come here.
+inline QuantInput as_integers(const Llama& m, const Linear& layer, const float* x) {
+  if (layer.quantized) {
+    const int64_t pairs = pairs_of(layer.quantized->words);
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < pairs; ++b)
+      m.quantize(x, layer.cols, b, b + 1, m.integers, m.integer_scales, m.integer_sums);
+  }
+  return {x, m.integers, m.integer_scales, m.integer_sums};
+}
+
+// A quantised layer's rows from..to into a part of `memory` that is thread i's alone, since threads
+// are not at the same layer at the same time; row r is at [r].
+inline float* quantized_sums(const Llama& m, const Linear& layer, const QuantInput& input,
+                             int64_t from, int64_t to, int i, int n, float* memory) {
+  float* own = memory + m.most_rows * i / n + 2 * i - from;
+  m.quantized_rows(*layer.quantized, input, from, to, own);
+  return own;
+}
+
+// done(r, row r of the matrix times x, plus bias) for the rows of share i of n; `input` is x as
+// integers, if the layer wants it so.
 template <class F>
-void product(const Linear& m, const float* x, int i, int n, F done) {
-  const int64_t from = first_row(m, i, n), to = first_row(m, i + 1, n), half = (to - from) / 2;
+void product(const Llama& m, const Linear& layer, const float* x, const QuantInput& input, int i,
+             int n, F done) {
+  const int64_t from = first_row(layer, i, n), to = first_row(layer, i + 1, n);
+  if (layer.quantized) {
+    const float* sums = quantized_sums(m, layer, input, from, to, i, n, m.sums);
+    for (int64_t r = from; r < to; ++r) done(r, sums[r] + (layer.bias ? layer.bias[r] : 0.0f));
+    return;
+  }
+  const int64_t half = (to - from) / 2;
   float sums[2];
   for (int64_t r = from; r < from + half; ++r) {
-    two_products(m, r, m, r + half, x, sums);
+    two_products(layer, r, layer, r + half, x, sums);
     done(r, sums[0]);
     done(r + half, sums[1]);
   }
   if ((to - from) % 2) {
-    two_products(m, to - 1, m, to - 1, x, sums);
+    two_products(layer, to - 1, layer, to - 1, x, sums);
     done(to - 1, sums[0]);
   }
 }
@@ -129,9 +158,11 @@ inline void attend(const Llama& m, const Layer& layer, int64_t h, int64_t positi
 
 inline void attention(const Llama& m, const Layer& layer, int64_t position, int i, int n) {
   const int64_t d = m.head_dim;
-  product(layer.q, m.normed, i, n, [&](int64_t r, float y) { m.query[r] = y; });
-  product(layer.k, m.normed, i, n, [&](int64_t r, float y) { m.key[r] = y; });
-  product(layer.v, m.normed, i, n, [&](int64_t r, float y) {
+  const Linear& asks = layer.q.quantized ? layer.q : layer.k.quantized ? layer.k : layer.v;
+  const QuantInput normed = as_integers(m, asks, m.normed);
+  product(m, layer.q, m.normed, normed, i, n, [&](int64_t r, float y) { m.query[r] = y; });
+  product(m, layer.k, m.normed, normed, i, n, [&](int64_t r, float y) { m.key[r] = y; });
+  product(m, layer.v, m.normed, normed, i, n, [&](int64_t r, float y) {
     layer.values[(r / d * m.capacity + position) * d + r % d] = y;
   });
 #pragma omp barrier
@@ -142,20 +173,39 @@ inline void attention(const Llama& m, const Layer& layer, int64_t position, int 
   for (int64_t h = m.heads * i / n; h < m.heads * (i + 1) / n; ++h)
     attend(m, layer, h, position, m.mixed + h * d);
 #pragma omp barrier
-  product(layer.o, m.mixed, i, n, [&](int64_t r, float y) { m.state[r] += y; });
+  const QuantInput mixed = as_integers(m, layer.o, m.mixed);
+  product(m, layer.o, m.mixed, mixed, i, n, [&](int64_t r, float y) { m.state[r] += y; });
 #pragma omp barrier
 }
 
+inline float silu(float x) { return x / (1.0f + fast_exp(-x)); }
+
 // Rows of gate and up are split alike, so that one thread has both halves of an element.
 inline void mlp(const Llama& m, const Layer& layer, int i, int n) {
+  const QuantInput normed = as_integers(m, layer.gate.quantized ? layer.gate : layer.up, m.normed);
   const int64_t from = first_row(layer.gate, i, n), to = first_row(layer.gate, i + 1, n);
-  for (int64_t r = from; r < to; ++r) {
-    float both[2];
-    two_products(layer.gate, r, layer.up, r, m.normed, both);
-    m.gated[r] = both[0] / (1.0f + fast_exp(-both[0])) * both[1];
+  if (layer.gate.quantized && layer.up.quantized) {
+    const float* gates = quantized_sums(m, layer.gate, normed, from, to, i, n, m.sums);
+    const float* ups = quantized_sums(m, layer.up, normed, from, to, i, n, m.more_sums);
+    for (int64_t r = from; r < to; ++r) {
+      const float gate = gates[r] + (layer.gate.bias ? layer.gate.bias[r] : 0.0f);
+      const float up = ups[r] + (layer.up.bias ? layer.up.bias[r] : 0.0f);
+      m.gated[r] = silu(gate) * up;
+    }
+  } else if (!layer.gate.quantized && !layer.up.quantized) {
+    for (int64_t r = from; r < to; ++r) {
+      float both[2];
+      two_products(layer.gate, r, layer.up, r, m.normed, both);
+      m.gated[r] = silu(both[0]) * both[1];
+    }
+  } else {  // kinds that differ are split differently
+    product(m, layer.gate, m.normed, normed, i, n, [&](int64_t r, float y) { m.gated[r] = silu(y); });
+#pragma omp barrier
+    product(m, layer.up, m.normed, normed, i, n, [&](int64_t r, float y) { m.gated[r] *= y; });
   }
 #pragma omp barrier
-  product(layer.down, m.gated, i, n, [&](int64_t r, float y) { m.state[r] += y; });
+  const QuantInput gated = as_integers(m, layer.down, m.gated);
+  product(m, layer.down, m.gated, gated, i, n, [&](int64_t r, float y) { m.state[r] += y; });
 #pragma omp barrier
 }
 
@@ -183,7 +233,8 @@ inline void run_decode(const Llama& m, int64_t token, int64_t position, float* l
     }
 #pragma omp single
     rms_norm(m.state, m.final_norm, m.eps, m.hidden, m.normed);
-    product(m.head, m.normed, i, n, [&](int64_t r, float y) { logits[r] = y; });
+    const QuantInput normed = as_integers(m, m.head, m.normed);
+    product(m, m.head, m.normed, normed, i, n, [&](int64_t r, float y) { logits[r] = y; });
   }
 }
 

@@ -11,6 +11,7 @@
 #include "grouped_bindings.hpp"
 #include "isa.hpp"
 #include "limits.hpp"
+#include "quantized_bindings.hpp"
 
 namespace nb = nanobind;
 using namespace gossamer;
@@ -168,6 +169,7 @@ NB_MODULE(_kernels, m) {
   m.def("bitmap_matvec", &matvec, nb::call_guard<nb::gil_scoped_release>());
   bind_decoder(m);
   bind_grouped(m);
+  bind_quantized(m);
   m.def("bitmap_unpack", &unpack, nb::call_guard<nb::gil_scoped_release>());
   m.def("read_floats", &read_floats, nb::call_guard<nb::gil_scoped_release>());
   m.def("multiply", &multiply, nb::call_guard<nb::gil_scoped_release>());

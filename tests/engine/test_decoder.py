@@ -9,6 +9,7 @@ import gossamer as gs
 from gossamer.core.errors import UsageError
 from gossamer.engine.decoder import Decoder, refusal
 from gossamer.engine.generate import generate
+from gossamer.nn import QuantizedLinear
 from gossamer.ops._dispatch import ISAS, kernels
 
 transformers = pytest.importorskip("transformers")
@@ -144,3 +145,60 @@ def test_capacity_and_token_range():
             decoder.step(3)
         with pytest.raises(UsageError, match="prompt"):
             decoder.prefill(prompt(9))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_quantised_layers_decode_like_their_dense_weights(bits, threads):
+    """Against the same weights dense: what is left is the rounding of inputs to 8 bits."""
+    model = build(attention_bias=True)
+    gs.prune(model, gs.Magnitude(), density=0.5)
+    gs.compress(model, bits=bits)
+    plain = build(attention_bias=True)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            plain.get_submodule(name).weight.data = module.to_matrix()
+    ids = prompt()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        ours, theirs = Decoder(model, 40), Decoder(plain, 40)
+        with torch.inference_mode():
+            ours.prefill(ids), theirs.prefill(ids)
+            for token in range(20):
+                found, expected = ours.step(token).clone(), theirs.step(token)
+                assert (found - expected).norm() < 0.03 * expected.norm()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_quantised_decoding_does_not_depend_on_threads():
+    model = build()
+    gs.prune(model, gs.Magnitude(), density=0.5)
+    gs.compress(model, bits=8)
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 2, 3, 2):
+            torch.set_num_threads(threads)
+            decoder = Decoder(model, 60)
+            with torch.inference_mode():
+                decoder.prefill(prompt())
+                runs.append(torch.stack([decoder.step(t).clone() for t in range(40)]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(runs[0], run) for run in runs)
+
+
+def test_layers_of_several_kinds_decode_together():
+    model = build()
+    for name, bits in (("q_proj", 4), ("v_proj", 8), ("up_proj", 4), ("o_proj", 8)):
+        for layer in model.model.layers:
+            part = layer.self_attn if name in ("q_proj", "v_proj", "o_proj") else layer.mlp
+            old = getattr(part, name)
+            setattr(part, name, QuantizedLinear.from_matrix(old.weight, old.bias, bits=bits))
+    decoder = Decoder(model, 30)
+    with torch.inference_mode():
+        decoder.prefill(prompt())
+        found = decoder.step(5).clone()
+        expected = model(torch.cat([prompt(), torch.tensor([[5]])], 1)).logits[0, -1]
+    assert (found - expected).norm() < 0.03 * expected.norm()

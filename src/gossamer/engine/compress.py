@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,9 +12,12 @@ from gossamer.core.errors import UsageError
 from gossamer.core.matrix import as_matrix, is_prunable
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwrap
 from gossamer.nn.bitmap import BitmapLinear, serves_batches
+from gossamer.nn.quantized import QuantizedLinear
 from gossamer.ops import _dispatch
 from gossamer.ops.bitmap import bitmap_bytes, kernel_name
 from gossamer.ops.grouped import kernel_name as batch_kernel_name
+from gossamer.ops.quantized import BITS
+from gossamer.ops.quantized import kernel_name as quantized_kernel_name
 
 MAX_BYTES = 0.9
 """A packed weight must be at most this fraction of the dense one: decoding reads every byte."""
@@ -25,6 +29,9 @@ def compress(
     max_density: float | None = None,
     batches: bool | None = None,
     strict: bool = False,
+    bits: int | None = None,
+    group: int = 128,
+    head_bits: int = 8,
 ) -> CompressResult:
     """Replace, in place, every linear layer whose zeros pay by a kernel-backed `BitmapLinear`.
 
@@ -37,8 +44,18 @@ def compress(
     input at once fastest (about 3 to 4 bytes per kept bfloat16 weight on top). None: yes, unless
     the model generates text, where most products have one row and memory decides the speed.
     strict: raise UsageError when a layer that holds zeros stays dense.
+
+    bits: 4 or 8 also rounds the weights to integers of so many bits, with one scale per row and
+    `group` columns (a power of two from 64 on), in every linear layer that is not tied, with or
+    without zeros, and a model's output head to `head_bits`; every becomes a `QuantizedLinear`.
+    Rounding is to the nearest; measure what it costs.
     """
     root = unwrap(model)
+    if bits is not None and (bits not in BITS or head_bits not in BITS):
+        raise UsageError(f"bits and head_bits are 4 or 8, not {bits} and {head_bits}")
+    if group < 64 or group & (group - 1):
+        raise UsageError(f"group is a power of two from 64 on, not {group}")
+    head = _head(root)
     batches = serves_batches(root, batches)
     requested = {r.name: r for r in model.layers} if isinstance(model, PruneResult) else {}
     uses = Counter(
@@ -50,8 +67,11 @@ def compress(
             continue
         asked = requested.get(name)
         record = _record(name, module, asked)
-        reason = _refusal(module, record, uses, max_density)
-        if reason is None:
+        wanted = bits if bits is None or module is not head else head_bits
+        reason = _refusal(module, record, uses, max_density, wanted)
+        if reason is None and wanted is not None:
+            record = _quantize(root, name, module, record, wanted, group)
+        elif reason is None:
             record = _swap(root, name, module, record, batches)
         elif strict and record.density < 1.0:
             raise UsageError(f"{name} stays dense: {reason}")
@@ -59,6 +79,12 @@ def compress(
             record = _with_reason(record, reason)
         records.append(record)
     return CompressResult(root, tuple(records), _dispatch.isa(), torch.get_num_threads())
+
+
+def _head(root: nn.Module) -> nn.Module | None:
+    """The layer that turns a language model's states into logits."""
+    asked: Any = getattr(root, "get_output_embeddings", None)
+    return asked() if callable(asked) else None
 
 
 def _untouched_embedding(module: nn.Module) -> bool:
@@ -81,7 +107,11 @@ def _record(name: str, module: nn.Module, asked: LayerRecord | None) -> LayerRec
 
 
 def _refusal(
-    module: nn.Module, record: LayerRecord, uses: Counter[int], max_density: float | None
+    module: nn.Module,
+    record: LayerRecord,
+    uses: Counter[int],
+    max_density: float | None,
+    bits: int | None,
 ) -> str | None:
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
@@ -89,7 +119,7 @@ def _refusal(
         return "no sparse convolution kernel yet"
     if isinstance(module, nn.Embedding):
         return "an embedding looks rows up, so zeros save no multiplication"
-    if record.density == 1.0:
+    if record.density == 1.0 and bits is None:
         return "no zeros"
     if weight.device.type != "cpu":
         return f"the kernels run on the CPU, the weight is on {weight.device.type}"
@@ -97,6 +127,8 @@ def _refusal(
         return f"no kernel for {weight.dtype}"
     if uses[id(weight)] > 1:
         return "its weight is tied to another module"
+    if bits is not None:
+        return None
     if max_density is not None and record.density > max_density:
         return f"density {record.density:.2f} is above {max_density:.2f}"
     share = record.sparse_bytes / max(1, record.dense_bytes)
@@ -119,6 +151,24 @@ def _swap(
     root.set_submodule(name, packed)
     kernel = kernel_name() + (f" + {batch_kernel_name()}" if batches else "")
     return LayerRecord(**{**vars(record), "kernel": kernel})
+
+
+def _quantize(
+    root: nn.Module, name: str, module: nn.Module, record: LayerRecord, bits: int, group: int
+) -> LayerRecord:
+    if not name:
+        raise UsageError("the model is itself one layer; wrap it in torch.nn.Sequential")
+    bias = getattr(module, "bias", None)
+    packed = QuantizedLinear.from_matrix(
+        as_matrix(module), bias, record.pattern, bits=bits, group=group
+    )
+    packed.density_requested = record.requested
+    packed.train(module.training)
+    root.set_submodule(name, packed)
+    size = packed.matrix.nbytes
+    return LayerRecord(
+        **{**vars(record), "kernel": quantized_kernel_name(bits), "sparse_bytes": size}
+    )
 
 
 def _with_reason(record: LayerRecord, reason: str) -> LayerRecord:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import UsageError
-from gossamer.nn.bitmap import BitmapLinear
+from gossamer.nn import BitmapLinear, QuantizedLinear
 from gossamer.ops._dispatch import isa_index, kernels
+from gossamer.ops.quantized.native import arguments
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 _ROPES = ("default", "linear", "llama3", "yarn")
@@ -49,6 +50,8 @@ def refusal(model: nn.Module, capacity: int) -> str | None:
 
 
 def _unserved(part: nn.Module) -> str | None:
+    if isinstance(part, QuantizedLinear):
+        return None if part.values.is_cpu else f"weights on {part.values.device.type}"
     if not isinstance(part, BitmapLinear | nn.Linear):
         return f"a {type(part).__name__} in place of a linear layer"
     weight = part.values if isinstance(part, BitmapLinear) else part.weight
@@ -79,8 +82,12 @@ class _Kept:
         return found.data_ptr()
 
     def linear(self, part: nn.Module) -> list[int]:
-        """The ten numbers by which the compiled step knows a linear layer."""
+        """The numbers by which the compiled step knows a linear layer."""
         bias = 0 if part.bias is None else self.address(part.bias, torch.float32)  # type: ignore[arg-type]
+        if isinstance(part, QuantizedLinear):
+            matrix = part.matrix
+            self.tensors.extend(t for t in part.buffers())
+            return [*arguments(matrix), bias]
         if isinstance(part, BitmapLinear):
             values, bits = part.values, part.bitmap
             addresses = [self.address(t) for t in (values, bits, part.row_ptr)]

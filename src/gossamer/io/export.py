@@ -12,7 +12,7 @@ from gossamer.io.atomic import new_folder
 from gossamer.io.load import _build, load
 from gossamer.io.manifest import NAME, read_manifest
 from gossamer.io.save import distinct, write_config, write_tensors
-from gossamer.nn.bitmap import BitmapLinear
+from gossamer.nn import BitmapLinear, QuantizedLinear
 
 
 def export(
@@ -42,8 +42,10 @@ def export(
 
 
 def _dense_state(model: nn.Module, shapes: nn.Module) -> dict[str, Tensor]:
-    packed = {n: m for n, m in model.named_modules() if isinstance(m, BitmapLinear)}
-    hidden = {f"{name}.{part}" for name in packed for part in ("values", "bitmap")}
+    packed = {
+        n: m for n, m in model.named_modules() if isinstance(m, BitmapLinear | QuantizedLinear)
+    }
+    hidden = {f"{name}.{part}" for name, layer in packed.items() for part in layer._buffers}
     state = {key: value for key, value in distinct(model).items() if key not in hidden}
     for name, layer in packed.items():
         matrix = layer.to_matrix()

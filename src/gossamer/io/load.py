@@ -13,7 +13,8 @@ from gossamer.core.errors import FormatError, MissingExtra, UsageError
 from gossamer.core.matrix import as_matrix, is_prunable
 from gossamer.io.manifest import NAME, PackedLayer, _one_line, read_json, read_manifest
 from gossamer.io.tensors import read_tensors
-from gossamer.nn.bitmap import BitmapLinear, prepare_batches, serves_batches
+from gossamer.nn import BitmapLinear, QuantizedLinear, prepare_batches, serves_batches
+from gossamer.ops.quantized import QuantizedMatrix
 
 
 def load(
@@ -55,8 +56,13 @@ def load(
     return root.eval()
 
 
-def _layer(name: str, facts: PackedLayer, tensors: dict[str, Tensor]) -> BitmapLinear:
+Packed = BitmapLinear | QuantizedLinear
+
+
+def _layer(name: str, facts: PackedLayer, tensors: dict[str, Tensor]) -> Packed:
     """Takes the layer's tensors out of `tensors`; raises FormatError on any contradiction."""
+    if facts.group is not None:
+        return _quantized_layer(name, facts, tensors)
     try:
         values, bitmap = tensors.pop(f"{name}.values"), tensors.pop(f"{name}.bitmap")
         bias = tensors.pop(f"{name}.bias") if facts.bias else None
@@ -65,12 +71,45 @@ def _layer(name: str, facts: PackedLayer, tensors: dict[str, Tensor]) -> BitmapL
     out, width = facts.shape
     if values.dim() != 1 or values.numel() != facts.nnz or str(values.dtype)[6:] != facts.dtype:
         raise FormatError(f"layer {name}: its values are not {facts.nnz} of {facts.dtype}")
-    if bias is not None and (bias.shape != (out,) or not bias.is_floating_point()):
-        raise FormatError(f"layer {name}: its bias does not have {out} numbers")
+    _check_bias(name, bias, out)
     try:
         return BitmapLinear(values, bitmap, width, out, bias, facts.pattern, facts.requested)
     except (FormatError, UsageError) as error:
         raise FormatError(f"layer {name}: {_one_line(error)}") from None
+
+
+def _check_bias(name: str, bias: Tensor | None, out: int) -> None:
+    if bias is not None and (bias.shape != (out,) or not bias.is_floating_point()):
+        raise FormatError(f"layer {name}: its bias does not have {out} numbers")
+
+
+def _quantized_layer(name: str, facts: PackedLayer, tensors: dict[str, Tensor]) -> QuantizedLinear:
+    def take(part: str, present: bool = True) -> Tensor | None:
+        return tensors.pop(f"{name}.{part}") if present else None
+
+    try:
+        values, scales = tensors.pop(f"{name}.values"), tensors.pop(f"{name}.scales")
+        bitmap, zeros = take("bitmap", facts.sparse), take("zeros", facts.zeros)
+        bias = take("bias", facts.bias)
+        outliers = None
+        if facts.outliers:
+            parts = [tensors.pop(f"{name}.outlier_{part}") for part in ("ptr", "cols", "values")]
+            outliers = (parts[0], parts[1], parts[2])
+    except KeyError as error:
+        raise FormatError(f"layer {name}: tensor {error} is missing") from None
+    _check_bias(name, bias, facts.shape[0])
+    try:
+        bits, group = int(facts.dtype.removeprefix("int")), facts.group or 0
+        matrix = QuantizedMatrix.of(
+            values, bitmap, scales, zeros, outliers, facts.shape, bits, group
+        )
+    except (FormatError, UsageError) as error:
+        raise FormatError(f"layer {name}: {_one_line(error)}") from None
+    layer = QuantizedLinear(matrix, bias, facts.pattern, facts.requested)
+    found = 0 if outliers is None else outliers[1].numel()
+    if layer.kept != facts.nnz or found != facts.outliers:
+        raise FormatError(f"layer {name}: it keeps {layer.kept} weights, not {facts.nnz}")
+    return layer
 
 
 def _ordinary(folder: Path, kind: Any) -> nn.Module:
@@ -128,7 +167,7 @@ def _build(folder: Path, tensors: int | None = None) -> nn.Module:
         raise FormatError(f"config.json: {type(error).__name__}: {_one_line(error)}") from None
 
 
-def _place(root: nn.Module, layers: Mapping[str, BitmapLinear], tensors: dict[str, Tensor]) -> None:
+def _place(root: nn.Module, layers: Mapping[str, Packed], tensors: dict[str, Tensor]) -> None:
     """Check everything, then change `root`."""
     modules = dict(root.named_modules())
     for name, layer in layers.items():
@@ -164,7 +203,7 @@ def _place(root: nn.Module, layers: Mapping[str, BitmapLinear], tensors: dict[st
     _restore_buffers(root)
 
 
-def _wanted(root: nn.Module, layers: Mapping[str, BitmapLinear]) -> dict[str, Tensor]:
+def _wanted(root: nn.Module, layers: Mapping[str, Packed]) -> dict[str, Tensor]:
     inside = tuple(f"{name}." for name in layers)
     state = root.state_dict()
     return {k: v for k, v in state.items() if not (inside and k.startswith(inside))}
@@ -191,6 +230,8 @@ def _convert(root: nn.Module, dtype: torch.dtype) -> None:
     """Change the dtype of what is stored; computed buffers (rotary frequencies) keep theirs."""
     for module in root.modules():
         skipped = module._non_persistent_buffers_set
+        if isinstance(module, QuantizedLinear):
+            skipped = skipped | module._buffers.keys()
         for parts in (module._parameters, module._buffers):
             for name, tensor in parts.items():
                 if tensor is None or name in skipped or not tensor.is_floating_point():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ NAME = "gossamer.json"
 VERSION = 1
 MAX_JSON = 16 << 20
 DTYPES = ("float32", "bfloat16")
+QUANTIZED = ("int4", "int8")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class PackedLayer:
     dtype: str
     bias: bool
     nnz: int
+    group: int | None = None
+    zeros: bool = False
+    sparse: bool = True
+    outliers: int = 0
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -86,14 +91,17 @@ def _layer(name: str, value: Any) -> PackedLayer:
     where = f"{NAME}: layer {_short(name)}"
     if not isinstance(value, dict):
         raise FormatError(f"{where}: not an object")
-    _keys(value, {"shape", "pattern", "density", "requested", "dtype", "bias", "nnz"}, where)
+    quantized = value.get("dtype") in QUANTIZED
+    further = {"group", "zeros", "sparse", "outliers"} if quantized else set()
+    common = {"shape", "pattern", "density", "requested", "dtype", "bias", "nnz"}
+    _keys(value, common | further, where)
     shape, nnz, dtype = value["shape"], value["nnz"], value["dtype"]
     whole = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)
     if not whole or min(shape) < 1 or max(shape) >= 1 << 31:
         raise FormatError(f"{where}: shape is {_short(shape)}, not two whole numbers from 1")
     if type(nnz) is not int or not 0 <= nnz <= shape[0] * shape[1]:
         raise FormatError(f"{where}: nnz is {_short(nnz)}, which its shape cannot hold")
-    if dtype not in DTYPES or type(value["bias"]) is not bool:
+    if dtype not in DTYPES + QUANTIZED or type(value["bias"]) is not bool:
         raise FormatError(f"{where}: dtype or bias is not one of the known values")
     density, requested, pattern = value["density"], value["requested"], value["pattern"]
     for number in (density, 0.0 if requested is None else requested):
@@ -106,7 +114,23 @@ def _layer(name: str, value: Any) -> PackedLayer:
             parse_pattern(pattern)
     except PatternError as error:
         raise FormatError(f"{where}: {_one_line(error)}") from None
-    return PackedLayer((shape[0], shape[1]), pattern, density, requested, dtype, value["bias"], nnz)
+    plain = PackedLayer(
+        (shape[0], shape[1]), pattern, density, requested, dtype, value["bias"], nnz
+    )
+    return replace(plain, **_quantized(value, nnz, where)) if quantized else plain
+
+
+def _quantized(value: dict[str, Any], nnz: int, where: str) -> dict[str, Any]:
+    """The keys that only quantised layers have."""
+    group, outliers = value["group"], value["outliers"]
+    power = type(group) is int and 64 <= group < 1 << 31 and group & (group - 1) == 0
+    if not power:
+        raise FormatError(f"{where}: group is {_short(group)}, not a power of two from 64 on")
+    if type(outliers) is not int or not 0 <= outliers <= nnz:
+        raise FormatError(f"{where}: outliers is {_short(outliers)}, which nnz cannot hold")
+    if type(value["zeros"]) is not bool or type(value["sparse"]) is not bool:
+        raise FormatError(f"{where}: zeros and sparse are true or false")
+    return {key: value[key] for key in ("group", "zeros", "sparse", "outliers")}
 
 
 def _keys(data: dict[str, Any], wanted: set[str], where: str) -> None:

@@ -14,7 +14,7 @@ from gossamer.core.result import CompressResult, PruneResult, unwrap
 from gossamer.io.atomic import new_folder
 from gossamer.io.manifest import NAME, VERSION
 from gossamer.io.tensors import INDEX, SINGLE
-from gossamer.nn.bitmap import BitmapLinear
+from gossamer.nn import BitmapLinear, QuantizedLinear
 
 SHARD = 4 << 30
 """Largest safetensors file, in bytes; more tensors go to further shards with an index."""
@@ -46,7 +46,7 @@ def save(
             "layers": {
                 name: _describe(module)
                 for name, module in root.named_modules()
-                if isinstance(module, BitmapLinear)
+                if isinstance(module, BitmapLinear | QuantizedLinear)
             },
             "method": None if method is None else str(method),
             "provenance": json.loads(json.dumps(facts, default=str)),
@@ -112,7 +112,9 @@ def _shares(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
 
 
-def _describe(layer: BitmapLinear) -> dict[str, Any]:
+def _describe(layer: BitmapLinear | QuantizedLinear) -> dict[str, Any]:
+    if isinstance(layer, QuantizedLinear):
+        return _describe_quantized(layer)
     return {
         "shape": [layer.out_features, layer.in_features],
         "pattern": layer.pattern,
@@ -121,4 +123,21 @@ def _describe(layer: BitmapLinear) -> dict[str, Any]:
         "dtype": str(layer.values.dtype).removeprefix("torch."),
         "bias": layer.bias is not None,
         "nnz": layer.values.numel(),
+    }
+
+
+def _describe_quantized(layer: QuantizedLinear) -> dict[str, Any]:
+    matrix, kept = layer.matrix, layer.kept
+    return {
+        "shape": [layer.out_features, layer.in_features],
+        "pattern": layer.pattern,
+        "density": layer.density,
+        "requested": layer.density_requested,
+        "dtype": f"int{layer.bits}",
+        "bias": layer.bias is not None,
+        "nnz": kept,
+        "group": layer.group,
+        "zeros": matrix.zeros is not None,
+        "sparse": matrix.bitmap is not None,
+        "outliers": 0 if matrix.outliers is None else matrix.outliers[1].numel(),
     }

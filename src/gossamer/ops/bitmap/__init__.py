@@ -19,13 +19,14 @@ def kernel_name(rows: int = 1) -> str:
     return f"bitmap-{kind}/{_dispatch.isa()}"
 
 
-def row_offsets(values: Tensor, bitmap: Tensor, in_features: int) -> Tensor:
-    """int64 (out + 1) offsets of each row's values.
+def row_offsets(values: Tensor | None, bitmap: Tensor, in_features: int) -> Tensor:
+    """int64 (out + 1) offsets of each row's values; values None: their number is not checked.
 
     Raises FormatError where shapes, padding bits or the number of values contradict the bitmap:
     kernels trust what has passed here.
     """
-    if bitmap.dtype != torch.uint8 or bitmap.dim() != 2 or values.dim() != 1:
+    flat = values is None or values.dim() == 1
+    if bitmap.dtype != torch.uint8 or bitmap.dim() != 2 or not flat:
         raise FormatError("bitmap is uint8 (out, bytes) and values one-dimensional")
     if bitmap.shape[1] != bitmap_bytes(in_features):
         raise FormatError(
@@ -35,7 +36,7 @@ def row_offsets(values: Tensor, bitmap: Tensor, in_features: int) -> Tensor:
     bitmap = bitmap.contiguous()
     home = reference if _dispatch.kernels() is None else native
     offsets = home.row_offsets(bitmap, in_features)
-    if int(offsets[-1]) != values.numel():
+    if values is not None and int(offsets[-1]) != values.numel():
         raise FormatError(f"bitmap keeps {int(offsets[-1])} weights but holds {values.numel()}")
     return offsets
 

@@ -1,0 +1,114 @@
+"""A linear layer whose weight is stored as 4- or 8-bit integers, sparse or dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.ops import quantized as ops
+from gossamer.ops.quantized import QuantizedMatrix
+
+
+class QuantizedLinear(nn.Module):
+    """y = x W^T + b with W (out, in) quantised; takes the place of a Linear of the same shape.
+
+    Buffers as in `ops.quantized.QuantizedMatrix`; what a layer does not have is None. Moving the
+    module to another floating dtype changes the bias alone. Other devices than the CPU are refused
+    when called.
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    def __init__(
+        self,
+        matrix: QuantizedMatrix,
+        bias: Tensor | None = None,
+        pattern: str = "",
+        density_requested: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = matrix.shape
+        self.bits, self.group = matrix.bits, matrix.group
+        self.pattern, self.density_requested = pattern, density_requested
+        row_ptr, cols, exact = matrix.outliers or (None, None, None)
+        self.register_buffer("values", matrix.values)
+        self.register_buffer("bitmap", matrix.bitmap)
+        self.register_buffer("scales", matrix.scales)
+        self.register_buffer("zeros", matrix.zeros)
+        self.register_buffer("outlier_ptr", row_ptr)
+        self.register_buffer("outlier_cols", cols)
+        self.register_buffer("outlier_values", exact)
+        self.register_buffer("offsets", matrix.offsets, persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_matrix(
+        cls,
+        matrix: Tensor,
+        bias: Tensor | None = None,
+        pattern: str = "",
+        *,
+        bits: int = 4,
+        group: int = 128,
+        symmetric: bool = True,
+        outliers: float = 0.0,
+    ) -> QuantizedLinear:
+        """Quantise a matrix (out, in); its zeros stay exact zeros."""
+        return cls(ops.pack(matrix, bits, group, symmetric, outliers), bias, pattern)
+
+    @property
+    def matrix(self) -> QuantizedMatrix:
+        """The stored parts."""
+        parts: Any = self._buffers
+        outliers = None
+        if parts["outlier_ptr"] is not None:
+            outliers = tuple(parts[f"outlier_{part}"] for part in ("ptr", "cols", "values"))
+        shape = (self.out_features, self.in_features)
+        return QuantizedMatrix(
+            parts["values"], parts["bitmap"], parts["scales"], parts["zeros"], outliers, shape,
+            self.bits, self.group, parts["offsets"],
+        )  # fmt: skip
+
+    def to_matrix(self) -> Tensor:
+        """The dense weight (out, in) in float32."""
+        return ops.unpack(self.matrix)
+
+    @property
+    def kept(self) -> int:
+        """How many weights are stored, outliers among them."""
+        matrix = self.matrix
+        exact = 0 if matrix.outliers is None else matrix.outliers[1].numel()
+        if matrix.bitmap is None:
+            return self.in_features * self.out_features
+        shifts = torch.arange(8, dtype=torch.uint8)
+        return exact + int((matrix.bitmap.unsqueeze(-1) >> shifts & 1).sum())
+
+    @property
+    def density(self) -> float:
+        """The fraction of weights stored."""
+        return self.kept / max(1, self.in_features * self.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out), in x's dtype."""
+        return ops.linear(x, self.matrix, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():  # float() and its kin are not for what is stored
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Shape, width and group."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group={self.group}, sparse={self.matrix.bitmap is not None}, "
+            f"bias={self.bias is not None}"
+        )

@@ -1,0 +1,307 @@
+"""Linear layers with 4- or 8-bit weights, sparse or dense: quantise, unpack and multiply."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gossamer.core.errors import FormatError, UsageError
+from gossamer.ops import _dispatch
+from gossamer.ops.bitmap import reference as bitmaps
+from gossamer.ops.bitmap import row_offsets
+from gossamer.ops.quantized import native, reference
+from gossamer.ops.quantized.reference import BITS, quantize
+
+__all__ = ["BITS", "QuantizedMatrix", "kernel_name", "linear", "pack", "quantize", "unpack"]
+
+Outliers = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """A matrix (out, in) of `bits`-bit integers, as `reference` describes.
+
+    values: uint8. bitmap: uint8 (out, bytes), None where every column is kept. scales: bfloat16
+    (out, groups). zeros: uint8 (out, groups) or None. outliers: int64 (out + 1) offsets, int32
+    columns and float32 values of further weights, held exactly, or None. Raises FormatError
+    where the parts contradict each other: kernels trust what has passed here.
+    """
+
+    values: Tensor
+    bitmap: Tensor | None
+    scales: Tensor
+    zeros: Tensor | None
+    outliers: Outliers | None
+    shape: tuple[int, int]
+    bits: int
+    group: int
+    offsets: Tensor
+    """int64: where each row, or pair of rows, begins in `values`; see `of`."""
+
+    @classmethod
+    def of(
+        cls,
+        values: Tensor,
+        bitmap: Tensor | None,
+        scales: Tensor,
+        zeros: Tensor | None,
+        outliers: Outliers | None,
+        shape: tuple[int, int],
+        bits: int,
+        group: int,
+    ) -> QuantizedMatrix:
+        """Checks the parts and finds the offsets."""
+        if bits not in BITS or group < 64 or group & (group - 1) or group >= 1 << 31:
+            raise FormatError(f"bits {bits} or group {group} is none that is served")
+        counts = _counts(bitmap, shape)
+        offsets = reference.offsets_of(counts, bits)
+        size = int(offsets[-1]) + reference.SLACK
+        if values.dtype != torch.uint8 or values.shape != (size,):
+            raise FormatError(f"values are not {size} bytes, which the bitmap asks for")
+        groups = (shape[0], reference.groups_of(shape[1], group))
+        if scales.dtype != torch.bfloat16 or scales.shape != groups:
+            raise FormatError(f"scales are not bfloat16 of shape {groups}")
+        if zeros is not None and (zeros.dtype != torch.uint8 or zeros.shape != groups):
+            raise FormatError(f"zeros are not bytes of shape {groups}")
+        if zeros is not None and bool((zeros.int() >= 1 << bits).any()):
+            raise FormatError(f"a zero point does not fit {bits} bits")
+        if outliers is not None:
+            _check_outliers(outliers, shape)
+        parts = [None if t is None else t.contiguous() for t in (bitmap, zeros)]
+        return cls(
+            values.contiguous(), parts[0], scales.contiguous(), parts[1], outliers, shape, bits,
+            group, offsets,
+        )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is stored: integers, bitmap, scales, zeros and outliers."""
+        parts = (self.values, self.bitmap, self.scales, self.zeros, *(self.outliers or ()))
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+def _counts(bitmap: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    if bitmap is None:
+        return torch.full((shape[0],), reference.padded_width(shape[1]))
+    if bitmap.dtype != torch.uint8 or bitmap.dim() != 2 or bitmap.shape[0] != shape[0]:
+        raise FormatError(f"bitmap is not uint8 of {shape[0]} rows")
+    if bitmap.shape[1] != bitmaps.bitmap_bytes(shape[1]):
+        raise FormatError(f"bitmap has {bitmap.shape[1]} bytes per row, which {shape[1]} deny")
+    return row_offsets(None, bitmap, shape[1]).diff()
+
+
+def _check_outliers(outliers: Outliers, shape: tuple[int, int]) -> None:
+    row_ptr, cols, values = outliers
+    if row_ptr.dtype != torch.int64 or row_ptr.shape != (shape[0] + 1,):
+        raise FormatError(f"outlier offsets are not int64 ({shape[0] + 1},)")
+    if cols.dtype != torch.int32 or values.dtype != torch.float32 or cols.shape != values.shape:
+        raise FormatError("outlier columns and values are not int32 and float32 of one length")
+    steps = row_ptr.diff()
+    if int(row_ptr[0]) or int(row_ptr[-1]) != cols.numel() or bool((steps < 0).any()):
+        raise FormatError("outlier offsets do not rise from 0 to their number")
+    if cols.numel() and (int(cols.min()) < 0 or int(cols.max()) >= shape[1]):
+        raise FormatError(f"an outlier's column is outside 0..{shape[1] - 1}")
+    if not all(part.is_contiguous() for part in outliers):
+        raise FormatError("outliers must be contiguous")
+
+
+def pack(
+    matrix: Tensor, bits: int, group: int = 128, symmetric: bool = True, outliers: float = 0.0
+) -> QuantizedMatrix:
+    """Quantise the non-zeros of a matrix (out, in), or all of it where a bitmap would not pay.
+
+    outliers: fraction of the kept weights, the largest of each row, that are held exactly beside
+    the integers (SpQR: A Sparse-Quantized Representation for Near-Lossless LLM Weight
+    Compression, 2023, chooses them by their error; here their size decides). Raises UsageError
+    for a fraction outside [0, 0.5), and as `quantize`.
+    """
+    if not 0 <= outliers < 0.5:
+        raise UsageError(f"outliers is a fraction in [0, 0.5), not {outliers}")
+    matrix = matrix.detach().float()
+    mask = matrix != 0
+    exact = None
+    if outliers > 0 and matrix.numel():
+        exact, taken = _take_outliers(matrix, mask, outliers)
+        matrix = matrix.masked_fill(taken, 0)
+        mask = mask & ~taken
+    sparse = float(mask.sum()) * bits + mask.numel() < mask.numel() * bits
+    kept = mask if sparse else torch.ones_like(mask)
+    integers, scales, zeros = quantize(matrix, kept, bits, group, symmetric)
+    bitmap = bitmaps.pack(matrix, mask)[1] if sparse else None
+    shape = (matrix.shape[0], matrix.shape[1])
+    if not sparse:
+        fill = reference.padded_width(shape[1]) - shape[1]
+        integers = torch.nn.functional.pad(integers, (0, fill))
+        kept = torch.nn.functional.pad(kept, (0, fill), value=True)
+    values = reference.pack(integers[kept], kept.sum(dim=1), bits)
+    return QuantizedMatrix.of(values, bitmap, scales, zeros, exact, shape, bits, group)
+
+
+def _take_outliers(matrix: Tensor, mask: Tensor, share: float) -> tuple[Outliers, Tensor]:
+    count = max(1, round(share * float(mask.sum()) / matrix.shape[0]))
+    size = matrix.abs()
+    taken = torch.zeros_like(mask)
+    taken.scatter_(1, size.topk(min(count, matrix.shape[1]), dim=1).indices, True)
+    taken &= mask
+    row_ptr = torch.nn.functional.pad(taken.sum(dim=1).cumsum(0), (1, 0))
+    cols = taken.nonzero()[:, 1].to(torch.int32).contiguous()
+    return (row_ptr, cols, matrix[taken].contiguous()), taken
+
+
+def kernel_name(bits: int) -> str:
+    """The kernel that serves one row of input here, such as `int4-matvec/avx512`."""
+    name = _dispatch.isa()
+    module = _dispatch.kernels()
+    if name == "avx512" and module is not None and not module.has_vnni():
+        name = "avx2"  # byte dot products are missing
+    return f"int{bits}-matvec/{name}"
+
+
+def unpack(m: QuantizedMatrix) -> Tensor:
+    """The dense matrix (out, in) in float32. O(out * in)."""
+    if _dispatch.isa_index() < 0:
+        return reference.unpack(
+            m.values, m.bitmap, m.scales, m.zeros, m.shape[1], m.group, m.bits, m.outliers
+        )
+    return native.unpack(m)
+
+
+def linear(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
+    """x (..., in) times the quantised matrix transposed, plus bias (out,); in x's dtype.
+
+    Up to 8 rows of x are rounded to 8-bit integers, scaled per 128 inputs; a NaN or infinity then
+    makes every result that its 128 inputs reach NaN. Differentiable in x (as if nothing had been
+    rounded) and bias, at the memory of one dense weight. O(rows of x * kept weights).
+    """
+    eager = not torch.compiler.is_compiling()
+    needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
+    if eager and not (torch.is_grad_enabled() and needs_grad):
+        return _forward(x, m, bias)
+    row_ptr, cols, exact = m.outliers or (None, None, None)
+    return _quantized_linear(
+        x, m.values, m.offsets, m.bitmap, m.scales, m.zeros, row_ptr, cols, exact, bias,
+        list(m.shape), m.bits, m.group,
+    )  # fmt: skip
+
+
+def _forward(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
+    if _dispatch.isa_index() < 0:
+        return reference.linear(x, unpack(m), m.outliers, bias, native.MATVEC_ROWS)
+    return native.linear(x, m, bias)
+
+
+def _matrix(
+    values: Tensor,
+    offsets: Tensor,
+    bitmap: Tensor | None,
+    scales: Tensor,
+    zeros: Tensor | None,
+    outlier_ptr: Tensor | None,
+    outlier_cols: Tensor | None,
+    outlier_values: Tensor | None,
+    shape: list[int],
+    bits: int,
+    group: int,
+) -> QuantizedMatrix:
+    outliers = None
+    if outlier_ptr is not None and outlier_cols is not None and outlier_values is not None:
+        outliers = (outlier_ptr, outlier_cols, outlier_values)
+    size = (shape[0], shape[1])
+    return QuantizedMatrix(values, bitmap, scales, zeros, outliers, size, bits, group, offsets)
+
+
+@torch.library.custom_op("gossamer::quantized_linear", mutates_args=())
+def _quantized_linear(
+    x: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    bitmap: Tensor | None,
+    scales: Tensor,
+    zeros: Tensor | None,
+    outlier_ptr: Tensor | None,
+    outlier_cols: Tensor | None,
+    outlier_values: Tensor | None,
+    bias: Tensor | None,
+    shape: list[int],
+    bits: int,
+    group: int,
+) -> Tensor:
+    m = _matrix(values, offsets, bitmap, scales, zeros, outlier_ptr, outlier_cols, outlier_values,
+                shape, bits, group)  # fmt: skip
+    return _forward(x, m, bias)
+
+
+@_quantized_linear.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    bitmap: Tensor | None,
+    scales: Tensor,
+    zeros: Tensor | None,
+    outlier_ptr: Tensor | None,
+    outlier_cols: Tensor | None,
+    outlier_values: Tensor | None,
+    bias: Tensor | None,
+    shape: list[int],
+    bits: int,
+    group: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], shape[0])
+
+
+@torch.library.custom_op("gossamer::quantized_linear_grad_x", mutates_args=())
+def _grad_x(
+    grad: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    bitmap: Tensor | None,
+    scales: Tensor,
+    zeros: Tensor | None,
+    outlier_ptr: Tensor | None,
+    outlier_cols: Tensor | None,
+    outlier_values: Tensor | None,
+    shape: list[int],
+    bits: int,
+    group: int,
+) -> Tensor:
+    m = _matrix(values, offsets, bitmap, scales, zeros, outlier_ptr, outlier_cols, outlier_values,
+                shape, bits, group)  # fmt: skip
+    return (grad.float() @ unpack(m)).to(grad.dtype)
+
+
+@_grad_x.register_fake
+def _(
+    grad: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    bitmap: Tensor | None,
+    scales: Tensor,
+    zeros: Tensor | None,
+    outlier_ptr: Tensor | None,
+    outlier_cols: Tensor | None,
+    outlier_values: Tensor | None,
+    shape: list[int],
+    bits: int,
+    group: int,
+) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], shape[1])
+
+
+def _setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:9])  # type: ignore[attr-defined]
+    ctx.has_bias = inputs[9] is not None  # type: ignore[attr-defined]
+    ctx.facts = inputs[10:]  # type: ignore[attr-defined]
+
+
+def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
+    parts, facts = ctx.saved_tensors, ctx.facts  # type: ignore[attr-defined]
+    grad_x = _grad_x(grad, *parts, *facts)
+    has_bias = ctx.has_bias  # type: ignore[attr-defined]
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if has_bias else None
+    return grad_x, *[None] * 8, grad_bias, None, None, None
+
+
+_quantized_linear.register_autograd(_backward, setup_context=_setup)

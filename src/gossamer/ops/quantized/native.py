@@ -1,0 +1,103 @@
+"""The compiled home of the quantised matrices: checks and conversions around the kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gossamer.core.errors import UsageError
+from gossamer.ops._dispatch import isa_index, kernels
+
+if TYPE_CHECKING:
+    from gossamer.ops.quantized import QuantizedMatrix
+
+MATVEC_ROWS = 8
+"""Up to so many rows of x the matrix-vector kernel serves, with 8-bit activations."""
+_UNPACKED = 1 << 20
+"""So many weights are unpacked at a time: 4 MB."""
+_SMALL = 1 << 15
+"""Below so many stored bytes a second thread costs more than it gains."""
+
+
+def arguments(m: QuantizedMatrix) -> list[int]:
+    """The numbers by which the compiled module knows the matrix; its tensors must stay alive."""
+    outliers = m.outliers or (None, None, None)
+    addresses = [
+        0 if part is None else part.data_ptr()
+        for part in (m.values, m.offsets, m.bitmap, m.scales, m.zeros, *outliers)
+    ]
+    shift = (m.group // 64).bit_length() - 1
+    count = 0 if m.outliers is None else m.outliers[1].numel()
+    return [*addresses, *m.shape, shift, m.bits, m.values.numel(), count]
+
+
+def linear(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
+    """x (..., in) times the matrix transposed plus bias; sums in float32.
+
+    Up to 8 rows of x become 8-bit integers, scaled per 128; more are multiplied as they are by
+    weights unpacked piece by piece.
+    """
+    if x.shape[-1] != m.shape[1]:
+        raise UsageError(f"expected inputs of width {m.shape[1]}, not {tuple(x.shape)}")
+    if not (x.is_cpu and m.values.is_cpu):
+        raise UsageError("the quantised kernels run on the CPU only")
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.detach().float()
+    rows = x.numel() // max(1, m.shape[1])
+    if rows <= MATVEC_ROWS and x.dtype in (torch.float32, torch.bfloat16):
+        return _matvec(x.contiguous(), m, bias, rows)
+    result = _unpacked(x.reshape(-1, m.shape[1]).float(), m, bias)
+    return result.to(x.dtype).reshape(*x.shape[:-1], m.shape[0])
+
+
+def unpack(m: QuantizedMatrix) -> Tensor:
+    """The dense matrix (out, in) in float32."""
+    matrix = torch.empty(m.shape)
+    _rows(m, 0, m.shape[0], matrix)
+    return matrix
+
+
+def _matvec(x: Tensor, m: QuantizedMatrix, bias: Tensor | None, rows: int) -> Tensor:
+    y = x.new_empty((*x.shape[:-1], m.shape[0]))
+    if y.numel():
+        _module().quantized_matvec(
+            arguments(m),
+            x.data_ptr(),
+            rows,
+            x.dtype == torch.bfloat16,
+            y.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            1 if m.values.numel() * rows < _SMALL else torch.get_num_threads(),
+            isa_index(),
+        )
+    return y
+
+
+def _unpacked(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
+    out, width = m.shape
+    x = x.contiguous()
+    y = torch.empty(x.shape[0], out)
+    step = max(2, _UNPACKED // max(1, width))
+    scratch = torch.empty(min(step, out), width)
+    for first in range(0, out, step):
+        last = min(out, first + step)
+        rows = scratch[: last - first]
+        _rows(m, first, last, rows)
+        if bias is None:
+            torch.mm(x, rows.t(), out=y[:, first:last])
+        else:
+            torch.addmm(bias[first:last], x, rows.t(), out=y[:, first:last])
+    return y
+
+
+def _rows(m: QuantizedMatrix, first: int, last: int, out: Tensor) -> None:
+    threads = 1 if out.numel() < _SMALL else torch.get_num_threads()
+    _module().quantized_unpack(arguments(m), first, last, out.data_ptr(), threads, isa_index())
+
+
+def _module() -> Any:
+    module = kernels()
+    assert module is not None
+    return module

@@ -1,0 +1,214 @@
+"""Matrices of 4- or 8-bit integers, in plain torch: the twin that every kernel is tested against.
+
+A matrix (out, in) is cut, row by row, into groups of `group` consecutive columns. A kept weight is
+scale * (q - zero) with q an integer of `bits` bits, one scale (bfloat16) and zero per row and
+group; zero is half the range where none are stored. `values` (uint8) holds the kept weights'
+integers in row order, a byte each; with 4 bits two rows share their bytes, the even row in the low
+halves, the odd one in the high halves, the shorter filled up with zeros. Behind them are 16 bytes
+of zeros, which kernels may read. Which columns are kept says a bitmap as in `ops.bitmap`; without
+one all are, and every row is filled up to a multiple of 64 with its zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gossamer.core.errors import NonFiniteError, UsageError
+from gossamer.ops.bitmap import reference as bitmaps
+
+BITS = (4, 8)
+WORD = 64
+BLOCK = 128
+"""Inputs that share a scale."""
+SLACK = 16
+"""Bytes behind the values."""
+
+
+def groups_of(in_features: int, group: int) -> int:
+    """How many groups a row has."""
+    return -(-in_features // group)
+
+
+def offsets_of(counts: Tensor, bits: int) -> Tensor:
+    """int64: where the values of each row (8 bits) or pair of rows (4 bits) begin, and their end.
+
+    counts: int64 (out,), the kept weights of each row.
+    """
+    if bits == 4:
+        counts = torch.nn.functional.pad(counts, (0, len(counts) % 2)).reshape(-1, 2).amax(dim=1)
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+
+
+def quantize(
+    matrix: Tensor, mask: Tensor, bits: int, group: int, symmetric: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(integers, scales, zeros) of the kept weights of `matrix` (out, in), rounded to nearest.
+
+    integers: uint8 (out, in), anything where `mask` is False. scales: bfloat16 (out, groups), of
+    either sign, from a search that minimises the squared error of each group's kept weights.
+    zeros: uint8 (out, groups), None if symmetric. Raises UsageError for bits other than 4 or 8 or
+    a group that is no power of two from 64 on, NonFiniteError for NaN or infinite weights.
+    O(out * in).
+    """
+    if bits not in BITS:
+        raise UsageError(f"bits is 4 or 8, not {bits}")
+    if group < WORD or group & (group - 1):
+        raise UsageError(f"group is a power of two of at least {WORD}, not {group}")
+    if not bool(torch.isfinite(matrix).all()):
+        raise NonFiniteError("a weight is NaN or infinite, which cannot be quantised")
+    rows, cols = matrix.shape
+    count = groups_of(cols, group)
+    pad = count * group - cols
+    kept = torch.nn.functional.pad(mask, (0, pad)).reshape(rows, count, group)
+    weights = torch.nn.functional.pad(matrix.float(), (0, pad)).reshape(rows, count, group)
+    weights = weights.masked_fill(~kept, 0)
+    search = _symmetric if symmetric else _asymmetric
+    scales, zeros = search(weights, kept, bits)
+    half = 1 << bits - 1
+    low, high = (-half, half - 1) if symmetric else (0, 2 * half - 1)
+    integers = _round(weights, scales, zeros, low, high).reshape(rows, -1)[:, :cols]
+    stored = scales.squeeze(-1).to(torch.bfloat16)
+    if symmetric:
+        return (integers + half).to(torch.uint8), stored, None
+    return integers.to(torch.uint8), stored, zeros.squeeze(-1).to(torch.uint8)
+
+
+def _round(weights: Tensor, scales: Tensor, zeros: Tensor, low: int, high: int) -> Tensor:
+    turn = torch.where(scales == 0, 0.0, 1.0 / scales)
+    return (torch.round(weights * turn) + zeros).clamp(low, high)
+
+
+def _symmetric(weights: Tensor, kept: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The largest weight maps to the longer, negative end or short of it, whichever fits best."""
+    half = 1 << bits - 1
+    index = weights.abs().argmax(dim=-1, keepdim=True)
+    peak = weights.gather(-1, index)
+    zeros = torch.zeros(())
+    best, least = torch.zeros_like(peak), torch.full_like(peak, torch.inf)
+    for divisor in [*torch.linspace(-half * 1.0, -half * 1.35, 8).tolist(), half - 1.0]:
+        scales = (peak / divisor).bfloat16().float()
+        again = _round(weights, scales, zeros, -half, half - 1) * scales
+        error = (again - weights).masked_fill_(~kept, 0).square_().sum(-1, keepdim=True)
+        best = torch.where(error < least, scales, best)
+        least = torch.minimum(error, least)
+    return best, zeros.expand_as(best)
+
+
+def _asymmetric(weights: Tensor, kept: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The kept weights' range, narrowed where that fits better."""
+    top = (1 << bits) - 1
+    high = weights.amax(-1, keepdim=True).clamp(min=0)  # zero stays in range, so zeros fit in bits
+    low = weights.amin(-1, keepdim=True).clamp(max=0)
+    best, best_zero = torch.zeros_like(high), torch.zeros_like(high)
+    least = torch.full_like(high, torch.inf)
+    for share in torch.linspace(1.0, 0.75, 6).tolist():
+        scales = ((high - low) * share / top).bfloat16().float()
+        middle = torch.where(scales == 0, 0.0, (high + low) / 2 / scales)
+        zeros = torch.round(top / 2 - middle).clamp(0, top)
+        again = (_round(weights, scales, zeros, 0, top) - zeros) * scales
+        error = (again - weights).masked_fill_(~kept, 0).square_().sum(-1, keepdim=True)
+        better = error < least
+        best, best_zero = torch.where(better, scales, best), torch.where(better, zeros, best_zero)
+        least = torch.minimum(error, least)
+    return best, best_zero
+
+
+def pack(integers: Tensor, counts: Tensor, bits: int) -> Tensor:
+    """values of the kept integers (nnz,) in row order, `counts` (out,) of them in each row."""
+    offsets = offsets_of(counts, bits)
+    values = torch.zeros(int(offsets[-1]) + SLACK, dtype=torch.uint8)
+    rows, at = _places(counts, offsets, bits)
+    if bits == 8:
+        values[at] = integers
+        return values
+    low, high = rows % 2 == 0, rows % 2 == 1
+    values[at[low]] = integers[low]
+    values[at[high]] |= integers[high] << 4
+    return values
+
+
+def integers_of(values: Tensor, counts: Tensor, bits: int) -> Tensor:
+    """The kept integers, uint8 (nnz,), in row order."""
+    rows, at = _places(counts, offsets_of(counts, bits), bits)
+    found = values[at]
+    return found if bits == 8 else torch.where(rows % 2 == 0, found & 15, found >> 4)
+
+
+def _places(counts: Tensor, offsets: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Row of every kept weight and the byte that holds it."""
+    rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    rank = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+    return rows, offsets[rows // 2 if bits == 4 else rows] + rank
+
+
+def padded_width(in_features: int) -> int:
+    """Columns stored of a dense row."""
+    return -(-in_features // WORD) * WORD
+
+
+def unpack(
+    values: Tensor,
+    bitmap: Tensor | None,
+    scales: Tensor,
+    zeros: Tensor | None,
+    in_features: int,
+    group: int,
+    bits: int,
+    outliers: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The dense matrix (out, in) in float32. outliers: row_ptr int64 (out + 1), columns, values."""
+    rows = scales.shape[0]
+    columns = torch.arange(in_features) // group
+    if bitmap is None:
+        mask = torch.ones(rows, in_features, dtype=torch.bool)
+        counts = torch.full((rows,), padded_width(in_features))
+        found = integers_of(values, counts, bits)
+        integers = found.reshape(rows, -1)[:, :in_features].float()
+    else:
+        mask = bitmaps.unpack_mask(bitmap, in_features)
+        kept = integers_of(values, mask.sum(dim=1), bits).float()
+        integers = torch.zeros(rows, in_features).masked_scatter(mask, kept)
+    half = float(1 << bits - 1)
+    integers = integers - (half if zeros is None else zeros.float()[:, columns])
+    matrix = (integers * scales.float()[:, columns]).masked_fill(~mask, 0)
+    if outliers is not None:
+        row_ptr, cols, exact = outliers
+        at = torch.repeat_interleave(torch.arange(rows), row_ptr.diff())
+        matrix.index_put_((at, cols.long()), exact, accumulate=True)
+    return matrix
+
+
+def quantize_input(x: Tensor) -> Tensor:
+    """x (..., in) as the kernels see it: 8-bit integers scaled per 128, as float32 again."""
+    width = x.shape[-1]
+    blocks = torch.nn.functional.pad(x.float(), (0, -width % BLOCK)).unflatten(-1, (-1, BLOCK))
+    top = blocks.abs().amax(dim=-1, keepdim=True)
+    # torch takes 127.0 / top by the reciprocal of top, which rounds twice
+    turn = torch.where(top > 0, torch.full_like(top, 127.0) / top, 0.0)
+    rounded = torch.round(blocks * turn).clamp(-127, 127) * (top / 127.0)
+    rounded = torch.where(torch.isfinite(blocks).all(-1, keepdim=True), rounded, torch.nan)
+    return rounded.flatten(-2)[..., :width]
+
+
+def linear(
+    x: Tensor,
+    matrix: Tensor,
+    outliers: tuple[Tensor, Tensor, Tensor] | None,
+    bias: Tensor | None,
+    rounded_rows: int,
+) -> Tensor:
+    """x (..., in) times the unpacked matrix (out, in) transposed; in x's dtype, sums in float32.
+
+    Up to `rounded_rows` rows of x are rounded first, except where they meet outliers.
+    """
+    wide = x.float()
+    result = wide @ matrix.t()
+    if x.numel() <= rounded_rows * x.shape[-1] and x.dtype in (torch.float32, torch.bfloat16):
+        exact = torch.zeros_like(matrix)
+        if outliers is not None:
+            row_ptr, cols, values = outliers
+            at = torch.repeat_interleave(torch.arange(len(row_ptr) - 1), row_ptr.diff())
+            exact.index_put_((at, cols.long()), values, accumulate=True)
+        result = quantize_input(x) @ (matrix - exact).t() + wide @ exact.t()
+    return (result if bias is None else result + bias.float()).to(x.dtype)

@@ -1,0 +1,229 @@
+"""Quantised matrices: kernels against their plain twin, and the twin against plain arithmetic."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gossamer.core.errors import FormatError, NonFiniteError, UsageError
+from gossamer.nn import QuantizedLinear
+from gossamer.ops import _dispatch
+from gossamer.ops import quantized as ops
+from gossamer.ops.quantized import QuantizedMatrix, reference
+
+best = _dispatch.kernels().best_isa() if _dispatch.kernels() else -1
+ISAS = [name for index, name in enumerate(_dispatch.ISAS) if index <= best]
+SHAPES = [(1, 1), (3, 64), (5, 65), (37, 200), (64, 1000), (9, 8300)]
+
+
+def sparse(rows, cols, density=0.5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(rows, cols, generator=generator)
+    matrix[torch.rand(rows, cols, generator=generator) > density] = 0
+    return matrix
+
+
+def rows_of(x, matrix, outliers=None):
+    """What the kernels must give, in float64: inputs rounded, but not where they meet outliers."""
+    exact = torch.zeros_like(matrix)
+    if outliers is not None:
+        row_ptr, cols, values = outliers
+        for row in range(matrix.shape[0]):
+            for k in range(int(row_ptr[row]), int(row_ptr[row + 1])):
+                exact[row, cols[k]] += values[k]
+    rounded = reference.quantize_input(x).double() @ (matrix - exact).double().t()
+    return (rounded + x.double() @ exact.double().t()).float()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_equal_the_twin(isa, bits, shape, monkeypatch):
+    monkeypatch.setenv("GOSSAMER_ISA", isa)
+    x, bias = torch.randn(5, shape[1]), torch.randn(shape[0])
+    for density, group, symmetric in itertools.product(
+        (0, 0.1, 0.6, 1), (64, 128, 512), (True, False)
+    ):
+        packed = ops.pack(sparse(*shape, density), bits, group, symmetric)
+        dense = reference.unpack(
+            packed.values, packed.bitmap, packed.scales, packed.zeros, shape[1], group, bits
+        )
+        assert torch.allclose(ops.unpack(packed), dense, rtol=0, atol=1e-6)
+        expected = rows_of(x, dense)
+        for batch in (1, 4, 5):
+            found = ops.linear(x[:batch], packed, bias)
+            assert torch.allclose(found, expected[:batch] + bias, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 12),
+    st.integers(1, 300),
+    st.floats(0, 1),
+    st.sampled_from([4, 8]),
+    st.sampled_from([64, 256]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_rounding_is_near_and_zeros_stay(rows, cols, density, bits, group, symmetric, seed):
+    matrix = sparse(rows, cols, density, seed)
+    found = ops.unpack(ops.pack(matrix, bits, group, symmetric))
+    assert bool((found[matrix == 0] == 0).all())
+    for first in range(0, cols, group):
+        part = matrix[:, first : first + group]
+        reach = part.amax(1).clamp(min=0) - part.amin(1).clamp(max=0)
+        step = torch.where(part.abs().amax(1) > 0, reach.maximum(part.abs().amax(1) * 2), 0)
+        error = (found[:, first : first + group] - part).norm(dim=1)
+        allowed = step / (1 << bits) * 0.6 * max(1, part.shape[1]) ** 0.5
+        assert bool((error <= allowed + 1e-6).all())
+
+
+def test_integers_come_back_exactly():
+    integers = torch.randint(-8, 8, (6, 256)).float()
+    integers[:, ::64] = -8  # the whole range in every group, so that the scale is 1
+    mask = torch.rand(6, 256) < 0.5
+    mask[:, ::64] = True
+    matrix = torch.where(mask & (integers != 0), integers, 0)
+    assert torch.equal(ops.unpack(ops.pack(matrix, 4, 64)), matrix)
+
+
+def test_size_is_what_the_format_says():
+    matrix = sparse(512, 1024)
+    nnz = int((matrix != 0).sum())
+    eight, four = ops.pack(matrix, 8), ops.pack(matrix, 4)
+    assert eight.values.numel() == nnz + 16
+    assert nnz / 2 + 16 <= four.values.numel() <= 0.55 * nnz + 16
+    assert eight.bitmap.nbytes == 512 * 1024 / 8 and eight.scales.nbytes == 512 * 8 * 2
+    assert ops.pack(torch.randn(8, 64), 4).bitmap is None  # nothing to gain from a bitmap
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("density", [0.5, 1.0])
+def test_outliers_are_exact(isa, density, monkeypatch):
+    monkeypatch.setenv("GOSSAMER_ISA", isa)
+    matrix = sparse(20, 300, density)
+    matrix[:, 7] *= 100
+    packed = ops.pack(matrix, 4, 128, outliers=0.02)
+    found = ops.unpack(packed)
+    assert torch.equal(found[:, 7], matrix[:, 7])
+    assert (found - matrix).norm() < 0.2 * (ops.unpack(ops.pack(matrix, 4, 128)) - matrix).norm()
+    x = torch.randn(3, 300)
+    assert torch.allclose(
+        ops.linear(x, packed, None), rows_of(x, found, packed.outliers), rtol=1e-4, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("isa", [*ISAS, "reference"])
+def test_threads_batches_and_dtypes(isa, monkeypatch):
+    monkeypatch.setenv("GOSSAMER_ISA", isa)
+    packed = ops.pack(sparse(301, 520), 4)
+    x = torch.randn(2, 6, 520)
+    many = ops.linear(x, packed, None)  # 12 rows: inputs are not rounded
+    assert torch.allclose(many, x @ ops.unpack(packed).t(), rtol=1e-4, atol=1e-4)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(ops.linear(x[0, :2], packed, None))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results)
+    half = ops.linear(x[0, :1].bfloat16(), packed, None)
+    wide = ops.linear(x[0, :1].bfloat16().float(), packed, None)
+    assert half.dtype == torch.bfloat16 and torch.equal(half, wide.bfloat16())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_non_finite_inputs_poison_what_they_reach(isa, monkeypatch):
+    monkeypatch.setenv("GOSSAMER_ISA", isa)
+    packed = ops.pack(sparse(6, 256), 8)
+    for value in (torch.nan, torch.inf):
+        x = torch.randn(1, 256)
+        x[0, 3] = value
+        assert bool(torch.isnan(ops.linear(x, packed, None)).all())
+    assert bool((ops.linear(torch.zeros(1, 256), packed, None) == 0).all())
+
+
+def test_opcheck_and_gradients():
+    packed = ops.pack(sparse(12, 130), 4, 64, symmetric=False, outliers=0.05)
+    bias = torch.randn(12, requires_grad=True)
+    x = torch.randn(3, 130, requires_grad=True)
+    arguments = (x, packed.values, packed.offsets, packed.bitmap, packed.scales, packed.zeros,
+                 *packed.outliers, bias, [12, 130], 4, 64)  # fmt: skip
+    torch.library.opcheck(torch.ops.gossamer.quantized_linear.default, arguments)
+    ops.linear(x, packed, bias).sum().backward()
+    assert torch.allclose(x.grad, ops.unpack(packed).sum(0).expand(3, -1), atol=1e-5)
+    assert torch.equal(bias.grad, torch.full((12,), 3.0))
+
+
+def test_bad_input():
+    with pytest.raises(UsageError, match="bits is 4 or 8"):
+        ops.pack(sparse(4, 64), 3)
+    with pytest.raises(UsageError, match="power of two"):
+        ops.pack(sparse(4, 64), 4, 96)
+    with pytest.raises(UsageError, match="outliers"):
+        ops.pack(sparse(4, 64), 4, outliers=0.7)
+    with pytest.raises(NonFiniteError):
+        ops.pack(torch.full((4, 64), torch.nan), 4)
+    with pytest.raises(UsageError, match="width 64"):
+        ops.linear(torch.randn(1, 65), ops.pack(sparse(4, 64), 4), None)
+
+
+def damaged(**changes):
+    packed = ops.pack(sparse(6, 200), 4, 64, symmetric=False, outliers=0.05)
+    parts = {
+        "values": packed.values,
+        "bitmap": packed.bitmap,
+        "scales": packed.scales,
+        "zeros": packed.zeros,
+        "outliers": packed.outliers,
+        "shape": packed.shape,
+        "bits": packed.bits,
+        "group": packed.group,
+    }
+    parts.update({key: change(parts[key]) for key, change in changes.items()})
+    return QuantizedMatrix.of(**parts)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"values": lambda v: v[:-1]},
+        {"values": lambda v: v.float()},
+        {"bitmap": lambda b: b | 128},
+        {"bitmap": lambda b: b[:, :-8]},
+        {"bitmap": lambda b: torch.zeros_like(b)},
+        {"scales": lambda s: s[:, :-1]},
+        {"scales": lambda s: s.float()},
+        {"zeros": lambda z: z + 16},
+        {"zeros": lambda z: z[:-1]},
+        {"bits": lambda _: 5},
+        {"group": lambda _: 96},
+        {"group": lambda _: 0},
+        {"shape": lambda s: (s[0], s[1] + 64)},
+        {"outliers": lambda o: (o[0] + 1, o[1], o[2])},
+        {"outliers": lambda o: (o[0].flip(0), o[1], o[2])},
+        {"outliers": lambda o: (o[0], o[1] + 200, o[2])},
+        {"outliers": lambda o: (o[0], o[1] - 300, o[2])},
+        {"outliers": lambda o: (o[0], o[1], o[2].double())},
+    ],
+)
+def test_contradicting_parts_are_refused(changes):
+    damaged()
+    with pytest.raises(FormatError):
+        damaged(**changes)
+
+
+def test_a_module_keeps_its_integers_through_dtypes():
+    layer = QuantizedLinear.from_matrix(sparse(20, 130), torch.randn(20), bits=4)
+    x = torch.randn(1, 130)
+    before = layer(x)
+    layer.double().float()
+    assert layer.scales.dtype == torch.bfloat16 and torch.equal(layer(x), before)
+    assert layer.bfloat16().bias.dtype == torch.bfloat16
+    again = QuantizedLinear.from_matrix(sparse(20, 130, seed=1), torch.zeros(20), bits=4)
+    assert layer.kept == int((sparse(20, 130) != 0).sum())
+    assert set(again.state_dict()) == set(layer.state_dict())
