@@ -1,4 +1,4 @@
-"""Sparse training of a digits CNN at 95% sparsity, 5 seeds, at equal training FLOPs: the whole table.
+"""Sparse training of a digits CNN at 95% sparsity at equal training FLOPs: the whole table.
 
 Run: python benchmarks/cases/training_table.py. Writes benchmarks/results/training_table.json.
 Every arm trains for as many steps as the budget buys: `train_flops` counts multiply-adds from the
