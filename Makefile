@@ -5,12 +5,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 KERNEL_SOURCES := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-slow lint types setup docs bench sanitize fuzz clean help
+.PHONY: demo test test-slow lint types setup docs bench claims sanitize fuzz clean help
 
 help:
 	@echo "make demo   compress the bundled model, write demo-out/report.html"
 	@echo "make test   run the tests        make test-slow  run the long ones"
-	@echo "make lint types docs bench clean"
+	@echo "make lint types docs bench claims clean"
 	@echo "make sanitize  kernel tests under AddressSanitizer and UBSan   make fuzz  a minute each"
 
 setup: $(READY)
@@ -45,6 +45,12 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/gossamer bench --suite kernels --out benchmarks/results/kernels.json
 	for case in benchmarks/cases/*.py; do $(BIN)/python $$case || exit 1; done
+
+# Every claim anew, then the pages that show the verdicts.
+claims: $(READY)
+	cd benchmarks && for file in $$(grep -l "^def check" claims/*.py); do \
+		$(CURDIR)/$(BIN)/python -m claims.$$(basename $$file .py) || exit 1; done
+	$(BIN)/python docs/generate.py
 
 FUZZ_SECONDS ?= 60
 fuzz: $(READY)

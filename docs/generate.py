@@ -1,13 +1,19 @@
-"""Writes docs/methods/*.md from the cards. Run: python docs/generate.py"""
+"""Writes docs/methods/*.md from the cards and the ledger of claims, and the verdicts that the
+package carries. Run: python docs/generate.py"""
 
 from __future__ import annotations
 
+import json
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 from gossamer.core.card import Card
 from gossamer.methods import cards, find
 
 OUT = Path(__file__).parent / "methods"
+LEDGER = Path(__file__).parents[1] / "benchmarks" / "results" / "claims"
+RECORDS = "../../benchmarks/results/claims"
+VERDICTS = Path(__file__).parents[1] / "src" / "gossamer" / "methods" / "verdicts.json"
 
 
 def page(card: Card) -> str:
@@ -25,7 +31,7 @@ def page(card: Card) -> str:
 
 **What the paper claims.** {card.claim}
 
-**Notes.** {card.notes}
+{ledger(card.name)}**Notes.** {card.notes}
 
 ```
 {usage(card)}
@@ -33,14 +39,51 @@ def page(card: Card) -> str:
 """
 
 
+def ledger(name: str) -> str:
+    """What the claim became here; nothing where it was not tried."""
+    path = LEDGER / f"{name}.json"
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text())
+    lines = [f"**What came out here: {found['verdict']}.** {found['claimed']} {found['where']}", ""]
+    lines += ["| | mean | 95% interval |", "|---|---|---|"]
+    lines += [
+        f"| {arm} | {value['mean']:.4f} | ± {value['ci95']:.4f} |"
+        for arm, value in found["measured"].items()
+    ]
+    return "\n".join([*lines, "", found["why"], "", f"([record]({RECORDS}/{name}.json))", "", ""])
+
+
+def verdicts() -> str:
+    """The verdict by method, as the package carries it."""
+    found = {}
+    for card in cards():
+        path = LEDGER / f"{card.name}.json"
+        if path.exists():
+            found[card.name] = json.loads(path.read_text())["verdict"]
+    return json.dumps(found, indent=1) + "\n"
+
+
 def usage(card: Card) -> str:
-    """How to run the method: on the command line, or around a training loop."""
+    """How to run the method: on the command line, or in and around a training loop."""
+    if card.kind == "rounds":
+        return f"""def train(model, trainer, part):  # part: which round, copy and steps
+    with gs.sparse_training(model, optimizer, trainer, total_steps=n):
+        ...  # the loop as it was
+
+gs.train_rounds(model, gs.{find(card.name).__name__}(density=0.1), train)"""
     if card.kind != "trainer":
         return f"gossamer compress --method {card.name} --sparsity 0.5"
-    name = find(card.name).__name__
-    argument = "" if card.patterns == ("nm",) else "density=0.1"
-    return f"""with gs.sparse_training(model, optimizer, gs.{name}({argument}), total_steps=n):
-    ...  # the loop as it was: loss.backward(); optimizer.step()"""
+    method = find(card.name)
+    needed = [
+        x.name for x in fields(method) if x.default is MISSING and x.default_factory is MISSING
+    ]
+    given = {"density": "density=0.1", "coupled": "coupled=gs.coupled_channels(model, batch)"}
+    call = f"gs.{method.__name__}({', '.join(given[name] for name in needed)})"
+    loop = "    ...  # the loop as it was: loss.backward(); optimizer.step()"
+    if "coupled" in needed:
+        loop += "\nsmall = gs.shrink(model, batch).model"
+    return f"with gs.sparse_training(model, optimizer, {call}, total_steps=n):\n{loop}"
 
 
 def pages() -> dict[str, str]:
@@ -54,3 +97,4 @@ if __name__ == "__main__":
     OUT.mkdir(exist_ok=True)
     for name, text in pages().items():
         (OUT / name).write_text(text)
+    VERDICTS.write_text(verdicts())

@@ -17,9 +17,20 @@ def test_method_pages_are_current():
     spec.loader.exec_module(generate)
     for name, text in generate.pages().items():
         assert (ROOT / "docs" / "methods" / name).read_text() == text, "run make docs"
+    assert generate.VERDICTS.read_text() == generate.verdicts(), "run make docs"
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/guide/index.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "README.md",
+        "docs/guide/index.md",
+        "docs/guide/training.md",
+        "docs/guide/train-command.md",
+        "docs/guide/ranks-and-trainers.md",
+        "CONTRIBUTING.md",
+    ],
+)
 def test_links_and_commands_exist(path):
     file = ROOT / path
     text = file.read_text()

@@ -1,9 +1,10 @@
-"""Sparse training of a digits CNN at 95% sparsity, 5 seeds: the whole table.
+"""Sparse training of a digits CNN at 95% sparsity at equal training FLOPs: the whole table.
 
 Run: python benchmarks/cases/training_table.py. Writes benchmarks/results/training_table.json.
-Arms take the same number of steps, so only arms of one allocation and a constant density do equal
-training FLOPs; GMP and GraNet spend more. `train_flops` is the share of a dense run's multiply-adds, counted from the densities of each
-layer at each step, plus a dense weight gradient in the steps that grow by it.
+Every arm trains for as many steps as the budget buys: `train_flops` counts multiply-adds from the
+densities of each layer at each step, plus a dense weight gradient in the steps that grow by it, in
+dense steps. A short run first finds what a step of the arm costs. Arms rewire 15 times in a run.
+Arms marked eps 1e-3 have that in their batch norms in place of 1e-5: see rigl_stability.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import math
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,43 +25,61 @@ import gossamer as gs
 from gossamer.testbed import digits
 
 ROOT = Path(__file__).resolve().parents[2]
-SEEDS, EPOCHS, BATCH, DENSITY = range(5), 15, 128, 0.05
+SEEDS, BUDGET, BATCH, DENSITY, UPDATES = range(5), 33, 128, 0.05, 15
 T_95 = {2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262}
 PLACES = {"0": 64, "3": 64, "7": 16, "12": 1}
 
 
-def network() -> nn.Sequential:
+def network(eps: float = 1e-5) -> nn.Sequential:
     """A small CNN with BatchNorm; the last layer is masked too."""
     return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8, eps), nn.ReLU(),
+        nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16, eps), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32, eps), nn.ReLU(), nn.MaxPool2d(2),
         nn.Flatten(), nn.Linear(128, 10),
     )  # fmt: skip
 
 
-def arms(every: int) -> dict[str, object]:
-    """The methods, with an update every `every` steps (an epoch or so)."""
+def method_of(arm: str, every: int) -> Any:
+    """The method of an arm, with an update every `every` steps."""
     return {
-        "dense": None,
-        "static, uniform": gs.StaticRandom(DENSITY, gs.Uniform()),
-        "static, ERK": gs.StaticRandom(DENSITY, gs.ERK()),
-        "SNIP": gs.SNIP(DENSITY),
-        "SET": gs.SET(DENSITY, gs.ERK(), every=every),
-        "RigL": gs.RigL(DENSITY, every=every),
-        "GMP": gs.GMP(DENSITY, gs.ERK(), every=every),
-        "GraNet": gs.GraNet(DENSITY, every=every),
-        "GraNet without regrowth": gs.GraNet(DENSITY, every=every, regrow=False),
-    }
+        "dense": lambda: None,
+        "static, uniform": lambda: gs.StaticRandom(DENSITY, gs.Uniform()),
+        "static, ERK": lambda: gs.StaticRandom(DENSITY, gs.ERK()),
+        "SNIP": lambda: gs.SNIP(DENSITY),
+        "SET": lambda: gs.SET(DENSITY, gs.ERK(), every=every),
+        "RigL": lambda: gs.RigL(DENSITY, every=every),
+        "GMP": lambda: gs.GMP(DENSITY, gs.ERK(), every=every),
+        "GraNet": lambda: gs.GraNet(DENSITY, every=every),
+        "GraNet without regrowth": lambda: gs.GraNet(DENSITY, every=every, regrow=False),
+    }[arm.removesuffix(", eps 1e-3").removesuffix(", 165 steps")]()
 
 
-def train(method: object, seed: int) -> dict[str, float]:
-    """One run: accuracy, density, training FLOPs as a share of dense."""
+ARMS = (
+    "dense", "dense, 165 steps", "static, uniform", "static, ERK", "SNIP", "SET", "RigL", "GMP",
+    "GraNet", "GraNet without regrowth",
+    "static, ERK, eps 1e-3", "RigL, eps 1e-3", "GMP, eps 1e-3", "GraNet, eps 1e-3",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Accuracy on held-out digits, density, steps taken, and their FLOPs in dense steps: those of
+    the kept weights, and those of the dense gradients that growth needs."""
+
+    accuracy: float
+    density: float
+    steps: int
+    kept_flops: float
+    growth_flops: float
+
+
+def train(arm: str, seed: int, total: int) -> Outcome:
+    """One run of `total` steps."""
     train_x, train_y, test_x, test_y = digits(seed=seed)
     torch.manual_seed(seed)
-    model = network()
-    per_epoch = math.ceil(len(train_x) / BATCH)
-    total = EPOCHS * per_epoch
+    model = network(1e-3 if "eps" in arm else 1e-5)
+    method = method_of(arm, max(1, total // UPDATES))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     order = torch.Generator().manual_seed(seed)
@@ -66,16 +87,18 @@ def train(method: object, seed: int) -> dict[str, float]:
     def loss_of(rows: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(model(train_x[rows]), train_y[rows])
 
-    def loop(run: gs.SparseRun | None) -> float:
-        spent = 0.0
-        for _ in range(EPOCHS):
+    def loop(run: gs.SparseRun | None) -> list[float]:
+        spent, step = [0.0, 0.0], 0
+        while True:
             for rows in torch.randperm(len(train_x), generator=order).split(BATCH):
-                spent += step_cost(run)
+                if step == total:
+                    return spent
+                spent = [a + b for a, b in zip(spent, step_cost(run))]
                 optimizer.zero_grad()
                 loss_of(rows).backward()
                 optimizer.step()
                 decay.step()
-        return spent / total
+                step += 1
 
     if method is None:
         flops, density = loop(None), 1.0
@@ -89,21 +112,23 @@ def train(method: object, seed: int) -> dict[str, float]:
     model.eval()
     with torch.no_grad():
         accuracy = (model(test_x).argmax(1) == test_y).double().mean()
-    return {"accuracy": float(accuracy), "density": density, "train_flops": flops}
+    return Outcome(float(accuracy), density, total, *flops)
 
 
-def step_cost(run: gs.SparseRun | None) -> float:
-    """Multiply-adds of a step over a dense one: forward, input gradient, weight gradient."""
+def step_cost(run: gs.SparseRun | None) -> tuple[float, float]:
+    """Multiply-adds of a step over a dense one (forward, input gradient, weight gradient), by the
+    kept weights, and by the rest of the weight gradient where the step grows by it."""
     if run is None:
-        return 1.0
+        return 1.0, 0.0
     grows = run.trainer.gradients_at_update and run.trainer.due(run.step + 1, run.total_steps)
-    spent = dense = 0.0
+    kept = growth = dense = 0.0
     for name, mask in run.masks.items():
         work = mask.numel() * PLACES[name]
         share = float(mask.double().mean())
         dense += 3 * work
-        spent += work * (2 * share + (1.0 if grows else share))
-    return spent / dense
+        kept += 3 * work * share
+        growth += work * (1 - share) * grows
+    return kept / dense, growth / dense
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -113,42 +138,56 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"mean": float(numbers.mean()), "ci95": half}
 
 
-def job(which: tuple[str, int]) -> dict[str, float]:
-    """One arm on one seed, in a process of its own."""
-    result = train(arms(11)[which[0]], which[1])
+def job(which: tuple[str, int]) -> Outcome:
+    """One arm on one seed, for as long as the budget lasts."""
+    arm, seed = which
+    if arm == "dense, 165 steps":
+        result = train(arm, seed, 165)
+    else:
+        # Growth costs the same however long the run is, because the number of updates is fixed.
+        probe = train(arm, seed, 2 * UPDATES)
+        left = BUDGET - probe.growth_flops
+        result = train(arm, seed, round(left * probe.steps / probe.kept_flops))
     print(*which, result, file=sys.stderr, flush=True)
     return result
 
 
-def main() -> None:
-    """Run every arm on every seed and write the table."""
-    rows = {}
-    jobs = [(name, seed) for name in arms(11) for seed in SEEDS]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, context, torch.set_num_threads, (1,)) as pool:
-        results = list(pool.map(job, jobs))
-    for name in arms(11):
-        runs = [result for (arm, _), result in zip(jobs, results) if arm == name]
-        accuracies = [run["accuracy"] for run in runs]
+def table(results: dict[tuple[str, int], Outcome]) -> dict[str, Any]:
+    """The record of these runs; every arm on the same seeds."""
+    rows: dict[str, Any] = {}
+    seeds = sorted({seed for _, seed in results})
+    for name in ARMS:
+        runs = [results[name, seed] for seed in seeds]
+        accuracies = [run.accuracy for run in runs]
         rows[name] = {
             **summary(accuracies),
             "accuracies": accuracies,
-            "density": runs[0]["density"],
-            "train_flops": summary([run["train_flops"] for run in runs])["mean"],
+            "density": runs[0].density,
+            "steps": [run.steps for run in runs],
+            "train_flops": summary([run.kept_flops + run.growth_flops for run in runs]),
         }
-        print(name, {k: v for k, v in rows[name].items() if k != "accuracies"}, file=sys.stderr)
-    base = rows["static, ERK"]["accuracies"]
-    for row in rows.values():
+    for name, row in rows.items():
+        base = rows["static, ERK, eps 1e-3" if "eps" in name else "static, ERK"]["accuracies"]
         row["over_static_erk"] = summary([a - b for a, b in zip(row["accuracies"], base)])
-    record = {
+        print(name, {k: v for k, v in row.items() if k != "accuracies"}, file=sys.stderr)
+    return {
         "data": "scikit-learn digits, 25% held out by the seed",
         "network": "conv 8-16-32 with BatchNorm, linear 128-10",
-        "density": DENSITY, "epochs": EPOCHS, "update_every": 11, "batch": BATCH, "seeds": len(SEEDS),
-        "optimizer": "SGD 0.1, momentum 0.9, weight decay 5e-4, cosine",
+        "density": DENSITY, "budget": f"{BUDGET} dense steps of {BATCH} (3 epochs) for every arm but "
+        "'dense, 165 steps'", "updates": UPDATES, "seeds": len(seeds),
+        "optimizer": "SGD 0.1, momentum 0.9, weight decay 5e-4, cosine over the run",
         "torch": torch.__version__, "rows": rows,
     }  # fmt: skip
+
+
+def main() -> None:
+    """Run every arm on every seed and write the table."""
+    jobs = [(arm, seed) for seed in SEEDS for arm in ARMS]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, context, torch.set_num_threads, (1,)) as pool:
+        results = dict(zip(jobs, pool.map(job, jobs)))
     out = ROOT / "benchmarks" / "results" / "training_table.json"
-    out.write_text(json.dumps(record, indent=1) + "\n")
+    out.write_text(json.dumps(table(results), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from gossamer.core.allocation import ER, ERK, LAMP, OWL, Global, Uniform, UniformPlus
 from gossamer.core.card import Card
+from gossamer.core.coupling import Coupled
 from gossamer.core.errors import (
     FormatError,
     GossamerError,
@@ -17,20 +18,28 @@ from gossamer.core.support import Support
 from gossamer.engine.compress import compress
 from gossamer.engine.generate import generate
 from gossamer.engine.prune import prune
+from gossamer.engine.rounds import Part, RoundsResult, train_rounds
+from gossamer.engine.structure import ShrinkResult, coupled_channels, shrink
 from gossamer.engine.train import SparseRun, sparse_training
 from gossamer.io import export, load, save
 from gossamer.methods import cards, find
 from gossamer.methods.weights import (
     GMP,
+    IMP,
     ISSP,
+    SCL,
     SET,
     SNIP,
     SRSTE,
+    WGSEF,
     GraNet,
+    Keep,
     Magnitude,
+    MaskSparsity,
     Random,
     RigL,
     SparseGPT,
+    SparseModelSoups,
     StaticRandom,
     Wanda,
 )
@@ -41,30 +50,40 @@ __all__ = [
     "ER",
     "ERK",
     "GMP",
+    "IMP",
     "ISSP",
     "LAMP",
     "NM",
     "OWL",
+    "SCL",
     "SET",
     "SNIP",
     "SRSTE",
+    "WGSEF",
     "Block",
     "Card",
     "Channel",
     "CompressResult",
+    "Coupled",
     "FormatError",
     "Global",
     "GossamerError",
     "GraNet",
+    "Keep",
     "LayerRecord",
     "Magnitude",
+    "MaskSparsity",
     "MissingExtra",
     "NonFiniteError",
+    "Part",
     "PatternError",
     "PruneResult",
     "Random",
     "RigL",
+    "RoundsResult",
+    "ShrinkResult",
     "SparseGPT",
+    "SparseModelSoups",
     "SparseRun",
     "StaticRandom",
     "Support",
@@ -75,6 +94,7 @@ __all__ = [
     "Wanda",
     "cards",
     "compress",
+    "coupled_channels",
     "export",
     "find",
     "format_pattern",
@@ -85,5 +105,7 @@ __all__ = [
     "save",
     "select",
     "select_global",
+    "shrink",
     "sparse_training",
+    "train_rounds",
 ]

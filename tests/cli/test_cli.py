@@ -15,6 +15,7 @@ import torch
 import gossamer as gs
 from gossamer.cli import main
 from gossamer.engine.evaluate import bits_per_byte
+from gossamer.methods import verdicts
 
 transformers = pytest.importorskip("transformers")
 TEXT = "".join(f"line {n}: the quick brown fox jumps over {n * n} dogs\n" for n in range(400))
@@ -226,9 +227,13 @@ def test_the_whole_path(tiny, tmp_path, capsys):
     assert (tmp_path / "again.html").read_text() == (out / "report.html").read_text()
 
 
-def test_methods_and_help(capsys):
+def test_methods_and_help(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
     main(["methods", "--json"])
-    assert {m["name"] for m in json.loads(capsys.readouterr().out)["methods"]} >= {"sparsegpt"}
+    found = {m["name"]: m["verdict"] for m in json.loads(capsys.readouterr().out)["methods"]}
+    assert found == verdicts() and "sparsegpt" in found
+    main(["methods"])
+    assert "does not hold" in capsys.readouterr().out
     main([])
     assert "compress" in capsys.readouterr().out
 
@@ -255,7 +260,7 @@ def test_killed_and_interrupted_runs_resume_to_the_same_bytes(tiny, tmp_path):
     second.send_signal(signal.SIGINT)
     _, err = second.communicate()
     if second.returncode:  # it may have finished before the signal came
-        assert second.returncode == 130 and err.strip().splitlines()[-1].endswith("pruning run")
+        assert second.returncode == 130 and err.strip().splitlines()[-1].endswith("resumes the run")
         assert list(out.parent.glob(".out.journal*")) and not out.exists()
         subprocess.run(command, check=True, env=environment, capture_output=True)
     clean = tmp_path / "a" / "out"

@@ -7,7 +7,7 @@ import gossamer as gs
 from gossamer.core.select import kept_count, select
 from gossamer.core.stats import ColumnNorm, Hessian, LayerStats
 from gossamer.methods import cards, find
-from gossamer.methods.weights import CARDS, METHODS, TRAINERS
+from gossamer.methods.weights import CARDS, METHODS, ROUNDS, TRAINERS
 
 PATTERNS = {
     "unstructured": [gs.Unstructured(), gs.Unstructured("row"), gs.Unstructured("column")],
@@ -122,7 +122,7 @@ def test_missing_statistics_and_bad_weights_name_the_layer():
 
 
 def test_the_catalogue():
-    assert {card.name for card in cards()} == set(METHODS) | set(TRAINERS)
+    assert {card.name for card in cards()} == set(METHODS) | set(TRAINERS) | set(ROUNDS)
     assert all(find(card.name).card is card for card in cards())
     for card in cards():
         assert card.title and card.link.startswith("https://arxiv.org/") and card.claim

@@ -15,10 +15,12 @@ from gossamer.cli.generate import Generate
 from gossamer.cli.inspect import Inspect
 from gossamer.cli.methods import Methods
 from gossamer.cli.report import Report
+from gossamer.cli.train import Train
 from gossamer.core.errors import FormatError, GossamerError, MissingExtra, UsageError
 
 COMMANDS: dict[str, type[Any]] = {
     "compress": Compress,
+    "train": Train,
     "bench": Bench,
     "compare": Compare,
     "inspect": Inspect,
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (GossamerError, OSError, MemoryError) as error:
         _fail(error, 1)
     except KeyboardInterrupt:
-        _fail(RuntimeError("interrupted; the same command resumes a pruning run"), 130)
+        _fail(RuntimeError("interrupted; the same command resumes the run"), 130)
     except Exception as error:
         if os.environ.get("GOSSAMER_DEBUG"):
             raise

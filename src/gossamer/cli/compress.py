@@ -305,7 +305,7 @@ class Compress:
 def _pruner(name: str) -> Any:
     """The method by name, with its defaults; raises UsageError for one that trains."""
     method = find(name)
-    if method.card.kind == "trainer":
+    if method.card.kind not in ("score", "solver"):
         raise UsageError(
             f"--method {name} chooses weights while a model trains; use gs.sparse_training in a "
             "training loop, or a method for trained models here (see gossamer methods)"

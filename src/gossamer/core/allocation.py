@@ -22,7 +22,8 @@ class LayerInfo:
     """A layer as allocations see it.
 
     shape: of the original weight (a convolution's is 4-d). weight: (out, in). block: index of the
-    transformer block. norm: (in,) 2-norms of the dense model's calibration inputs, or None.
+    transformer block. norm: (in,) 2-norms of the dense model's calibration inputs, or None. own:
+    what a trainer keeps for the layer, of its own making, or None.
     """
 
     name: str
@@ -30,6 +31,7 @@ class LayerInfo:
     block: int | None
     weight: Tensor
     norm: Tensor | None = None
+    own: Tensor | None = None
 
     @property
     def size(self) -> int:

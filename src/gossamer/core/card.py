@@ -10,7 +10,8 @@ class Card:
     """What a method is, needs, admits and claims.
 
     needs: statistics it reads, of `norm`, `hessian`, `gradients`. patterns: of `unstructured`,
-    `nm`, `block`, `channel`. kind: `score`, `solver` or `trainer`. status: `stable` or `experimental`.
+    `nm`, `block`, `channel`. kind: `score`, `solver`, `trainer`, or `rounds` for an outer loop over
+    training. status: `stable` or `experimental`.
     """
 
     name: str

@@ -22,7 +22,7 @@ def is_transposed(module: nn.Module) -> bool:
     does not import transformers."""
     weight = getattr(module, "weight", None)
     return (
-        type(module).__name__ == "Conv1D"
+        any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)  # FSDP2 makes a subclass
         and hasattr(module, "nf")
         and isinstance(weight, Tensor)
         and weight.dim() == 2

@@ -42,20 +42,67 @@ def around_steps(
 ) -> Iterator[None]:
     """While open, call `before()` and `after()` around every step that the optimizer takes.
 
-    A step that a GradScaler skips calls neither. Raises UsageError for a step with a closure, which
-    would compute gradients after `before` has seen them.
+    A step that a GradScaler skips calls neither. The closure of `step(closure)` is called first, so
+    that `before` sees its gradients. Raises UsageError for an optimizer that wants it once more.
     """
 
-    def pre(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(x is not None for x in args[1:]) or kwargs.get("closure") is not None:
-            raise UsageError("sparse training cannot see into optimizer.step(closure)")
+    def pre(
+        _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            before()
+            return args, kwargs
+        with torch.enable_grad():
+            loss = closure()
         before()
+        return args[:1], {**kwargs, "closure": _once(loss)}
 
     def post(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         after()
 
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UsageError("LBFGS evaluates the loss many times a step; choose SGD, Adam or the like")
     handles = [optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)]
     try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _once(loss: Any) -> Callable[[], Any]:
+    """A closure that returns a loss already computed, and refuses a second call."""
+    calls = []
+
+    def closure() -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            raise UsageError("sparse training cannot follow an optimizer that evaluates its "
+                             "closure twice in a step")  # fmt: skip
+        return loss
+
+    return closure
+
+
+@contextmanager
+def adjust_outputs(
+    adjust: Sequence[tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]],
+) -> Iterator[None]:
+    """While open, each module returns `function(its input, its output)`."""
+
+    def watch(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> Tensor:
+            return function(first_tensor(args, kwargs, type(module).__name__), output)
+
+        return hook
+
+    handles = []
+    try:
+        for module, function in adjust:
+            handles.append(module.register_forward_hook(watch(function), with_kwargs=True))
         yield
     finally:
         for handle in handles:

@@ -50,7 +50,7 @@ class Journal:
             )
         record = {"format": "gossamer-journal", "version": VERSION, "run": self.fingerprint}
         body = json.dumps(record, indent=1, sort_keys=True).encode()
-        _write_whole(self.folder / "journal.json", lambda path: path.write_bytes(body))
+        write_whole(self.folder / "journal.json", lambda path: path.write_bytes(body))
 
     def has(self, unit: int) -> bool:
         """Whether the unit was finished by this or an earlier run."""
@@ -67,7 +67,7 @@ class Journal:
             tensors[f"{name}.weight"] = weight_of(module).cpu().contiguous()
             tensors[f"{name}.mask"] = supports[name].mask.cpu().to(torch.uint8).contiguous()
         metadata = {"run": self._digest, "unit": str(unit)}
-        _write_whole(self._path(unit), lambda path: save_file(tensors, path, metadata))
+        write_whole(self._path(unit), lambda path: save_file(tensors, path, metadata))
 
     def restore(
         self,
@@ -147,7 +147,7 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.detach()
 
 
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, flush it to disk, then give it its name."""
     temporary = path.with_name(f".tmp-{path.name}")
     try:

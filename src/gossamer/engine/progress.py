@@ -9,7 +9,7 @@ from gossamer.core.errors import MissingExtra
 
 
 @contextmanager
-def track(total: int, enabled: bool) -> Iterator[Callable[[str], None]]:
+def track(total: int, enabled: bool, what: str = "pruning") -> Iterator[Callable[[str], None]]:
     """Yield `step(label)`, to be called after each finished unit; draws a bar when enabled."""
     if not enabled:
         yield lambda label: None
@@ -20,7 +20,7 @@ def track(total: int, enabled: bool) -> Iterator[Callable[[str], None]]:
     except ImportError:
         raise MissingExtra("rich", "cli") from None
     columns = (
-        TextColumn("pruning"),
+        TextColumn(what),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.description}"),

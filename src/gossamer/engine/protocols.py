@@ -61,6 +61,12 @@ class Trainer(Protocol):
     """Whether `update` needs the gradients of all weights, kept or not."""
     shrinks: ClassVar[bool]
     """Whether `shrink` is called after every step, before `update`."""
+    owns: ClassVar[bool]
+    """Whether it keeps a tensor of its own for each layer: it is handed to every function as
+    `LayerInfo.own`, may learn from each step's gradients, and is saved with the run."""
+    scales: ClassVar[bool]
+    """Whether it makes the scales of batch norms sparse, as matrices (channels, 1), rather than
+    the weights of layers."""
 
     @property
     def card(self) -> Card: ...
@@ -99,8 +105,48 @@ class Trainer(Protocol):
         """New values for the weights of some layers, by name."""
         ...
 
-    def refine(self, weight: Tensor, gradient: Tensor, mask: Tensor) -> Tensor:
-        """The gradient that the optimizer is given, of a method with `dense` weights behind."""
+    def refine(self, layer: LayerInfo, gradient: Tensor, mask: Tensor) -> Tensor:
+        """The gradient that the optimizer is given, of a method that is `dense` or `owns`."""
+        ...
+
+    def own(self, layers: Sequence[LayerInfo], generator: torch.Generator) -> dict[str, Tensor]:
+        """The first tensors of a method that `owns`, right after `start`."""
+        ...
+
+    def learn(self, layer: LayerInfo, gradient: Tensor, mask: Tensor) -> Tensor:
+        """The layer's own tensor after this step, from the weights and gradients before it."""
+        ...
+
+
+@runtime_checkable
+class Rounds(Protocol):
+    """A method that trains, prunes and trains again, in rounds."""
+
+    @property
+    def card(self) -> Card: ...
+    @property
+    def rounds(self) -> int:
+        """How often the model is pruned."""
+        ...
+
+    @property
+    def members(self) -> int:
+        """How many copies are trained in a round and averaged."""
+        ...
+
+    @property
+    def rewind(self) -> int | None:
+        """The step of the dense training that each round starts from; None: the last round's end."""
+        ...
+
+    def prune(
+        self, layers: Sequence[LayerInfo], masks: Mapping[str, Tensor], index: int
+    ) -> dict[str, Tensor]:
+        """The support of round `index`, from 1, out of the last one."""
+        ...
+
+    def hold(self, masks: Mapping[str, Tensor]) -> Trainer:
+        """The trainer that keeps these masks."""
         ...
 
 

@@ -22,6 +22,7 @@ from gossamer.core.allocation import LayerInfo
 from gossamer.core.errors import FormatError, NonFiniteError, UsageError
 from gossamer.core.pattern import check_pattern, format_pattern
 from gossamer.core.support import Support
+from gossamer.engine.distributed import is_sharded, local, unwrapped
 from gossamer.engine.hooks import around_steps
 from gossamer.engine.protocols import Trainer
 from gossamer.engine.train_layers import TrainedLayer, start_gradients, trained_layers
@@ -41,13 +42,15 @@ def sparse_training(
     loss: Callable[[], Tensor] | None = None,
     seed: int = 0,
     state: Mapping[str, Any] | None = None,
+    group: Any = None,
 ) -> Iterator[SparseRun]:
     """Train inside, with `optimizer.step()` as usual; the weights follow the trainer's support.
 
     total_steps: optimizer steps of the whole run, for the schedules. include, exclude: as in
     `prune`; layers that are frozen are left alone. loss: computes the loss of one batch, for a
     method that looks at gradients before training (SNIP). state: an earlier `state_dict()`, to
-    continue from. After the block the model holds its sparse weights and nothing else of ours.
+    continue from. group: the process group that trains the model together, where neither DDP nor
+    FSDP2 says so. After the block the model holds its sparse weights and nothing else of ours.
 
     To clip gradients, call `sparsity.mask_gradients()` first (under a GradScaler, after
     `unscale_`), so that the norm is that of the kept weights. Optimizer state is reset where it is
@@ -55,14 +58,14 @@ def sparse_training(
 
     Raises UsageError for a density that empties a layer, a pattern that does not divide, an
     optimizer that holds other parameters than the model's, a missing gradient; NonFiniteError
-    before a step with NaN or infinite gradients is taken.
+    before a step with NaN or infinite gradients is taken; on all ranks, or on none.
     """
-    run = SparseRun(model, optimizer, trainer, total_steps, include, exclude, seed)
-    if state is None:
-        run.start(loss)
-    else:
-        run.load_state_dict(state)
+    run = SparseRun(model, optimizer, trainer, total_steps, include, exclude, seed, group)
     with around_steps(optimizer, run.before_step, run.after_step):
+        if state is None:
+            run.start(loss)
+        else:
+            run.load_state_dict(state)
         yield run
 
 
@@ -78,16 +81,17 @@ class SparseRun:
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         seed: int = 0,
+        group: Any = None,
     ) -> None:
         if isinstance(trainer, type) or not isinstance(trainer, Trainer):
             raise UsageError(f"{trainer!r} is not an instance of a training method")
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise UsageError(f"total_steps is a whole number of at least 1, not {total_steps!r}")
-        self.model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper renames layers
+        self.model, self._ranks = unwrapped(model, group)
         self.optimizer, self.trainer, self.total_steps = optimizer, trainer, total_steps
-        self.layers = trained_layers(self.model, optimizer, include, exclude)
+        self.layers = trained_layers(self.model, optimizer, include, exclude, trainer.scales)
         for layer in self.layers:
-            check_pattern(trainer.pattern, layer.matrix(layer.weight).shape, layer.name)
+            check_pattern(trainer.pattern, layer.matrix_shape, layer.name)
         self.step = 0
         self.changed = 0
         """Mask entries that the last update flipped: the SAD of two successive supports."""
@@ -95,15 +99,21 @@ class SparseRun:
         self._generator = torch.Generator().manual_seed(seed)
         self._ever: dict[str, Tensor] = {}
         self._hidden: dict[str, Tensor] = {}
+        self._own: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
 
     def start(self, loss: Callable[[], Tensor] | None = None) -> None:
         """Choose the first supports and apply them; the model is untouched if that fails."""
         gradients: dict[str, Tensor] = {}
+        self._ranks.agree(self._generator)
         if self.trainer.gradients_at_start:
-            gradients = start_gradients(self.model, self.layers, loss, self.trainer.card.name)
+            name = self.trainer.card.name
+            gradients = start_gradients(self.model, self.layers, loss, name, self._ranks)
         masks = self.trainer.start(self._infos(), gradients, self._generator)
         self._check(masks)
+        self._ranks.check_equal(masks)
+        if self.trainer.owns:
+            self._own = self.trainer.own(self._infos(), self._generator)
         if self.trainer.dense:
             self._hidden = {x.name: x.matrix(x.weight).clone() for x in self.layers}
         self.masks = {name: mask.clone() for name, mask in masks.items()}
@@ -138,11 +148,7 @@ class SparseRun:
         weights behind the support keep all gradients.
         """
         if self._wants_gradients():
-            self._gradients = {
-                x.name: x.matrix(x.weight.grad).detach().clone()
-                for x in self.layers
-                if x.weight.grad is not None
-            }
+            self._gradients = self._whole_gradients()
         if not self.trainer.dense:
             self._mask_gradients()
 
@@ -156,18 +162,13 @@ class SparseRun:
         if self._wants_gradients() and not self._gradients:
             self.mask_gradients()
         self._check_gradients()
-        for layer in self.layers:
-            gradient = layer.weight.grad
-            if gradient is not None and self.trainer.dense:
-                hidden, mask = self._hidden[layer.name], self.masks[layer.name]
-                refined = self.trainer.refine(hidden, layer.matrix(gradient), mask)
-                gradient.copy_(layer.tensor(refined))
+        if self.trainer.dense or self.trainer.owns:
+            self._refine()
         if not self.trainer.dense:
             self._mask_gradients()
-        with torch.no_grad():
-            for layer in self.layers:
-                if self.trainer.dense:
-                    layer.weight.copy_(layer.tensor(self._hidden[layer.name]))
+        for layer in self.layers:
+            if self.trainer.dense:
+                layer.write(layer.weight, self._hidden[layer.name])
 
     def after_step(self) -> None:
         """Count the step, hold the support against momentum and decay, then let it change."""
@@ -190,6 +191,8 @@ class SparseRun:
         )
         for masks in passed:
             self._check(masks)
+            if not self.trainer.dense:
+                self._ranks.check_equal(masks)
         for masks in passed:
             self.masks = {name: mask.clone() for name, mask in masks.items()}
             self._apply()
@@ -217,6 +220,7 @@ class SparseRun:
             "masks": copies(self.masks),
             "ever": copies(self._ever),
             "hidden": copies(self._hidden),
+            "own": copies(self._own),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -225,10 +229,16 @@ class SparseRun:
         for key, value in mine.items():
             if state.get(key) != value:
                 raise FormatError(f"training state: {key} is {state.get(key)!r}, not {value!r}")
-        shapes = {x.name: x.matrix(x.weight).shape for x in self.layers}
-        for part in ("masks", "ever") + (("hidden",) if self.trainer.dense else ()):
+        shapes = {x.name: x.matrix_shape for x in self.layers}
+        want = dict.fromkeys(("masks", "ever"), shapes)
+        if self.trainer.dense:
+            want["hidden"] = shapes
+        if self.trainer.owns:
+            own = self.trainer.own(self._infos(), torch.Generator())
+            want["own"] = {name: tensor.shape for name, tensor in own.items()}
+        for part, expected in want.items():
             found = {name: tensor.shape for name, tensor in state.get(part, {}).items()}
-            if found != shapes:
+            if found != expected:
                 raise FormatError(f"training state: {part} are not those of this model's layers")
 
         def copies(part: str) -> dict[str, Tensor]:
@@ -239,6 +249,7 @@ class SparseRun:
         self.step, self.changed = int(state["step"]), int(state["changed"])
         self.masks, self._ever = copies("masks"), copies("ever")
         self._hidden = copies("hidden") if self.trainer.dense else {}
+        self._own = copies("own") if self.trainer.owns else {}
         self._apply()
 
     def _wants_gradients(self) -> bool:
@@ -252,7 +263,8 @@ class SparseRun:
                 x.name,
                 tuple(x.weight.shape),
                 x.block,
-                self._hidden.get(x.name, x.matrix(x.weight)).detach(),
+                self._hidden[x.name] if x.name in self._hidden else x.matrix(x.weight),
+                own=self._own.get(x.name),
             )
             for x in self.layers
         ]
@@ -266,36 +278,62 @@ class SparseRun:
                     "weights or exclude this layer"
                 )
 
-    def _check_gradients(self) -> None:
+    def _whole_gradients(self) -> dict[str, Tensor]:
+        """The gradients of all weights by layer, the same on all ranks.
+
+        Those of DDP are averaged already, but not where a step was taken under no_sync.
+        """
         missing = [x.name for x in self.layers if x.weight.grad is None]
-        if missing and self._wants_gradients():
+        if self._ranks.any(bool(missing)):
             raise UsageError(
-                f"{missing[0]}: has no gradient, and {self.trainer.card.name} grows weights by it "
-                "in this step; call backward() on a loss that was not computed under no_grad"
+                f"{missing[0] if missing else 'on another rank a layer'}: has no gradient, and "
+                f"{self.trainer.card.name} grows weights by it in this step; call backward() on a "
+                "loss that was not computed under no_grad"
             )
+        found = {}
         for layer in self.layers:
-            whole = self._gradients.get(layer.name)
-            for gradient in (layer.weight.grad, whole):
-                if gradient is not None and not bool(torch.isfinite(gradient).all()):
-                    self._gradients = {}
-                    raise NonFiniteError(
-                        f"{layer.name}: its gradient holds NaN or infinity; the step is not taken"
-                    )
+            gradient = layer.weight.grad
+            assert gradient is not None
+            found[layer.name] = layer.matrix(gradient).clone()
+            if not is_sharded(gradient):
+                self._ranks.average([found[layer.name]])
+        return found
+
+    def _check_gradients(self) -> None:
+        bad = ""
+        for layer in self.layers:
+            for gradient in (layer.weight.grad, self._gradients.get(layer.name)):
+                if gradient is not None and not bool(torch.isfinite(local(gradient)).all()):
+                    bad = bad or layer.name
+        if self._ranks.any(bool(bad)):
+            self._gradients = {}
+            raise NonFiniteError(
+                f"{bad or 'a layer of another rank'}: its gradient holds NaN or infinity; the step "
+                "is not taken"
+            )
 
     @torch.no_grad()
+    def _refine(self) -> None:
+        """Let the trainer learn from the gradients of this step and change them."""
+        for layer, info in zip(self.layers, self._infos(), strict=True):
+            if layer.weight.grad is not None:
+                gradient, mask = layer.matrix(layer.weight.grad), self.masks[layer.name]
+                refined = self.trainer.refine(info, gradient, mask)
+                if self.trainer.owns:
+                    self._own[layer.name] = self.trainer.learn(info, gradient, mask)
+                layer.write(layer.weight.grad, refined)
+
     def _mask_gradients(self) -> None:
         for layer in self.layers:
             if layer.weight.grad is not None:
-                layer.weight.grad.masked_fill_(~layer.tensor(self.masks[layer.name]), 0)
+                layer.clear(layer.weight.grad, self.masks[layer.name])
 
-    @torch.no_grad()
     def _shrink(self) -> None:
         shrunk = self.trainer.shrink(self.step, self.total_steps, self._infos(), self.masks)
         for layer in self.layers:
             if layer.name in shrunk:
-                layer.weight.copy_(layer.tensor(shrunk[layer.name]))
+                layer.write(layer.weight, shrunk[layer.name])
 
-    @torch.no_grad()
     def _apply(self) -> None:
         """Exact zeros outside the support, in weights and, unless dense, in optimizer state.
 
@@ -306,13 +344,12 @@ class SparseRun:
             mask = self.masks[layer.name]
             if self.trainer.dense:
                 hidden = self._hidden[layer.name]
-                layer.weight.copy_(layer.tensor(hidden.masked_fill(~mask, 0)))
+                layer.write(layer.weight, hidden.masked_fill(~mask, 0))
                 continue
-            outside = ~layer.tensor(mask)
-            layer.weight.masked_fill_(outside, 0)
+            layer.clear(layer.weight, mask)
             for value in self.optimizer.state.get(layer.weight, {}).values():
                 if isinstance(value, Tensor) and value.shape == layer.weight.shape:
-                    value.masked_fill_(outside, 0)
+                    layer.clear(value, mask)
 
 
 __all__ = ["SparseRun", "TrainedLayer", "sparse_training"]

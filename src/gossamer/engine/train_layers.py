@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gossamer.core.errors import NonFiniteError, UsageError
 from gossamer.core.matrix import is_transposed
+from gossamer.engine.distributed import Ranks, is_sharded, local, local_part, whole
 from gossamer.models.layers import prunable_layers
 
 
@@ -22,19 +26,44 @@ class TrainedLayer:
     weight: nn.Parameter
     block: int | None
 
+    @property
+    def matrix_shape(self) -> torch.Size:
+        """The shape of `matrix`."""
+        shape = self.weight.shape
+        if len(shape) in (1, 4):
+            return torch.Size((shape[0], shape.numel() // max(1, shape[0])))
+        return torch.Size(shape[::-1]) if is_transposed(self.module) else shape
+
     def matrix(self, tensor: Tensor) -> Tensor:
-        """A tensor of the weight's shape as (out, in), laid out as `core.matrix.as_matrix`."""
-        tensor = tensor.detach()
+        """A tensor of the weight's shape as (out, in), laid out as `core.matrix.as_matrix`.
+
+        Whole: where ranks hold parts of it, it is gathered, so all of them must call.
+        """
+        tensor = whole(tensor)
+        if tensor.dim() == 1:
+            return tensor.unsqueeze(1)
         if tensor.dim() == 4:
             return tensor.permute(0, 2, 3, 1).reshape(tensor.shape[0], -1)
         return tensor.t() if is_transposed(self.module) else tensor
 
     def tensor(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix`."""
+        if self.weight.dim() == 1:
+            return matrix.squeeze(1)
         if self.weight.dim() == 4:
             out, channels, height, width = self.weight.shape
             return matrix.reshape(out, height, width, channels).permute(0, 3, 1, 2)
         return matrix.t() if is_transposed(self.module) else matrix
+
+    @torch.no_grad()
+    def write(self, target: Tensor, matrix: Tensor) -> None:
+        """Copy a matrix into a tensor of the weight's shape, each rank its own part."""
+        local(target).copy_(local_part(self.tensor(matrix), target))
+
+    @torch.no_grad()
+    def clear(self, target: Tensor, mask: Tensor) -> None:
+        """Zero a tensor of the weight's shape outside a mask (out, in), each rank its own part."""
+        local(target).masked_fill_(~local_part(self.tensor(mask), target), 0)
 
 
 def trained_layers(
@@ -42,8 +71,9 @@ def trained_layers(
     optimizer: torch.optim.Optimizer,
     include: Sequence[str],
     exclude: Sequence[str],
+    scales: bool = False,
 ) -> list[TrainedLayer]:
-    """The trainable prunable layers, one per distinct weight.
+    """The trainable prunable layers, or with `scales` the batch norms, one per distinct weight.
 
     Raises UsageError when the optimizer holds parameters that the model lacks or lacks one that
     would be masked, and when every layer is frozen.
@@ -55,18 +85,44 @@ def trained_layers(
             f"the optimizer holds {len(foreign)} parameters that are not the model's; construct it "
             "from model.parameters() after the model is in its final form"
         )
+    if scales and include:
+        raise UsageError("a method that acts on batch norms takes all of them; narrow by exclude=")
+    layers = norm_layers(model, exclude) if scales else unfrozen_layers(model, include, exclude)
+    for layer in layers:
+        if not isinstance(layer.weight, nn.Parameter) or id(layer.weight) not in held:
+            raise UsageError(
+                f"{layer.name}: its weight is not in the optimizer; freeze or exclude it"
+            )
+    return layers
+
+
+def unfrozen_layers(
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str]
+) -> list[TrainedLayer]:
+    """The trainable prunable layers, one per distinct weight; UsageError when all are frozen."""
     layers: dict[int, TrainedLayer] = {}
     for name, (module, block) in prunable_layers(model, include, exclude, tied=True).items():
         weight = module.weight
-        assert isinstance(weight, Tensor)
-        if not weight.requires_grad or id(weight) in layers:
-            continue
-        if not isinstance(weight, nn.Parameter) or id(weight) not in held:
-            raise UsageError(f"{name}: its weight is not in the optimizer; freeze or exclude it")
-        layers[id(weight)] = TrainedLayer(name, module, weight, block)
+        if weight.requires_grad and id(weight) not in layers:
+            layers[id(weight)] = TrainedLayer(name, module, cast(nn.Parameter, weight), block)
     if not layers:
         raise UsageError("every layer that could be masked is frozen")
     return list(layers.values())
+
+
+def norm_layers(model: nn.Module, exclude: Sequence[str]) -> list[TrainedLayer]:
+    """The batch norms with a trainable scale, less those that `exclude` names."""
+    layers = [
+        TrainedLayer(name, module, module.weight, None)
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        and module.affine
+        and module.weight.requires_grad
+        and not any(fnmatchcase(name, pattern) for pattern in exclude)
+    ]
+    if not layers:
+        raise UsageError(f"{type(model).__name__} has no batch norm with a trainable scale")
+    return layers
 
 
 def start_gradients(
@@ -74,32 +130,55 @@ def start_gradients(
     layers: Sequence[TrainedLayer],
     loss: Callable[[], Tensor] | None,
     method: str,
+    ranks: Ranks,
 ) -> dict[str, Tensor]:
-    """The gradient of one loss by layer; buffers, gradients and random state stay as they were.
+    """The gradient of one loss by layer, averaged over ranks; buffers, gradients and random state
+    stay as they were.
 
     Raises UsageError without a loss or under no_grad, NonFiniteError for a NaN loss.
     """
     if loss is None:
         raise UsageError(f"{method} looks at gradients before training: pass loss=, a function "
                          "that returns the loss of one batch")  # fmt: skip
+    gradients: dict[str, Tensor] = {}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.random.fork_rng():
             value = loss()
         if not isinstance(value, Tensor) or not value.requires_grad:
             raise UsageError(f"{method}: the loss has no gradient; was it computed in no_grad?")
-        found = torch.autograd.grad(value, [x.weight for x in layers], allow_unused=True)
+        found = _gradients(model, value, [x.weight for x in layers])
     finally:
         with torch.no_grad():
             for buffer, saved in buffers:
                 buffer.copy_(saved)
-    gradients = {}
     for layer, gradient in zip(layers, found, strict=True):
-        if gradient is None:
+        if ranks.any(gradient is None):
             raise UsageError(f"{layer.name}: the loss does not depend on it; exclude it")
-        if not bool(torch.isfinite(gradient).all()):
+        assert gradient is not None
+        gradients[layer.name] = layer.matrix(gradient).clone()
+        if not is_sharded(gradient):
+            ranks.average([gradients[layer.name]])
+        if not bool(torch.isfinite(gradients[layer.name]).all()):
             raise NonFiniteError(
                 f"{layer.name}: the loss of the first batch has no finite gradient"
             )
-        gradients[layer.name] = layer.matrix(gradient).clone()
     return gradients
+
+
+def _gradients(
+    model: nn.Module, loss: Tensor, weights: Sequence[nn.Parameter]
+) -> Sequence[Tensor | None]:
+    """The gradients of a loss; those that the model held stay as they were."""
+    if not any(is_sharded(weight) for weight in weights):
+        return torch.autograd.grad(loss, weights, allow_unused=True)
+    # FSDP2 computes with gathered copies, whose gradients reach the shards in backward() only.
+    before = {parameter: parameter.grad for parameter in model.parameters()}
+    try:
+        for parameter in before:
+            parameter.grad = None
+        loss.backward()
+        return [weight.grad for weight in weights]
+    finally:
+        for parameter, gradient in before.items():
+            parameter.grad = gradient

@@ -45,13 +45,18 @@ def render(result: Mapping[str, Any]) -> str:
         f"{result['measured_density']:.4f} over the pruned layers</p>",
         _cards(result),
         "<h2>What was gained and lost</h2>",
-        _table(("", "dense", "sparse", "ratio"), [list(map(escape, r)) for r in headline(result)]),
+        table(("", "dense", "sparse", "ratio"), [list(map(escape, r)) for r in headline(result)]),
     ]
     if result.get("sweep"):
         parts += ["<h2>Quality against size</h2>", _chart(result)]
     parts += ["<h2>Layers</h2>", _layers(result["layers"]), "<h2>Notes</h2>", _notes(result)]
     parts += ["<h2>Machine</h2>", _machine(result["machine"])]
     parts += ["<h2>Command</h2>", f"<pre>{escape(str(result['command']))}</pre>"]
+    return page(title, parts)
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """A whole document; parts are HTML already, the title is not."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -70,6 +75,11 @@ def _cards(result: Mapping[str, Any]) -> str:
             f"{quality['metric']}, {better(quality)} is better",
         ),
     ]
+    return figures(cards)
+
+
+def figures(cards: Sequence[tuple[str, str]]) -> str:
+    """Large figures with what they are below, side by side."""
     inner = "".join(
         f'<div class="card"><b>{escape(figure)}</b><span class="soft">{escape(text)}</span></div>'
         for figure, text in cards
@@ -96,7 +106,7 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> str:
         rows.append(
             [escape(layer["name"]), escape(shape), f"{share:.3f}", bar, escape(str(kernel))]
         )
-    return _table(("layer", "shape", "density", "", "kernel"), rows)
+    return table(("layer", "shape", "density", "", "kernel"), rows)
 
 
 def _notes(result: Mapping[str, Any]) -> str:
@@ -130,10 +140,10 @@ def _speed_note(speed: Mapping[str, Any]) -> str:
 
 
 def _machine(facts: Mapping[str, Any]) -> str:
-    return _table(("", ""), [[escape(str(k)), escape(str(v))] for k, v in facts.items()])
+    return table(("", ""), [[escape(str(k)), escape(str(v))] for k, v in facts.items()])
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Cells are HTML already."""
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)

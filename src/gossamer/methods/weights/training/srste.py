@@ -78,11 +78,11 @@ class SRSTE(Fixed):
         """The largest of the dense weights behind."""
         return [self.start(layers, {}, generator)]
 
-    def refine(self, weight: Tensor, gradient: Tensor, mask: Tensor) -> Tensor:
+    def refine(self, layer: LayerInfo, gradient: Tensor, mask: Tensor) -> Tensor:
         """gradient + decay * (1 - mask) * weight; exactly the gradient where decay is 0."""
         if self.decay == 0:
             return gradient
-        return gradient + self.decay * weight.masked_fill(mask, 0)
+        return gradient + self.decay * layer.weight.masked_fill(mask, 0)
 
 
 def sad(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, float]:

@@ -26,6 +26,8 @@ class Fixed:
     gradients_at_start: ClassVar[bool] = False
     gradients_at_update: ClassVar[bool] = False
     shrinks: ClassVar[bool] = False
+    owns: ClassVar[bool] = False
+    scales: ClassVar[bool] = False
 
     @property
     def pattern(self) -> Pattern:
@@ -54,9 +56,18 @@ class Fixed:
         """No weight changes."""
         return {}
 
-    def refine(self, weight: Tensor, gradient: Tensor, mask: Tensor) -> Tensor:
+    def refine(self, layer: LayerInfo, gradient: Tensor, mask: Tensor) -> Tensor:
         """The gradient as it is."""
         return gradient
+
+    def own(self, layers: Sequence[LayerInfo], generator: torch.Generator) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def learn(self, layer: LayerInfo, gradient: Tensor, mask: Tensor) -> Tensor:
+        """What it was."""
+        assert layer.own is not None
+        return layer.own
 
 
 def layer_counts(
@@ -138,8 +149,13 @@ def drop_and_regrow(
 
 def check_every(every: int, what: str) -> None:
     """Raise UsageError unless `every` is a whole number of at least 1."""
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise UsageError(f"{what}: every is a whole number of steps, at least 1, not {every!r}")
+    check_whole(every, f"{what}: every, in steps,")
+
+
+def check_whole(number: int, what: str) -> None:
+    """Raise UsageError unless `number` is a whole number of at least 1."""
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise UsageError(f"{what} is a whole number of at least 1, not {number!r}")
 
 
 def check_fraction(value: float, what: str) -> None:

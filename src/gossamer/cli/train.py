@@ -1,0 +1,395 @@
+"""gossamer train: train a sparse network, or compare ways to, and report what it cost."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import platform
+import shlex
+import shutil
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gossamer.cli.inputs import density_of
+from gossamer.cli.output import note, print_json, print_table
+from gossamer.cli.train_tasks import Images, Text, read_work
+from gossamer.core.allocation import ALLOCATIONS
+from gossamer.core.errors import MissingExtra, UsageError
+from gossamer.core.pattern import format_pattern, parse_pattern
+from gossamer.engine.fit import Fit, Recipe
+from gossamer.engine.flops import expected_flops, steps_for
+from gossamer.engine.journal import write_whole
+from gossamer.engine.progress import track
+from gossamer.io.atomic import check_target, new_folder
+from gossamer.io.save import save
+from gossamer.methods import find
+from gossamer.report.training import (
+    SWEEP_HEADER,
+    headline,
+    render_run,
+    render_sweep,
+    sweep_rows,
+)
+
+OUTSIDE = ("out", "overwrite", "json", "log", "save_every")
+"""Options that do not change what a run computes."""
+
+
+@dataclass
+class Train:
+    """Train a sparse network from data, with checkpoints, and write model, figures and report.
+
+    Example: gossamer train --data digits --model cnn --method rigl --density 0.1 --out trained
+    """
+
+    data: str = "digits"
+    """digits, fashion-mnist:FOLDER, images:FOLDER, testbed:text, or a text file or folder"""
+    model: str = "cnn"
+    """cnn or mlp for images; testbed:lm or a Hugging Face folder for text"""
+    scratch: bool = False
+    """train a language model's architecture from random weights"""
+    width: int = 0
+    """of the small networks: first channels of the CNN (8), hidden units of the MLP (256)"""
+    method: str = "rigl"
+    """a trainer of gossamer methods, or dense"""
+    density: float | None = None
+    """fraction of weights to keep; 0.1 unless the pattern says otherwise"""
+    sparsity: float | None = None
+    """fraction of weights to remove, instead of --density"""
+    pattern: str = ""
+    """N:M such as 2:4, for the methods that train one"""
+    allocation: str = ""
+    """uniform, uniform+, er or erk; the method's own if empty"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """further arguments of the method, such as {every: 50, drop: 0.3}"""
+    include: list[str] = field(default_factory=list)
+    """further layers to make sparse, by name patterns"""
+    exclude: list[str] = field(default_factory=list)
+    """layers to leave dense, by name patterns"""
+    steps: int = 300
+    """optimizer steps; with a sweep, those of the arm whose steps cost most"""
+    batch: int = 64
+    """images or text windows in a step"""
+    length: int = 128
+    """tokens in a text window"""
+    optimizer: str = ""
+    """sgd (with momentum 0.9; for images) or adamw (for text)"""
+    lr: float | None = None
+    """peak learning rate: 0.1 for sgd, 0.001 for adamw"""
+    weight_decay: float | None = None
+    """on matrices and kernels: 0.0005 for sgd, 0.1 for adamw"""
+    schedule: str = "cosine"
+    """of the learning rate: cosine, linear or constant"""
+    warmup: int = 0
+    """steps of linear warm-up"""
+    clip: float = 0.0
+    """largest norm of the kept weights' gradient; 0 does not clip"""
+    seed: int = 0
+    """of weights, batches, supports, and of the split of digits and image folders"""
+    save_every: int = 50
+    """steps between checkpoints"""
+    log: str = ""
+    """folder for TensorBoard event files; none if empty"""
+    sweep_methods: str = ""
+    """compare these, such as dense,staticrandom,rigl, at equal training FLOPs"""
+    sweep_density: str = ""
+    """densities of the comparison, such as 0.05,0.1"""
+    seeds: int = 1
+    """seeds of the comparison, from --seed upward"""
+    out: str = "gossamer-train"
+    """folder to write; a killed run resumes from a hidden folder beside it"""
+    overwrite: bool = False
+    """replace the folder if it is not empty"""
+    json: bool = False
+    """print one JSON object on stdout"""
+
+    def run(self) -> None:
+        """Check everything cheap, then train, then write the folder whole."""
+        check_target(Path(self.out), self.overwrite)
+        if self.save_every < 1 or self.seeds < 1:
+            raise UsageError("--save-every and --seeds are at least 1")
+        arms = self._arms()
+        if self.seeds > 1 and not self._sweeps:
+            raise UsageError("--seeds belongs to a comparison: give --sweep-methods too")
+        with self._writer() as writer:
+            if self._sweeps:
+                self._sweep(arms, writer)
+            else:
+                self._single(*arms[0], writer)
+        shutil.rmtree(self._hidden, ignore_errors=True)
+
+    @property
+    def _sweeps(self) -> bool:
+        return bool(self.sweep_methods or self.sweep_density)
+
+    @property
+    def _hidden(self) -> Path:
+        target = Path(self.out).resolve()
+        return target.with_name(f".{target.name}.train")
+
+    def _arms(self) -> list[tuple[str, float | None]]:
+        """The methods and densities to train, each checked by constructing the method."""
+        density = density_of(self.sparsity, self.density)
+        names = _words(self.sweep_methods) or [self.method]
+        try:
+            densities: list[float | None] = [float(x) for x in _words(self.sweep_density)]
+        except ValueError:
+            raise UsageError(
+                f"--sweep-density is numbers such as 0.05,0.1, not {self.sweep_density!r}"
+            ) from None
+        if densities and density is not None:
+            raise UsageError("give --density or --sweep-density, not both")
+        for value in densities:
+            density_of(None, value)
+        arms: list[tuple[str, float | None]] = []
+        for name in names:
+            free = name != "dense" and "density" in _fields(_trainer(name))
+            for value in (densities or [density]) if free or not densities else [None]:
+                self._method(name, value)
+                arms.append((name, value))
+        return arms
+
+    def _method(self, name: str, density: float | None) -> Any:
+        """The method's instance; None for dense training."""
+        if name == "dense":
+            return None
+        kind = _trainer(name)
+        known, values = _fields(kind), dict(self.options)
+        if self.sweep_methods:  # an option may concern some of the methods only
+            values = {key: value for key, value in values.items() if key in known}
+        for key in values:
+            if key not in known:
+                raise UsageError(f"--options: {name} has no {key!r}; it has {', '.join(known)}")
+        if "density" in known:
+            values["density"] = 0.1 if density is None else density
+        elif density is not None:
+            how = "give --pattern 2:4 or the like" if "pattern" in known else "see its page"
+            raise UsageError(f"--method {name} has no density to ask for; leave --density out and "
+                             f"{how}")  # fmt: skip
+        if self.pattern and ("pattern" in known or not self.sweep_methods):
+            if "pattern" not in known:
+                raise UsageError(f"--pattern: {name} trains unstructured weights; leave it out")
+            values["pattern"] = parse_pattern(self.pattern)
+        if self.allocation and ("allocation" in known or not self.sweep_methods):
+            if self.allocation not in ALLOCATIONS or "allocation" not in known:
+                raise UsageError(f"--allocation {self.allocation}: {name} takes none of that name; "
+                                 "choose uniform, uniform+, er or erk, or leave it out")  # fmt: skip
+            values["allocation"] = ALLOCATIONS[self.allocation]()
+        try:
+            return kind(**values)
+        except TypeError as error:
+            raise UsageError(f"--options: {name} cannot be made of them ({error})") from None
+
+    def _recipe(self, text: bool, steps: int) -> Recipe:
+        name = self.optimizer or ("adamw" if text else "sgd")
+        lr, decay = {"adamw": (1e-3, 0.1)}.get(name, (0.1, 5e-4))
+        return Recipe(
+            steps,
+            lr if self.lr is None else self.lr,
+            name,
+            decay if self.weight_decay is None else self.weight_decay,
+            self.schedule,
+            self.warmup,
+            self.clip,
+        )
+
+    def _work(self, seed: int) -> Images | Text:
+        names = ("data", "model", "scratch", "width", "batch", "length")
+        return read_work(**{name: getattr(self, name) for name in names}, seed=seed)
+
+    def _fit(
+        self, name: str, density: float | None, seed: int, steps: int, file: str, writer: Any
+    ) -> tuple[Fit, dict[str, Any], Images | Text]:
+        """One run from its checkpoint or its start to its end, and what came out."""
+        work = self._work(seed)
+        fit = Fit(
+            work.build(seed),
+            self._method(name, density),
+            lambda model, step: work.loss(model, step, seed),
+            self._recipe(isinstance(work, Text), steps),
+            include=self.include,
+            exclude=self.exclude,
+            seed=seed,
+        )
+        options = dataclasses.asdict(self)
+        fingerprint = {k: v for k, v in options.items() if k not in OUTSIDE}
+        fingerprint.update(run=[name, density, seed, steps], content=work.digest())
+        with track(steps, True, f"{name} {seed}") as step:
+            seen = 0
+
+            def report(fit: Fit) -> None:
+                nonlocal seen
+                for _ in range(fit.step - seen):
+                    step(f"loss {fit.losses[-1]:.4f}  density {fit.density:.4f}")
+                seen = fit.step
+                if writer is not None:
+                    _log(writer, fit, f"{name}-{density}-{seed}/" if self._sweeps else "")
+
+            fit.train(self._hidden / file, fingerprint, self.save_every, report)
+        return fit, _record(fit, work, name, density, seed), work
+
+    def _single(self, name: str, density: float | None, writer: Any) -> None:
+        fit, result, work = self._fit(
+            name, density, self.seed, self.steps, "checkpoint.safetensors", writer
+        )
+        result.update(self._facts())
+        curve = list(enumerate(fit.losses, 1))
+        result["loss"]["curve"] = curve[:: max(1, len(curve) // 400)]
+        with new_folder(Path(self.out).resolve(), self.overwrite) as place:
+            inner = place / "model"
+            tokenizer = work.tokenizer if isinstance(work, Text) else None
+            save(fit.model, inner, tokenizer=tokenizer, provenance={"method": result["method"]})
+            for path in list(inner.iterdir()):
+                path.rename(place / path.name)
+            inner.rmdir()
+            (place / "report.html").write_text(render_run(result))
+            (place / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        if self.json:
+            print_json(result)
+            return
+        print_table(f"{name} on {self.data}, {self.steps} steps", ("", "value"), headline(result))
+        note(f"wrote {self.out}: model, result.json, report.html")
+
+    def _sweep(self, arms: list[tuple[str, float | None]], writer: Any) -> None:
+        work = self._work(self.seed)
+        model = work.build(self.seed)
+        loss = partial(_first_loss, work, self.seed)
+
+        def cost(arm: tuple[str, float | None], steps: int) -> float:
+            return expected_flops(
+                model, self._method(*arm), steps, loss, include=self.include, exclude=self.exclude
+            )
+
+        budget = max(cost(arm, self.steps) for arm in arms)
+        result: dict[str, Any] = {
+            **self._facts(), "metric": work.metric, "better": work.better,
+            "budget_flops": budget, "seeds": [self.seed + k for k in range(self.seeds)],
+            "arms": [],
+        }  # fmt: skip
+        for name, density in arms:
+            steps = steps_for(budget, self.steps, partial(cost, (name, density)))
+            runs = [self._arm(name, density, seed, steps, writer) for seed in result["seeds"]]
+            result["arms"].append(
+                {"method": name, "density": density, "steps": steps, "runs": runs}
+            )
+        with new_folder(Path(self.out).resolve(), self.overwrite) as place:
+            (place / "report.html").write_text(render_sweep(result))
+            (place / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        if self.json:
+            print_json(result)
+            return
+        print_table(f"{work.metric} ({work.better} is better) at equal training FLOPs",
+                    SWEEP_HEADER, sweep_rows(result))  # fmt: skip
+        note(f"wrote {self.out}: result.json, report.html")
+
+    def _arm(
+        self, name: str, density: float | None, seed: int, steps: int, writer: Any
+    ) -> dict[str, Any]:
+        """One run of the sweep; read from disk where the same command finished it already."""
+        options = {k: v for k, v in dataclasses.asdict(self).items() if k not in OUTSIDE}
+        label = f"{name}-{density}-{seed}"
+        done = self._hidden / f"{label}.json"
+        if done.exists():
+            kept = json.loads(done.read_text())
+            if kept["options"] == json.loads(json.dumps(options)) and kept["steps"] == steps:
+                run: dict[str, Any] = kept["run"]
+                return run
+        run = self._fit(name, density, seed, steps, f"{label}.safetensors", writer)[1]
+        body = json.dumps({"options": options, "steps": steps, "run": run})
+        write_whole(done, lambda path: path.write_text(body))
+        return run
+
+    def _facts(self) -> dict[str, Any]:
+        import gossamer
+
+        return {
+            "data": self.data, "model": self.model, "out": self.out,
+            "command": "gossamer " + " ".join(shlex.quote(word) for word in sys.argv[1:]),
+            "machine": {
+                "processor": platform.processor() or platform.machine(),
+                "threads": torch.get_num_threads(), "torch": torch.__version__,
+                "gossamer": gossamer.__version__, "python": platform.python_version(),
+            },
+        }  # fmt: skip
+
+    @contextlib.contextmanager
+    def _writer(self) -> Iterator[Any]:
+        if not self.log:
+            yield None
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise MissingExtra("tensorboard", "tensorboard") from None
+        writer: Any = SummaryWriter(self.log)
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+
+def _trainer(name: str) -> type[Any]:
+    kind = find(name)
+    if kind.card.kind != "trainer":
+        raise UsageError(
+            f"--method {name} is a {kind.card.kind}, not a trainer of one run; choose a trainer of "
+            "gossamer methods, or gossamer compress for trained models"
+        )
+    return kind
+
+
+def _fields(kind: type[Any]) -> tuple[str, ...]:
+    return tuple(x.name for x in dataclasses.fields(kind))
+
+
+def _first_loss(work: Images | Text, seed: int, model: nn.Module) -> torch.Tensor:
+    return work.loss(model, 0, seed)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _log(writer: Any, fit: Fit, prefix: str) -> None:
+    values = {"loss": fit.losses[-1], "density": fit.density, "flops": fit.meter.spent}
+    values["lr"] = fit.optimizer.param_groups[0]["lr"]
+    if fit.run is not None:
+        values.update(itop_rate=fit.run.itop_rate, sad=fit.meter.sad_per_update)
+    for key, value in values.items():
+        writer.add_scalar(prefix + key, value, fit.step)
+
+
+def _record(
+    fit: Fit, work: Images | Text, name: str, density: float | None, seed: int
+) -> dict[str, Any]:
+    meter, run, steps = fit.meter, fit.run, fit.recipe.steps
+    masks = {} if run is None else run.masks
+    tail = fit.losses[-max(1, steps // 10) :]
+    return {
+        "method": name, "pattern": "" if run is None else format_pattern(run.trainer.pattern),
+        "requested_density": density, "measured_density": fit.density,
+        "steps": steps, "seed": seed, "recipe": dataclasses.asdict(fit.recipe),
+        "quality": {"metric": work.metric, "better": work.better,
+                    "value": work.quality(fit.model)},
+        "loss": {"first": fit.losses[0], "last": statistics.fmean(tail)},
+        "topology": {
+            "start_density": meter.start_density, "updates": meter.updates,
+            "sad_per_update": meter.sad_per_update, "sad_start_to_end": meter.sad_start_to_end,
+            "itop_rate": 1.0 if run is None else run.itop_rate,
+        },
+        "flops": {"spent": meter.spent, "dense": meter.dense_step * steps,
+                  "ratio": meter.spent / (meter.dense_step * steps)},
+        "layers": [
+            {"name": n, "shape": list(m.shape), "density": float(m.double().mean())}
+            for n, m in masks.items()
+        ],
+    }  # fmt: skip

@@ -1,0 +1,1 @@
+"""Regularisers: terms that push whole groups to zero while the model trains."""
