@@ -1,0 +1,21 @@
+// Compressed rows, AVX-512 path.
+#include "csr.hpp"
+
+namespace gossamer {
+namespace {
+constexpr int kVectors = 8;
+}
+}  // namespace gossamer
+
+#include "csr_driver.hpp"
+
+namespace gossamer {
+void csr_linear_avx512(Csr m, Reordered other, const float* x, float* y, int64_t batch,
+                      const float* bias, float* xt, float* yt, int threads) {
+  run_csr_linear(m, other, x, y, batch, bias, xt, yt, threads);
+}
+void csr_sampled_avx512(const Csr& m, const float* x, const float* dy, float* grad,
+                        int64_t batch, float* xt, float* yt, int threads) {
+  run_csr_sampled(m, x, dy, grad, batch, xt, yt, threads);
+}
+}  // namespace gossamer
