@@ -18,6 +18,7 @@ from gossamer.engine.compress import compress
 from gossamer.engine.generate import generate
 from gossamer.engine.prune import prune
 from gossamer.engine.train import SparseRun, sparse_training
+from gossamer.engine.true_sparse import TrueSparseRun, sparse_layers, true_sparse_training
 from gossamer.io import export, load, save
 from gossamer.methods import cards, find
 from gossamer.methods.weights import (
@@ -68,6 +69,7 @@ __all__ = [
     "SparseRun",
     "StaticRandom",
     "Support",
+    "TrueSparseRun",
     "Uniform",
     "UniformPlus",
     "Unstructured",
@@ -85,5 +87,7 @@ __all__ = [
     "save",
     "select",
     "select_global",
+    "sparse_layers",
     "sparse_training",
+    "true_sparse_training",
 ]

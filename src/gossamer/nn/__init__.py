@@ -1,5 +1,13 @@
 """Modules that hold sparse weights."""
 
 from gossamer.nn.bitmap import BitmapLinear, prepare_batches, serves_batches
+from gossamer.nn.sparse import SparseConv2d, SparseLinear, to_dense
 
-__all__ = ["BitmapLinear", "prepare_batches", "serves_batches"]
+__all__ = [
+    "BitmapLinear",
+    "SparseConv2d",
+    "SparseLinear",
+    "prepare_batches",
+    "serves_batches",
+    "to_dense",
+]
