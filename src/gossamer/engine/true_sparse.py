@@ -216,27 +216,36 @@ def largest_gradients(
     """int64 (count,): where the dense gradient is largest in size, other than at `kept`; unordered.
 
     seen: pairs (rows, in) and (rows, out) whose products dy^T x the gradient is the sum of. Some
-    rows of it exist at a time, and of those the best so far; ties go to the lower position.
-    O(rows * in * out).
+    rows of it exist at a time, and of those what is among the best so far; ties go to the lower
+    position. O(rows * in * out).
     """
-    best = torch.empty(0)
-    found = torch.empty(0, dtype=torch.int64)
+    pool, found = torch.empty(0), torch.empty(0, dtype=torch.int64)
+    least = torch.tensor(-0.5)
     step = max(1, _BLOCK // max(1, shape[1]))
     for first in range(0, shape[0] if count else 0, step):
         last = min(shape[0], first + step)
         block = sum(dy[:, first:last].t() @ x for x, dy in seen)
         assert isinstance(block, Tensor)
-        sizes = block.abs().reshape(-1)
+        sizes = block.abs_().reshape(-1)
         low, high = torch.searchsorted(kept, torch.tensor([first, last]) * shape[1]).tolist()
         sizes[kept[low:high] - first * shape[1]] = -1
-        least = sizes.topk(min(count, sizes.numel())).values[-1].clamp(min=0)
-        if found.numel() == count:
-            least = torch.maximum(least, best[-1])
-        near = (sizes >= least).nonzero().reshape(-1)
-        order = torch.cat([best, sizes[near]]).sort(descending=True, stable=True)
-        best = order.values[:count]
-        found = torch.cat([found, near + first * shape[1]])[order.indices[:count]]
+        near = (sizes > least).nonzero().reshape(-1)
+        pool, found = torch.cat([pool, sizes[near]]), torch.cat([found, near + first * shape[1]])
+        if pool.numel() > 2 * count or last == shape[0]:
+            chosen, least = _first_largest(pool, count, least)
+            pool, found = pool[chosen], found[chosen]
     return found
+
+
+def _first_largest(pool: Tensor, count: int, least: Tensor) -> tuple[Tensor, Tensor]:
+    """bool mask of the `count` largest, the first of equal ones, and what a later one must beat."""
+    if pool.numel() <= count:
+        return torch.ones_like(pool, dtype=torch.bool), least
+    bar = pool.kthvalue(pool.numel() - count + 1).values
+    chosen = pool > bar
+    equal = (pool == bar).nonzero().reshape(-1)
+    chosen[equal[: count - int(chosen.sum())]] = True
+    return chosen, bar
 
 
 def _check_trainer(trainer: Any) -> None:

@@ -276,22 +276,25 @@ def random_positions(
     """`count` of the numbers below `size`, none of `taken` (ascending), each set of them equally
     likely; ascending. Expected O(count) where half of all are free. Raises UsageError where fewer
     are free."""
-    chosen = torch.empty(0, dtype=torch.int64) if taken is None else taken
-    if count > size - chosen.numel():
-        raise UsageError(f"only {size - chosen.numel()} of {size} weights are free, not {count}")
-    left = count
-    while left:
+    chosen = torch.empty(0, dtype=torch.int64)
+    taken = chosen if taken is None else taken
+    if count > size - taken.numel():
+        raise UsageError(f"only {size - taken.numel()} of {size} weights are free, not {count}")
+    while left := count - chosen.numel():
         drawn = torch.randint(size, (left + left // 4 + 8,), generator=generator).unique()
-        place = torch.searchsorted(chosen, drawn).clamp(max=max(0, chosen.numel() - 1))
-        fresh = drawn[chosen[place] != drawn] if chosen.numel() else drawn
+        fresh = drawn[~(_among(drawn, taken) | _among(drawn, chosen))]
         if fresh.numel() > left:  # a random part: the lowest ones would be no fair draw
             fresh = fresh[torch.randperm(fresh.numel(), generator=generator)[:left]]
         chosen = torch.cat([chosen, fresh]).sort().values
-        left -= fresh.numel()
-    if taken is None:
-        return chosen
-    place = torch.searchsorted(taken, chosen).clamp(max=max(0, taken.numel() - 1))
-    return chosen[taken[place] != chosen] if taken.numel() else chosen
+    return chosen
+
+
+def _among(numbers: Tensor, ascending: Tensor) -> Tensor:
+    """bool: which of the numbers are in the other tensor."""
+    if not ascending.numel():
+        return torch.zeros_like(numbers, dtype=torch.bool)
+    place = torch.searchsorted(ascending, numbers).clamp(max=ascending.numel() - 1)
+    return ascending[place] == numbers
 
 
 def _fresh(

@@ -71,13 +71,16 @@ def build(positions: Tensor, shape: tuple[int, int]) -> Index:
             raise UsageError(f"a position lies outside a matrix of shape {tuple(shape)}")
         if not bool((positions[1:] > positions[:-1]).all()):
             raise UsageError("positions must ascend, none twice")
-    rows, columns = positions // max(1, in_features), positions % max(1, in_features)
+    rows = positions // max(1, in_features)
+    columns = positions - rows * in_features
     turned, places = torch.sort(columns * out + rows)
+    columns_again = columns[places]
+    rows_again = turned - columns_again * out
     return Index(
         columns.int(),
         reference.index(rows, columns, (out, in_features)),
-        (turned % max(1, out)).int(),
-        reference.index(turned // max(1, out), turned % max(1, out), (in_features, out)),
+        rows_again.int(),
+        reference.index(columns_again, rows_again, (in_features, out)),
         places.int(),
         (out, in_features),
     )
