@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bitmap.hpp"
+#include "blocks_bindings.hpp"
 #include "csr_bindings.hpp"
 #include "decoder_bindings.hpp"
 #include "grouped_bindings.hpp"
@@ -169,6 +170,7 @@ NB_MODULE(_kernels, m) {
   m.def("bitmap_matvec", &matvec, nb::call_guard<nb::gil_scoped_release>());
   bind_decoder(m);
   bind_grouped(m);
+  bind_blocks(m);
   bind_csr(m);
   m.def("bitmap_unpack", &unpack, nb::call_guard<nb::gil_scoped_release>());
   m.def("read_floats", &read_floats, nb::call_guard<nb::gil_scoped_release>());

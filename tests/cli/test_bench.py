@@ -8,6 +8,7 @@ import torch
 from gossamer.bench import decode, kernels, training
 from gossamer.bench.measure import Limits, interleaved, measure_limits
 from gossamer.cli import main
+from gossamer.cli.bench import describe
 from gossamer.core.errors import GossamerError
 from gossamer.nn import BitmapLinear
 from gossamer.ops._dispatch import kernels as compiled
@@ -39,6 +40,15 @@ def test_a_case_holds_every_engine(batch):
     dense = min(t for name, t in times.items() if "dense" in name)
     assert found["ratio"] == pytest.approx(dense / times["gossamer"])
     assert found["limit"] in ("bytes", "flops")
+
+
+def test_a_case_of_blocks():
+    case = kernels.Case(64, 130, "float32", 0.5, 16, "16x1")
+    matrix = kernels._matrix(case)
+    tiles = (matrix != 0).view(4, 16, 130).long().sum(1)
+    assert set(tiles.unique().tolist()) == {0, 16}
+    assert kernels.measure(case, LIMITS, repeats=1)["ratio"] > 0
+    assert describe(vars(case)).endswith("batch 16 block 16x1")
 
 
 def test_a_wrong_kernel_gets_no_speed(monkeypatch):

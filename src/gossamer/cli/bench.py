@@ -106,7 +106,8 @@ def describe(case: dict[str, Any]) -> str:
             f"{case['layers']} layers {case['width']}x{case['width']} "
             f"density {case['density']:g} batch {case['batch']}"
         )
+    block = f" block {case['block']}" if case.get("block") else ""
     return (
         f"{case['out']}x{case['inputs']} {case['dtype']} density {case['density']:g} "
-        f"batch {case['batch']}"
+        f"batch {case['batch']}{block}"
     )

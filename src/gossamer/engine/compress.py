@@ -13,7 +13,6 @@ from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwra
 from gossamer.nn.bitmap import BitmapLinear, serves_batches
 from gossamer.ops import _dispatch
 from gossamer.ops.bitmap import bitmap_bytes, kernel_name
-from gossamer.ops.grouped import kernel_name as batch_kernel_name
 
 MAX_BYTES = 0.9
 """A packed weight must be at most this fraction of the dense one: decoding reads every byte."""
@@ -117,7 +116,7 @@ def _swap(
     if batches:
         packed.prepare_batches()
     root.set_submodule(name, packed)
-    kernel = kernel_name() + (f" + {batch_kernel_name()}" if batches else "")
+    kernel = kernel_name() + (f" + {packed.batch_kernel}" if batches else "")
     return LayerRecord(**{**vars(record), "kernel": kernel})
 
 
