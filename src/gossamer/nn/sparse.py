@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ Dense = TypeVar("Dense", nn.Linear, nn.Conv2d)
 _PARTS = ("splits", "rows", "column_splits", "places")
 
 
-class SparseLayer(nn.Module):
+class SparseLayer(nn.Module, ABC):
     """Kept values of a matrix (out, in) as one parameter, their index as buffers, and a bias.
 
     values: Parameter (nnz,) float32, in row order, so an optimizer keeps state of kept weights
