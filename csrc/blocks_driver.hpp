@@ -5,39 +5,37 @@
 
 #include "batch_tiles.hpp"
 #include "blocks.hpp"
+#include "lanes.hpp"
 
 namespace gossamer {
 namespace {
 
 constexpr int64_t kChunk = 128;  // rows of x at a time
 
-inline Wide spread(const uint16_t* value) {
-  const float v = widen(*value);
-  return spread(&v);
-}
-
 // H rows of `count` blocks of a block row; y holds H rows of a tile of 16 * NV.
 template <class T, int H, int NV, bool Narrow>
 void block_row(const Blocks& m, const T* values, const int32_t* columns, int64_t count,
                const float* xt, float* y) {
-  Wide sums[H][NV];
+  constexpr int parts = 16 * NV / kLanes;
+  auto* out = reinterpret_cast<Lanes*>(y);
+  Lanes sums[H][parts];
   for (int r = 0; r < H; ++r)
-    for (int k = 0; k < NV; ++k) sums[r][k] = load(y + (r * NV + k) * 16);
+    for (int k = 0; k < parts; ++k) sums[r][k] = out[r * parts + k];
   const int64_t width = Narrow ? 1 : m.width;
   for (int64_t e = 0; e < count; ++e) {
-    const auto* from = reinterpret_cast<const Wide*>(xt + int64_t{columns[e]} * (16 * NV));
-    for (int64_t c = 0; c < width; ++c, from += NV, values += m.height) {
-      Wide input[NV];
-      for (int k = 0; k < NV; ++k) input[k] = from[k];
+    const auto* from = reinterpret_cast<const Lanes*>(xt + int64_t{columns[e]} * (16 * NV));
+    for (int64_t c = 0; c < width; ++c, from += parts, values += m.height) {
+      Lanes input[parts];
+      for (int k = 0; k < parts; ++k) input[k] = from[k];
 #pragma GCC unroll 16
       for (int r = 0; r < H; ++r) {
-        const Wide weight = spread(values + r);
-        for (int k = 0; k < NV; ++k) sums[r][k] += weight * input[k];
+        const float weight = widen(values[r]);
+        for (int k = 0; k < parts; ++k) sums[r][k] += weight * input[k];
       }
     }
   }
   for (int r = 0; r < H; ++r)
-    for (int k = 0; k < NV; ++k) store(sums[r][k], y + (r * NV + k) * 16);
+    for (int k = 0; k < parts; ++k) out[r * parts + k] = sums[r][k];
 }
 
 template <class T>

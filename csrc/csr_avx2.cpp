@@ -4,6 +4,7 @@
 
 namespace gossamer {
 namespace {
+constexpr int kLanes = 8;  // floats in a register
 constexpr int kVectors = 4;  // of 16 floats, in a batch tile of compressed rows
 constexpr int kSums = 4;  // of 16 floats, in registers for the product with blocks
 constexpr int kHeight = 4;  // of rows that have such sums

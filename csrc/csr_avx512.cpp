@@ -4,6 +4,7 @@
 
 namespace gossamer {
 namespace {
+constexpr int kLanes = 16;  // floats in a register
 constexpr int kVectors = 8;  // of 16 floats, in a batch tile of compressed rows
 constexpr int kSums = 24;  // of 16 floats, in registers for the product with blocks
 constexpr int kHeight = 8;  // of rows that have such sums

@@ -1,5 +1,5 @@
 // The products with compressed rows, compiled once per instruction set. The including file defines
-// kVectors: so many vectors of 16 floats make the widest batch tile.
+// kVectors: so many vectors of 16 floats make the widest batch tile; and kLanes: see lanes.hpp.
 #pragma once
 #include <omp.h>
 
@@ -7,6 +7,7 @@
 
 #include "batch_tiles.hpp"
 #include "csr.hpp"
+#include "lanes.hpp"
 
 namespace gossamer {
 namespace {
@@ -15,14 +16,15 @@ namespace {
 template <int NV>
 __attribute__((always_inline)) inline void row_product(const Csr& m, int64_t from, int64_t to,
                                                        const float* xt, float* y) {
-  Wide sums[NV];
-  for (int k = 0; k < NV; ++k) sums[k] = load(y + 16 * k);
+  constexpr int parts = 16 * NV / kLanes;
+  auto* out = reinterpret_cast<Lanes*>(y);
+  Lanes sums[parts];
+  for (int k = 0; k < parts; ++k) sums[k] = out[k];
   for (int64_t e = from; e < to; ++e) {
-    const auto* x = reinterpret_cast<const Wide*>(xt + int64_t{m.columns[e]} * (16 * NV));
-    const Wide weight = spread(m.values + e);
-    for (int k = 0; k < NV; ++k) sums[k] += weight * x[k];
+    const auto* x = reinterpret_cast<const Lanes*>(xt + int64_t{m.columns[e]} * (16 * NV));
+    for (int k = 0; k < parts; ++k) sums[k] += m.values[e] * x[k];
   }
-  for (int k = 0; k < NV; ++k) store(sums[k], y + 16 * k);
+  for (int k = 0; k < parts; ++k) out[k] = sums[k];
 }
 
 template <int NV>

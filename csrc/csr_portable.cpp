@@ -4,7 +4,8 @@
 
 namespace gossamer {
 namespace {
-constexpr int kVectors = 1;  // of 16 floats, in a batch tile of compressed rows
+constexpr int kLanes = 4;  // floats in a register
+constexpr int kVectors = 2;  // of 16 floats, in a batch tile of compressed rows
 constexpr int kSums = 2;  // of 16 floats, in registers for the product with blocks
 constexpr int kHeight = 2;  // of rows that have such sums
 }
