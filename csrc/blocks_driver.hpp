@@ -89,7 +89,7 @@ void blocks_chunk(const Blocks& m, const Cut& cut, const float* bias, const floa
 
 // First block row of share i of n: shares hold equal numbers of blocks, and a row costs too.
 inline int64_t first_block_row(const Blocks& m, int i, int n) {
-  if (i == n || !m.parts()) return m.block_rows() * i / n;
+  if (i == n || !m.parts() || !m.block_rows()) return m.block_rows() * i / n;
   const int64_t goal = (m.splits[(m.parts() + 1) * m.block_rows() - 1] + m.block_rows()) * i / n;
   int64_t low = 0, high = m.block_rows();
   while (low < high) {

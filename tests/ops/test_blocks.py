@@ -70,6 +70,9 @@ def test_threads_do_not_change_the_result_and_rows_may_be_empty(isa, monkeypatch
     assert not results[0][:, 40:96].any()
     empty = ops.build(torch.zeros(16, 32), torch.zeros(16, 32, dtype=torch.bool), (16, 1))
     assert torch.equal(ops.linear(torch.randn(5, 32), empty), torch.zeros(5, 16))
+    for out, width in ((0, 32), (16, 0)):
+        nothing = ops.build(torch.zeros(out, width), torch.zeros(out, width).bool(), (16, 1))
+        assert torch.equal(ops.linear(torch.randn(5, width), nothing), torch.zeros(5, out))
 
 
 def test_opcheck():
