@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "bitmap.hpp"
+#include "blocks_bindings.hpp"
+#include "csr_bindings.hpp"
 #include "decoder_bindings.hpp"
 #include "grouped_bindings.hpp"
 #include "isa.hpp"
@@ -170,6 +172,8 @@ NB_MODULE(_kernels, m) {
   bind_decoder(m);
   bind_grouped(m);
   bind_quantized(m);
+  bind_blocks(m);
+  bind_csr(m);
   m.def("bitmap_unpack", &unpack, nb::call_guard<nb::gil_scoped_release>());
   m.def("read_floats", &read_floats, nb::call_guard<nb::gil_scoped_release>());
   m.def("multiply", &multiply, nb::call_guard<nb::gil_scoped_release>());

@@ -21,6 +21,7 @@ from gossamer.engine.prune import prune
 from gossamer.engine.rounds import Part, RoundsResult, train_rounds
 from gossamer.engine.structure import ShrinkResult, coupled_channels, shrink
 from gossamer.engine.train import SparseRun, sparse_training
+from gossamer.engine.true_sparse import TrueSparseRun, sparse_layers, true_sparse_training
 from gossamer.io import export, load, save
 from gossamer.methods import cards, find
 from gossamer.methods.weights import (
@@ -87,6 +88,7 @@ __all__ = [
     "SparseRun",
     "StaticRandom",
     "Support",
+    "TrueSparseRun",
     "Uniform",
     "UniformPlus",
     "Unstructured",
@@ -106,6 +108,8 @@ __all__ = [
     "select",
     "select_global",
     "shrink",
+    "sparse_layers",
     "sparse_training",
     "train_rounds",
+    "true_sparse_training",
 ]

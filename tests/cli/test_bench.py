@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from gossamer.bench import decode, kernels
+from gossamer.bench import decode, kernels, training
 from gossamer.bench.measure import Limits, interleaved, measure_limits
 from gossamer.cli import main
+from gossamer.cli.bench import describe
 from gossamer.core.errors import GossamerError
 from gossamer.nn import BitmapLinear
 from gossamer.ops._dispatch import kernels as compiled
@@ -41,11 +42,35 @@ def test_a_case_holds_every_engine(batch):
     assert found["limit"] in ("bytes", "flops")
 
 
+def test_a_case_of_blocks():
+    case = kernels.Case(64, 130, "float32", 0.5, 16, "16x1")
+    matrix = kernels._matrix(case)
+    tiles = (matrix != 0).view(4, 16, 130).long().sum(1)
+    assert set(tiles.unique().tolist()) == {0, 16}
+    assert kernels.measure(case, LIMITS, repeats=1)["ratio"] > 0
+    assert describe(vars(case)).endswith("batch 16 block 16x1")
+
+
 def test_a_wrong_kernel_gets_no_speed(monkeypatch):
     right = BitmapLinear.forward
     monkeypatch.setattr(BitmapLinear, "forward", lambda self, x: right(self, x) + 1)
     with pytest.raises(GossamerError, match="gossamer is wrong"):
         kernels.measure(kernels.Case(64, 64, "float32", 0.5, 1), LIMITS, repeats=1)
+
+
+def test_training_suite(monkeypatch, capsys):
+    monkeypatch.setattr(training, "cases", lambda: [training.Case(128, 2, 0.1, 20)])
+    main(["bench", "--suite=training", "--repeats=1", "--json"])
+    case = json.loads(capsys.readouterr().out)["cases"][0]
+    times = case["milliseconds"]
+    assert len(times) == 3 and case["best_dense"] in times
+    assert case["ratio"] == pytest.approx(times[case["best_dense"]] / times["gossamer"])
+    main(["bench", "--suite=training", "--repeats=1"])
+    assert "2 layers 128x128" in capsys.readouterr().out
+    right = training.csr.linear
+    monkeypatch.setattr(training.csr, "linear", lambda *args: 1.1 * right(*args))
+    with pytest.raises(GossamerError, match="gradient is wrong"):
+        training.measure(training.cases()[0], LIMITS, repeats=1)
 
 
 def test_decode_suite(monkeypatch, capsys, tmp_path):

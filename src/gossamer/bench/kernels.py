@@ -22,17 +22,19 @@ _COLD = 200 << 20
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: the layer (out, in), dtype of its values, density and rows of input."""
+    """One measurement: the layer (out, in), dtype of its values, density and rows of input; the
+    block that is kept or dropped whole, such as 16x1, or none."""
 
     out: int
     inputs: int
     dtype: str
     density: float
     batch: int
+    block: str = ""
 
 
 def cases() -> list[Case]:
-    """Decoding of MLP-sized layers, and batches of 16 and 128."""
+    """Decoding of MLP-sized layers, and batches of 16 and 128, of blocks too."""
     decode = [
         Case(out, inputs, dtype, density, 1)
         for out, inputs in ((4096, 11008), (4096, 4096))
@@ -45,7 +47,12 @@ def cases() -> list[Case]:
         for batch in (16, 128)
         for density in (0.5, 0.3, 0.2, 0.1, 0.05)
     ]
-    return decode + batches
+    blocks = [
+        Case(4096, 4096, "float32", density, 128, block)
+        for block in ("16x1", "8x1", "4x1", "1x16", "16x16")
+        for density in (0.3, 0.1)
+    ]
+    return decode + batches + blocks
 
 
 def measure(case: Case, limits: Limits, repeats: int = 7) -> dict[str, Any]:
@@ -55,7 +62,8 @@ def measure(case: Case, limits: Limits, repeats: int = 7) -> dict[str, Any]:
     copies = max(1, min(8, -(-_COLD // (matrix.numel() * width)))) if case.batch <= 8 else 1
     x = torch.randn(case.batch, case.inputs, generator=torch.Generator().manual_seed(1))
     x = x.to(matrix.dtype).float()
-    layers = [BitmapLinear.from_matrix(matrix) for _ in range(copies)]
+    pattern = f"block:{case.block}" if case.block else ""
+    layers = [BitmapLinear.from_matrix(matrix, pattern=pattern) for _ in range(copies)]
     if case.batch > 8:
         for layer in layers:
             layer.prepare_batches()
@@ -85,7 +93,9 @@ def measure(case: Case, limits: Limits, repeats: int = 7) -> dict[str, Any]:
 def _matrix(case: Case) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(case.out, case.inputs, generator=generator)
-    drop = torch.rand(case.out, case.inputs, generator=generator) > case.density
+    high, wide = map(int, case.block.split("x")) if case.block else (1, 1)
+    drop = torch.rand(case.out // high, case.inputs // wide, generator=generator) > case.density
+    drop = drop.repeat_interleave(high, 0).repeat_interleave(wide, 1)
     return matrix.masked_fill_(drop, 0.0).to(DTYPES[case.dtype])
 
 

@@ -15,7 +15,6 @@ from gossamer.nn.bitmap import BitmapLinear, serves_batches
 from gossamer.nn.quantized import QuantizedLinear
 from gossamer.ops import _dispatch
 from gossamer.ops.bitmap import bitmap_bytes, kernel_name
-from gossamer.ops.grouped import kernel_name as batch_kernel_name
 from gossamer.ops.quantized import BITS
 from gossamer.ops.quantized import kernel_name as quantized_kernel_name
 
@@ -149,7 +148,7 @@ def _swap(
     if batches:
         packed.prepare_batches()
     root.set_submodule(name, packed)
-    kernel = kernel_name() + (f" + {batch_kernel_name()}" if batches else "")
+    kernel = kernel_name() + (f" + {packed.batch_kernel}" if batches else "")
     return LayerRecord(**{**vars(record), "kernel": kernel})
 
 

@@ -37,6 +37,35 @@ def observe_inputs(
 
 
 @contextmanager
+def observe_gradients(
+    modules: Mapping[str, nn.Module],
+    wanted: Callable[[], bool],
+    callback: Callable[[str, Tensor, Tensor], None],
+) -> Iterator[None]:
+    """While open, call `callback(name, input, gradient of the output)` in every backward pass
+    through a forward of a named module that ran while `wanted()`."""
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> None:
+            if wanted() and output.requires_grad:
+                x = first_tensor(args, kwargs, name).detach()
+                output.register_hook(lambda gradient: callback(name, x, gradient.detach()))
+
+        return hook
+
+    handles = []
+    try:
+        for name, module in modules.items():
+            handles.append(module.register_forward_hook(watch(name), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def around_steps(
     optimizer: torch.optim.Optimizer, before: Callable[[], None], after: Callable[[], None]
 ) -> Iterator[None]:

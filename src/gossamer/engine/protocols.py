@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -147,6 +147,32 @@ class Rounds(Protocol):
 
     def hold(self, masks: Mapping[str, Tensor]) -> Trainer:
         """The trainer that keeps these masks."""
+        ...
+
+
+@runtime_checkable
+class Rewirer(Protocol):
+    """A training method whose decisions need the kept weights only, and of the others at most
+    where the gradient is largest: it can work where no dense matrix exists."""
+
+    growth: ClassVar[Literal["random", "gradient"]]
+    """How weights outside are chosen. With "gradient" what was just dropped may stay after all;
+    with "random" it returns only where nothing else is free."""
+
+    @property
+    def card(self) -> Card: ...
+
+    def counts(self, layers: Sequence[LayerInfo]) -> dict[str, int]:
+        """How many weights each layer keeps; looks at shapes alone."""
+        ...
+
+    def due(self, step: int, total: int) -> bool:
+        """Whether supports may change after this step."""
+        ...
+
+    def stay(self, values: Tensor, step: int, total: int) -> Tensor:
+        """bool (nnz,): which of a layer's kept weights survive the update after this step. As
+        many as do not are grown."""
         ...
 
 

@@ -2,5 +2,14 @@
 
 from gossamer.nn.bitmap import BitmapLinear, prepare_batches, serves_batches
 from gossamer.nn.quantized import QuantizedLinear
+from gossamer.nn.sparse import SparseConv2d, SparseLinear, to_dense
 
-__all__ = ["BitmapLinear", "QuantizedLinear", "prepare_batches", "serves_batches"]
+__all__ = [
+    "BitmapLinear",
+    "QuantizedLinear",
+    "SparseConv2d",
+    "SparseLinear",
+    "prepare_batches",
+    "serves_batches",
+    "to_dense",
+]

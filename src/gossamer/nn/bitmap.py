@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gossamer.core.errors import UsageError
+from gossamer.core.errors import PatternError, UsageError
+from gossamer.core.pattern import Block, parse_pattern
 from gossamer.ops import bitmap as ops
-from gossamer.ops import grouped
+from gossamer.ops import blocks, grouped
 from gossamer.ops.bitmap.native import MATVEC_ROWS
+from gossamer.ops.blocks import Blocks
 from gossamer.ops.grouped import Grouped
+
+BatchForm = Grouped | Blocks
 
 
 class BitmapLinear(nn.Module):
@@ -20,7 +24,8 @@ class BitmapLinear(nn.Module):
     called. Raises FormatError when the parts contradict each other.
 
     `prepare_batches` adds a second copy of the weights, never saved, in the form that serves more
-    than 8 rows of input fastest; without it such batches are unpacked piece by piece.
+    than 8 rows of input fastest: blocks for a block pattern whose blocks are whole, else groups of
+    columns. Without it such batches are unpacked piece by piece.
     """
 
     values: Tensor
@@ -48,7 +53,7 @@ class BitmapLinear(nn.Module):
         self.register_buffer("bitmap", bitmap.contiguous())
         offsets = ops.row_offsets(values, bitmap, in_features)
         self.register_buffer("row_ptr", offsets, persistent=False)
-        self._grouped: tuple[int, Grouped] | None = None
+        self._batches: tuple[int, BatchForm] | None = None
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
@@ -70,27 +75,40 @@ class BitmapLinear(nn.Module):
 
     def prepare_batches(self) -> int:
         """Build the form for batches; returns its bytes. O(out * in / 64 + nnz)."""
-        parts = (self.values, self.bitmap, self.row_ptr, self.in_features)
-        form = grouped.build(*parts)
-        self._grouped = (_version(self.values), form)
+        form: BatchForm | None = None
+        if (block := _block(self.pattern)) is not None:
+            mask = ops.unpack_mask(self.bitmap, self.in_features)
+            form = blocks.build(self.to_matrix(), mask, block)
+        if form is None:
+            form = grouped.build(self.values, self.bitmap, self.row_ptr, self.in_features)
+        self._batches = (_version(self.values), form)
         return form.nbytes
 
-    def _form(self, x: Tensor) -> Grouped | None:
+    @property
+    def batch_kernel(self) -> str | None:
+        """The kernel that serves batches, where a form for it is prepared."""
+        if self._batches is None:
+            return None
+        return (blocks if isinstance(self._batches[1], Blocks) else grouped).kernel_name()
+
+    def _form(self, x: Tensor) -> BatchForm | None:
         """The form for batches, where it is prepared and serves x; made anew for new values."""
-        if self._grouped is None or x.numel() <= MATVEC_ROWS * self.in_features:
+        if self._batches is None or x.numel() <= MATVEC_ROWS * self.in_features:
             return None
         if x.dtype not in (torch.float32, torch.bfloat16) or not x.is_cpu:
             return None
         if torch.is_grad_enabled() and (x.requires_grad or torch.compiler.is_compiling()):
             return None
-        version, form = self._grouped
+        version, form = self._batches
         if version != _version(self.values) or form.values.dtype != self.values.dtype:
             self.prepare_batches()
-        return self._grouped[1]
+        return self._batches[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in x's dtype."""
         if (form := self._form(x)) is not None:
+            if isinstance(form, Blocks):
+                return blocks.linear(x, form, self.bias)
             return grouped.linear(x, form, self.bias)
         return ops.linear(x, self.values, self.bitmap, self.row_ptr, self.bias, self.in_features)
 
@@ -100,6 +118,15 @@ class BitmapLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"density={self.density:.3f}, bias={self.bias is not None}, dtype={self.values.dtype}"
         )
+
+
+def _block(pattern: str) -> tuple[int, int] | None:
+    """Rows and columns of a block pattern, None for another or an unknown one."""
+    try:
+        parsed = parse_pattern(pattern)
+    except PatternError:
+        return None
+    return (parsed.rows, parsed.cols) if isinstance(parsed, Block) else None
 
 
 def _version(values: Tensor) -> int:

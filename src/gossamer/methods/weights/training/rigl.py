@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from gossamer.methods.weights.training.topology import (
     drop_and_regrow,
     layer_counts,
     random_masks,
+    without_smallest,
 )
 
 
@@ -35,6 +36,7 @@ class RigL(Fixed):
     until: float = 0.75
 
     gradients_at_update: ClassVar[bool] = True
+    growth: ClassVar[Literal["random", "gradient"]] = "gradient"
     card: ClassVar[Card] = Card(
         name="rigl",
         kind="trainer",
@@ -62,6 +64,10 @@ class RigL(Fixed):
         check_fraction(self.drop, "drop")
         check_fraction(self.until, "until")
 
+    def counts(self, layers: Sequence[LayerInfo]) -> dict[str, int]:
+        """The allocation's exact counts."""
+        return layer_counts(layers, self.allocation, self.density)
+
     def start(
         self,
         layers: Sequence[LayerInfo],
@@ -69,8 +75,7 @@ class RigL(Fixed):
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
         """Random masks with the allocation's exact counts."""
-        counts = layer_counts(layers, self.allocation, self.density)
-        return random_masks(layers, counts, generator)
+        return random_masks(layers, self.counts(layers), generator)
 
     def due(self, step: int, total: int) -> bool:
         """Every `every` steps before `until`."""
@@ -86,5 +91,12 @@ class RigL(Fixed):
         generator: torch.Generator,
     ) -> list[dict[str, Tensor]]:
         """The same count in each layer, rewired."""
-        fraction = Cosine(self.drop)(step / (self.until * total))
-        return [drop_and_regrow(layers, gradients, masks, fraction)]
+        return [drop_and_regrow(layers, gradients, masks, self._fraction(step, total))]
+
+    def stay(self, values: Tensor, step: int, total: int) -> Tensor:
+        """All but the fraction of the smallest |w| that is dropped at this step."""
+        mask = torch.ones_like(values, dtype=torch.bool)
+        return without_smallest(values, mask, self._fraction(step, total))
+
+    def _fraction(self, step: int, total: int) -> float:
+        return Cosine(self.drop)(step / (self.until * total))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class SET(Fixed):
     every: int = 100
     drop: float = 0.3
 
+    growth: ClassVar[Literal["random", "gradient"]] = "random"
     card: ClassVar[Card] = Card(
         name="set",
         kind="trainer",
@@ -55,6 +56,10 @@ class SET(Fixed):
         check_every(self.every, "SET")
         check_fraction(self.drop, "drop")
 
+    def counts(self, layers: Sequence[LayerInfo]) -> dict[str, int]:
+        """The allocation's exact counts."""
+        return layer_counts(layers, self.allocation, self.density)
+
     def start(
         self,
         layers: Sequence[LayerInfo],
@@ -62,8 +67,7 @@ class SET(Fixed):
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
         """Random masks with the allocation's exact counts."""
-        counts = layer_counts(layers, self.allocation, self.density)
-        return random_masks(layers, counts, generator)
+        return random_masks(layers, self.counts(layers), generator)
 
     def due(self, step: int, total: int) -> bool:
         """Every `every` steps, not after the last."""
@@ -96,3 +100,7 @@ class SET(Fixed):
             count = int(side.sum())
             stay |= top_among(weight.abs(), side, count - int(self.drop * count))
         return stay
+
+    def stay(self, values: Tensor, step: int, total: int) -> Tensor:
+        """All but the smallest positive and largest negative weights."""
+        return self.survivors(values, torch.ones_like(values, dtype=torch.bool))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class StaticRandom(Fixed):
     density: float
     allocation: ShapeAllocation = field(default_factory=ERK)
 
+    growth: ClassVar[Literal["random", "gradient"]] = "random"
     card: ClassVar[Card] = Card(
         name="staticrandom",
         kind="trainer",
@@ -44,6 +45,10 @@ class StaticRandom(Fixed):
         "here counts are exact. Weights keep their dense initialisation.",
     )
 
+    def counts(self, layers: Sequence[LayerInfo]) -> dict[str, int]:
+        """The allocation's exact counts."""
+        return layer_counts(layers, self.allocation, self.density)
+
     def start(
         self,
         layers: Sequence[LayerInfo],
@@ -51,5 +56,8 @@ class StaticRandom(Fixed):
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
         """Random masks with the allocation's exact counts."""
-        counts = layer_counts(layers, self.allocation, self.density)
-        return random_masks(layers, counts, generator)
+        return random_masks(layers, self.counts(layers), generator)
+
+    def stay(self, values: Tensor, step: int, total: int) -> Tensor:
+        """Every weight."""
+        return torch.ones_like(values, dtype=torch.bool)

@@ -129,6 +129,12 @@ def keep_largest(weight: Tensor, mask: Tensor, count: int) -> Tensor:
     return top_among(weight.abs(), mask, count)
 
 
+def without_smallest(weight: Tensor, mask: Tensor, fraction: float) -> Tensor:
+    """The mask less the fraction `fraction` of its weights with the smallest |w|."""
+    count = int(mask.sum())
+    return keep_largest(weight, mask, count - int(fraction * count))
+
+
 def drop_and_regrow(
     layers: Sequence[LayerInfo],
     gradients: Mapping[str, Tensor],
@@ -140,9 +146,8 @@ def drop_and_regrow(
     grown = {}
     for layer in layers:
         mask = masks[layer.name]
-        count = int(mask.sum())
-        kept = keep_largest(layer.weight, mask, count - int(fraction * count))
-        room = count - int(kept.sum())
+        kept = without_smallest(layer.weight, mask, fraction)
+        room = int(mask.sum()) - int(kept.sum())
         grown[layer.name] = kept | top_among(gradients[layer.name].abs(), ~kept, room)
     return grown
 

@@ -3,7 +3,7 @@
 A Llama geometry with random weights, half of ours zero: bfloat16 against F16, 8 bits against Q8_0,
 4 bits (the head 8) against Q4_0. Files go to a folder and are used again; decoding takes turns.
 Writes benchmarks/results/llama_cpp.json. Needs llama-cpp-python and gguf.
-Run: python benchmarks/cases/llama_cpp.py FOLDER [--geometry llama-1b] [--prepare]
+Run: python benchmarks/cases/peer_llama_cpp.py FOLDER [--geometry llama-1b] [--prepare]
 """
 
 from __future__ import annotations
