@@ -10,6 +10,7 @@
 #pragma once
 #include <omp.h>
 
+#include "batch_tiles.hpp"
 #include "bitmap.hpp"
 
 namespace gossamer {
@@ -133,14 +134,6 @@ inline void run_spmm(const Bitmap& m, const float* xt, int64_t tiles, int64_t wi
     if (m.bf16) spmm_dispatch<uint16_t>(m, xt, tiles, width, yt, bias, cursor, from, to);
     else spmm_dispatch<float>(m, xt, tiles, width, yt, bias, cursor, from, to);
   }
-}
-
-inline float widen(float value) { return value; }
-inline float widen(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float result;
-  __builtin_memcpy(&result, &bits, 4);
-  return result;
 }
 
 template <class T>

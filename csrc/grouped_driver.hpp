@@ -3,20 +3,11 @@
 #pragma once
 #include <omp.h>
 
-#include <cmath>
-
-#include "bitmap_driver.hpp"
+#include "batch_tiles.hpp"
 #include "grouped.hpp"
 
 namespace gossamer {
 namespace {
-
-typedef float Wide __attribute__((vector_size(64)));
-
-inline Wide spread(const float* value) {
-  const float v = *value;
-  return Wide{v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v};
-}
 
 // The upper half of the 32 bits that end with the value: one broadcast and one mask.
 inline Wide spread(const uint16_t* value) {
@@ -63,104 +54,6 @@ void tile_product(const uint16_t* counts, const uint16_t* columns, const T* valu
   patterns<T, NV, 1>(counts, columns, values, x, sums);
   for (int r = 0; r < kTile; ++r)
     for (int k = 0; k < NV; ++k) out[r * NV + k] = sums[r][k];
-}
-
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-
-inline Wide load(const float* from) {
-  Wide found;
-  __builtin_memcpy(&found, from, sizeof found);
-  return found;
-}
-inline Wide load(const uint16_t* from) {
-  Halves raw;
-  __builtin_memcpy(&raw, from, sizeof raw);
-  return reinterpret_cast<Wide>(__builtin_convertvector(raw, Words) << 16);
-}
-inline void store(Wide value, float* to) { __builtin_memcpy(to, &value, sizeof value); }
-// Rounds to nearest even; NaN stays NaN.
-inline void store(Wide value, uint16_t* to) {
-  const auto bits = reinterpret_cast<Words>(value);
-  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const auto odd = reinterpret_cast<Words>(value != value);
-  const Halves raw = __builtin_convertvector((odd & ((bits >> 16) | 0x40)) | (~odd & rounded), Halves);
-  __builtin_memcpy(to, &raw, sizeof raw);
-}
-inline float narrow_or_same(float value, float*) { return value; }
-inline uint16_t narrow_or_same(float value, uint16_t*) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  if (value != value) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-// One of the four butterflies of a 16 x 16 transpose: exchanges the off-diagonal S x S blocks.
-template <int S>
-__attribute__((always_inline)) inline void butterfly(Wide (&v)[16]) {
-  Words low, high;
-  for (int lane = 0; lane < 16; ++lane) {
-    low[lane] = lane & S ? 16 + lane - S : lane;
-    high[lane] = lane & S ? 16 + lane : lane + S;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {
-    if (i & S) continue;
-    const Wide first = v[i], second = v[i + S];
-    v[i] = __builtin_shuffle(first, second, low);
-    v[i + S] = __builtin_shuffle(first, second, high);
-  }
-}
-
-__attribute__((always_inline)) inline void transpose(Wide (&v)[16]) {
-  butterfly<8>(v);
-  butterfly<4>(v);
-  butterfly<2>(v);
-  butterfly<1>(v);
-}
-
-// Columns from..to of x (count rows of `cols`), turned into xt (cols, width), zero beyond count.
-template <class X>
-void turn_in(const X* x, int64_t cols, int64_t count, int64_t width, int64_t from, int64_t to,
-             float* xt) {
-  for (int64_t b = 0; b < width; b += 16) {
-    const int64_t rows = count - b < 16 ? count - b : 16;
-    int64_t j = from;
-    for (; j + 16 <= to; j += 16) {
-      Wide v[16];
-      for (int64_t k = 0; k < 16; ++k) v[k] = k < rows ? load(x + (b + k) * cols + j) : Wide{};
-      transpose(v);
-      for (int64_t k = 0; k < 16; ++k) store(v[k], xt + (j + k) * width + b);
-    }
-    for (; j < to; ++j)
-      for (int64_t k = 0; k < 16; ++k)
-        xt[j * width + b + k] = k < rows ? widen(x[(b + k) * cols + j]) : 0.0f;
-  }
-}
-
-// Rows from..to of yt (rows, width) back to y (count rows of `rows`).
-template <class X>
-void turn_out(X* y, int64_t rows, int64_t count, int64_t width, int64_t from, int64_t to, bool relu,
-              const float* yt) {
-  const auto lowest = relu ? 0.0f : -INFINITY;
-  for (int64_t b = 0; b < count; b += 16) {
-    const int64_t batch = count - b < 16 ? count - b : 16;
-    int64_t j = from;
-    for (; j + 16 <= to; j += 16) {
-      Wide v[16];
-      for (int64_t k = 0; k < 16; ++k) v[k] = load(yt + (j + k) * width + b);
-      transpose(v);
-      for (int64_t k = 0; k < batch; ++k) {
-        if (relu) v[k] = v[k] < lowest ? Wide{} : v[k];
-        store(v[k], y + (b + k) * rows + j);
-      }
-    }
-    for (; j < to; ++j)
-      for (int64_t k = 0; k < batch; ++k) {
-        const float sum = yt[j * width + b + k];
-        y[(b + k) * rows + j] = narrow_or_same(sum < lowest ? 0.0f : sum, static_cast<X*>(nullptr));
-      }
-  }
 }
 
 // First tile of share i of n: shares hold equal numbers of weights in the first block, which

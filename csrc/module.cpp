@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "active_bindings.hpp"
 #include "bitmap.hpp"
 #include "decoder_bindings.hpp"
 #include "grouped_bindings.hpp"
@@ -168,6 +169,7 @@ NB_MODULE(_kernels, m) {
   m.def("bitmap_matvec", &matvec, nb::call_guard<nb::gil_scoped_release>());
   bind_decoder(m);
   bind_grouped(m);
+  bind_active(m);
   m.def("bitmap_unpack", &unpack, nb::call_guard<nb::gil_scoped_release>());
   m.def("read_floats", &read_floats, nb::call_guard<nb::gil_scoped_release>());
   m.def("multiply", &multiply, nb::call_guard<nb::gil_scoped_release>());
