@@ -56,8 +56,18 @@ int64_t active_mlp_avx512(const GatedMlp&, const float*, float*, float*, int32_t
                           float*, int);
 
 // The indices, ascending, of the n numbers whose magnitude is above the threshold; NaN counts as
-// above everything, so that it is seen in the result. Returns how many.
-int64_t indices_above(const float* x, int64_t n, float threshold, int32_t* index);
+// above everything, so that it is seen in the result. index has room for n + 1. Returns how many.
+using ActiveAbove = int64_t (*)(const float* x, int64_t n, float threshold, int32_t* index);
+int64_t active_above_portable(const float*, int64_t, float, int32_t*);
+int64_t active_above_avx2(const float*, int64_t, float, int32_t*);
+int64_t active_above_avx512(const float*, int64_t, float, int32_t*);
+
+// Orders as magnitudes do, with NaN above infinity.
+inline int32_t magnitude(float value) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return bits & 0x7fffffff;
+}
 
 // The indices, ascending, of the k largest magnitudes; ties keep the lower index, NaN is largest.
 void indices_of_largest(const float* x, int64_t n, int64_t k, int32_t* index);

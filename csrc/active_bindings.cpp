@@ -14,27 +14,6 @@ namespace nb = nanobind;
 
 namespace gossamer {
 
-namespace {
-
-// Orders as magnitudes do, with NaN above infinity.
-inline int32_t magnitude(float value) {
-  int32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  return bits & 0x7fffffff;
-}
-
-}  // namespace
-
-int64_t indices_above(const float* x, int64_t n, float threshold, int32_t* index) {
-  const int32_t limit = magnitude(threshold);
-  int64_t count = 0;
-  for (int64_t j = 0; j < n; ++j) {
-    index[count] = static_cast<int32_t>(j);  // overwritten unless kept: no branch
-    count += magnitude(x[j]) > limit;
-  }
-  return count;
-}
-
 void indices_of_largest(const float* x, int64_t n, int64_t k, int32_t* index) {
   if (k <= 0) return;
   thread_local std::vector<int32_t> order;
@@ -68,15 +47,43 @@ Lines lines(const Shape& parts) {
   return m;
 }
 
-int64_t above(uintptr_t x, int64_t n, float threshold, uintptr_t index) {
-  return indices_above(reinterpret_cast<const float*>(x), n, threshold,
-                       reinterpret_cast<int32_t*>(index));
+ActiveAbove pick_above(int isa) {
+  check_isa(isa);
+#if defined(__x86_64__)
+  if (isa == kAvx512) return active_above_avx512;
+  if (isa == kAvx2) return active_above_avx2;
+#endif
+  return active_above_portable;
+}
+
+int64_t above(uintptr_t x, int64_t n, float threshold, uintptr_t index, int isa) {
+  return pick_above(isa)(reinterpret_cast<const float*>(x), n, threshold,
+                         reinterpret_cast<int32_t*>(index));
 }
 
 void largest(uintptr_t x, int64_t n, int64_t k, uintptr_t index) {
   if (k < 0 || k > n) throw std::invalid_argument("active: bad count");
   indices_of_largest(reinterpret_cast<const float*>(x), n, k, reinterpret_cast<int32_t*>(index));
 }
+
+// Kept from call to call: fresh memory would cost a page fault per 4 KiB, which shows at 1 ms a call.
+struct Scratch {
+  float *sums, *coefficients, *hidden, *scaled;
+  int32_t* index;
+  Scratch(int64_t n_sums, int64_t n_coefficients, int64_t n_hidden, int64_t n_scaled,
+          int64_t n_index) {
+    thread_local std::vector<float> floats;
+    thread_local std::vector<int32_t> ints;
+    const auto wanted = static_cast<size_t>(n_sums + n_coefficients + n_hidden + n_scaled);
+    if (floats.size() < wanted) floats.resize(wanted);
+    if (ints.size() < static_cast<size_t>(n_index)) ints.resize(n_index);
+    sums = floats.data();
+    coefficients = sums + n_sums;
+    hidden = coefficients + n_coefficients;
+    scaled = hidden + n_hidden;
+    index = ints.data();
+  }
+};
 
 // index 0: those of x above the threshold, x (rows, count) row by row; else the same for all rows.
 void sum(const Shape& parts, uintptr_t x, int64_t rows, uintptr_t index, int64_t active,
@@ -90,15 +97,15 @@ void sum(const Shape& parts, uintptr_t x, int64_t rows, uintptr_t index, int64_t
   if (isa == kAvx2) run = active_sum_avx2;
 #endif
   nb::gil_scoped_release released;
-  std::vector<float> sums(kShares * m.width);
-  std::vector<float> coefficients(std::max(active, m.count));
-  std::vector<int32_t> found(m.count + 1);
+  const Scratch scratch(kShares * m.width, std::max(active, m.count), 0, 0, m.count + 1);
+  const ActiveAbove choose = pick_above(isa);
   const auto* given = reinterpret_cast<const int32_t*>(index);
   for (int64_t row = 0; row < rows; ++row) {
     const float* input = reinterpret_cast<const float*>(x) + row * m.count;
-    if (!index) active = indices_above(input, m.count, threshold, found.data());
-    run(m, input, index ? given : found.data(), active, reinterpret_cast<float*>(y) + row * m.width,
-        reinterpret_cast<const float*>(bias), sums.data(), coefficients.data(), threads);
+    if (!index) active = choose(input, m.count, threshold, scratch.index);
+    run(m, input, index ? given : scratch.index, active,
+        reinterpret_cast<float*>(y) + row * m.width, reinterpret_cast<const float*>(bias),
+        scratch.sums, scratch.coefficients, threads);
   }
 }
 
@@ -116,14 +123,12 @@ int64_t gated(const Shape& gate, const Shape& up, const Shape& down, float thres
   if (isa == kAvx2) run = active_mlp_avx2;
 #endif
   nb::gil_scoped_release released;
-  std::vector<float> hidden(count), coefficients(count), scaled(2 * width);
-  std::vector<float> sums(kShares * m.down.width);
-  std::vector<int32_t> index(count + 1);
+  const Scratch scratch(kShares * m.down.width, count, count, 2 * width, count + 1);
   int64_t kept = 0;
   for (int64_t row = 0; row < rows; ++row)
     kept += run(m, reinterpret_cast<const float*>(x) + row * width,
-                reinterpret_cast<float*>(y) + row * m.down.width, hidden.data(), index.data(),
-                scaled.data(), sums.data(), coefficients.data(), threads);
+                reinterpret_cast<float*>(y) + row * m.down.width, scratch.hidden, scratch.index,
+                scratch.scaled, scratch.sums, scratch.coefficients, threads);
   return kept;
 }
 

@@ -59,8 +59,8 @@ void add_lines(const T* const* lines, const T* const* next, const float* coeffic
     for (int c = 0; c < C; ++c) y[j] += coefficients[c] * widen(lines[c][j]);
 }
 
-// Lines first..last of the index list into y[from..to). They come in fours, and those two fours
-// ahead are asked for: HW prefetchers stop at a page, which a line may not even fill.
+// Lines first..last of the index list into y[from..to). They come in fours, and the next four are
+// asked for: the processor's own prefetching stops at a page, which a line may not even fill.
 template <class T>
 void add_share(const Lines& m, const int32_t* index, int64_t active, const float* coefficients,
                int64_t first, int64_t last, int64_t from, int64_t to, float* y) {
@@ -69,7 +69,7 @@ void add_share(const Lines& m, const int32_t* index, int64_t active, const float
   for (int64_t k = first; k < last; k += kAtOnce) {
     const T *lines[kAtOnce], *next[kAtOnce];
     for (int c = 0; c < kAtOnce; ++c) {
-      const int64_t later = k + 2 * kAtOnce + c;
+      const int64_t later = k + kAtOnce + c;
       lines[c] = values + index[k + c < last ? k + c : last - 1] * m.width;
       next[c] = values + index[later < active ? later : active - 1] * m.width;
     }
@@ -79,6 +79,25 @@ void add_share(const Lines& m, const int32_t* index, int64_t active, const float
       case 3: add_lines<T, 3>(lines, next, coefficients + k, from, to, y); break;
       default: add_lines<T, kAtOnce>(lines, next, coefficients + k, from, to, y);
     }
+  }
+}
+
+// y[from..to): the shares in their order, times the scales across the lines, plus bias.
+inline void finish(const Lines& m, const float* bias, const float* sums, int64_t shares,
+                   int64_t from, int64_t to, float* y) {
+  int64_t j = from;
+  for (; j + 16 <= to; j += 16) {
+    Wide sum = load(sums + j);
+    for (int64_t share = 1; share < shares; ++share) sum += load(sums + share * m.width + j);
+    if (m.across_scale) sum *= load(m.across_scale + j);
+    if (bias) sum += load(bias + j);
+    store(sum, y + j);
+  }
+  for (; j < to; ++j) {
+    float sum = sums[j];
+    for (int64_t share = 1; share < shares; ++share) sum += sums[share * m.width + j];
+    if (m.across_scale) sum *= m.across_scale[j];
+    y[j] = bias ? sum + bias[j] : sum;
   }
 }
 
@@ -101,12 +120,8 @@ void team_sum(const Lines& m, const float* x, const int32_t* index, int64_t acti
                  end < m.width ? end : m.width, sums + share * m.width);
   }
 #pragma omp barrier
-  for (int64_t j = m.width * i / n; j < m.width * (i + 1) / n; ++j) {
-    float sum = 0.0f;
-    for (int64_t share = 0; share < shares; ++share) sum += sums[share * m.width + j];
-    if (m.across_scale) sum *= m.across_scale[j];
-    y[j] = sum + (bias ? bias[j] : 0.0f);
-  }
+  const int64_t from = blocks * i / n * 64, end = blocks * (i + 1) / n * 64;
+  finish(m, bias, sums, shares, from, end < m.width ? end : m.width, y);
 #pragma omp barrier
 }
 
@@ -184,8 +199,28 @@ inline const float* scaled(const Lines& m, const float* x, float* scratch) {
   return scratch;
 }
 
+inline int64_t find_above(const float* x, int64_t n, float threshold, int32_t* index) {
+  const int32_t limit = magnitude(threshold);
+  int64_t count = 0, j = 0;
+#if defined(__AVX512F__)
+  __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (; j + 16 <= n; j += 16) {
+    const __m512i size = _mm512_and_epi32(_mm512_loadu_si512(x + j), _mm512_set1_epi32(0x7fffffff));
+    const __mmask16 kept = _mm512_cmpgt_epi32_mask(size, _mm512_set1_epi32(limit));
+    _mm512_mask_compressstoreu_epi32(index + count, kept, places);
+    count += __builtin_popcount(kept);
+    places = _mm512_add_epi32(places, _mm512_set1_epi32(16));
+  }
+#endif
+  for (; j < n; ++j) {
+    index[count] = static_cast<int32_t>(j);  // overwritten unless kept: no branch
+    count += magnitude(x[j]) > limit;
+  }
+  return count;
+}
+
 inline int64_t choose(const GatedMlp& m, const float* hidden, int32_t* index) {
-  if (m.top < 0) return indices_above(hidden, m.gate.count, m.threshold, index);
+  if (m.top < 0) return find_above(hidden, m.gate.count, m.threshold, index);
   indices_of_largest(hidden, m.gate.count, m.top, index);
   return m.top;
 }

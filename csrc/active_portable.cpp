@@ -10,4 +10,7 @@ int64_t active_mlp_portable(const GatedMlp& m, const float* x, float* y, float* 
                         float* x_scaled, float* sums, float* coefficients, int threads) {
   return run_gated(m, x, y, hidden, index, x_scaled, sums, coefficients, threads);
 }
+int64_t active_above_portable(const float* x, int64_t n, float threshold, int32_t* index) {
+  return find_above(x, n, threshold, index);
+}
 }  // namespace gossamer

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from gossamer.bench import decode, kernels
+from gossamer.bench import active, decode, kernels
 from gossamer.bench.measure import Limits, interleaved, measure_limits
 from gossamer.cli import main
 from gossamer.core.errors import GossamerError
@@ -48,6 +48,22 @@ def test_a_wrong_kernel_gets_no_speed(monkeypatch):
         kernels.measure(kernels.Case(64, 64, "float32", 0.5, 1), LIMITS, repeats=1)
 
 
+@pytest.mark.parametrize("name", ["columns", "mlp by product", "mlp by gate"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_active_cases(name, dtype):
+    case = active.Case(f"{name} small", 48, 130, dtype, 0.5)
+    found = active.measure(case, LIMITS, repeats=1)
+    assert found["milliseconds"]["gossamer"] > 0 and "dense" in found["best_dense"]
+    assert any(case.name.startswith(name) for case in active.cases())
+
+
+def test_active_suite_refuses_a_wrong_kernel(monkeypatch):
+    right = active.active.linear
+    monkeypatch.setattr(active.active, "linear", lambda *a, **k: right(*a, **k) * 1.01)
+    with pytest.raises(GossamerError, match="gossamer is wrong"):
+        active.measure(active.Case("columns small", 48, 130, "float32", 0.5), LIMITS, repeats=1)
+
+
 def test_decode_suite(monkeypatch, capsys, tmp_path):
     pytest.importorskip("transformers")
     small = decode.Geometry(64, 1, 4, 2, 128, 32000)
@@ -64,7 +80,11 @@ def test_decode_suite(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("flag", "words"),
-    [("--suite=speed", "kernels, decode"), ("--repeats=0", "at least 1"), ("--only=zz", "no case")],
+    [
+        ("--suite=speed", "kernels, decode, active"),
+        ("--repeats=0", "at least 1"),
+        ("--only=zz", "no case"),
+    ],
 )
 def test_bad_options(flag, words, capsys):
     with pytest.raises(SystemExit) as caught:

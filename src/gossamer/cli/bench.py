@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from gossamer.bench import decode, kernels
+from gossamer.bench import active, decode, kernels
 from gossamer.bench.measure import Limits, measure_limits
 from gossamer.cli.output import note, print_json, print_table
 from gossamer.core.errors import UsageError
 from gossamer.ops import _dispatch
 
-SUITES = ("kernels", "decode")
+SUITES = ("kernels", "decode", "active")
 
 
 @dataclass
@@ -28,11 +28,11 @@ class Bench:
     """
 
     suite: str = "kernels"
-    """kernels: single layers; decode: a whole model's decoding loop"""
+    """kernels: single layers; decode: a whole model's decoding loop; active: inputs with zeros"""
     geometry: str = "llama-1b"
     """of --suite decode: llama-1b or llama-160m, random weights"""
     only: str = ""
-    """of --suite kernels: only cases whose description holds this text, such as 'batch 128'"""
+    """of all suites but decode: only cases whose description holds this text, such as 'batch 128'"""
     repeats: int = 7
     """turns of each engine; the median counts"""
     out: str = ""
@@ -48,7 +48,7 @@ class Bench:
             raise UsageError(f"--repeats is at least 1, not {self.repeats}")
         limits = measure_limits()
         note(f"limits: {limits.read / 1e9:.1f} GB/s read, {limits.flops / 1e9:.0f} GFLOP/s float32")
-        results = self._kernels(limits) if self.suite == "kernels" else self._decode(limits)
+        results = self._decode(limits) if self.suite == "decode" else self._cases(limits)
         record = {
             "suite": self.suite,
             "limits": dataclasses.asdict(limits),
@@ -63,14 +63,15 @@ class Bench:
         else:
             self._print(results)
 
-    def _kernels(self, limits: Limits) -> list[dict[str, Any]]:
-        chosen = [case for case in kernels.cases() if self.only in describe(vars(case))]
+    def _cases(self, limits: Limits) -> list[dict[str, Any]]:
+        suite: Any = {"kernels": kernels, "active": active}[self.suite]
+        chosen = [case for case in suite.cases() if self.only in describe(vars(case))]
         if not chosen:
             raise UsageError(f"--only {self.only!r} leaves no case")
         results = []
         for index, case in enumerate(chosen, 1):
             note(f"{index} of {len(chosen)}: {describe(vars(case))}")
-            results.append(kernels.measure(case, limits, self.repeats))
+            results.append(suite.measure(case, limits, self.repeats))
         return results
 
     def _decode(self, limits: Limits) -> list[dict[str, Any]]:
@@ -84,7 +85,7 @@ class Bench:
             share = f"{result['fraction_of_limit']:.2f} of {result['limit']}"
             ours, ratio = f"{times['gossamer']:.3g}", f"{result['ratio']:.2f}x"
             rows.append((describe(result["case"]), ours, ratio, _peer(result, times), share))
-        unit = "ms" if self.suite == "kernels" else "tokens/s"
+        unit = "tokens/s" if self.suite == "decode" else "ms"
         header = ("case", f"ours, {unit}", "to dense", f"best dense, {unit}", "of the limit")
         print_table(f"gossamer bench --suite {self.suite}", header, rows)
 
@@ -97,6 +98,8 @@ def _peer(result: dict[str, Any], times: dict[str, float]) -> str:
 
 def describe(case: dict[str, Any]) -> str:
     """One line for a case."""
+    if "name" in case:
+        return str(case["name"])
     if "geometry" in case:
         return f"{case['geometry']} {case['dtype']} density {case['density']:g} batch 1"
     return (

@@ -18,7 +18,9 @@ def above(x: Tensor, threshold: float) -> Tensor:
     """int32 indices, ascending, of |x| > threshold; NaN counts as above."""
     x = x.float().contiguous()
     index = torch.empty(x.numel() + 1, dtype=torch.int32)
-    count = _module().active_above(x.data_ptr(), x.numel(), threshold, index.data_ptr())
+    count = _module().active_above(
+        x.data_ptr(), x.numel(), threshold, index.data_ptr(), isa_index()
+    )
     return index[:count].clone()
 
 
