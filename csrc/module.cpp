@@ -12,6 +12,7 @@
 #include "grouped_bindings.hpp"
 #include "isa.hpp"
 #include "limits.hpp"
+#include "spgemm_bindings.hpp"
 
 namespace nb = nanobind;
 using namespace gossamer;
@@ -170,6 +171,7 @@ NB_MODULE(_kernels, m) {
   bind_decoder(m);
   bind_grouped(m);
   bind_active(m);
+  bind_spgemm(m);
   m.def("bitmap_unpack", &unpack, nb::call_guard<nb::gil_scoped_release>());
   m.def("read_floats", &read_floats, nb::call_guard<nb::gil_scoped_release>());
   m.def("multiply", &multiply, nb::call_guard<nb::gil_scoped_release>());

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from gossamer.bench import active, decode, kernels
+from gossamer.bench import active, decode, kernels, spgemm
 from gossamer.bench.measure import Limits, interleaved, measure_limits
 from gossamer.cli import main
 from gossamer.core.errors import GossamerError
@@ -64,6 +64,23 @@ def test_active_suite_refuses_a_wrong_kernel(monkeypatch):
         active.measure(active.Case("columns small", 48, 130, "float32", 0.5), LIMITS, repeats=1)
 
 
+@pytest.mark.parametrize("power_law", [False, True])
+def test_spgemm_cases(power_law, monkeypatch):
+    case = spgemm.Case("small", 300, 5, power_law, True)
+    found = spgemm.measure(case, LIMITS, repeats=1)
+    assert {"gossamer", "scipy csr", "torch csr"} == set(found["milliseconds"])
+    assert 300 <= found["case"]["edges"] <= 1500 + 300
+    right = spgemm.spgemm.multiply
+
+    def wrong(*args):
+        row_ptr, columns, values = right(*args)
+        return row_ptr, columns, values + 1
+
+    monkeypatch.setattr(spgemm.spgemm, "multiply", wrong)
+    with pytest.raises(GossamerError, match="gossamer is wrong"):
+        spgemm.measure(case, LIMITS, repeats=1)
+
+
 def test_decode_suite(monkeypatch, capsys, tmp_path):
     pytest.importorskip("transformers")
     small = decode.Geometry(64, 1, 4, 2, 128, 32000)
@@ -81,7 +98,7 @@ def test_decode_suite(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--suite=speed", "kernels, decode, active"),
+        ("--suite=speed", "decode, active, spgemm"),
         ("--repeats=0", "at least 1"),
         ("--only=zz", "no case"),
     ],

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from gossamer.bench import active, decode, kernels
+from gossamer.bench import active, decode, kernels, spgemm
 from gossamer.bench.measure import Limits, measure_limits
 from gossamer.cli.output import note, print_json, print_table
 from gossamer.core.errors import UsageError
 from gossamer.ops import _dispatch
 
-SUITES = ("kernels", "decode", "active")
+SUITES = ("kernels", "decode", "active", "spgemm")
 
 
 @dataclass
@@ -28,7 +28,8 @@ class Bench:
     """
 
     suite: str = "kernels"
-    """kernels: single layers; decode: a whole model's decoding loop; active: inputs with zeros"""
+    """kernels: single layers; decode: a whole model's decoding loop; active: inputs with zeros;
+    spgemm: sparse times sparse"""
     geometry: str = "llama-1b"
     """of --suite decode: llama-1b or llama-160m, random weights"""
     only: str = ""
@@ -64,7 +65,7 @@ class Bench:
             self._print(results)
 
     def _cases(self, limits: Limits) -> list[dict[str, Any]]:
-        suite: Any = {"kernels": kernels, "active": active}[self.suite]
+        suite: Any = {"kernels": kernels, "active": active, "spgemm": spgemm}[self.suite]
         chosen = [case for case in suite.cases() if self.only in describe(vars(case))]
         if not chosen:
             raise UsageError(f"--only {self.only!r} leaves no case")
@@ -86,7 +87,7 @@ class Bench:
             ours, ratio = f"{times['gossamer']:.3g}", f"{result['ratio']:.2f}x"
             rows.append((describe(result["case"]), ours, ratio, _peer(result, times), share))
         unit = "tokens/s" if self.suite == "decode" else "ms"
-        header = ("case", f"ours, {unit}", "to dense", f"best dense, {unit}", "of the limit")
+        header = ("case", f"ours, {unit}", "ratio", f"best peer, {unit}", "of the limit")
         print_table(f"gossamer bench --suite {self.suite}", header, rows)
 
 
