@@ -12,6 +12,7 @@
 #include "grouped_bindings.hpp"
 #include "isa.hpp"
 #include "limits.hpp"
+#include "pointwise_bindings.hpp"
 #include "spgemm_bindings.hpp"
 
 namespace nb = nanobind;
@@ -172,6 +173,7 @@ NB_MODULE(_kernels, m) {
   bind_grouped(m);
   bind_active(m);
   bind_spgemm(m);
+  bind_pointwise(m);
   m.def("bitmap_unpack", &unpack, nb::call_guard<nb::gil_scoped_release>());
   m.def("read_floats", &read_floats, nb::call_guard<nb::gil_scoped_release>());
   m.def("multiply", &multiply, nb::call_guard<nb::gil_scoped_release>());

@@ -1,0 +1,9 @@
+// Sparse 1x1 convolution, compiled for avx512.
+#include "pointwise_driver.hpp"
+
+namespace gossamer {
+void pointwise_avx512(const Pointwise& m, const float* x, float* y, int64_t images, int64_t pixels,
+                    const float* bias, float low, float high, float* scratch, int threads) {
+  run_pointwise(m, x, y, images, pixels, bias, low, high, scratch, threads);
+}
+}  // namespace gossamer
