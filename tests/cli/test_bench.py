@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from gossamer.bench import active, decode, kernels, spgemm
+from gossamer.bench import active, conv, decode, kernels, spgemm
 from gossamer.bench.measure import Limits, interleaved, measure_limits
 from gossamer.cli import main
 from gossamer.core.errors import GossamerError
@@ -81,6 +81,16 @@ def test_spgemm_cases(power_law, monkeypatch):
         spgemm.measure(case, LIMITS, repeats=1)
 
 
+def test_conv_case(monkeypatch):
+    monkeypatch.setattr(conv, "WIDTHS", [(8, 24, 1), (24, 40, 2)])
+    found = conv.measure(conv.Case("small", 32, 0.1, 2), LIMITS, repeats=1)
+    assert {"gossamer", "torch dense contiguous"} <= set(found["milliseconds"])
+    assert found["fraction_of_limit"] > 0 and found["limit"] == "flops"
+    monkeypatch.setattr(conv, "compress", lambda model: model[0].bias.data.add_(1))
+    with pytest.raises(GossamerError, match="gossamer is wrong"):
+        conv.measure(conv.Case("small", 32, 0.1, 2), LIMITS, repeats=1)
+
+
 def test_decode_suite(monkeypatch, capsys, tmp_path):
     pytest.importorskip("transformers")
     small = decode.Geometry(64, 1, 4, 2, 128, 32000)
@@ -98,7 +108,7 @@ def test_decode_suite(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--suite=speed", "decode, active, spgemm"),
+        ("--suite=speed", "decode, active, spgemm, conv"),
         ("--repeats=0", "at least 1"),
         ("--only=zz", "no case"),
     ],

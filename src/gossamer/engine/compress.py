@@ -11,9 +11,11 @@ from gossamer.core.errors import UsageError
 from gossamer.core.matrix import as_matrix, is_prunable
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwrap
 from gossamer.nn.bitmap import BitmapLinear, serves_batches
+from gossamer.nn.conv import DepthwiseConv2d, PointwiseConv2d, serves_depthwise, why_not
 from gossamer.ops import _dispatch
 from gossamer.ops.bitmap import bitmap_bytes, kernel_name
 from gossamer.ops.grouped import kernel_name as batch_kernel_name
+from gossamer.ops.pointwise import kernel_name as conv_kernel_name
 
 MAX_BYTES = 0.9
 """A packed weight must be at most this fraction of the dense one: decoding reads every byte."""
@@ -26,7 +28,9 @@ def compress(
     batches: bool | None = None,
     strict: bool = False,
 ) -> CompressResult:
-    """Replace, in place, every linear layer whose zeros pay by a kernel-backed `BitmapLinear`.
+    """Replace, in place, every linear layer whose zeros pay by a kernel-backed `BitmapLinear`,
+    every such 1x1 convolution, in float32, by a `PointwiseConv2d`. Then 3x3 depthwise convolutions
+    get a dense kernel for the same layout.
 
     Any zeros count, whoever made them. A layer stays dense, and its record says why, when the
     packed weight would take more than 0.9 of the dense bytes (or its density exceeds
@@ -58,7 +62,17 @@ def compress(
         else:
             record = _with_reason(record, reason)
         records.append(record)
+    if any(isinstance(module, PointwiseConv2d) for module in root.modules()):
+        _keep_channels_first(root)
     return CompressResult(root, tuple(records), _dispatch.isa(), torch.get_num_threads())
+
+
+def _keep_channels_first(root: nn.Module) -> None:
+    """Depthwise convolutions stay dense, but by the kernel that suits what surrounds them."""
+    for name, module in list(root.named_modules()):
+        if name and serves_depthwise(module):
+            assert isinstance(module, nn.Conv2d)
+            root.set_submodule(name, DepthwiseConv2d(module).train(module.training))
 
 
 def _untouched_embedding(module: nn.Module) -> bool:
@@ -85,8 +99,6 @@ def _refusal(
 ) -> str | None:
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
-    if isinstance(module, nn.Conv2d):
-        return "no sparse convolution kernel yet"
     if isinstance(module, nn.Embedding):
         return "an embedding looks rows up, so zeros save no multiplication"
     if record.density == 1.0:
@@ -99,6 +111,8 @@ def _refusal(
         return "its weight is tied to another module"
     if max_density is not None and record.density > max_density:
         return f"density {record.density:.2f} is above {max_density:.2f}"
+    if isinstance(module, nn.Conv2d):
+        return why_not(module, record.density)
     share = record.sparse_bytes / max(1, record.dense_bytes)
     if share > MAX_BYTES:
         return f"packed it would take {share:.2f} of the dense bytes, which does not pay"
@@ -114,6 +128,10 @@ def _swap(
     packed.train(module.training)
     if not name:
         raise UsageError("the model is itself one layer; wrap it in torch.nn.Sequential")
+    if isinstance(module, nn.Conv2d):
+        conv = PointwiseConv2d(packed, (module.stride[0], module.stride[1]))
+        root.set_submodule(name, conv.train(module.training))
+        return LayerRecord(**{**vars(record), "kernel": conv_kernel_name()})
     if batches:
         packed.prepare_batches()
     root.set_submodule(name, packed)

@@ -13,6 +13,7 @@ from gossamer.io.load import _build, load
 from gossamer.io.manifest import NAME, read_manifest
 from gossamer.io.save import distinct, write_config, write_tensors
 from gossamer.nn.bitmap import BitmapLinear
+from gossamer.nn.conv import PointwiseConv2d
 
 
 def export(
@@ -42,11 +43,15 @@ def export(
 
 
 def _dense_state(model: nn.Module, shapes: nn.Module) -> dict[str, Tensor]:
-    packed = {n: m for n, m in model.named_modules() if isinstance(m, BitmapLinear)}
+    kinds = BitmapLinear | PointwiseConv2d
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
     hidden = {f"{name}.{part}" for name in packed for part in ("values", "bitmap")}
     state = {key: value for key, value in distinct(model).items() if key not in hidden}
     for name, layer in packed.items():
         matrix = layer.to_matrix()
+        if isinstance(layer, PointwiseConv2d):
+            state[f"{name}.weight"] = matrix.reshape(*matrix.shape, 1, 1)
+            continue
         turned = is_transposed(shapes.get_submodule(name))
         state[f"{name}.weight"] = matrix.t().contiguous() if turned else matrix
     return state

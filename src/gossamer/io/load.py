@@ -14,6 +14,7 @@ from gossamer.core.matrix import as_matrix, is_prunable
 from gossamer.io.manifest import NAME, PackedLayer, _one_line, read_json, read_manifest
 from gossamer.io.tensors import read_tensors
 from gossamer.nn.bitmap import BitmapLinear, prepare_batches, serves_batches
+from gossamer.nn.conv import PointwiseConv2d, why_not
 
 
 def load(
@@ -134,7 +135,8 @@ def _place(root: nn.Module, layers: Mapping[str, BitmapLinear], tensors: dict[st
     for name, layer in layers.items():
         module = modules.get(name)
         fits = module is not None and is_prunable(module)
-        fits = fits and not isinstance(module, nn.Conv2d | nn.Embedding)
+        fits = fits and not isinstance(module, nn.Embedding)
+        fits = fits and not (isinstance(module, nn.Conv2d) and why_not(module, 0.0))
         shape = (layer.out_features, layer.in_features)
         if not fits or as_matrix(module).shape != shape:  # type: ignore[arg-type]
             raise FormatError(f"layer {name}: the model has no linear layer of that shape there")
@@ -155,7 +157,12 @@ def _place(root: nn.Module, layers: Mapping[str, BitmapLinear], tensors: dict[st
     if missing:
         raise FormatError(f"tensor {missing[0]}: missing from the files")
     for name, layer in layers.items():
-        root.set_submodule(name, layer)
+        conv = modules[name]
+        if isinstance(conv, nn.Conv2d):
+            stride = (conv.stride[0], conv.stride[1])
+            root.set_submodule(name, PointwiseConv2d(layer, stride))
+        else:
+            root.set_submodule(name, layer)
     on_meta = any(t.is_meta for t in root.state_dict().values())
     root.load_state_dict(tensors, strict=False, assign=on_meta)
     tie: Any = getattr(root, "tie_weights", None)

@@ -15,6 +15,7 @@ from gossamer.io.atomic import new_folder
 from gossamer.io.manifest import NAME, VERSION
 from gossamer.io.tensors import INDEX, SINGLE
 from gossamer.nn.bitmap import BitmapLinear
+from gossamer.nn.conv import PointwiseConv2d
 
 SHARD = 4 << 30
 """Largest safetensors file, in bytes; more tensors go to further shards with an index."""
@@ -46,7 +47,7 @@ def save(
             "layers": {
                 name: _describe(module)
                 for name, module in root.named_modules()
-                if isinstance(module, BitmapLinear)
+                if isinstance(module, BitmapLinear | PointwiseConv2d)
             },
             "method": None if method is None else str(method),
             "provenance": json.loads(json.dumps(facts, default=str)),
@@ -112,7 +113,7 @@ def _shares(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
 
 
-def _describe(layer: BitmapLinear) -> dict[str, Any]:
+def _describe(layer: BitmapLinear | PointwiseConv2d) -> dict[str, Any]:
     return {
         "shape": [layer.out_features, layer.in_features],
         "pattern": layer.pattern,

@@ -1,5 +1,12 @@
 """Modules that hold sparse weights."""
 
 from gossamer.nn.bitmap import BitmapLinear, prepare_batches, serves_batches
+from gossamer.nn.conv import DepthwiseConv2d, PointwiseConv2d
 
-__all__ = ["BitmapLinear", "prepare_batches", "serves_batches"]
+__all__ = [
+    "BitmapLinear",
+    "DepthwiseConv2d",
+    "PointwiseConv2d",
+    "prepare_batches",
+    "serves_batches",
+]
