@@ -111,5 +111,7 @@ def why_not(conv: nn.Conv2d, density: float) -> str | None:
     return None
 
 
-MAX_DENSITY = 0.25
-"""Above this the dense convolution wins, measured on MobileNet's shapes with two threads."""
+MAX_DENSITY = 0.15
+"""Above this torch's dense convolution wins: on MobileNet's shapes, two threads, 1x1 convolutions at
+density 0.1 took half of its time and the time grows with the density. onnxruntime's dense network
+is faster still (benchmarks/results/conv.json)."""
