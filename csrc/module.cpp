@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "active_bindings.hpp"
 #include "bitmap.hpp"
 #include "blocks_bindings.hpp"
 #include "csr_bindings.hpp"
@@ -14,6 +15,8 @@
 #include "isa.hpp"
 #include "limits.hpp"
 #include "quantized_bindings.hpp"
+#include "pointwise_bindings.hpp"
+#include "spgemm_bindings.hpp"
 
 namespace nb = nanobind;
 using namespace gossamer;
@@ -174,6 +177,9 @@ NB_MODULE(_kernels, m) {
   bind_quantized(m);
   bind_blocks(m);
   bind_csr(m);
+  bind_active(m);
+  bind_spgemm(m);
+  bind_pointwise(m);
   m.def("bitmap_unpack", &unpack, nb::call_guard<nb::gil_scoped_release>());
   m.def("read_floats", &read_floats, nb::call_guard<nb::gil_scoped_release>());
   m.def("multiply", &multiply, nb::call_guard<nb::gil_scoped_release>());

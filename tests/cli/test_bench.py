@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from gossamer.bench import decode, kernels, training
+from gossamer.bench import active, conv, decode, kernels, spgemm, training
 from gossamer.bench.measure import Limits, interleaved, measure_limits
 from gossamer.cli import main
 from gossamer.cli.bench import describe
@@ -73,6 +73,49 @@ def test_training_suite(monkeypatch, capsys):
         training.measure(training.cases()[0], LIMITS, repeats=1)
 
 
+@pytest.mark.parametrize("name", ["columns", "mlp by product", "mlp by gate"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_active_cases(name, dtype):
+    case = active.Case(f"{name} small", 48, 130, dtype, 0.5)
+    found = active.measure(case, LIMITS, repeats=1)
+    assert found["milliseconds"]["gossamer"] > 0 and "dense" in found["best_dense"]
+    assert any(case.name.startswith(name) for case in active.cases())
+
+
+def test_active_suite_refuses_a_wrong_kernel(monkeypatch):
+    right = active.active.linear
+    monkeypatch.setattr(active.active, "linear", lambda *a, **k: right(*a, **k) * 1.01)
+    with pytest.raises(GossamerError, match="gossamer is wrong"):
+        active.measure(active.Case("columns small", 48, 130, "float32", 0.5), LIMITS, repeats=1)
+
+
+@pytest.mark.parametrize("power_law", [False, True])
+def test_spgemm_cases(power_law, monkeypatch):
+    case = spgemm.Case("small", 300, 5, power_law, True)
+    found = spgemm.measure(case, LIMITS, repeats=1)
+    assert {"gossamer", "scipy csr", "torch csr"} == set(found["milliseconds"])
+    assert 300 <= found["case"]["edges"] <= 1500 + 300
+    right = spgemm.spgemm.multiply
+
+    def wrong(*args):
+        row_ptr, columns, values = right(*args)
+        return row_ptr, columns, values + 1
+
+    monkeypatch.setattr(spgemm.spgemm, "multiply", wrong)
+    with pytest.raises(GossamerError, match="gossamer is wrong"):
+        spgemm.measure(case, LIMITS, repeats=1)
+
+
+def test_conv_case(monkeypatch):
+    monkeypatch.setattr(conv, "WIDTHS", [(8, 24, 1), (24, 40, 2)])
+    found = conv.measure(conv.Case("small", 32, 0.1, 2), LIMITS, repeats=1)
+    assert {"gossamer", "torch dense contiguous"} <= set(found["milliseconds"])
+    assert found["fraction_of_limit"] > 0 and found["limit"] == "flops"
+    monkeypatch.setattr(conv, "compress", lambda model: model[0].bias.data.add_(1))
+    with pytest.raises(GossamerError, match="gossamer is wrong"):
+        conv.measure(conv.Case("small", 32, 0.1, 2), LIMITS, repeats=1)
+
+
 def test_decode_suite(monkeypatch, capsys, tmp_path):
     pytest.importorskip("transformers")
     small = decode.Geometry(64, 1, 4, 2, 128, 32000)
@@ -89,7 +132,11 @@ def test_decode_suite(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("flag", "words"),
-    [("--suite=speed", "kernels, decode"), ("--repeats=0", "at least 1"), ("--only=zz", "no case")],
+    [
+        ("--suite=speed", "decode, active, spgemm, conv"),
+        ("--repeats=0", "at least 1"),
+        ("--only=zz", "no case"),
+    ],
 )
 def test_bad_options(flag, words, capsys):
     with pytest.raises(SystemExit) as caught:

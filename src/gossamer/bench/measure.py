@@ -13,7 +13,7 @@ from gossamer.core.errors import UsageError
 from gossamer.ops._dispatch import isa_index, kernels
 
 Call = Callable[[], object]
-_PAUSE, _BURST = 0.02, 0.02
+_PAUSE, _BURST = 0.06, 0.02
 
 
 def interleaved(calls: Mapping[str, Call], repeats: int) -> dict[str, float]:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from gossamer.bench import decode, kernels, training
+from gossamer.bench import active, conv, decode, kernels, spgemm, training
 from gossamer.bench.measure import Limits, measure_limits
 from gossamer.cli.output import note, print_json, print_table
 from gossamer.core.errors import UsageError
 from gossamer.ops import _dispatch
 
-SUITES = ("kernels", "decode", "training")
+SUITES = ("kernels", "decode", "active", "spgemm", "conv", "training")
 
 
 @dataclass
@@ -28,12 +28,12 @@ class Bench:
     """
 
     suite: str = "kernels"
-    """kernels: single layers; decode: a whole model's decoding loop; training: steps of an MLP"""
+    """kernels: single layers; decode: a whole model's decoding loop; active: inputs with zeros;
+    spgemm: sparse times sparse; conv: MobileNet-v1's geometry; training: steps of an MLP"""
     geometry: str = "llama-1b"
     """of --suite decode: llama-1b or llama-160m, random weights"""
     only: str = ""
-    """of --suite kernels and training: only cases whose description holds this text, such as
-    'batch 128'"""
+    """of all suites but decode: only cases whose description holds this text, such as 'batch 128'"""
     repeats: int = 7
     """turns of each engine; the median counts"""
     out: str = ""
@@ -65,7 +65,8 @@ class Bench:
             self._print(results)
 
     def _cases(self, limits: Limits) -> list[dict[str, Any]]:
-        suite: Any = kernels if self.suite == "kernels" else training
+        suites = {"kernels": kernels, "active": active, "spgemm": spgemm, "conv": conv}
+        suite: Any = {**suites, "training": training}[self.suite]
         chosen = [case for case in suite.cases() if self.only in describe(vars(case))]
         if not chosen:
             raise UsageError(f"--only {self.only!r} leaves no case")
@@ -87,7 +88,7 @@ class Bench:
             ours, ratio = f"{times['gossamer']:.3g}", f"{result['ratio']:.2f}x"
             rows.append((describe(result["case"]), ours, ratio, _peer(result, times), share))
         unit = "tokens/s" if self.suite == "decode" else "ms"
-        header = ("case", f"ours, {unit}", "to dense", f"best dense, {unit}", "of the limit")
+        header = ("case", f"ours, {unit}", "ratio", f"best peer, {unit}", "of the limit")
         print_table(f"gossamer bench --suite {self.suite}", header, rows)
 
 
@@ -99,6 +100,8 @@ def _peer(result: dict[str, Any], times: dict[str, float]) -> str:
 
 def describe(case: dict[str, Any]) -> str:
     """One line for a case."""
+    if "name" in case:
+        return str(case["name"])
     if "geometry" in case:
         return f"{case['geometry']} {case['dtype']} density {case['density']:g} batch 1"
     if "layers" in case:

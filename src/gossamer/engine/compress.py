@@ -12,9 +12,11 @@ from gossamer.core.errors import UsageError
 from gossamer.core.matrix import as_matrix, is_prunable
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwrap
 from gossamer.nn.bitmap import BitmapLinear, serves_batches
+from gossamer.nn.conv import DepthwiseConv2d, PointwiseConv2d, serves_depthwise, why_not
 from gossamer.nn.quantized import QuantizedLinear
 from gossamer.ops import _dispatch
 from gossamer.ops.bitmap import bitmap_bytes, kernel_name
+from gossamer.ops.pointwise import kernel_name as conv_kernel_name
 from gossamer.ops.quantized import BITS
 from gossamer.ops.quantized import kernel_name as quantized_kernel_name
 
@@ -32,7 +34,9 @@ def compress(
     group: int = 128,
     head_bits: int = 8,
 ) -> CompressResult:
-    """Replace, in place, every linear layer whose zeros pay by a kernel-backed `BitmapLinear`.
+    """Replace, in place, every linear layer whose zeros pay by a kernel-backed `BitmapLinear`,
+    every such 1x1 convolution, in float32, by a `PointwiseConv2d`. Then 3x3 depthwise convolutions
+    get a dense kernel for the same layout.
 
     Any zeros count, whoever made them. A layer stays dense, and its record says why, when the
     packed weight would take more than 0.9 of the dense bytes (or its density exceeds
@@ -66,7 +70,9 @@ def compress(
             continue
         asked = requested.get(name)
         record = _record(name, module, asked)
-        wanted = bits if bits is None or module is not head else head_bits
+        wanted = head_bits if bits is not None and module is head else bits
+        if isinstance(module, nn.Conv2d):
+            wanted = None
         reason = _refusal(module, record, uses, max_density, wanted)
         if reason is None and wanted is not None:
             record = _quantize(root, name, module, record, wanted, group)
@@ -77,6 +83,8 @@ def compress(
         else:
             record = _with_reason(record, reason)
         records.append(record)
+    if any(isinstance(module, PointwiseConv2d) for module in root.modules()):
+        _keep_channels_first(root)
     return CompressResult(root, tuple(records), _dispatch.isa(), torch.get_num_threads())
 
 
@@ -84,6 +92,14 @@ def _head(root: nn.Module) -> nn.Module | None:
     """The layer that turns a language model's states into logits."""
     asked: Any = getattr(root, "get_output_embeddings", None)
     return asked() if callable(asked) else None
+
+
+def _keep_channels_first(root: nn.Module) -> None:
+    """Depthwise convolutions stay dense, but by the kernel that suits what surrounds them."""
+    for name, module in list(root.named_modules()):
+        if name and serves_depthwise(module):
+            assert isinstance(module, nn.Conv2d)
+            root.set_submodule(name, DepthwiseConv2d(module).train(module.training))
 
 
 def _untouched_embedding(module: nn.Module) -> bool:
@@ -114,8 +130,6 @@ def _refusal(
 ) -> str | None:
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
-    if isinstance(module, nn.Conv2d):
-        return "no sparse convolution kernel yet"
     if isinstance(module, nn.Embedding):
         return "an embedding looks rows up, so zeros save no multiplication"
     if record.density == 1.0 and bits is None:
@@ -130,6 +144,8 @@ def _refusal(
         return None
     if max_density is not None and record.density > max_density:
         return f"density {record.density:.2f} is above {max_density:.2f}"
+    if isinstance(module, nn.Conv2d):
+        return why_not(module, record.density)
     share = record.sparse_bytes / max(1, record.dense_bytes)
     if share > MAX_BYTES:
         return f"packed it would take {share:.2f} of the dense bytes, which does not pay"
@@ -145,6 +161,10 @@ def _swap(
     packed.train(module.training)
     if not name:
         raise UsageError("the model is itself one layer; wrap it in torch.nn.Sequential")
+    if isinstance(module, nn.Conv2d):
+        conv = PointwiseConv2d(packed, (module.stride[0], module.stride[1]))
+        root.set_submodule(name, conv.train(module.training))
+        return LayerRecord(**{**vars(record), "kernel": conv_kernel_name()})
     if batches:
         packed.prepare_batches()
     root.set_submodule(name, packed)

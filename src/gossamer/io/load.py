@@ -13,7 +13,14 @@ from gossamer.core.errors import FormatError, MissingExtra, UsageError
 from gossamer.core.matrix import as_matrix, is_prunable
 from gossamer.io.manifest import NAME, PackedLayer, _one_line, read_json, read_manifest
 from gossamer.io.tensors import read_tensors
-from gossamer.nn import BitmapLinear, QuantizedLinear, prepare_batches, serves_batches
+from gossamer.nn import (
+    BitmapLinear,
+    PointwiseConv2d,
+    QuantizedLinear,
+    prepare_batches,
+    serves_batches,
+)
+from gossamer.nn.conv import why_not
 from gossamer.ops.quantized import QuantizedMatrix
 
 
@@ -173,7 +180,9 @@ def _place(root: nn.Module, layers: Mapping[str, Packed], tensors: dict[str, Ten
     for name, layer in layers.items():
         module = modules.get(name)
         fits = module is not None and is_prunable(module)
-        fits = fits and not isinstance(module, nn.Conv2d | nn.Embedding)
+        fits = fits and not isinstance(module, nn.Embedding)
+        if isinstance(module, nn.Conv2d):
+            fits = fits and isinstance(layer, BitmapLinear) and not why_not(module, 0.0)
         shape = (layer.out_features, layer.in_features)
         if not fits or as_matrix(module).shape != shape:  # type: ignore[arg-type]
             raise FormatError(f"layer {name}: the model has no linear layer of that shape there")
@@ -194,7 +203,12 @@ def _place(root: nn.Module, layers: Mapping[str, Packed], tensors: dict[str, Ten
     if missing:
         raise FormatError(f"tensor {missing[0]}: missing from the files")
     for name, layer in layers.items():
-        root.set_submodule(name, layer)
+        conv = modules[name]
+        if isinstance(conv, nn.Conv2d) and isinstance(layer, BitmapLinear):
+            stride = (conv.stride[0], conv.stride[1])
+            root.set_submodule(name, PointwiseConv2d(layer, stride))
+        else:
+            root.set_submodule(name, layer)
     on_meta = any(t.is_meta for t in root.state_dict().values())
     root.load_state_dict(tensors, strict=False, assign=on_meta)
     tie: Any = getattr(root, "tie_weights", None)
