@@ -25,7 +25,7 @@ def check(short: bool = False) -> dict[str, Any]:
         gmp.append(accuracy(model, seed))
     # In a perceptron a step costs its density; a growing step has a dense weight gradient, 1/3.
     budget = sum(spent) / seeds
-    updates = 30
+    updates = 4 if short else 30
     longer = round((budget - 0.75 * updates * (1 - DENSITY) / 3) / DENSITY)
     found = {"GMP": gmp}
     found |= arms(
