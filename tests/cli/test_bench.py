@@ -10,7 +10,7 @@ from gossamer.bench.measure import Limits, interleaved, measure_limits
 from gossamer.cli import main
 from gossamer.cli.bench import describe
 from gossamer.core.errors import GossamerError
-from gossamer.nn import BitmapLinear
+from gossamer.nn import BitmapLinear, QuantizedLinear
 from gossamer.ops._dispatch import kernels as compiled
 
 if compiled() is None:
@@ -148,3 +148,15 @@ def test_matrix_has_the_density_asked_for():
     matrix = kernels._matrix(kernels.Case(200, 300, "float32", 0.2, 1))
     assert float((matrix != 0).float().mean()) == pytest.approx(0.2, abs=0.01)
     assert torch.equal(matrix, kernels._matrix(kernels.Case(200, 300, "float32", 0.2, 1)))
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int8"])
+@pytest.mark.parametrize("density", [0.5, 1.0])
+def test_integer_cases(dtype, density, monkeypatch):
+    case = kernels.Case(128, 256, dtype, density, 1)
+    found = kernels.measure(case, LIMITS, repeats=1)
+    assert found["milliseconds"]["gossamer"] > 0 and "dense" in found["best_dense"]
+    right = QuantizedLinear.forward
+    monkeypatch.setattr(QuantizedLinear, "forward", lambda self, x: 1.1 * right(self, x))
+    with pytest.raises(GossamerError, match="gossamer is wrong"):
+        kernels.measure(case, LIMITS, repeats=1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor
 from gossamer.bench import peers
 from gossamer.bench.measure import Limits, interleaved
 from gossamer.core.errors import GossamerError
-from gossamer.nn.bitmap import BitmapLinear
+from gossamer.nn import BitmapLinear, QuantizedLinear
+from gossamer.ops.quantized.reference import quantize_input
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BITS = {"int8": 8, "int4": 4}
 _COLD = 200 << 20
 """Weights of so many bytes take turns where a single one could stay in a cache."""
 
@@ -23,7 +26,8 @@ _COLD = 200 << 20
 @dataclass(frozen=True)
 class Case:
     """One measurement: the layer (out, in), dtype of its values, density and rows of input; the
-    block that is kept or dropped whole, such as 16x1, or none."""
+    block that is kept or dropped whole, such as 16x1, or none. Integers have a scale per 128
+    columns; their peers are given the weights in bfloat16."""
 
     out: int
     inputs: int
@@ -52,7 +56,13 @@ def cases() -> list[Case]:
         for block in ("16x1", "8x1", "4x1", "1x16", "16x16")
         for density in (0.3, 0.1)
     ]
-    return decode + batches + blocks
+    integers = [
+        Case(out, inputs, dtype, density, 1)
+        for out, inputs in ((4096, 11008), (4096, 4096))
+        for dtype in BITS
+        for density in (0.5, 0.2, 1.0)
+    ]
+    return decode + integers + batches + blocks
 
 
 def measure(case: Case, limits: Limits, repeats: int = 7) -> dict[str, Any]:
@@ -62,20 +72,19 @@ def measure(case: Case, limits: Limits, repeats: int = 7) -> dict[str, Any]:
     copies = max(1, min(8, -(-_COLD // (matrix.numel() * width)))) if case.batch <= 8 else 1
     x = torch.randn(case.batch, case.inputs, generator=torch.Generator().manual_seed(1))
     x = x.to(matrix.dtype).float()
-    pattern = f"block:{case.block}" if case.block else ""
-    layers = [BitmapLinear.from_matrix(matrix, pattern=pattern) for _ in range(copies)]
-    if case.batch > 8:
-        for layer in layers:
+    first = _layer(case, matrix)
+    layers = [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
+    for layer in layers:
+        if case.batch > 8 and isinstance(layer, BitmapLinear):
             layer.prepare_batches()
     calls = _calls([matrix] * copies, layers, x)
-    _check(case, calls, matrix, x)
+    _check(case, calls, matrix, x, first)
     with torch.inference_mode():
         seconds = interleaved(calls, repeats)
     ours = seconds["gossamer"]
     dense = {name: taken for name, taken in seconds.items() if "dense" in name}
     best = min(dense, key=lambda name: dense[name])
-    nnz = layers[0].values.numel()
-    nbytes = layers[0].values.nbytes + layers[0].bitmap.nbytes
+    nnz, nbytes = _size(first)
     least, binds = limits.seconds(nbytes, 2 * nnz * case.batch)
     return {
         "case": vars(case),
@@ -90,17 +99,34 @@ def measure(case: Case, limits: Limits, repeats: int = 7) -> dict[str, Any]:
     }
 
 
+Layer = BitmapLinear | QuantizedLinear
+
+
+def _layer(case: Case, matrix: Tensor) -> Layer:
+    if case.dtype in BITS:
+        return QuantizedLinear.from_matrix(matrix, bits=BITS[case.dtype])
+    pattern = f"block:{case.block}" if case.block else ""
+    return BitmapLinear.from_matrix(matrix, pattern=pattern)
+
+
+def _size(layer: Layer) -> tuple[int, int]:
+    """Kept weights, and the bytes that a product reads."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.kept, layer.matrix.nbytes
+    return layer.values.numel(), layer.values.nbytes + layer.bitmap.nbytes
+
+
 def _matrix(case: Case) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(case.out, case.inputs, generator=generator)
     high, wide = map(int, case.block.split("x")) if case.block else (1, 1)
     drop = torch.rand(case.out // high, case.inputs // wide, generator=generator) > case.density
     drop = drop.repeat_interleave(high, 0).repeat_interleave(wide, 1)
-    return matrix.masked_fill_(drop, 0.0).to(DTYPES[case.dtype])
+    return matrix.masked_fill_(drop, 0.0).to(DTYPES.get(case.dtype, torch.bfloat16))
 
 
 def _calls(
-    weights: list[Tensor], layers: list[BitmapLinear], x: Tensor
+    weights: list[Tensor], layers: Sequence[Layer], x: Tensor
 ) -> dict[str, Callable[[], Tensor]]:
     turn, inputs = itertools.cycle(layers), x.to(weights[0].dtype)
     found: dict[str, Callable[[], Tensor] | None] = {
@@ -115,10 +141,18 @@ def _calls(
     return {name: call for name, call in found.items() if call is not None}
 
 
-def _check(case: Case, calls: dict[str, Callable[[], Tensor]], matrix: Tensor, x: Tensor) -> None:
-    """No speed for a wrong result: ours within float32 rounding, bfloat16 outputs within theirs."""
-    expected = x.double() @ matrix.double().t()
+def _check(
+    case: Case, calls: dict[str, Callable[[], Tensor]], matrix: Tensor, x: Tensor, layer: Layer
+) -> None:
+    """No speed for a wrong result: ours within float32 rounding, bfloat16 outputs within theirs.
+
+    Of integers the product of what they stand for is expected, with inputs rounded as they are.
+    """
+    exact = x.double() @ matrix.double().t()
     for name, call in calls.items():
+        expected = exact
+        if isinstance(layer, QuantizedLinear) and name == "gossamer":
+            expected = quantize_input(x).double() @ layer.to_matrix().double().t()
         with torch.inference_mode():
             found = call()
         error = float((found.double() - expected).norm() / expected.norm())
