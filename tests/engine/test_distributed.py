@@ -30,7 +30,7 @@ def two(tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-def same(first, second, tolerance=0.0):
+def assert_same(first, second, tolerance=0.0):
     """Equal supports, counters and generators; weights within the tolerance."""
     for part in ("masks", "ever"):
         assert list(first["run"][part]) == list(second["run"][part])
@@ -39,6 +39,7 @@ def same(first, second, tolerance=0.0):
     for key in ("version", "trainer", "step", "changed"):
         assert first["run"][key] == second["run"][key], key
     assert torch.equal(first["run"]["generator"], second["run"]["generator"])
+    assert first["weights"] and first["weights"].keys() == second["weights"].keys()
     for name, weight in first["weights"].items():
         torch.testing.assert_close(weight, second["weights"][name], rtol=tolerance, atol=tolerance)
 
@@ -53,8 +54,8 @@ def test_every_trainer_is_run_on_two_ranks():
 def test_two_ranks_end_where_one_does(two, name, kind):
     one = ranks.whole_run(name)
     first, second = (out[f"{kind} {name}"] for out in two)
-    same(first, second)
-    same(first, one, 1e-9)
+    assert_same(first, second)
+    assert_same(first, one, 1e-9)
     assert list(first["run"]["masks"]) == ["0", "4", "6"]
     for key, weight in first["weights"].items():
         assert not weight[~first["run"]["masks"][key]].any()
@@ -71,21 +72,21 @@ def test_two_ranks_end_where_one_does(two, name, kind):
 )
 def test_growth_scores_are_those_of_the_global_batch(two, scenario, more):
     first, second = (out[scenario] for out in two)
-    same(first, second)
-    same(first, ranks.whole_run("rigl", **more), 1e-9)
+    assert_same(first, second)
+    assert_same(first, ranks.whole_run("rigl", **more), 1e-9)
 
 
 @pytest.mark.parametrize("name", ranks.RESUMED)
 def test_checkpoints_fit_any_number_of_ranks(two, name):
     whole = two[0][f"fsdp {name}"]
     for out in two:
-        same(out[f"again {name}"], whole)
-        same(out[f"from one {name}"], whole, 1e-9)
-        same(out[f"to ddp {name}"], whole, 1e-9)
+        assert_same(out[f"again {name}"], whole)
+        assert_same(out[f"from one {name}"], whole, 1e-9)
+        assert_same(out[f"to ddp {name}"], whole, 1e-9)
     part, alone = two[0][f"part {name}"], ranks.first_part(name)
     for key, mask in part["run"]["masks"].items():
         assert torch.equal(mask, alone["run"]["masks"][key])
-    same(ranks.second_part(name, part), whole, 1e-9)
+    assert_same(ranks.second_part(name, part), whole, 1e-9)
 
 
 def test_errors_reach_all_ranks(two):
@@ -97,4 +98,4 @@ def test_errors_reach_all_ranks(two):
 
 
 def test_a_root_left_gathered_by_an_evaluation_is_sharded_again(two):
-    same(two[0]["after evaluation"], ranks.whole_run("set"), 1e-9)
+    assert_same(two[0]["after evaluation"], ranks.whole_run("set"), 1e-9)

@@ -151,8 +151,8 @@ def test_opcheck_and_gradients():
     packed = ops.pack(sparse(12, 130), 4, 64, symmetric=False, outliers=0.05)
     bias = torch.randn(12, requires_grad=True)
     x = torch.randn(3, 130, requires_grad=True)
-    arguments = (x, packed.values, packed.offsets, packed.bitmap, packed.scales, packed.zeros,
-                 *packed.outliers, bias, [12, 130], 4, 64)  # fmt: skip
+    arguments = (x, bias, packed.values, packed.offsets, packed.bitmap, packed.scales, packed.zeros,
+                 *packed.outliers, [12, 130], 4, 64)  # fmt: skip
     torch.library.opcheck(torch.ops.gossamer.quantized_linear.default, arguments)
     ops.linear(x, packed, bias).sum().backward()
     assert torch.allclose(x.grad, ops.unpack(packed).sum(0).expand(3, -1), atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,11 +180,7 @@ def linear(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
     needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
     if eager and not (torch.is_grad_enabled() and needs_grad):
         return _forward(x, m, bias)
-    row_ptr, cols, exact = m.outliers or (None, None, None)
-    return _quantized_linear(
-        x, m.values, m.offsets, m.bitmap, m.scales, m.zeros, row_ptr, cols, exact, bias,
-        list(m.shape), m.bits, m.group,
-    )  # fmt: skip
+    return _quantized_linear(x, bias, *_flat(m))
 
 
 def _forward(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
@@ -192,116 +189,66 @@ def _forward(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
     return native.linear(x, m, bias)
 
 
-def _matrix(
-    values: Tensor,
-    offsets: Tensor,
-    bitmap: Tensor | None,
-    scales: Tensor,
-    zeros: Tensor | None,
-    outlier_ptr: Tensor | None,
-    outlier_cols: Tensor | None,
-    outlier_values: Tensor | None,
-    shape: list[int],
-    bits: int,
-    group: int,
-) -> QuantizedMatrix:
-    outliers = None
-    if outlier_ptr is not None and outlier_cols is not None and outlier_values is not None:
-        outliers = (outlier_ptr, outlier_cols, outlier_values)
+# What the custom operations take: torch asks for one flat list of arguments and its types.
+_PARTS = (
+    "Tensor values, Tensor offsets, Tensor? bitmap, Tensor scales, Tensor? zeros, "
+    "Tensor? outlier_ptr, Tensor? outlier_cols, Tensor? outlier_values, "
+    "int[] shape, int bits, int group"
+)
+
+
+def _flat(m: QuantizedMatrix) -> tuple[Any, ...]:
+    """The matrix as `_PARTS` lists it."""
+    outliers = m.outliers or (None, None, None)
+    return (m.values, m.offsets, m.bitmap, m.scales, m.zeros, *outliers, list(m.shape), m.bits,
+            m.group)  # fmt: skip
+
+
+def _matrix(parts: tuple[Any, ...]) -> QuantizedMatrix:
+    values, offsets, bitmap, scales, zeros, row_ptr, cols, exact, shape, bits, group = parts
+    outliers = None if row_ptr is None else (row_ptr, cols, exact)
     size = (shape[0], shape[1])
     return QuantizedMatrix(values, bitmap, scales, zeros, outliers, size, bits, group, offsets)
 
 
-@torch.library.custom_op("gossamer::quantized_linear", mutates_args=())
-def _quantized_linear(
-    x: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    bitmap: Tensor | None,
-    scales: Tensor,
-    zeros: Tensor | None,
-    outlier_ptr: Tensor | None,
-    outlier_cols: Tensor | None,
-    outlier_values: Tensor | None,
-    bias: Tensor | None,
-    shape: list[int],
-    bits: int,
-    group: int,
-) -> Tensor:
-    m = _matrix(values, offsets, bitmap, scales, zeros, outlier_ptr, outlier_cols, outlier_values,
-                shape, bits, group)  # fmt: skip
-    return _forward(x, m, bias)
+@torch.library.custom_op(
+    "gossamer::quantized_linear",
+    mutates_args=(),
+    schema=f"(Tensor x, Tensor? bias, {_PARTS}) -> Tensor",
+)
+def _quantized_linear(x: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
+    return _forward(x, _matrix(parts), bias)
 
 
 @_quantized_linear.register_fake
-def _(
-    x: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    bitmap: Tensor | None,
-    scales: Tensor,
-    zeros: Tensor | None,
-    outlier_ptr: Tensor | None,
-    outlier_cols: Tensor | None,
-    outlier_values: Tensor | None,
-    bias: Tensor | None,
-    shape: list[int],
-    bits: int,
-    group: int,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], shape[0])
+def _(x: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], parts[-3][0])
 
 
-@torch.library.custom_op("gossamer::quantized_linear_grad_x", mutates_args=())
-def _grad_x(
-    grad: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    bitmap: Tensor | None,
-    scales: Tensor,
-    zeros: Tensor | None,
-    outlier_ptr: Tensor | None,
-    outlier_cols: Tensor | None,
-    outlier_values: Tensor | None,
-    shape: list[int],
-    bits: int,
-    group: int,
-) -> Tensor:
-    m = _matrix(values, offsets, bitmap, scales, zeros, outlier_ptr, outlier_cols, outlier_values,
-                shape, bits, group)  # fmt: skip
-    return (grad.float() @ unpack(m)).to(grad.dtype)
+@torch.library.custom_op(
+    "gossamer::quantized_linear_grad_x",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_PARTS}) -> Tensor",
+)
+def _grad_x(grad: Tensor, *parts: Any) -> Tensor:
+    return (grad.float() @ unpack(_matrix(parts))).to(grad.dtype)
 
 
 @_grad_x.register_fake
-def _(
-    grad: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    bitmap: Tensor | None,
-    scales: Tensor,
-    zeros: Tensor | None,
-    outlier_ptr: Tensor | None,
-    outlier_cols: Tensor | None,
-    outlier_values: Tensor | None,
-    shape: list[int],
-    bits: int,
-    group: int,
-) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], shape[1])
+def _(grad: Tensor, *parts: Any) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], parts[-3][1])
 
 
-def _setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:9])  # type: ignore[attr-defined]
-    ctx.has_bias = inputs[9] is not None  # type: ignore[attr-defined]
-    ctx.facts = inputs[10:]  # type: ignore[attr-defined]
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, bias, *parts = inputs
+    ctx.save_for_backward(*parts[:8])
+    ctx.has_bias, ctx.facts = bias is not None, parts[8:]
 
 
-def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-    parts, facts = ctx.saved_tensors, ctx.facts  # type: ignore[attr-defined]
-    grad_x = _grad_x(grad, *parts, *facts)
-    has_bias = ctx.has_bias  # type: ignore[attr-defined]
-    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if has_bias else None
-    return grad_x, *[None] * 8, grad_bias, None, None, None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = _grad_x(grad, *ctx.saved_tensors, *ctx.facts)
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias else None
+    return grad_x, grad_bias, *[None] * 11
 
 
 _quantized_linear.register_autograd(_backward, setup_context=_setup)
