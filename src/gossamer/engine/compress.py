@@ -12,11 +12,11 @@ from gossamer.core.errors import UsageError
 from gossamer.core.matrix import as_matrix, is_prunable
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwrap
 from gossamer.nn.bitmap import BitmapLinear, serves_batches
-from gossamer.nn.conv import DepthwiseConv2d, PointwiseConv2d, serves_depthwise, why_not
+from gossamer.nn.conv import DepthwiseConv2d, PackedConv2d, serves_depthwise, why_not
 from gossamer.nn.quantized import QuantizedLinear
 from gossamer.ops import _dispatch
 from gossamer.ops.bitmap import bitmap_bytes, kernel_name
-from gossamer.ops.pointwise import kernel_name as conv_kernel_name
+from gossamer.ops.conv import kernel_name as conv_kernel_name
 from gossamer.ops.quantized import BITS
 from gossamer.ops.quantized import kernel_name as quantized_kernel_name
 
@@ -35,7 +35,7 @@ def compress(
     head_bits: int = 8,
 ) -> CompressResult:
     """Replace, in place, every linear layer whose zeros pay by a kernel-backed `BitmapLinear`,
-    every such 1x1 convolution, in float32, by a `PointwiseConv2d`. Then 3x3 depthwise convolutions
+    every such 1x1 convolution, in float32, by a `PackedConv2d`. Then 3x3 depthwise convolutions
     get a dense kernel for the same layout.
 
     Any zeros count, whoever made them. A layer stays dense, and its record says why, when the
@@ -83,7 +83,7 @@ def compress(
         else:
             record = _with_reason(record, reason)
         records.append(record)
-    if any(isinstance(module, PointwiseConv2d) for module in root.modules()):
+    if any(isinstance(module, PackedConv2d) for module in root.modules()):
         _keep_channels_first(root)
     return CompressResult(root, tuple(records), _dispatch.isa(), torch.get_num_threads())
 
@@ -162,7 +162,7 @@ def _swap(
     if not name:
         raise UsageError("the model is itself one layer; wrap it in torch.nn.Sequential")
     if isinstance(module, nn.Conv2d):
-        conv = PointwiseConv2d(packed, (module.stride[0], module.stride[1]))
+        conv = PackedConv2d.from_conv(module, packed)
         root.set_submodule(name, conv.train(module.training))
         return LayerRecord(**{**vars(record), "kernel": conv_kernel_name()})
     if batches:

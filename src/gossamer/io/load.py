@@ -15,7 +15,7 @@ from gossamer.io.manifest import NAME, PackedLayer, _one_line, read_json, read_m
 from gossamer.io.tensors import read_tensors
 from gossamer.nn import (
     BitmapLinear,
-    PointwiseConv2d,
+    PackedConv2d,
     QuantizedLinear,
     prepare_batches,
     serves_batches,
@@ -206,7 +206,7 @@ def _place(root: nn.Module, layers: Mapping[str, Packed], tensors: dict[str, Ten
         conv = modules[name]
         if isinstance(conv, nn.Conv2d) and isinstance(layer, BitmapLinear):
             stride = (conv.stride[0], conv.stride[1])
-            root.set_submodule(name, PointwiseConv2d(layer, stride))
+            root.set_submodule(name, PackedConv2d(layer, stride))
         else:
             root.set_submodule(name, layer)
     on_meta = any(t.is_meta for t in root.state_dict().values())
