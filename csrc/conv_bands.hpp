@@ -6,6 +6,9 @@
 
 #include "conv.hpp"
 #include "lanes.hpp"
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace gossamer {
 namespace {
@@ -16,24 +19,52 @@ inline Lanes load_lanes(const float* from) {
   return found;
 }
 inline void store_lanes(Lanes value, float* to) { __builtin_memcpy(to, &value, sizeof value); }
-
-inline Lanes finish(Lanes sum, float low, float high) {
-  sum = sum < low ? Lanes{} + low : sum;
-  return sum > high ? Lanes{} + high : sum;
+inline Lanes same(float value) {
+  Lanes all;
+  for (int k = 0; k < kLanes; ++k) all[k] = value;
+  return all;
 }
 
-// Every second float goes to `even`, the others to `odd`.
+// The first `count` floats, and zeros.
+inline Lanes load_some(const float* from, int64_t count) {
+  if (count >= kLanes) return load_lanes(from);
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16)
+    return reinterpret_cast<Lanes>(
+        _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << (count > 0 ? count : 0)) - 1), from));
+#endif
+  Lanes found{};
+  for (int64_t j = 0; j < count; ++j) found[j] = from[j];
+  return found;
+}
+inline void store_some(Lanes value, float* to, int64_t count) {
+  if (count >= kLanes) return store_lanes(value, to);
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1),
+                          reinterpret_cast<__m512>(value));
+    return;
+  }
+#endif
+  for (int64_t j = 0; j < count; ++j) to[j] = value[j];
+}
+
+inline Lanes finish(Lanes sum, float low, float high) {
+  sum = sum < low ? same(low) : sum;
+  return sum > high ? same(high) : sum;
+}
+
+// Every second float goes to `even`, the others to `odd`, with zeros up to whole vectors.
 inline void part(const float* from, int64_t count, float* even, float* odd) {
   typedef int32_t Places __attribute__((vector_size(4 * kLanes)));
   Places places;
   for (int k = 0; k < kLanes; ++k) places[k] = 2 * k;
-  int64_t j = 0;
-  for (; j + 2 * kLanes <= count; j += 2 * kLanes) {
-    const Lanes first = load_lanes(from + j), second = load_lanes(from + j + kLanes);
+  for (int64_t j = 0; j < count; j += 2 * kLanes) {
+    const Lanes first = load_some(from + j, count - j);
+    const Lanes second = load_some(from + j + kLanes, count - j - kLanes);
     store_lanes(__builtin_shuffle(first, second, places), even + j / 2);
     store_lanes(__builtin_shuffle(first, second, places + 1), odd + j / 2);
   }
-  for (; j < count; ++j) (j % 2 ? odd : even)[j / 2] = from[j];
 }
 
 // `count` rows of the padded plane from `first` on. With stride 2 its even columns go to the first
@@ -48,7 +79,9 @@ inline void pad_rows(const Geometry& s, const Layout& l, const float* x, int64_t
       for (int64_t j = 0; j < l.plane_row; ++j) even[j] = 0.0f;
       for (int64_t j = 0; j < l.plane_row; ++j) odd[j] = 0.0f;
     } else if (s.stride_x == 1) {
-      __builtin_memcpy(even + s.pad_x, x + source * s.width, s.width * sizeof(float));
+      const float* from = x + source * s.width;
+      for (int64_t j = 0; j < s.width; j += kLanes)
+        store_lanes(load_some(from + j, s.width - j), even + s.pad_x + j);
     } else {
       float* swapped = s.pad_x % 2 ? odd : even;
       part(x + source * s.width, s.width, swapped + s.pad_x / 2,
@@ -78,7 +111,7 @@ void depthwise_rows(const float* even, const float* odd, int64_t plane_row, cons
                     float bias, const Ends& end, int64_t wide, float* to) {
   for (int64_t j = (wide - 1) / kLanes * kLanes; j >= 0; j -= kLanes) {
     Lanes sums[R];
-    for (int r = 0; r < R; ++r) sums[r] = Lanes{} + bias;
+    for (int r = 0; r < R; ++r) sums[r] = same(bias);
 #pragma GCC unroll 16
     for (int i = 0; i < S * (R - 1) + 3; ++i) {
       const int64_t at = i * plane_row + j;
@@ -102,7 +135,7 @@ template <int S>
 void depthwise_plane(const Layout& l, const float* planes, const float* weight, float bias,
                      const Ends& end, int64_t rows, int64_t wide, float* to) {
   Lanes taps[9];
-  for (int t = 0; t < 9; ++t) taps[t] = Lanes{} + weight[t];
+  for (int t = 0; t < 9; ++t) taps[t] = same(weight[t]);
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) {
     const float* at = planes + S * r * l.plane_row;

@@ -4,9 +4,6 @@
 #include <omp.h>
 
 #include "conv_bands.hpp"
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 namespace gossamer {
 namespace {
@@ -22,26 +19,13 @@ struct Strip {
   int64_t count;   // pixels; the last vector may be incomplete
 };
 
-inline void store_some(Lanes value, float* to, int64_t count) {
-#if defined(__AVX512F__)
-  if constexpr (kLanes == 16) {
-    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1),
-                          reinterpret_cast<__m512>(value));
-    return;
-  }
-#endif
-  for (int64_t j = 0; j < count; ++j) to[j] = value[j];
-}
-
 template <int V>
 __attribute__((always_inline)) inline void store_row(const Lanes* sums, const Ends& end,
                                                      const Strip& strip, int64_t row) {
   float* to = strip.y + row * strip.pixels;
   for (int v = 0; v + 1 < V; ++v) store_lanes(finish(sums[v], end.low, end.high), to + v * kLanes);
   const Lanes last = finish(sums[V - 1], end.low, end.high);
-  const int64_t left = strip.count - (V - 1) * kLanes;
-  if (left >= kLanes) store_lanes(last, to + (V - 1) * kLanes);
-  else store_some(last, to + (V - 1) * kLanes, left);
+  store_some(last, to + (V - 1) * kLanes, strip.count - (V - 1) * kLanes);
 }
 
 // Output after output.
@@ -53,7 +37,7 @@ void rows_product(const Kept& m, const Ends& end, const Strip& strip) {
     const int64_t row = m.rows[k];
     const float* const last = values + m.counts[k];
     Lanes even[V], odd[V];  // two sets of sums, for the latency of fused multiply-add
-    for (int v = 0; v < V; ++v) even[v] = Lanes{} + (end.bias ? end.bias[row] : 0.0f), odd[v] = Lanes{};
+    for (int v = 0; v < V; ++v) even[v] = same(end.bias ? end.bias[row] : 0.0f), odd[v] = Lanes{};
     for (; values + 2 <= last; values += 2, columns += 2) {
       const auto* first = reinterpret_cast<const Lanes*>(strip.x + columns[0] * strip.pitch);
       const auto* second = reinterpret_cast<const Lanes*>(strip.x + columns[1] * strip.pitch);
@@ -104,7 +88,7 @@ void tiles_product(const Kept& m, const Ends& end, const Strip& strip) {
     Lanes sums[kTileRows][V];
     for (int64_t r = 0; r < kTileRows; ++r)
       for (int v = 0; v < V; ++v)
-        sums[r][v] = Lanes{} + (end.bias && r < rows ? end.bias[first + r] : 0.0f);
+        sums[r][v] = same(end.bias && r < rows ? end.bias[first + r] : 0.0f);
     pattern_product<V, 1>(m.counts + first / kTileRows * kTileCounts, values, columns, strip, sums);
     for (int64_t r = 0; r < rows; ++r) store_row<V>(sums[r], end, strip, first + r);
   }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gossamer.nn.conv import FREE, DepthwiseConv2d, PackedConv2d, no_kernel, window_of
 from gossamer.core.matrix import as_matrix
 from gossamer.ops import conv as ops
-from gossamer.ops.conv import Before, Ends, Form, Window
+from gossamer.ops.conv import Before, Ends, Stage, Window
 
 Step = Callable[[Tensor], Tensor]
 SHALLOW = 4
@@ -161,46 +161,30 @@ def _convolution(leaf: nn.Module) -> _Convolution | None:
 
 
 def _steps(leaves: list[nn.Module]) -> list[Step]:
+    """What runs: stages in a row as one, other modules as they are."""
     steps: list[Step] = []
+    stages: list[Stage] = []
     waiting = list(leaves)
-    before: Before | None = None
     while waiting:
         leaf = waiting.pop(0)
         found = _convolution(leaf)
-        if found is not None:
-            while waiting and found.absorb(waiting[0]):
-                waiting.pop(0)
-        if found is not None and not found.depthwise:
-            fits = before is not None and found.window == Window()
-            if before is not None and not fits:
-                steps.append(_Depthwise(before))
-            steps.append(_Sparse(ops.build(found.weight), found.window, found.ends, before if fits else None))
-            before = None
+        if found is None:
+            if not _inert(leaf):
+                steps += [ops.chain(stages), leaf] if stages else [leaf]
+                stages = []
             continue
-        if before is not None:
-            steps.append(_Depthwise(before))
-            before = None
-        if found is not None:
-            before = Before(found.weight.contiguous(), found.window.stride[0], found.ends)
-        elif not _inert(leaf):
-            steps.append(leaf)
-    return steps if before is None else [*steps, _Depthwise(before)]
+        while waiting and found.absorb(waiting[0]):
+            waiting.pop(0)
+        stages = _joined(stages, found)
+    return [*steps, ops.chain(stages)] if stages else steps
 
 
-@dataclass(frozen=True)
-class _Sparse:
-    form: Form
-    window: Window
-    ends: Ends
-    before: Before | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return ops.conv(x, self.form, self.window, self.ends, self.before)
-
-
-@dataclass(frozen=True)
-class _Depthwise:
-    before: Before
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return ops.depthwise(x, self.before)
+def _joined(stages: list[Stage], found: _Convolution) -> list[Stage]:
+    """With one more; a 1x1 convolution joins a depthwise one that came last."""
+    if found.depthwise:
+        before = Before(found.weight.contiguous(), found.window.stride[0], found.ends)
+        return [*stages, Stage(None, Window(), found.ends, before)]
+    form, before = ops.build(found.weight), None
+    if stages and stages[-1].form is None and found.window == Window():
+        stages, before = stages[:-1], stages[-1].before
+    return [*stages, Stage(form, found.window, found.ends, before)]

@@ -10,6 +10,7 @@ a copy of the weights for speed, of about 6 bytes per kept one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -18,9 +19,20 @@ from torch import Tensor
 from gossamer.core.errors import UsageError
 from gossamer.ops import _dispatch
 from gossamer.ops.conv import native, reference
-from gossamer.ops.conv.reference import Before, Ends, Form, Window
+from gossamer.ops.conv.reference import Before, Ends, Form, Stage, Window
 
-__all__ = ["Before", "Ends", "Form", "Window", "build", "conv", "depthwise", "kernel_name"]
+__all__ = [
+    "Before",
+    "Ends",
+    "Form",
+    "Stage",
+    "Window",
+    "build",
+    "chain",
+    "conv",
+    "depthwise",
+    "kernel_name",
+]
 
 NO_END = Ends(None, -math.inf, math.inf)
 """Neither bias nor clamp. A clamp from 0 to infinity is ReLU, from 0 to 6 ReLU6."""
@@ -82,7 +94,7 @@ def conv(
     _check(x, form, window, ends, before)
     eager = not torch.compiler.is_compiling()
     if eager and not (torch.is_grad_enabled() and x.requires_grad):
-        return run(x, form, window, ends, before)
+        return _run(x, form, window, ends, before)
     first = NO_END if before is None else before.ends
     return _sparse_conv(
         x,
@@ -111,8 +123,26 @@ def depthwise(x: Tensor, before: Before) -> Tensor:
     return _depthwise_conv(x, before.weight, ends.bias, before.stride, ends.low, ends.high)
 
 
-def run(x: Tensor, form: Form, window: Window, ends: Ends, before: Before | None) -> Tensor:
-    """`conv` without its checks, for layers that made them before."""
+def chain(stages: list[Stage]) -> Callable[[Tensor], Tensor]:
+    """Stages one after the other, their addresses looked up once; not for gradients or compiling.
+
+    The call takes x (images, channels, height, width) as `conv` does and raises the same errors.
+    What lies between stages stays in memory that the callable holds.
+    """
+    home = _home()
+    ready = [
+        Stage(s.form, s.window, _ready(s.ends), _ready_before(s.before)) for s in stages
+    ]
+    prepared, channels = home.Chain(ready), ready[0].channels[0]
+
+    def call(x: Tensor) -> Tensor:
+        _check_images(x, channels)
+        return prepared.run(x.contiguous())  # type: ignore[no-any-return]
+
+    return call
+
+
+def _run(x: Tensor, form: Form, window: Window, ends: Ends, before: Before | None) -> Tensor:
     home = _home()
     return home.conv(x.contiguous(), form, window, _ready(ends), _ready_before(before))  # type: ignore[no-any-return]
 
@@ -198,7 +228,7 @@ def _sparse_conv(
         before = Before(weight, stride, Ends(weight_bias, clamps[0], clamps[1]))
     values, columns, counts, rows = parts
     kept = Form(values, columns, counts, rows, (form[0], form[1]), bool(form[2]))
-    return run(x, kept, _window(window), Ends(bias, clamps[2], clamps[3]), before)
+    return _run(x, kept, _window(window), Ends(bias, clamps[2], clamps[3]), before)
 
 
 @_sparse_conv.register_fake

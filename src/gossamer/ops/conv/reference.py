@@ -141,3 +141,47 @@ def depthwise(x: Tensor, before: Before) -> Tensor:
     weight, ends = before.weight, before.ends
     y = functional.conv2d(x, weight, ends.bias, before.stride, 1, groups=weight.shape[0])
     return y.clamp(ends.low, ends.high)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a chain: a depthwise convolution, a sparse one, or both in this order."""
+
+    form: Form | None
+    window: Window
+    ends: Ends
+    before: Before | None
+
+    @property
+    def whole(self) -> Window:
+        """The window over the stage's input."""
+        if self.before is None:
+            return self.window
+        return Window((3, 3), (self.before.stride, self.before.stride), (1, 1))
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Of the input and of the result."""
+        if self.before is not None:
+            inputs = self.before.weight.shape[0]
+            return inputs, inputs if self.form is None else self.form.shape[0]
+        assert self.form is not None
+        return self.form.shape[1] // (self.window.kernel[0] * self.window.kernel[1]), (
+            self.form.shape[0]
+        )
+
+
+class Chain:
+    """The plain twin of a chain of stages."""
+
+    def __init__(self, stages: list[Stage]) -> None:
+        self.stages = stages
+
+    def run(self, x: Tensor) -> Tensor:
+        """x contiguous."""
+        for stage in self.stages:
+            if stage.form is not None:
+                x = conv(x, stage.form, stage.window, stage.ends, stage.before)
+            elif stage.before is not None:
+                x = depthwise(x, stage.before)
+        return x
