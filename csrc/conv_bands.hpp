@@ -19,11 +19,7 @@ inline Lanes load_lanes(const float* from) {
   return found;
 }
 inline void store_lanes(Lanes value, float* to) { __builtin_memcpy(to, &value, sizeof value); }
-inline Lanes same(float value) {
-  Lanes all;
-  for (int k = 0; k < kLanes; ++k) all[k] = value;
-  return all;
-}
+inline Lanes same(float value) { return value - Lanes{}; }  // x - 0 is x, which compilers know
 
 // The first `count` floats, and zeros.
 inline Lanes load_some(const float* from, int64_t count) {

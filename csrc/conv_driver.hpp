@@ -23,6 +23,7 @@ template <int V>
 __attribute__((always_inline)) inline void store_row(const Lanes* sums, const Ends& end,
                                                      const Strip& strip, int64_t row) {
   float* to = strip.y + row * strip.pixels;
+#pragma GCC unroll 4
   for (int v = 0; v + 1 < V; ++v) store_lanes(finish(sums[v], end.low, end.high), to + v * kLanes);
   const Lanes last = finish(sums[V - 1], end.low, end.high);
   store_some(last, to + (V - 1) * kLanes, strip.count - (V - 1) * kLanes);
@@ -66,11 +67,13 @@ __attribute__((always_inline)) inline void pattern_product(const int32_t* counts
   for (int32_t i = 0; i < counts[P]; ++i) {
     const auto* from = reinterpret_cast<const Lanes*>(strip.x + *columns++ * strip.pitch);
     Lanes input[V];
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) input[v] = from[v];
 #pragma GCC unroll 4
     for (int r = 0; r < kTileRows; ++r) {
       if (!(P >> r & 1)) continue;
       const float weight = *values++;
+#pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sums[r][v] += weight * input[v];
     }
   }
@@ -85,12 +88,16 @@ void tiles_product(const Kept& m, const Ends& end, const Strip& strip) {
   const uint16_t* columns = m.columns;
   for (int64_t first = 0; first < m.out; first += kTileRows) {
     const int64_t rows = m.out - first < kTileRows ? m.out - first : kTileRows;
-    Lanes sums[kTileRows][V];
-    for (int64_t r = 0; r < kTileRows; ++r)
+    Lanes sums[kTileRows][V];  // every loop over it unrolled, else it would live in memory
+#pragma GCC unroll 4
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 4
       for (int v = 0; v < V; ++v)
         sums[r][v] = same(end.bias && r < rows ? end.bias[first + r] : 0.0f);
     pattern_product<V, 1>(m.counts + first / kTileRows * kTileCounts, values, columns, strip, sums);
-    for (int64_t r = 0; r < rows; ++r) store_row<V>(sums[r], end, strip, first + r);
+#pragma GCC unroll 4
+    for (int r = 0; r < kTileRows; ++r)
+      if (r < rows) store_row<V>(sums[r], end, strip, first + r);
   }
 }
 
