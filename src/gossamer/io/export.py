@@ -49,7 +49,8 @@ def _dense_state(model: nn.Module, shapes: nn.Module) -> dict[str, Tensor]:
     for name, layer in packed.items():
         matrix = layer.to_matrix()
         if isinstance(layer, PackedConv2d):
-            state[f"{name}.weight"] = matrix.reshape(*matrix.shape, 1, 1)
+            shaped = matrix.reshape(matrix.shape[0], *layer.window.kernel, -1)
+            state[f"{name}.weight"] = shaped.permute(0, 3, 1, 2).contiguous()
             continue
         turned = is_transposed(shapes.get_submodule(name))
         state[f"{name}.weight"] = matrix.t().contiguous() if turned else matrix

@@ -20,7 +20,8 @@ from gossamer.nn import (
     prepare_batches,
     serves_batches,
 )
-from gossamer.nn.conv import why_not
+from gossamer.nn.chain import fuse
+from gossamer.nn.conv import no_kernel
 from gossamer.ops.quantized import QuantizedMatrix
 
 
@@ -58,6 +59,7 @@ def load(
         root = _ordinary(place, type(root))
     if dtype is not None:
         _convert(root, dtype)
+    fuse(root)
     if serves_batches(root, batches):
         prepare_batches(root)
     return root.eval()
@@ -182,7 +184,7 @@ def _place(root: nn.Module, layers: Mapping[str, Packed], tensors: dict[str, Ten
         fits = module is not None and is_prunable(module)
         fits = fits and not isinstance(module, nn.Embedding)
         if isinstance(module, nn.Conv2d):
-            fits = fits and isinstance(layer, BitmapLinear) and not why_not(module, 0.0)
+            fits = fits and isinstance(layer, BitmapLinear) and not no_kernel(module)
         shape = (layer.out_features, layer.in_features)
         if not fits or as_matrix(module).shape != shape:  # type: ignore[arg-type]
             raise FormatError(f"layer {name}: the model has no linear layer of that shape there")
@@ -205,8 +207,7 @@ def _place(root: nn.Module, layers: Mapping[str, Packed], tensors: dict[str, Ten
     for name, layer in layers.items():
         conv = modules[name]
         if isinstance(conv, nn.Conv2d) and isinstance(layer, BitmapLinear):
-            stride = (conv.stride[0], conv.stride[1])
-            root.set_submodule(name, PackedConv2d(layer, stride))
+            root.set_submodule(name, PackedConv2d.from_conv(conv, layer))
         else:
             root.set_submodule(name, layer)
     on_meta = any(t.is_meta for t in root.state_dict().values())

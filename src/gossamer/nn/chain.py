@@ -9,8 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gossamer.nn.conv import FREE, DepthwiseConv2d, PackedConv2d, no_kernel, window_of
 from gossamer.core.matrix import as_matrix
+from gossamer.nn.conv import (
+    FREE,
+    DepthwiseConv2d,
+    PackedConv2d,
+    no_kernel,
+    serves_depthwise,
+    window_of,
+)
+from gossamer.ops import _dispatch
 from gossamer.ops import conv as ops
 from gossamer.ops.conv import Before, Ends, Stage, Window
 
@@ -33,10 +41,11 @@ class ConvChain(nn.Sequential):
         """As Sequential's, to rounding."""
         if self.training or torch.compiler.is_compiling() or torch.is_grad_enabled():
             return super().forward(input)
-        leaves = list(_leaves(self))
-        if any(leaf._forward_hooks or leaf._forward_pre_hooks for leaf in leaves):
+        inside = list(self.modules())[1:]
+        if any(module._forward_hooks or module._forward_pre_hooks for module in inside):
             return super().forward(input)
-        version = _state(leaves)
+        leaves = list(_leaves(self))
+        version = (_dispatch.isa_index(), *_state(leaves))
         plan: tuple[tuple[object, ...], list[Step]] | None = self.__dict__.get("_plan")
         if plan is None or plan[0] != version:
             self.__dict__["_plan"] = plan = (version, _steps(leaves))
@@ -49,33 +58,45 @@ class ConvChain(nn.Sequential):
         return {name: value for name, value in self.__dict__.items() if name != "_plan"}
 
 
-def fuse(model: nn.Module) -> int:
-    """Turn every Sequential that holds a packed or depthwise convolution, and is not inside another
-    such, into a `ConvChain`, in place; returns how many. Modules with a forward of their own stay."""
-    count = 0
-    for module in _outermost(model):
+def fuse(model: nn.Module) -> list[str]:
+    """Suit everything to the packed convolutions of a model, in place; nothing where it has none.
+
+    Each 3x3 depthwise Conv2d becomes a `DepthwiseConv2d`, each Sequential that holds either kind
+    and is not inside another a `ConvChain`. Modules with a forward of their own stay as they are,
+    and so does the state dict. Returns the names of all depthwise convolutions.
+    """
+    if not any(isinstance(module, PackedConv2d) for module in model.modules()):
+        return []
+    names = []
+    for name, module in list(model.named_modules()):
+        if name and isinstance(module, nn.Conv2d) and serves_depthwise(module):
+            model.set_submodule(name, DepthwiseConv2d(module).train(module.training))
+            names.append(name)
+        elif isinstance(module, DepthwiseConv2d):
+            names.append(name)
+    for module in list(_outermost(model)):
         if any(isinstance(leaf, PackedConv2d | DepthwiseConv2d) for leaf in _leaves(module)):
             module.__class__ = ConvChain
-            count += 1
-    return count
+    return names
 
 
 def _sequential(module: nn.Module) -> bool:
-    return type(module).forward is nn.Sequential.forward
+    return isinstance(module, ConvChain) or type(module).forward is nn.Sequential.forward
 
 
 def _outermost(module: nn.Module) -> Iterator[nn.Module]:
-    if _sequential(module):
+    """Sequentials inside no other, except through a module with a forward of its own."""
+    chained = _sequential(module)
+    if chained:
         yield module
-    elif not isinstance(module, ConvChain):
-        for child in module.children():
-            yield from _outermost(child)
+    for child in _leaves(module) if chained else module.children():
+        yield from _outermost(child)
 
 
 def _leaves(chain: nn.Module) -> Iterator[nn.Module]:
     """What runs one after the other."""
     for child in chain.children():
-        if _sequential(child) or isinstance(child, ConvChain):
+        if _sequential(child):
             yield from _leaves(child)
         else:
             yield child
@@ -146,18 +167,20 @@ def _normalises(norm: nn.BatchNorm2d, weight: Tensor) -> bool:
 
 
 def _convolution(leaf: nn.Module) -> _Convolution | None:
-    if isinstance(leaf, PackedConv2d) and leaf.places(torch.empty(1, 1, 1, 1))[1] == leaf.window:
+    if isinstance(leaf, PackedConv2d) and leaf.window.stride[1] <= 2:
         weight, window, depthwise = leaf.to_matrix().float(), leaf.window, False
     elif isinstance(leaf, DepthwiseConv2d):
-        weight, window, depthwise = leaf.weight.detach(), Window((3, 3), (leaf.stride,) * 2), True
+        weight, window, depthwise = (
+            leaf.weight.detach(),
+            Window((3, 3), (leaf.stride, leaf.stride)),
+            True,
+        )
     elif type(leaf) is nn.Conv2d and leaf.in_channels <= SHALLOW and no_kernel(leaf) is None:
         weight, window, depthwise = as_matrix(leaf), window_of(leaf), False
     else:
         return None
     bias = leaf.bias
-    return _Convolution(
-        weight, None if bias is None else bias.detach().float(), window, depthwise
-    )
+    return _Convolution(weight, None if bias is None else bias.detach().float(), window, depthwise)
 
 
 def _steps(leaves: list[nn.Module]) -> list[Step]:
@@ -182,9 +205,9 @@ def _steps(leaves: list[nn.Module]) -> list[Step]:
 def _joined(stages: list[Stage], found: _Convolution) -> list[Stage]:
     """With one more; a 1x1 convolution joins a depthwise one that came last."""
     if found.depthwise:
-        before = Before(found.weight.contiguous(), found.window.stride[0], found.ends)
-        return [*stages, Stage(None, Window(), found.ends, before)]
-    form, before = ops.build(found.weight), None
+        first = Before(found.weight.contiguous(), found.window.stride[0], found.ends)
+        return [*stages, Stage(None, Window(), found.ends, first)]
+    before: Before | None = None
     if stages and stages[-1].form is None and found.window == Window():
         stages, before = stages[:-1], stages[-1].before
-    return [*stages, Stage(form, found.window, found.ends, before)]
+    return [*stages, Stage(ops.build(found.weight), found.window, found.ends, before)]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import UsageError
+from gossamer.core.matrix import as_matrix
 from gossamer.nn.bitmap import BitmapLinear, _version
 from gossamer.ops import bitmap as bitmap_ops
 from gossamer.ops import conv as ops
@@ -52,20 +53,21 @@ class PackedConv2d(nn.Module):
         """The fraction of weights stored."""
         return self.values.numel() / max(1, self.in_features * self.out_features)
 
+    @property
+    def kernel(self) -> str:
+        """The name of the kernel that serves it here."""
+        return ops.kernel_name(ops.suits_tiles(self.to_matrix()))
+
     def forward(self, x: Tensor) -> Tensor:
         """x (images, channels, height, width) to (images, out, height', width')."""
         version = _version(self.values)
         if self._built is None or self._built[0] != version:
             self._built = (version, ops.build(self.to_matrix()))
         bias = None if self.bias is None else self.bias.float()
-        x, window = self.places(x)
+        window = self.window
+        if window.stride[1] > 2:  # more than the kernel knows, so only of a 1x1 convolution
+            x, window = x[..., :: window.stride[0], :: window.stride[1]], Window()
         return ops.conv(x, self._built[1], window, Ends(bias, *FREE))
-
-    def places(self, x: Tensor) -> tuple[Tensor, Window]:
-        """x and the window for the kernel, which knows horizontal strides of 1 and 2 only."""
-        if _sliced(self.window) and self.window.stride != (1, 1):
-            return x[..., :: self.window.stride[0], :: self.window.stride[1]], Window()
-        return x, self.window
 
     def extra_repr(self) -> str:
         """Shape, density and window."""
@@ -155,10 +157,15 @@ def why_not(conv: nn.Conv2d, density: float) -> str | None:
     """Why `PackedConv2d` should not take this convolution's place; None where it should."""
     if (reason := no_kernel(conv)) is not None:
         return reason
-    if density > MAX_DENSITY:
-        return f"at density {density:.2f} the dense convolution is faster; at most {MAX_DENSITY:g}"
-    return None
+    if density <= MAX_DENSITY:
+        return None
+    most = MAX_GROUPED if ops.sharing(as_matrix(conv)) >= GROUPED else MAX_DENSITY
+    if density <= most:
+        return None
+    return f"at density {density:.2f} the dense convolution is faster; at most {most:g}"
 
 
-MAX_DENSITY = 0.15
-"""Above this torch's dense convolution wins."""
+MAX_DENSITY = 0.25
+"""Above this torch's dense convolution, channels last, wins: see benchmarks/results/conv.json."""
+MAX_GROUPED, GROUPED = 0.45, 3.0
+"""The same where so many of four neighbouring outputs on average keep an input that any keeps."""

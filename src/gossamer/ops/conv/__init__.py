@@ -32,6 +32,8 @@ __all__ = [
     "conv",
     "depthwise",
     "kernel_name",
+    "sharing",
+    "suits_tiles",
 ]
 
 NO_END = Ends(None, -math.inf, math.inf)
@@ -39,9 +41,9 @@ NO_END = Ends(None, -math.inf, math.inf)
 MAX_DEPTH = 1 << 16
 
 
-def kernel_name(form: Form | None = None) -> str:
-    """The kernel that serves here, such as `sparse-conv/avx512`."""
-    kind = "depthwise-conv" if form is None else "tiled-conv" if form.tiled else "sparse-conv"
+def kernel_name(tiled: bool | None) -> str:
+    """What serves here, such as `sparse-conv/avx512`; None: the depthwise convolution."""
+    kind = "depthwise-conv" if tiled is None else "tiled-conv" if tiled else "sparse-conv"
     return f"{kind}/{_dispatch.isa()}"
 
 
@@ -57,13 +59,18 @@ def build(matrix: Tensor, tiled: bool | None = None) -> Form:
         raise UsageError(f"the kernel takes up to {MAX_DEPTH} weights per output")
     matrix = matrix.detach().float()
     if tiled is None:
-        tiled = sharing(matrix) > _LEAST_SHARING
+        tiled = suits_tiles(matrix)
     return reference.build_tiles(matrix) if tiled else reference.build_rows(matrix)
 
 
 _LEAST_SHARING = 1.2
 """From so much sharing on tiles are faster: random weights of density 0.12 have it. Measured with
 AVX-512; at density 0.5 tiles then do 1.6 times what single outputs do."""
+
+
+def suits_tiles(matrix: Tensor) -> bool:
+    """Whether `build` puts the non-zeros of a matrix (out, in) into tiles."""
+    return sharing(matrix) > _LEAST_SHARING
 
 
 def sharing(matrix: Tensor) -> float:
@@ -129,21 +136,19 @@ def chain(stages: list[Stage]) -> Callable[[Tensor], Tensor]:
     What lies between stages stays in memory that the callable holds.
     """
     home = _home()
-    ready = [
-        Stage(s.form, s.window, _ready(s.ends), _ready_before(s.before)) for s in stages
-    ]
+    ready = [Stage(s.form, s.window, _ready(s.ends), _ready_before(s.before)) for s in stages]
     prepared, channels = home.Chain(ready), ready[0].channels[0]
 
     def call(x: Tensor) -> Tensor:
         _check_images(x, channels)
-        return prepared.run(x.contiguous())  # type: ignore[no-any-return]
+        return prepared.run(x.contiguous())
 
     return call
 
 
 def _run(x: Tensor, form: Form, window: Window, ends: Ends, before: Before | None) -> Tensor:
     home = _home()
-    return home.conv(x.contiguous(), form, window, _ready(ends), _ready_before(before))  # type: ignore[no-any-return]
+    return home.conv(x.contiguous(), form, window, _ready(ends), _ready_before(before))
 
 
 def _home() -> ModuleType:
@@ -151,7 +156,7 @@ def _home() -> ModuleType:
 
 
 def _run_depthwise(x: Tensor, before: Before) -> Tensor:
-    return _home().depthwise(x.contiguous(), _ready_before(before))  # type: ignore[no-any-return]
+    return _home().depthwise(x.contiguous(), _ready_before(before))
 
 
 def _ready(ends: Ends) -> Ends:
