@@ -52,7 +52,7 @@ def load(
     layers = {name: _layer(name, facts, tensors) for name, facts in packed.items()}
     root = _build(place, len(tensors) + len(layers)) if model is None else model
     try:
-        _place(root, layers, tensors)
+        _place(root, layers, tensors, {name: facts.kernel for name, facts in packed.items()})
     except FormatError:
         if layers or model is not None or (place / NAME).exists():
             raise
@@ -176,7 +176,12 @@ def _build(folder: Path, tensors: int | None = None) -> nn.Module:
         raise FormatError(f"config.json: {type(error).__name__}: {_one_line(error)}") from None
 
 
-def _place(root: nn.Module, layers: Mapping[str, Packed], tensors: dict[str, Tensor]) -> None:
+def _place(
+    root: nn.Module,
+    layers: Mapping[str, Packed],
+    tensors: dict[str, Tensor],
+    kernels: Mapping[str, tuple[int, int] | None],
+) -> None:
     """Check everything, then change `root`."""
     modules = dict(root.named_modules())
     for name, layer in layers.items():
@@ -185,6 +190,9 @@ def _place(root: nn.Module, layers: Mapping[str, Packed], tensors: dict[str, Ten
         fits = fits and not isinstance(module, nn.Embedding)
         if isinstance(module, nn.Conv2d):
             fits = fits and isinstance(layer, BitmapLinear) and not no_kernel(module)
+            fits = fits and module.kernel_size == (kernels[name] or (1, 1))
+        else:
+            fits = fits and kernels[name] is None
         shape = (layer.out_features, layer.in_features)
         if not fits or as_matrix(module).shape != shape:  # type: ignore[arg-type]
             raise FormatError(f"layer {name}: the model has no linear layer of that shape there")

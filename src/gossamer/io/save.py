@@ -115,7 +115,8 @@ def _shares(tensor: Tensor) -> bool:
 def _describe(layer: BitmapLinear | PackedConv2d | QuantizedLinear) -> dict[str, Any]:
     if isinstance(layer, QuantizedLinear):
         return _describe_quantized(layer)
-    return {
+    further = {"kernel": list(layer.window.kernel)} if isinstance(layer, PackedConv2d) else {}
+    return further | {
         "shape": [layer.out_features, layer.in_features],
         "pattern": layer.pattern,
         "density": layer.density,
