@@ -167,5 +167,5 @@ def why_not(conv: nn.Conv2d, density: float) -> str | None:
 
 MAX_DENSITY = 0.25
 """Above this torch's dense convolution, channels last, wins: see benchmarks/results/conv.json."""
-MAX_GROUPED, GROUPED = 0.45, 3.0
+MAX_GROUPED, GROUPED = 0.4, 3.0
 """The same where so many of four neighbouring outputs on average keep an input that any keeps."""
