@@ -171,7 +171,7 @@ def _fused(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
         traced = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(model, x)))
         for _ in range(2):  # the first calls compile
             traced(x)
-    return lambda: traced(x)  # type: ignore[no-any-return]
+    return lambda: traced(x)
 
 
 def _onnx(model: nn.Module, x: Tensor) -> Callable[[], Tensor] | None:
