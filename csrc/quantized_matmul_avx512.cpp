@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "quantized_expand_avx512.hpp"
@@ -15,7 +16,8 @@ namespace {
 constexpr int kRows = 32;  // in two vectors
 constexpr int kTile = 12;  // inputs at a time: 24 sums, 2 weights and 1 input fill the registers
 
-// Inputs as integers, tile by tile: the same 4 columns of all inputs of a tile together.
+// Inputs as integers, tile by tile: the same 4 columns of all inputs of a tile together. Lanes of the
+// last tile that no input fills are computed and thrown away.
 struct Turned {
   std::vector<int32_t> four;   // (tiles, padded / 4, kTile): 4 integers each
   std::vector<float> scales;   // (tiles, pairs, kTile)
@@ -25,9 +27,12 @@ struct Turned {
 void turn_inputs(const float* x, int64_t batch, int64_t cols, int threads, Turned& out) {
   const int64_t words = (cols + 63) / 64, pairs = pairs_of(words);
   const int64_t tiles = (batch + kTile - 1) / kTile;
-  out.four.assign(tiles * words * 16 * kTile, 0);
-  out.scales.assign(tiles * pairs * kTile, 0.0f);
-  out.sums.assign(tiles * words * kTile, 0.0f);
+  const auto grow = [](auto& memory, int64_t size) {
+    if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
+  };
+  grow(out.four, tiles * words * 16 * kTile);
+  grow(out.scales, tiles * pairs * kTile);
+  grow(out.sums, tiles * words * kTile);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t tile = b / kTile, lane = b % kTile;
@@ -77,6 +82,12 @@ struct Panel {
   };
   std::vector<Vector> integers;
   std::vector<float> scales, zeros;
+
+  void resize(const Quantized& m) {
+    integers.resize(m.words * 32);
+    scales.resize(m.groups * kRows);
+    zeros.resize(m.groups * kRows);
+  }
 };
 
 template <bool DENSE, int RUN>
@@ -119,31 +130,46 @@ void unpack_panel(const Quantized& m, int64_t row, Panel& out) {
     }
 }
 
-// Adds the products of `steps` times 4 columns and N inputs to out (N, 32), scaled.
-template <int N>
-inline void tile_part(const Panel::Vector* weights, const int32_t* four, int64_t steps,
-                      const float* scales, const float* zeros, const float* input_scales,
-                      const float* input_sums, __m512* out) {
-  __m512i dots[2 * N];
-  for (int i = 0; i < 2 * N; ++i) dots[i] = _mm512_setzero_si512();
+// One half of a panel's scales and zeros, and what they make of one input's sums.
+struct Scales {
+  __m512 scale, zero;
+};
+
+inline __m512 scaled(__m512i dots, const Scales& own, float input_scale, float input_sum,
+                     __m512 sum) {
+  const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(dots), own.scale);
+  sum = _mm512_fmadd_ps(product, _mm512_set1_ps(input_scale), sum);
+  return _mm512_fnmadd_ps(own.zero, _mm512_set1_ps(input_sum), sum);
+}
+
+// _mm512_dpbusd_epi32, written out: with 24 sums GCC 12 copies them about and spills.
+inline void add_products(__m512i& sum, __m512i weights, __m512i inputs) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(inputs));
+}
+
+// Adds the products of `steps` times 4 columns and as many inputs as there are I to out (N, 32).
+// Written over a list of numbers and not as a loop, so that the sums become registers.
+template <int... I>
+inline void tile_part(std::integer_sequence<int, I...>, const Panel::Vector* weights,
+                      const int32_t* four, int64_t steps, const float* scales, const float* zeros,
+                      const float* input_scales, const float* input_sums, __m512* out) {
+  __m512i low[] = {(static_cast<void>(I), _mm512_setzero_si512())...};
+  __m512i high[] = {(static_cast<void>(I), _mm512_setzero_si512())...};
   for (int64_t k = 0; k < steps; ++k) {
     const __m512i first = weights[2 * k].v, second = weights[2 * k + 1].v;
-#pragma GCC unroll 12
-    for (int n = 0; n < N; ++n) {
-      const __m512i input = _mm512_set1_epi32(four[k * kTile + n]);
-      dots[2 * n] = _mm512_dpbusd_epi32(dots[2 * n], first, input);
-      dots[2 * n + 1] = _mm512_dpbusd_epi32(dots[2 * n + 1], second, input);
-    }
+    const int32_t* inputs = four + k * kTile;
+    const auto add = [&](__m512i& one, __m512i& other, int32_t number) {
+      const __m512i input = _mm512_set1_epi32(number);
+      add_products(one, first, input);
+      add_products(other, second, input);
+    };
+    (add(low[I], high[I], inputs[I]), ...);
   }
-  for (int h = 0; h < 2; ++h) {
-    const __m512 scale = _mm512_loadu_ps(scales + 16 * h), zero = _mm512_loadu_ps(zeros + 16 * h);
-#pragma GCC unroll 12
-    for (int n = 0; n < N; ++n) {
-      const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[2 * n + h]), scale);
-      const __m512 sum = _mm512_fmadd_ps(product, _mm512_set1_ps(input_scales[n]), out[2 * n + h]);
-      out[2 * n + h] = _mm512_fnmadd_ps(zero, _mm512_set1_ps(input_sums[n]), sum);
-    }
-  }
+  const Scales one{_mm512_loadu_ps(scales), _mm512_loadu_ps(zeros)};
+  const Scales other{_mm512_loadu_ps(scales + 16), _mm512_loadu_ps(zeros + 16)};
+  ((out[2 * I] = scaled(low[I], one, input_scales[I], input_sums[I], out[2 * I]),
+    out[2 * I + 1] = scaled(high[I], other, input_scales[I], input_sums[I], out[2 * I + 1])),
+   ...);
 }
 
 // One tile of N inputs times a panel; out (N, 32).
@@ -156,7 +182,7 @@ void tile_of(const Quantized& m, const Panel& panel, const Turned& x, int64_t ti
     alignas(64) float sums[kTile];
     const float* first = &x.sums[(tile * m.words + w) * kTile];
     for (int n = 0; n < kTile; ++n) sums[n] = first[n] + (words > 1 ? first[kTile + n] : 0.0f);
-    tile_part<N>(&panel.integers[w * 32], &x.four[(tile * m.words + w) * 16 * kTile], words * 16,
+    tile_part(std::make_integer_sequence<int, N>{}, &panel.integers[w * 32], &x.four[(tile * m.words + w) * 16 * kTile], words * 16,
                  &panel.scales[g * kRows], &panel.zeros[g * kRows],
                  &x.scales[(tile * pairs + w / 2) * kTile], sums, out);
   }
@@ -205,7 +231,8 @@ void panel_times_all(const Quantized& m, int64_t row, const Panel& panel, const 
 
 void quantized_matmul_avx512(const Quantized& m, const float* x, int64_t batch, float* y,
                              const float* bias, int threads) {
-  Turned turned;
+  thread_local Turned turned;
+  const Turned& input = turned;
   turn_inputs(x, batch, m.cols, threads, turned);
   std::vector<float> columns;
   if (m.outlier_ptr) {
@@ -215,17 +242,15 @@ void quantized_matmul_avx512(const Quantized& m, const float* x, int64_t batch, 
   }
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Panel panel;
-    panel.integers.resize(m.words * 32);
-    panel.scales.resize(m.groups * kRows);
-    panel.zeros.resize(m.groups * kRows);
+    thread_local Panel panel;
+    panel.resize(m);
 #pragma omp for schedule(dynamic)
     for (int64_t row = 0; row < m.rows; row += kRows) {
       if (!m.bitmap) unpack_panel<true, 0>(m, row, panel);
       else if (m.run == 4) unpack_panel<false, 4>(m, row, panel);
       else if (m.run == 8) unpack_panel<false, 8>(m, row, panel);
       else unpack_panel<false, 0>(m, row, panel);
-      panel_times_all(m, row, panel, turned, batch, y, bias);
+      panel_times_all(m, row, panel, input, batch, y, bias);
       if (m.outlier_ptr) add_outliers(m, row, batch, columns.data(), y);
     }
   }
