@@ -14,6 +14,7 @@
 #include "grouped_bindings.hpp"
 #include "isa.hpp"
 #include "limits.hpp"
+#include "nm_bindings.hpp"
 #include "quantized_bindings.hpp"
 #include "pointwise_bindings.hpp"
 #include "spgemm_bindings.hpp"
@@ -177,6 +178,7 @@ NB_MODULE(_kernels, m) {
   bind_quantized(m);
   bind_blocks(m);
   bind_csr(m);
+  bind_nm(m);
   bind_active(m);
   bind_spgemm(m);
   bind_pointwise(m);
