@@ -13,9 +13,11 @@ from gossamer.core.matrix import as_matrix, is_prunable
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwrap
 from gossamer.nn.bitmap import BitmapLinear, serves_batches
 from gossamer.nn.conv import DepthwiseConv2d, PointwiseConv2d, serves_depthwise, why_not
+from gossamer.nn.nm import NMLinear, pays_as_nm
 from gossamer.nn.quantized import QuantizedLinear
 from gossamer.ops import _dispatch
 from gossamer.ops.bitmap import bitmap_bytes, kernel_name
+from gossamer.ops.nm import kernel_name as nm_kernel_name
 from gossamer.ops.pointwise import kernel_name as conv_kernel_name
 from gossamer.ops.quantized import BITS
 from gossamer.ops.quantized import kernel_name as quantized_kernel_name
@@ -34,8 +36,8 @@ def compress(
     group: int = 128,
     head_bits: int = 8,
 ) -> CompressResult:
-    """Replace, in place, every linear layer whose zeros pay by a kernel-backed `BitmapLinear`,
-    every such 1x1 convolution, in float32, by a `PointwiseConv2d`. Then 3x3 depthwise convolutions
+    """Replace, in place, every linear layer whose zeros pay by a kernel-backed `BitmapLinear`
+    or, pruned N:M and smaller so, `NMLinear`, every such 1x1 convolution, in float32, by a `PointwiseConv2d`. Then 3x3 depthwise convolutions
     get a dense kernel for the same layout.
 
     Any zeros count, whoever made them. A layer stays dense, and its record says why, when the
@@ -155,21 +157,25 @@ def _refusal(
 def _swap(
     root: nn.Module, name: str, module: nn.Module, record: LayerRecord, batches: bool
 ) -> LayerRecord:
-    bias = getattr(module, "bias", None)
-    packed = BitmapLinear.from_matrix(as_matrix(module), bias, record.pattern)
+    bias, matrix = getattr(module, "bias", None), as_matrix(module)
+    exact = not isinstance(module, nn.Conv2d) and pays_as_nm(matrix, record.pattern)
+    packed: BitmapLinear | NMLinear
+    packed = (NMLinear if exact else BitmapLinear).from_matrix(matrix, bias, record.pattern)
     packed.density_requested = record.requested
     packed.train(module.training)
     if not name:
         raise UsageError("the model is itself one layer; wrap it in torch.nn.Sequential")
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Conv2d) and isinstance(packed, BitmapLinear):
         conv = PointwiseConv2d(packed, (module.stride[0], module.stride[1]))
         root.set_submodule(name, conv.train(module.training))
         return LayerRecord(**{**vars(record), "kernel": conv_kernel_name()})
     if batches:
         packed.prepare_batches()
     root.set_submodule(name, packed)
-    kernel = kernel_name() + (f" + {packed.batch_kernel}" if batches else "")
-    return LayerRecord(**{**vars(record), "kernel": kernel})
+    kernel = nm_kernel_name() if exact else kernel_name()
+    kernel += f" + {packed.batch_kernel}" if batches else ""
+    size = packed.nbytes if isinstance(packed, NMLinear) else record.sparse_bytes
+    return LayerRecord(**{**vars(record), "kernel": kernel, "sparse_bytes": size})
 
 
 def _quantize(

@@ -1,13 +1,15 @@
 """Modules that hold sparse weights."""
 
-from gossamer.nn.bitmap import BitmapLinear, prepare_batches, serves_batches
+from gossamer.nn.bitmap import BitmapLinear, serves_batches
 from gossamer.nn.conv import DepthwiseConv2d, PointwiseConv2d
+from gossamer.nn.nm import NMLinear, prepare_batches
 from gossamer.nn.quantized import QuantizedLinear
 from gossamer.nn.sparse import SparseConv2d, SparseLinear, to_dense
 
 __all__ = [
     "BitmapLinear",
     "DepthwiseConv2d",
+    "NMLinear",
     "PointwiseConv2d",
     "QuantizedLinear",
     "SparseConv2d",

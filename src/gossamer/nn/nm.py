@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import PatternError, UsageError
 from gossamer.core.pattern import NM, parse_pattern
+from gossamer.nn.bitmap import BitmapLinear, _version
 from gossamer.ops import bitmap, grouped
 from gossamer.ops import nm as ops
 from gossamer.ops.grouped import Grouped
@@ -67,6 +68,11 @@ class NMLinear(nn.Module):
         return ops.unpack(self.values, self.codes, self.layout)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of values and codes."""
+        return self.values.nbytes + self.codes.nbytes
+
+    @property
     def kept(self) -> int:
         """How many stored weights are not zero."""
         return int(torch.count_nonzero(self.values))
@@ -116,6 +122,20 @@ class NMLinear(nn.Module):
         )
 
 
+def pays_as_nm(matrix: Tensor, pattern: str) -> bool:
+    """Whether `pattern` is N:M with a kernel, the matrix (out, in) keeps it, and it takes fewer
+    bytes so than with a bitmap. O(out * in)."""
+    try:
+        layout = _layout(pattern, matrix.shape[1])
+    except UsageError:
+        return False
+    rows, width = matrix.shape[0], matrix.element_size()
+    as_bitmap = rows * bitmap.bitmap_bytes(matrix.shape[1])
+    as_bitmap += int(torch.count_nonzero(matrix)) * width
+    fits = ops.fits(matrix, layout.keep, layout.group)
+    return fits and layout.nbytes(rows, width) < as_bitmap
+
+
 def _layout(pattern: str, in_features: int) -> Layout:
     try:
         parsed = parse_pattern(pattern)
@@ -124,3 +144,9 @@ def _layout(pattern: str, in_features: int) -> Layout:
     if not isinstance(parsed, NM):
         raise UsageError(f"an N:M layer has a pattern such as 2:4, not {pattern!r}")
     return Layout(parsed.keep, parsed.group, in_features)
+
+
+def prepare_batches(model: nn.Module) -> int:
+    """Build the form for batches in every packed layer; returns the bytes it takes."""
+    packed = [module for module in model.modules() if isinstance(module, BitmapLinear | NMLinear)]
+    return sum(module.prepare_batches() for module in packed)

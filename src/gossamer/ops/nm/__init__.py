@@ -62,9 +62,7 @@ def check(values: Tensor, codes: Tensor, layout: Layout) -> None:
     home.check(values.contiguous(), codes.contiguous(), layout)
 
 
-def linear(
-    x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, layout: Layout
-) -> Tensor:
+def linear(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
     """x (..., in) times the packed matrix transposed, plus bias (out,).
 
     x of any float dtype, the result in the same; sums in float32. Differentiable in x and bias, at

@@ -28,9 +28,7 @@ def check(values: Tensor, codes: Tensor, layout: Layout) -> None:
         raise FormatError(str(error)) from None
 
 
-def linear(
-    x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, layout: Layout
-) -> Tensor:
+def linear(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
     """x (..., in) times the matrix transposed plus bias; accumulates in float32.
 
     Up to 8 rows of x by the matrix-vector kernel, O(rows of x * stored values). More rows: dense
@@ -40,7 +38,7 @@ def linear(
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.detach().float()
     out = values.shape[0]
-    inputs = x.reshape(-1, layout.cols).float().contiguous()
+    inputs = x.reshape(math.prod(x.shape[:-1]), layout.cols).float().contiguous()
     if inputs.shape[0] <= MATVEC_ROWS:
         result = _matvec(inputs, values, codes, bias, layout)
     elif math.isfinite(inputs.sum().item()):  # 0 * NaN would reach rows that keep nothing there

@@ -91,14 +91,14 @@ def pack(matrix: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """
     rows = matrix.shape[0]
     padded = functional.pad(matrix.detach(), (0, layout.padded - layout.cols))
-    groups = padded.reshape(rows, -1, layout.group)
+    groups = padded.reshape(rows, layout.padded // layout.group, layout.group)
     full = groups != 0
     room = layout.keep - full.sum(-1, keepdim=True)
     if bool((room < 0).any()):
         raise UsageError(f"a group holds more than {layout.keep} of {layout.group} non-zeros")
     kept = full | (~full & ((~full).cumsum(-1) <= room))
-    places = kept.nonzero()[:, -1].to(torch.uint8).reshape(rows, -1, layout.keep)
-    values = groups[kept].reshape(rows, -1, layout.keep)
+    places = kept.nonzero()[:, -1].to(torch.uint8).reshape(*groups.shape[:2], layout.keep)
+    values = groups[kept].reshape(places.shape)
     return _to_blocks(values, layout), _to_words(_to_blocks(places, layout), layout)
 
 
@@ -108,7 +108,7 @@ def unpack(values: Tensor, codes: Tensor, layout: Layout) -> Tensor:
     places = _from_blocks(from_words(codes, layout), layout)
     dense = torch.zeros(rows, places.shape[1], layout.group, dtype=values.dtype)
     dense.scatter_(-1, places.long(), _from_blocks(values, layout))
-    return dense.reshape(rows, -1)[:, : layout.cols].contiguous()
+    return dense.reshape(rows, layout.padded)[:, : layout.cols].contiguous()
 
 
 def columns(codes: Tensor, layout: Layout) -> Tensor:
@@ -131,9 +131,7 @@ def check(values: Tensor, codes: Tensor, layout: Layout) -> None:
         raise FormatError("nm: a value lies beyond the last column")
 
 
-def linear(
-    x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, layout: Layout
-) -> Tensor:
+def linear(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
     """x (..., in) times the matrix transposed plus bias (out,); in float32, cast to x's dtype.
 
     Every stored value multiplies, zeros too.
@@ -181,7 +179,7 @@ def _to_words(places: Tensor, layout: Layout) -> Tensor:
         shifts = torch.arange(count).unsqueeze(1) * layout.bits
         words = (blocks[:, first : first + count] << shifts).sum(1)
         bytes_ = words.unsqueeze(-1) >> (8 * torch.arange(width)) & 255
-        parts.append(bytes_.to(torch.uint8).reshape(rows, -1))
+        parts.append(bytes_.to(torch.uint8).flatten(1))
     return torch.cat(parts, 1)
 
 
@@ -194,6 +192,6 @@ def from_words(codes: Tensor, layout: Layout) -> Tensor:
         words = (bytes_ << (8 * torch.arange(width))).sum(-1)
         shifts = torch.arange(count).unsqueeze(1) * layout.bits
         places = words.unsqueeze(1) >> shifts & (layout.group - 1)
-        parts.append(places.to(torch.uint8).reshape(rows, -1))
+        parts.append(places.to(torch.uint8).flatten(1))
         start += LANES * width
     return torch.cat(parts, 1)
