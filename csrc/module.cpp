@@ -18,6 +18,7 @@
 #include "quantized_bindings.hpp"
 #include "pointwise_bindings.hpp"
 #include "spgemm_bindings.hpp"
+#include "statistics_bindings.hpp"
 
 namespace nb = nanobind;
 using namespace gossamer;
@@ -181,6 +182,7 @@ NB_MODULE(_kernels, m) {
   bind_nm(m);
   bind_active(m);
   bind_spgemm(m);
+  bind_statistics(m);
   bind_pointwise(m);
   m.def("bitmap_unpack", &unpack, nb::call_guard<nb::gil_scoped_release>());
   m.def("read_floats", &read_floats, nb::call_guard<nb::gil_scoped_release>());

@@ -34,70 +34,67 @@ struct NmPlan {
   }
 };
 
-// R rows times B inputs: out[r * B + b]. Several rows at once keep more streams from memory going.
+// One block of R rows times B inputs.
 template <class T, int BITS, int PARTS, int R, int B>
-struct RowsDot {
-  const T* values[R];
-  const uint8_t* codes[R];
-  const float* x;
-  int64_t x_stride, step, in_span = 0;
-  Floats sums[R][B][2];
-  Ints base;
-
-  // `count` blocks whose codes start in `words`; sums alternate to hide the latency of adding.
-  __attribute__((always_inline)) void blocks(Ints (&words)[R], int64_t count,
-                                             const NmPlan& plan) {
-    for (int64_t k = 0; k < count; ++k) {
-      for (int r = 0; r < R; ++r) {
-        const Ints at = columns<BITS>(words[r], base);
-        const Floats value = load16(values[r]);
-        words[r] = next<BITS>(words[r]);
-        values[r] += 16;
-        for (int b = 0; b < B; ++b) {
-          Floats& sum = sums[r][b][k % 2];
-          sum = fused(value, lookup<PARTS>(x + b * x_stride, at), sum);
-        }
-      }
-      if (++in_span == plan.per_span) x += plan.columns, in_span = 0;
-    }
+__attribute__((always_inline)) inline void block_step(Ints (&words)[R], const T* (&values)[R],
+                                                      const float* x, int64_t x_stride, Ints base,
+                                                      Floats (&sums)[R][B]) {
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r) {
+    const Ints at = columns<BITS>(words[r], base);
+    const Floats value = load16(values[r]);
+    words[r] = next<BITS>(words[r]);
+    values[r] += 16;
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b)
+      sums[r][b] = fused(value, lookup<PARTS>(x + b * x_stride, at), sums[r][b]);
   }
+}
 
-  void run(const NmPlan& plan, float* out) {
-    for (int r = 0; r < R; ++r)
-      for (int b = 0; b < B; ++b) sums[r][b][0] = sums[r][b][1] = none();
-    Ints words[R];
-    for (int64_t w = 0; w < plan.words; ++w) {
-      for (int r = 0; r < R; ++r) {
-        words[r] = load_codes(codes[r], 4);
-        codes[r] += 64;
-        for (int64_t ahead = 0; ahead < 16 * plan.per_word * int64_t{sizeof(T)}; ahead += 64)
-          __builtin_prefetch(reinterpret_cast<const char*>(values[r]) + 2048 + ahead);
-      }
-      if constexpr (32 / BITS % 2 == 0) blocks(words, 32 / BITS, plan);
-      else blocks(words, plan.per_word, plan);
-    }
-    if (plan.tail) {
-      for (int r = 0; r < R; ++r) words[r] = load_codes(codes[r], plan.tail);
-      blocks(words, plan.left, plan);
-    }
-    for (int r = 0; r < R; ++r)
-      for (int b = 0; b < B; ++b)
-        out[r * B + b] = total(sums[r][b][0]) + total(sums[r][b][1]);
-  }
-};
-
+// R rows times B inputs: out[r * B + b]. Several rows at once keep more streams from memory going.
 template <class T, int BITS, int PARTS, int R, int B>
 void some_dots(const Nm& m, const NmPlan& plan, const int64_t (&rows)[R], const float* x,
                float* out) {
-  RowsDot<T, BITS, PARTS, R, B> dot;
+  const T* values[R];
+  const uint8_t* codes[R];
   for (int r = 0; r < R; ++r) {
-    dot.values[r] = static_cast<const T*>(m.values) + rows[r] * plan.blocks * 16;
-    dot.codes[r] = m.codes + rows[r] * plan.stride;
+    values[r] = static_cast<const T*>(m.values) + rows[r] * plan.blocks * 16;
+    codes[r] = m.codes + rows[r] * plan.stride;
   }
-  dot.x = x;
-  dot.x_stride = m.padded();
-  dot.base = load_ints(plan.base);
-  dot.run(plan, out);
+  const int64_t x_stride = m.padded(), per_span = plan.per_span, columns = plan.columns;
+  const Ints base = load_ints(plan.base);
+  Floats even[R][B], odd[R][B];  // two sets of sums, for the latency of adding
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) even[r][b] = odd[r][b] = none();
+  int64_t in_span = 0;
+  for (int64_t left = plan.blocks, w = 0; left > 0; ++w) {
+    Ints words[R];
+    const int width = w < plan.words ? 4 : plan.tail;
+    for (int r = 0; r < R; ++r) {
+      words[r] = load_codes(codes[r] + w * 64, width);
+      for (int ahead = 0; ahead < 32 / BITS * 16 * int{sizeof(T)}; ahead += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(values[r]) + 2048 + ahead);
+    }
+    const int64_t count = left < 32 / BITS ? left : 32 / BITS;
+    left -= count;
+    int64_t k = 0;
+    for (; k + 2 <= count; k += 2) {
+      block_step<T, BITS, PARTS>(words, values, x, x_stride, base, even);
+      if (++in_span == per_span) x += columns, in_span = 0;
+      block_step<T, BITS, PARTS>(words, values, x, x_stride, base, odd);
+      if (++in_span == per_span) x += columns, in_span = 0;
+    }
+    if (k < count) {
+      block_step<T, BITS, PARTS>(words, values, x, x_stride, base, even);
+      if (++in_span == per_span) x += columns, in_span = 0;
+    }
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) out[r * B + b] = total(even[r][b]) + total(odd[r][b]);
 }
 
 // done(r, b, row r times input b) for the rows from..to. With one input each row goes with the one

@@ -4,6 +4,7 @@ from gossamer.nn.bitmap import BitmapLinear, serves_batches
 from gossamer.nn.conv import DepthwiseConv2d, PointwiseConv2d
 from gossamer.nn.nm import NMLinear, prepare_batches
 from gossamer.nn.quantized import QuantizedLinear
+from gossamer.nn.semi_structured import from_semi_structured, to_semi_structured
 from gossamer.nn.sparse import SparseConv2d, SparseLinear, to_dense
 
 __all__ = [
@@ -14,7 +15,9 @@ __all__ = [
     "QuantizedLinear",
     "SparseConv2d",
     "SparseLinear",
+    "from_semi_structured",
     "prepare_batches",
     "serves_batches",
     "to_dense",
+    "to_semi_structured",
 ]
