@@ -8,37 +8,54 @@
 namespace gossamer {
 namespace {
 
-typedef float Group __attribute__((vector_size(64)));
-typedef int32_t Counts __attribute__((vector_size(64)));
+constexpr int kRows = 4;  // as many lanes as every processor has
+typedef float Group __attribute__((vector_size(4 * kRows)));
+typedef int32_t Counts __attribute__((vector_size(4 * kRows)));
 
-// Sixteen short rows at a time, one per lane: a score is kept if fewer than k go before it.
+// kRows short rows at a time, one per lane: a score is kept if fewer than k go before it.
+// `numbers` is -1 in lanes that met no NaN.
+template <int N>
+__attribute__((always_inline)) inline void few_rows(const float* scores, int32_t k, uint8_t* mask,
+                                                    Counts& numbers) {
+  Group score[N];
+  Counts before[N];
+  for (int i = 0; i < N; ++i) {
+    float turned[kRows];
+    for (int lane = 0; lane < kRows; ++lane) turned[lane] = scores[lane * N + i];
+    std::memcpy(&score[i], turned, sizeof turned);
+    numbers &= score[i] == score[i];
+    before[i] = Counts{};
+  }
+  for (int i = 0; i < N; ++i)
+    for (int j = i + 1; j < N; ++j) {
+      const Counts later = score[j] > score[i];  // -1 where true
+      before[i] -= later;
+      before[j] += later + 1;
+    }
+  for (int i = 0; i < N; ++i) {
+    int32_t kept[kRows];
+    const Counts found = before[i] < k;
+    std::memcpy(kept, &found, sizeof kept);
+    for (int lane = 0; lane < kRows; ++lane) mask[lane * N + i] = kept[lane] & 1;
+  }
+}
+
 template <int N>
 bool short_rows(const float* scores, int64_t rows, int64_t k, uint8_t* mask) {
-  Counts finite = {};
-  finite = ~finite;
-  for (int64_t at = 0; at < rows; at += 16) {
-    const int64_t lanes = rows - at < 16 ? rows - at : 16;
-    Group score[N];
-    Counts before[N];
-    float turned[N][16] = {};
-    for (int64_t lane = 0; lane < lanes; ++lane)
-      for (int i = 0; i < N; ++i) turned[i][lane] = scores[(at + lane) * N + i];
-    for (int i = 0; i < N; ++i) {
-      std::memcpy(&score[i], turned[i], sizeof score[i]);
-      finite &= score[i] == score[i];
-      before[i] = Counts{};
-    }
-    for (int i = 0; i < N; ++i)
-      for (int j = i + 1; j < N; ++j) {
-        const Counts later = score[j] > score[i];  // -1 where true
-        before[i] -= later;
-        before[j] += later + 1;
-      }
-    for (int i = 0; i < N; ++i)
-      for (int64_t lane = 0; lane < lanes; ++lane) mask[(at + lane) * N + i] = before[i][lane] < k;
+  Counts numbers = {};
+  numbers = ~numbers;
+  int64_t at = 0;
+  for (; at + kRows <= rows; at += kRows)
+    few_rows<N>(scores + at * N, static_cast<int32_t>(k), mask + at * N, numbers);
+  if (at < rows) {
+    float last[kRows * N] = {};
+    uint8_t kept[kRows * N];
+    std::memcpy(last, scores + at * N, (rows - at) * N * sizeof(float));
+    few_rows<N>(last, static_cast<int32_t>(k), kept, numbers);
+    std::memcpy(mask + at * N, kept, (rows - at) * N);
   }
-  for (int lane = 0; lane < 16; ++lane)
-    if (!finite[lane]) return false;
+  for (int lane = 0; lane < kRows; ++lane)
+    if (!numbers[lane]) return false;
   return true;
 }
 

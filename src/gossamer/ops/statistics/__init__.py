@@ -11,7 +11,7 @@ from gossamer.ops.statistics import reference
 
 __all__ = ["add_gram", "top_mask"]
 
-_ROWS = 512
+_ROWS = 1024
 """Rows of x in one float32 product, whose own rounding nothing repairs."""
 _COLUMNS = 512
 """Columns on a side of a block of x^T x; only blocks on and above the diagonal are computed."""
@@ -42,7 +42,7 @@ def add_gram(total: Tensor, rest: Tensor, x: Tensor) -> None:
     """total + rest += x^T x in place, in the blocks on and above the diagonal.
 
     total, rest: (in, in) float32, contiguous; x: (rows, in) float32. The products are float32 over
-    512 rows each; their sums lose nothing that a second float32 can hold ("A Floating-Point
+    1024 rows each; their sums lose nothing that a second float32 can hold ("A Floating-Point
     Technique for Extending the Available Precision", 1971). What lies below the diagonal blocks is
     undefined: the result is symmetric. O(rows * in^2 / 2) multiplications.
 
