@@ -95,7 +95,7 @@ def measure(case: Case, limits: Limits, repeats: int = 7) -> dict[str, Any]:
 
 def _turns(layer: nn.Module, x: Tensor, nbytes: int, case: Case) -> Callable[[], Tensor]:
     """Copies of the layer take turns in decoding, where a single one could stay in a cache."""
-    copies = max(2, math.ceil(_COLD / nbytes)) if case.batch <= 8 else 1
+    copies = min(32, max(2, math.ceil(_COLD / nbytes))) if case.batch <= 8 else 1
     turn = itertools.cycle([layer, *(copy.deepcopy(layer) for _ in range(copies - 1))])
     return lambda: next(turn)(x)  # type: ignore[no-any-return]
 

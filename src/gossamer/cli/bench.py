@@ -29,7 +29,8 @@ class Bench:
 
     suite: str = "kernels"
     """kernels: single layers; decode: a whole model's decoding loop; active: inputs with zeros;
-    nm: N:M weights; spgemm: sparse times sparse; conv: MobileNet-v1's geometry; training: steps of an MLP"""
+    nm: N:M weights; spgemm: sparse times sparse; conv: MobileNet-v1's geometry;
+    training: steps of an MLP"""
     geometry: str = "llama-1b"
     """of --suite decode: llama-1b or llama-160m, random weights"""
     only: str = ""
