@@ -97,7 +97,7 @@ def _turns(layer: nn.Module, x: Tensor, nbytes: int, case: Case) -> Callable[[],
     """Copies of the layer take turns in decoding, where a single one could stay in a cache."""
     copies = min(32, max(2, math.ceil(_COLD / nbytes))) if case.batch <= 8 else 1
     turn = itertools.cycle([layer, *(copy.deepcopy(layer) for _ in range(copies - 1))])
-    return lambda: next(turn)(x)  # type: ignore[no-any-return]
+    return lambda: next(turn)(x)
 
 
 def _matrix(case: Case) -> Tensor:
