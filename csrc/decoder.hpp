@@ -6,17 +6,20 @@
 #include <cstdint>
 
 #include "bitmap.hpp"
+#include "nm.hpp"
 #include "quantized.hpp"
 
 namespace gossamer {
 
-// A linear layer: dense rows, or a bitmap and its kept values, float32 or bfloat16; or quantised.
+// A linear layer: dense rows, or a bitmap and its kept values, float32 or bfloat16; or quantised; or N:M.
 struct Linear {
   Bitmap packed{};               // for a dense layer: values, rows and bf16 only
   int64_t cols = 0;
   const float* bias = nullptr;
   bool dense = true;
   const Quantized* quantized = nullptr;  // then nothing above but cols, bias and packed.rows counts
+  const Nm* nm = nullptr;                // the same
+  bool apart() const { return quantized || nm; }  // its kernels are compiled apart
 };
 
 struct Layer {
@@ -38,14 +41,16 @@ struct Llama {
   Linear head;
   const Layer* layers = nullptr;
   int64_t layer_count = 0;
-  // Scratch, each on a 64-byte boundary and padded with zeros to a multiple of 64 floats.
+  // Scratch, each on a 64-byte boundary and padded with zeros to a multiple of 512 floats, the
+  // longest span of an N:M row.
   float *state, *normed, *query, *key, *mixed, *gated, *scores, *sums, *more_sums;
-  // For quantised layers, whose kernels are compiled apart.
+  // For layers whose kernels are compiled apart.
   int64_t most_rows = 0;  // of any layer; sums and more_sums hold 2 more per thread
   int8_t* integers = nullptr;
   float *integer_scales, *integer_sums;
   QuantizeInput quantize = nullptr;
   QuantizedRows quantized_rows = nullptr;
+  NmRows nm_rows = nullptr;
 };
 
 // Appends `token` at `position` (positions before it are in the cache), writes logits (vocab,).

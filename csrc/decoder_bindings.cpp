@@ -16,6 +16,7 @@
 
 #include "decoder.hpp"
 #include "isa.hpp"
+#include "nm_bindings.hpp"
 #include "quantized_bindings.hpp"
 
 namespace nb = nanobind;
@@ -23,26 +24,43 @@ namespace nb = nanobind;
 namespace gossamer {
 namespace {
 
-// values, bits, row_ptr, rows, cols, stride, nnz, bf16, dense, bias; or QuantizedArgs and bias
+// values, bits, row_ptr, rows, cols, stride, nnz, bf16, dense, bias; or QuantizedArgs and bias, or
+// NmArgs, bias and one number that is not read
 using LinearArgs = std::vector<int64_t>;
 // hidden, heads, kv_heads, head_dim, inner, vocab, capacity
 using Geometry = std::array<int64_t, 7>;
 
 const float* floats(int64_t address) { return reinterpret_cast<const float*>(address); }
 
-// `kept` owns the quantised matrices.
+// Matrices whose kernels are compiled apart.
+struct Kept {
+  std::deque<Quantized> quantized;
+  std::deque<Nm> nm;
+};
+
 Linear linear(const LinearArgs& a, int64_t rows, int64_t cols, const char* name,
-              std::deque<Quantized>& kept) {
+              Kept& kept) {
   Linear m;
   QuantizedArgs args;
   if (a.size() == args.size() + 1) {
     std::copy(a.begin(), a.end() - 1, args.begin());
-    kept.push_back(quantized_view(args));
-    if (kept.back().rows != rows || kept.back().cols != cols)
+    kept.quantized.push_back(quantized_view(args));
+    if (kept.quantized.back().rows != rows || kept.quantized.back().cols != cols)
       throw std::invalid_argument(std::string("decoder: ") + name + " has the wrong shape");
-    m.quantized = &kept.back();
+    m.quantized = &kept.quantized.back();
     m.packed.rows = rows, m.cols = cols;
     m.bias = floats(a.back());
+    return m;
+  }
+  NmArgs places;
+  if (a.size() == places.size() + 2) {
+    std::copy(a.begin(), a.end() - 2, places.begin());
+    kept.nm.push_back(nm_view(places));
+    if (places[2] != rows || places[3] != cols)
+      throw std::invalid_argument(std::string("decoder: ") + name + " has the wrong shape");
+    m.nm = &kept.nm.back();
+    m.packed.rows = rows, m.cols = cols;
+    m.bias = floats(a[places.size()]);
     return m;
   }
   if (a.size() != 10) throw std::invalid_argument("decoder: a layer of no known kind");
@@ -119,6 +137,7 @@ class Decoder {
 #endif
     m_.quantize = pick_quantize_input(isa);
     m_.quantized_rows = pick_quantized_rows(isa);
+    m_.nm_rows = pick_nm_rows(isa);
     run(m_, token, position, reinterpret_cast<float*>(logits), threads);
   }
 
@@ -137,20 +156,20 @@ class Decoder {
                              &m_.mixed,  &m_.gated,  &m_.scores,    &m_.sums,
                              &m_.more_sums, &integers, &m_.integer_scales, &m_.integer_sums};
     int64_t total = 16;
-    for (const int64_t size : sizes) total += (size + 63) / 64 * 64;
+    for (const int64_t size : sizes) total += (size + 511) / 512 * 512;
     memory_ = std::make_unique<float[]>(total);
     auto at = reinterpret_cast<uintptr_t>(memory_.get());
     at += (64 - at % 64) % 64;
     for (size_t k = 0; k < sizes.size(); ++k) {
       *parts[k] = reinterpret_cast<float*>(at);
-      at += (sizes[k] + 63) / 64 * 64 * sizeof(float);
+      at += (sizes[k] + 511) / 512 * 512 * sizeof(float);
     }
     m_.integers = reinterpret_cast<int8_t*>(integers);
   }
 
   Llama m_{};
   std::vector<Layer> layers_;
-  std::deque<Quantized> kept_;
+  Kept kept_;
   std::unique_ptr<float[]> memory_;
 };
 

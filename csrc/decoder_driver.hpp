@@ -52,6 +52,7 @@ float row_product(const Linear& m, int64_t r, const float* x) {
 
 // Share i of n of the rows: by kept weights where packed, else by rows.
 inline int64_t first_row(const Linear& m, int i, int n) {
+  if (m.nm) return m.packed.rows * i / n;
   if (m.quantized) return i == n ? m.packed.rows : m.packed.rows * i / n & ~int64_t{1};
   return m.dense ? m.packed.rows * i / n : split_rows(m.packed, i, n);
 }
@@ -81,12 +82,13 @@ inline QuantInput as_integers(const Llama& m, const Linear& layer, const float* 
   return {x, m.integers, m.integer_scales, m.integer_sums};
 }
 
-// A quantised layer's rows from..to into a part of `memory` that is thread i's alone, since threads
+// The rows from..to of a layer whose kernels are compiled apart, into a part of `memory` that is thread i's alone, since threads
 // are not at the same layer at the same time; row r is at [r].
-inline float* quantized_sums(const Llama& m, const Linear& layer, const QuantInput& input,
-                             int64_t from, int64_t to, int i, int n, float* memory) {
+inline float* sums_apart(const Llama& m, const Linear& layer, const QuantInput& input,
+                         int64_t from, int64_t to, int i, int n, float* memory) {
   float* own = memory + m.most_rows * i / n + 2 * i - from;
-  m.quantized_rows(*layer.quantized, input, from, to, own);
+  if (layer.nm) m.nm_rows(*layer.nm, input.exact, from, to, own);
+  else m.quantized_rows(*layer.quantized, input, from, to, own);
   return own;
 }
 
@@ -96,8 +98,8 @@ template <class F>
 void product(const Llama& m, const Linear& layer, const float* x, const QuantInput& input, int i,
              int n, F done) {
   const int64_t from = first_row(layer, i, n), to = first_row(layer, i + 1, n);
-  if (layer.quantized) {
-    const float* sums = quantized_sums(m, layer, input, from, to, i, n, m.sums);
+  if (layer.apart()) {
+    const float* sums = sums_apart(m, layer, input, from, to, i, n, m.sums);
     for (int64_t r = from; r < to; ++r) done(r, sums[r] + (layer.bias ? layer.bias[r] : 0.0f));
     return;
   }
@@ -185,14 +187,14 @@ inline void mlp(const Llama& m, const Layer& layer, int i, int n) {
   const QuantInput normed = as_integers(m, layer.gate.quantized ? layer.gate : layer.up, m.normed);
   const int64_t from = first_row(layer.gate, i, n), to = first_row(layer.gate, i + 1, n);
   if (layer.gate.quantized && layer.up.quantized) {
-    const float* gates = quantized_sums(m, layer.gate, normed, from, to, i, n, m.sums);
-    const float* ups = quantized_sums(m, layer.up, normed, from, to, i, n, m.more_sums);
+    const float* gates = sums_apart(m, layer.gate, normed, from, to, i, n, m.sums);
+    const float* ups = sums_apart(m, layer.up, normed, from, to, i, n, m.more_sums);
     for (int64_t r = from; r < to; ++r) {
       const float gate = gates[r] + (layer.gate.bias ? layer.gate.bias[r] : 0.0f);
       const float up = ups[r] + (layer.up.bias ? layer.up.bias[r] : 0.0f);
       m.gated[r] = silu(gate) * up;
     }
-  } else if (!layer.gate.quantized && !layer.up.quantized) {
+  } else if (!layer.gate.apart() && !layer.up.apart()) {
     for (int64_t r = from; r < to; ++r) {
       float both[2];
       two_products(layer.gate, r, layer.up, r, m.normed, both);

@@ -14,9 +14,11 @@
 #include "grouped_bindings.hpp"
 #include "isa.hpp"
 #include "limits.hpp"
+#include "nm_bindings.hpp"
 #include "quantized_bindings.hpp"
 #include "conv_bindings.hpp"
 #include "spgemm_bindings.hpp"
+#include "statistics_bindings.hpp"
 
 namespace nb = nanobind;
 using namespace gossamer;
@@ -177,9 +179,11 @@ NB_MODULE(_kernels, m) {
   bind_quantized(m);
   bind_blocks(m);
   bind_csr(m);
+  bind_nm(m);
   bind_active(m);
   bind_spgemm(m);
   bind_conv(m);
+  bind_statistics(m);
   m.def("bitmap_unpack", &unpack, nb::call_guard<nb::gil_scoped_release>());
   m.def("read_floats", &read_floats, nb::call_guard<nb::gil_scoped_release>());
   m.def("multiply", &multiply, nb::call_guard<nb::gil_scoped_release>());

@@ -44,6 +44,7 @@ from gossamer.methods.weights import (
     StaticRandom,
     Wanda,
 )
+from gossamer.nn.semi_structured import from_semi_structured, to_semi_structured
 
 __version__ = "0.1.0"
 
@@ -100,6 +101,7 @@ __all__ = [
     "export",
     "find",
     "format_pattern",
+    "from_semi_structured",
     "generate",
     "load",
     "parse_pattern",
@@ -110,6 +112,7 @@ __all__ = [
     "shrink",
     "sparse_layers",
     "sparse_training",
+    "to_semi_structured",
     "train_rounds",
     "true_sparse_training",
 ]

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from gossamer.bench import active, conv, decode, kernels, spgemm, training
+from gossamer.bench import active, conv, decode, kernels, nm, spgemm, training
 from gossamer.bench.measure import Limits, interleaved, measure_limits
 from gossamer.cli import main
 from gossamer.cli.bench import describe
 from gossamer.core.errors import GossamerError
 from gossamer.engine.compress import compress
-from gossamer.nn import BitmapLinear, QuantizedLinear
+from gossamer.nn import BitmapLinear, NMLinear, QuantizedLinear
 from gossamer.ops._dispatch import kernels as compiled
 
 if compiled() is None:
@@ -90,6 +90,19 @@ def test_active_suite_refuses_a_wrong_kernel(monkeypatch):
         active.measure(active.Case("columns small", 48, 130, "float32", 0.5), LIMITS, repeats=1)
 
 
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("pattern", ["2:4", "1:16"])
+def test_nm_cases(batch, pattern, monkeypatch):
+    case = nm.Case(f"{pattern} small", 48, 192, pattern, "bfloat16", batch)
+    found = nm.measure(case, LIMITS, repeats=1)
+    assert {"gossamer", "gossamer bitmap", "torch dense float32"} <= set(found["milliseconds"])
+    assert "dense" in found["best_dense"] and found["bytes"] > 0
+    right = NMLinear.forward
+    monkeypatch.setattr(NMLinear, "forward", lambda self, x: 1.1 * right(self, x))
+    with pytest.raises(GossamerError, match="gossamer is wrong"):
+        nm.measure(case, LIMITS, repeats=1)
+
+
 @pytest.mark.parametrize("power_law", [False, True])
 def test_spgemm_cases(power_law, monkeypatch):
     case = spgemm.Case("small", 300, 5, power_law, True)
@@ -142,7 +155,7 @@ def test_decode_suite(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--suite=speed", "decode, active, spgemm, conv"),
+        ("--suite=speed", "decode, active, nm, spgemm, conv"),
         ("--repeats=0", "at least 1"),
         ("--only=zz", "no case"),
     ],

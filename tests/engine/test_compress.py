@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import gossamer as gs
-from gossamer.nn import BitmapLinear
+from gossamer.nn import BitmapLinear, NMLinear
 
 
 def model(density=0.4):
@@ -61,3 +61,31 @@ def test_pruned_by_us():
     assert [record.requested for record in result.layers] == [0.5, 0.5]
     assert all(record.pattern == "unstructured" for record in result.layers)
     assert all(record.density == 0.5 for record in result.layers)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kind"),
+    [("1:4", NMLinear), ("2:8", NMLinear), ("1:16", NMLinear), ("4:8", BitmapLinear)],
+)
+def test_nm_patterns_take_the_smaller_form(pattern, kind):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(640, 64), nn.ReLU(), nn.Linear(64, 64, bias=False))
+    pruned = gs.prune(net, gs.Magnitude(), pattern=gs.parse_pattern(pattern))
+    x = torch.randn(3, 640)
+    expected = net(x)
+    result = gs.compress(pruned)
+    assert isinstance(net[0], kind)
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
+    stored = net[0].codes if kind is NMLinear else net[0].bitmap
+    record = result.layers[0]
+    assert record.sparse_bytes == net[0].values.nbytes + stored.nbytes
+    assert record.kernel.startswith("nm-matvec/" if kind is NMLinear else "bitmap-matvec/")
+
+
+def test_a_pattern_that_the_zeros_break_is_stored_as_a_bitmap():
+    net = nn.Sequential(nn.Linear(64, 64))
+    pruned = gs.prune(net, gs.Magnitude(), pattern=gs.NM(1, 4))
+    with torch.no_grad():
+        net[0].weight[0, :4] = 1.0
+    gs.compress(pruned)
+    assert isinstance(net[0], BitmapLinear)

@@ -9,7 +9,7 @@ import gossamer as gs
 from gossamer.core.errors import UsageError
 from gossamer.engine.decoder import Decoder, refusal
 from gossamer.engine.generate import generate
-from gossamer.nn import QuantizedLinear
+from gossamer.nn import NMLinear, QuantizedLinear
 from gossamer.ops._dispatch import ISAS, kernels
 
 transformers = pytest.importorskip("transformers")
@@ -202,3 +202,29 @@ def test_layers_of_several_kinds_decode_together():
         found = decoder.step(5).clone()
         expected = model(torch.cat([prompt(), torch.tensor([[5]])], 1)).logits[0, -1]
     assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("pattern", ["1:4", "2:8", "1:32"])
+def test_nm_layers_decode_like_their_dense_weights(pattern, isa, monkeypatch):
+    if ISAS.index(isa) > kernels().best_isa():
+        pytest.skip(f"this processor has no {isa}")
+    monkeypatch.setenv("GOSSAMER_ISA", isa)
+    model, parsed = build(attention_bias=True), gs.parse_pattern(pattern)
+    plain = build(attention_bias=True)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            width = module.in_features // parsed.group * parsed.group
+            weight = torch.zeros_like(module.weight)
+            part = module.weight[:, :width].detach()
+            weight[:, :width] = part * gs.select(part.abs(), parsed, parsed.density).mask
+            plain.get_submodule(name).weight.data = weight
+            if "k_proj" not in name:  # another kind beside them
+                model.set_submodule(name, NMLinear.from_matrix(weight, module.bias, pattern))
+            else:
+                module.weight.data = weight
+    ours, theirs = Decoder(model, 40), Decoder(plain, 40)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours.prefill(prompt()), theirs.prefill(prompt()))
+        for token in range(10):
+            torch.testing.assert_close(ours.step(token), theirs.step(token), rtol=1e-4, atol=1e-4)

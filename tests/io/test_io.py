@@ -16,7 +16,7 @@ import gossamer as gs
 from gossamer.core.errors import FormatError, UsageError
 from gossamer.core.matrix import as_matrix
 from gossamer.io import atomic
-from gossamer.nn import BitmapLinear, QuantizedLinear
+from gossamer.nn import BitmapLinear, NMLinear, QuantizedLinear
 
 transformers = pytest.importorskip("transformers")
 
@@ -92,6 +92,77 @@ def test_every_pattern_round_trips_in_a_plain_module(text, dtype, tmp_path):
     assert again[0].pattern == text and torch.equal(again[0].values, fast[0].values)
     with pytest.raises(UsageError, match="model="):
         gs.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("build", [llama, gpt2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nm_round_trip_and_export(build, dtype, tmp_path):
+    model = build()
+    model = type(model)._from_config(model.config, dtype=dtype).eval()
+    pruned = gs.prune(model, gs.Magnitude(), pattern=gs.NM(1, 4))
+    masked = {n: p.detach().clone() for n, p in model.named_parameters()}
+    fast = as_nm(pruned, "1:4")
+    expected = logits(fast)
+    gs.save(fast, tmp_path / "out")
+    again = gs.load(tmp_path / "out")
+    assert torch.equal(logits(again), expected)
+    assert not any(t.is_meta for t in [*again.parameters(), *again.buffers()])
+    gs.export(tmp_path / "out", tmp_path / "dense")
+    plain = type(model).from_pretrained(tmp_path / "dense", dtype=dtype)
+    assert all(torch.equal(p, masked[n]) for n, p in plain.named_parameters())
+
+
+def as_nm(pruned, pattern):
+    """In this form whatever its size: layers this small would be smaller with a bitmap."""
+    for record in pruned.layers:
+        module = pruned.model.get_submodule(record.name)
+        layer = NMLinear.from_matrix(as_matrix(module), module.bias, pattern)
+        pruned.model.set_submodule(record.name, layer)
+    return pruned.model
+
+
+def nm_parts():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(200, 33))
+    pruned = gs.prune(net, gs.Magnitude(), pattern=gs.NM(2, 8))
+    return as_nm(pruned, "2:8"), nn.Sequential(nn.Linear(200, 33))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"storage": "bitmap"}, {"storage": None}, {"storage": ["nm"]}, {"pattern": ""},
+        {"pattern": "unstructured"}, {"pattern": "2:4"}, {"pattern": "1:8"}, {"pattern": "2:7"},
+        {"pattern": "9:4"}, {"nnz": 5}, {"nnz": -1}, {"dtype": "bfloat16"}, {"dtype": "int8"},
+        {"shape": [33, 2**31 - 1]}, {"shape": [2**31 - 1, 200]}, {"shape": [33, 201]},
+        {"shape": [33, 128]}, {"bias": False}, {"extra": 1}, {"group": 64},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_damaged_nm_layers_get_one_clear_error(change, tmp_path):
+    fast, empty = nm_parts()
+    gs.save(fast, tmp_path / "out")
+    edit(tmp_path / "out", lambda data: layer_of(data).update(change))
+    before = {k: v.clone() for k, v in empty.state_dict().items()}
+    with pytest.raises(FormatError) as caught:
+        gs.load(tmp_path / "out", model=empty)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(empty.state_dict()[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_flipped_bit_in_codes_is_noticed_or_moves_one_value_at_most(seed, tmp_path):
+    """A place that changes and still ascends is another matrix, as a changed value is."""
+    fast, empty = nm_parts()
+    gs.save(fast, tmp_path / "out")
+    flip_part(tmp_path / "out", ".codes", random.Random(seed))
+    try:
+        again = gs.load(tmp_path / "out", model=empty)
+    except FormatError as error:
+        assert "layer 0: nm" in str(error)
+    else:
+        changed = again[0].to_matrix() != fast[0].to_matrix()
+        assert int(changed.sum()) <= 2 and int(changed.any(1).sum()) <= 1  # none: of padding
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -276,11 +347,15 @@ def flip_header(folder, rng):
 
 
 def flip_bitmap(folder, rng):
+    flip_part(folder, ".bitmap", rng)
+
+
+def flip_part(folder, part, rng):
     path = folder / "model.safetensors"
     data = bytearray(path.read_bytes())
     size = struct.unpack("<Q", data[:8])[0]
     content = json.loads(data[8 : 8 + size])
-    name = rng.choice([k for k in content if k.endswith(".bitmap")])
+    name = rng.choice([k for k in content if k.endswith(part)])
     begin, end = content[name]["data_offsets"]
     data[8 + size + rng.randrange(begin, end)] ^= 1 << rng.randrange(8)
     path.write_bytes(data)

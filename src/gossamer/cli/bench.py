@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from gossamer.bench import active, conv, decode, kernels, spgemm, training
+from gossamer.bench import active, conv, decode, kernels, nm, spgemm, training
 from gossamer.bench.measure import Limits, measure_limits
 from gossamer.cli.output import note, print_json, print_table
 from gossamer.core.errors import UsageError
 from gossamer.ops import _dispatch
 
-SUITES = ("kernels", "decode", "active", "spgemm", "conv", "training")
+SUITES = ("kernels", "decode", "active", "nm", "spgemm", "conv", "training")
 
 
 @dataclass
@@ -29,8 +29,8 @@ class Bench:
 
     suite: str = "kernels"
     """kernels: single layers; decode: a whole model's decoding loop; active: inputs with zeros;
-    spgemm: sparse times sparse; conv: MobileNet-v1's geometry and 3x3 layers; training: steps of
-    an MLP"""
+    nm: N:M weights; spgemm: sparse times sparse; conv: MobileNet-v1's geometry and 3x3 layers;
+    training: steps of an MLP"""
     geometry: str = "llama-1b"
     """of --suite decode: llama-1b or llama-160m, random weights"""
     only: str = ""
@@ -66,7 +66,7 @@ class Bench:
             self._print(results)
 
     def _cases(self, limits: Limits) -> list[dict[str, Any]]:
-        suites = {"kernels": kernels, "active": active, "spgemm": spgemm, "conv": conv}
+        suites = {"kernels": kernels, "active": active, "nm": nm, "spgemm": spgemm, "conv": conv}
         suite: Any = {**suites, "training": training}[self.suite]
         chosen = [case for case in suite.cases() if self.only in describe(vars(case))]
         if not chosen:

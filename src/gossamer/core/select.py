@@ -7,7 +7,8 @@ The threshold comes from a partition (`kthvalue`), never from a full sort: O(n) 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 from gossamer.core.errors import NonFiniteError, PatternError, UsageError
 from gossamer.core.pattern import NM, Block, Channel, Pattern, Unstructured, check_pattern
 from gossamer.core.support import Support
+
+Ranker: TypeAlias = Callable[[Tensor, int], Tensor]
+"""What `top_mask` is, and what `ops.statistics.top_mask` does faster: this layer imports none."""
 
 
 def kept_count(n: int, density: float) -> int:
@@ -48,12 +52,14 @@ def top_mask(scores: Tensor, k: int) -> Tensor:
     return above | (tied & (tied.cumsum(dim=-1) <= room))
 
 
-def select(scores: Tensor, pattern: Pattern, density: float, name: str = "") -> Support:
+def select(
+    scores: Tensor, pattern: Pattern, density: float, name: str = "", top: Ranker = top_mask
+) -> Support:
     """Keep the highest-scored units of one tensor.
 
     scores: any real dtype; (out, in) for every pattern, any shape for `Unstructured()` over the
     tensor. The number kept is exact: `kept_count(units, density)` per ranking, `keep` in every
-    N:M group. A unit's score is the sum of its weights' scores.
+    N:M group. A unit's score is the sum of its weights' scores. top: ranks, as `top_mask` does.
 
     Raises NonFiniteError on NaN or inf scores, PatternError when the pattern does not divide the
     shape or the density contradicts an N:M pattern, UsageError for a density outside (0, 1].
@@ -67,12 +73,12 @@ def select(scores: Tensor, pattern: Pattern, density: float, name: str = "") -> 
         return Support(torch.ones_like(scores, dtype=torch.bool), pattern, density)
     units, ranking = _units(_rankable(scores.detach()), pattern)
     k = pattern.keep if isinstance(pattern, NM) else kept_count(ranking.shape[-1], density)
-    mask = _expand(top_mask(ranking, k), units.shape, scores.shape, pattern)
+    mask = _expand(top(ranking, k), units.shape, scores.shape, pattern)
     return Support(mask, pattern, density)
 
 
 def select_global(
-    scores: Mapping[str, Tensor], pattern: Pattern, density: float
+    scores: Mapping[str, Tensor], pattern: Pattern, density: float, top: Ranker = top_mask
 ) -> dict[str, Support]:
     """Keep the highest-scored units over several tensors ranked together.
 
@@ -95,7 +101,7 @@ def select_global(
         weight_of_unit = score.numel() // max(1, reduced.numel())
         flat.append(reduced.reshape(-1) / max(1, weight_of_unit))
         sizes.append(weight_of_unit)
-    mask = _budget_mask(flat, sizes, density)
+    mask = _budget_mask(flat, sizes, density, top)
     supports, start = {}, 0
     for name, score in scores.items():
         part = mask[start : start + units[name].numel()]
@@ -162,14 +168,14 @@ def _expand(mask: Tensor, units: torch.Size, shape: torch.Size, pattern: Pattern
             return mask.reshape(shape)
 
 
-def _budget_mask(flat: list[Tensor], sizes: list[int], density: float) -> Tensor:
+def _budget_mask(flat: list[Tensor], sizes: list[int], density: float, top: Ranker) -> Tensor:
     """Greedy by score until the budget in weights is met; a partition when all units are equal."""
     scores = torch.cat(flat)
     counts = torch.tensor([part.numel() for part in flat])
     total = int((counts * torch.tensor(sizes)).sum())
     budget = kept_count(total, density)
     if len({size for size, part in zip(sizes, flat, strict=True) if part.numel()}) <= 1:
-        return top_mask(scores.reshape(1, -1), budget // max(1, max(sizes))).reshape(-1)
+        return top(scores.reshape(1, -1), budget // max(1, max(sizes))).reshape(-1)
     size_of = torch.tensor(sizes).repeat_interleave(counts)
     order = torch.argsort(scores, descending=True, stable=True)
     mask = torch.zeros_like(scores, dtype=torch.bool)

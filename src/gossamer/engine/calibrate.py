@@ -20,6 +20,7 @@ from gossamer.core.matrix import inputs_of
 from gossamer.core.stats import ColumnNorm, Hessian, LayerStats, Moment
 from gossamer.engine import hooks
 from gossamer.engine.data import Batch, call, real_tokens
+from gossamer.ops.statistics import add_gram
 
 STATISTICS = ("norm", "hessian")
 """What calibration can gather; a method that needs anything else cannot be served."""
@@ -34,7 +35,8 @@ class Gatherer:
     def __init__(self, layers: Mapping[str, nn.Module], needs: Sequence[str]) -> None:
         self.layers = dict(layers)
         self.padding: Tensor | None = None
-        kinds: dict[str, ColumnNorm | Hessian] = {"norm": ColumnNorm(), "hessian": Hessian()}
+        kinds: dict[str, ColumnNorm | Hessian]
+        kinds = {"norm": ColumnNorm(), "hessian": Hessian(add=add_gram)}
         self._accumulators = {need: kinds[need] for need in needs}
         self._states: dict[tuple[str, str], Moment] = {}
 

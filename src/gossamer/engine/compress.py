@@ -14,10 +14,12 @@ from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwra
 from gossamer.nn.bitmap import BitmapLinear, serves_batches
 from gossamer.nn.chain import fuse
 from gossamer.nn.conv import PackedConv2d, why_not
+from gossamer.nn.nm import NMLinear, pays_as_nm
 from gossamer.nn.quantized import QuantizedLinear
 from gossamer.ops import _dispatch
 from gossamer.ops.bitmap import bitmap_bytes, kernel_name
 from gossamer.ops.conv import kernel_name as conv_kernel_name
+from gossamer.ops.nm import kernel_name as nm_kernel_name
 from gossamer.ops.quantized import BITS
 from gossamer.ops.quantized import kernel_name as quantized_kernel_name
 
@@ -35,10 +37,11 @@ def compress(
     group: int = 128,
     head_bits: int = 8,
 ) -> CompressResult:
-    """Replace, in place, every linear layer whose zeros pay by a kernel-backed `BitmapLinear`,
-    every such convolution of one group, in float32, by a `PackedConv2d`. Then 3x3 depthwise
-    convolutions get a dense kernel for the same layout, and each Sequential around convolutions
-    becomes a `ConvChain`, which in eval mode runs them with their batch norms and ReLUs folded in.
+    """Replace, in place, every linear layer whose zeros pay by a kernel-backed `BitmapLinear` or,
+    pruned N:M and smaller so, `NMLinear`, every such convolution of one group, in float32, by a
+    `PackedConv2d`. Then 3x3 depthwise convolutions get a dense kernel for the same layout, and each
+    Sequential around convolutions becomes a `ConvChain`, which in eval mode runs them with their
+    batch norms and ReLUs folded in.
 
     Any zeros count, whoever made them. A layer stays dense, and its record says why, when the
     packed weight would take more than 0.9 of the dense bytes (or its density exceeds
@@ -158,21 +161,25 @@ def _refusal(
 def _swap(
     root: nn.Module, name: str, module: nn.Module, record: LayerRecord, batches: bool
 ) -> LayerRecord:
-    bias = getattr(module, "bias", None)
-    packed = BitmapLinear.from_matrix(as_matrix(module), bias, record.pattern)
+    bias, matrix = getattr(module, "bias", None), as_matrix(module)
+    exact = not isinstance(module, nn.Conv2d) and pays_as_nm(matrix, record.pattern)
+    packed: BitmapLinear | NMLinear
+    packed = (NMLinear if exact else BitmapLinear).from_matrix(matrix, bias, record.pattern)
     packed.density_requested = record.requested
     packed.train(module.training)
     if not name:
         raise UsageError("the model is itself one layer; wrap it in torch.nn.Sequential")
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Conv2d) and isinstance(packed, BitmapLinear):
         conv = PackedConv2d.from_conv(module, packed)
         root.set_submodule(name, conv.train(module.training))
         return LayerRecord(**{**vars(record), "kernel": conv.kernel})
     if batches:
         packed.prepare_batches()
     root.set_submodule(name, packed)
-    kernel = kernel_name() + (f" + {packed.batch_kernel}" if batches else "")
-    return LayerRecord(**{**vars(record), "kernel": kernel})
+    kernel = nm_kernel_name() if exact else kernel_name()
+    kernel += f" + {packed.batch_kernel}" if batches else ""
+    size = packed.nbytes if isinstance(packed, NMLinear) else record.sparse_bytes
+    return LayerRecord(**{**vars(record), "kernel": kernel, "sparse_bytes": size})
 
 
 def _quantize(

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import UsageError
-from gossamer.nn import BitmapLinear, QuantizedLinear
+from gossamer.nn import BitmapLinear, NMLinear, QuantizedLinear
 from gossamer.ops._dispatch import isa_index, kernels
+from gossamer.ops.nm.native import arguments as nm_arguments
 from gossamer.ops.quantized.native import arguments
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
@@ -52,9 +53,9 @@ def refusal(model: nn.Module, capacity: int) -> str | None:
 def _unserved(part: nn.Module) -> str | None:
     if isinstance(part, QuantizedLinear):
         return None if part.values.is_cpu else f"weights on {part.values.device.type}"
-    if not isinstance(part, BitmapLinear | nn.Linear):
+    if not isinstance(part, BitmapLinear | NMLinear | nn.Linear):
         return f"a {type(part).__name__} in place of a linear layer"
-    weight = part.values if isinstance(part, BitmapLinear) else part.weight
+    weight = part.weight if isinstance(part, nn.Linear) else part.values
     if weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_cpu:
         return f"weights of {weight.dtype} on {weight.device.type}"
     return None
@@ -88,6 +89,9 @@ class _Kept:
             matrix = part.matrix
             self.tensors.extend(t for t in part.buffers())
             return [*arguments(matrix), bias]
+        if isinstance(part, NMLinear):
+            self.tensors.extend([part.values, part.codes])
+            return [*nm_arguments(part.values, part.codes, part.layout), bias, 0]
         if isinstance(part, BitmapLinear):
             values, bits = part.values, part.bitmap
             addresses = [self.address(t) for t in (values, bits, part.row_ptr)]

@@ -12,7 +12,7 @@ from gossamer.core.result import CompressResult, PruneResult, unwrap
 from gossamer.engine import hooks
 from gossamer.engine.data import device_of
 from gossamer.engine.decoder import Decoder, refusal
-from gossamer.nn import BitmapLinear, QuantizedLinear
+from gossamer.nn import BitmapLinear, NMLinear, QuantizedLinear
 
 
 def generate(
@@ -56,7 +56,8 @@ def generate(
 
 def compiled_serves(model: nn.Module, ids: Tensor, max_new_tokens: int) -> bool:
     """Whether `generate` takes the compiled loop by itself: packed layers, batch 1, served."""
-    packed = any(isinstance(module, BitmapLinear | QuantizedLinear) for module in model.modules())
+    kinds = BitmapLinear | NMLinear | QuantizedLinear
+    packed = any(isinstance(module, kinds) for module in model.modules())
     return packed and ids.shape[0] == 1 and refusal(model, ids.shape[1] + max_new_tokens) is None
 
 

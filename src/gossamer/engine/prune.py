@@ -25,6 +25,7 @@ from gossamer.engine.journal import Journal, weight_of
 from gossamer.engine.progress import track
 from gossamer.engine.protocols import Allocation, Method, Solver, check_method
 from gossamer.models import find_blocks, prunable_layers
+from gossamer.ops.statistics import top_mask
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ def _select_together(plan: _Plan) -> dict[str, Support]:
         name: plan.method.score(as_matrix(module), LayerStats(name, 0, None, None))
         for name, module in plan.layers.items()
     }
-    return select_global(scores, plan.pattern, plan.density)
+    return select_global(scores, plan.pattern, plan.density, top_mask)
 
 
 def _prune_unit(plan: _Plan, unit: _Unit, chosen: Mapping[str, Support]) -> dict[str, Support]:
@@ -310,7 +311,7 @@ def _prune_layer(
     weight, density = as_matrix(module), plan.densities[name]
     method = plan.method
     if not isinstance(method, Solver):
-        return weight, select(method.score(weight, stats), plan.pattern, density, name)
+        return weight, select(method.score(weight, stats), plan.pattern, density, name, top_mask)
     repaired, support = method.solve(weight, stats, plan.pattern, density)
     repaired = repaired.to(weight.dtype)
     if not bool(torch.isfinite(repaired).all()):

@@ -12,7 +12,7 @@ from gossamer.io.atomic import new_folder
 from gossamer.io.load import _build, load
 from gossamer.io.manifest import NAME, read_manifest
 from gossamer.io.save import distinct, write_config, write_tensors
-from gossamer.nn import BitmapLinear, PackedConv2d, QuantizedLinear
+from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d, QuantizedLinear
 
 
 def export(
@@ -42,7 +42,7 @@ def export(
 
 
 def _dense_state(model: nn.Module, shapes: nn.Module) -> dict[str, Tensor]:
-    kinds = BitmapLinear | PackedConv2d | QuantizedLinear
+    kinds = BitmapLinear | NMLinear | PackedConv2d | QuantizedLinear
     packed = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
     hidden = {f"{name}.{part}" for name, layer in packed.items() for part in layer._buffers}
     state = {key: value for key, value in distinct(model).items() if key not in hidden}

@@ -15,6 +15,7 @@ from gossamer.io.manifest import NAME, PackedLayer, _one_line, read_json, read_m
 from gossamer.io.tensors import read_tensors
 from gossamer.nn import (
     BitmapLinear,
+    NMLinear,
     PackedConv2d,
     QuantizedLinear,
     prepare_batches,
@@ -65,24 +66,28 @@ def load(
     return root.eval()
 
 
-Packed = BitmapLinear | QuantizedLinear
+Packed = BitmapLinear | NMLinear | QuantizedLinear
 
 
 def _layer(name: str, facts: PackedLayer, tensors: dict[str, Tensor]) -> Packed:
     """Takes the layer's tensors out of `tensors`; raises FormatError on any contradiction."""
     if facts.group is not None:
         return _quantized_layer(name, facts, tensors)
+    index = "codes" if facts.nm else "bitmap"
     try:
-        values, bitmap = tensors.pop(f"{name}.values"), tensors.pop(f"{name}.bitmap")
+        values, places = tensors.pop(f"{name}.values"), tensors.pop(f"{name}.{index}")
         bias = tensors.pop(f"{name}.bias") if facts.bias else None
     except KeyError as error:
         raise FormatError(f"layer {name}: tensor {error} is missing") from None
     out, width = facts.shape
-    if values.dim() != 1 or values.numel() != facts.nnz or str(values.dtype)[6:] != facts.dtype:
+    found = int(torch.count_nonzero(values)) if facts.nm else values.numel()
+    fits = values.dim() == (2 if facts.nm else 1) and str(values.dtype)[6:] == facts.dtype
+    if not fits or found != facts.nnz:
         raise FormatError(f"layer {name}: its values are not {facts.nnz} of {facts.dtype}")
     _check_bias(name, bias, out)
     try:
-        return BitmapLinear(values, bitmap, width, out, bias, facts.pattern, facts.requested)
+        kind = NMLinear if facts.nm else BitmapLinear
+        return kind(values, places, width, out, bias, facts.pattern, facts.requested)
     except (FormatError, UsageError) as error:
         raise FormatError(f"layer {name}: {_one_line(error)}") from None
 

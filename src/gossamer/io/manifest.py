@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.core.errors import FormatError, PatternError
-from gossamer.core.pattern import parse_pattern
+from gossamer.core.pattern import NM, Pattern, parse_pattern
 
 NAME = "gossamer.json"
 VERSION = 1
@@ -37,6 +37,7 @@ class PackedLayer:
     sparse: bool = True
     outliers: int = 0
     kernel: tuple[int, int] | None = None
+    nm: bool = False
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -96,7 +97,8 @@ def _layer(name: str, value: Any) -> PackedLayer:
     if not isinstance(value, dict):
         raise FormatError(f"{where}: not an object")
     quantized = value.get("dtype") in QUANTIZED
-    further = {"group", "zeros", "sparse", "outliers"} if quantized else {"kernel"} & set(value)
+    optional = {"kernel", "storage"} & set(value)
+    further = {"group", "zeros", "sparse", "outliers"} if quantized else optional
     common = {"shape", "pattern", "density", "requested", "dtype", "bias", "nnz"}
     _keys(value, common | further, where)
     shape, nnz, dtype = value["shape"], value["nnz"], value["dtype"]
@@ -113,13 +115,12 @@ def _layer(name: str, value: Any) -> PackedLayer:
             raise FormatError(f"{where}: a density is outside [0, 1]")
     if not isinstance(pattern, str):
         raise FormatError(f"{where}: pattern is not a text")
-    try:
-        if pattern:
-            parse_pattern(pattern)
-    except PatternError as error:
-        raise FormatError(f"{where}: {_one_line(error)}") from None
+    parsed = _parsed(pattern, where)
+    nm = "storage" in value and not quantized
+    if nm and (value["storage"] != "nm" or not isinstance(parsed, NM) or "kernel" in value):
+        raise FormatError(f"{where}: storage is 'nm', and its pattern N:M, or it is left out")
     plain = PackedLayer(
-        (shape[0], shape[1]), pattern, density, requested, dtype, value["bias"], nnz
+        (shape[0], shape[1]), pattern, density, requested, dtype, value["bias"], nnz, nm=nm
     )
     if "kernel" in further:
         return replace(plain, kernel=_kernel(value["kernel"], where))
@@ -131,6 +132,13 @@ def _kernel(value: Any, where: str) -> tuple[int, int]:
     if not whole or min(value) < 1 or max(value) >= 1 << 16:
         raise FormatError(f"{where}: kernel is {_short(value)}, not two whole numbers from 1")
     return value[0], value[1]
+
+
+def _parsed(pattern: str, where: str) -> Pattern | None:
+    try:
+        return parse_pattern(pattern) if pattern else None
+    except PatternError as error:
+        raise FormatError(f"{where}: {_one_line(error)}") from None
 
 
 def _quantized(value: dict[str, Any], nnz: int, where: str) -> dict[str, Any]:

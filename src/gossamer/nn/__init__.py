@@ -1,20 +1,25 @@
 """Modules that hold sparse weights."""
 
-from gossamer.nn.bitmap import BitmapLinear, prepare_batches, serves_batches
+from gossamer.nn.bitmap import BitmapLinear, serves_batches
 from gossamer.nn.chain import ConvChain
 from gossamer.nn.conv import DepthwiseConv2d, PackedConv2d
+from gossamer.nn.nm import NMLinear, prepare_batches
 from gossamer.nn.quantized import QuantizedLinear
+from gossamer.nn.semi_structured import from_semi_structured, to_semi_structured
 from gossamer.nn.sparse import SparseConv2d, SparseLinear, to_dense
 
 __all__ = [
     "BitmapLinear",
     "ConvChain",
     "DepthwiseConv2d",
+    "NMLinear",
     "PackedConv2d",
     "QuantizedLinear",
     "SparseConv2d",
     "SparseLinear",
+    "from_semi_structured",
     "prepare_batches",
     "serves_batches",
     "to_dense",
+    "to_semi_structured",
 ]

@@ -143,9 +143,3 @@ def serves_batches(model: nn.Module, wanted: bool | None = None) -> bool:
         return wanted
     asked = getattr(model, "can_generate", None)  # Hugging Face models answer
     return not (callable(asked) and asked())
-
-
-def prepare_batches(model: nn.Module) -> int:
-    """Build the form for batches in every packed layer; returns the bytes it takes."""
-    packed = [module for module in model.modules() if isinstance(module, BitmapLinear)]
-    return sum(module.prepare_batches() for module in packed)

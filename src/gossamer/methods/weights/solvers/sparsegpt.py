@@ -19,9 +19,10 @@ from gossamer.core.pattern import (
     check_pattern,
     format_pattern,
 )
-from gossamer.core.select import check_density, check_finite, kept_count, top_mask
+from gossamer.core.select import check_density, check_finite, kept_count
 from gossamer.core.stats import LayerStats
 from gossamer.core.support import Support
+from gossamer.ops.statistics import top_mask
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from gossamer.core.card import Card
 from gossamer.core.pattern import Unstructured
 from gossamer.core.select import select_global
 from gossamer.methods.weights.training.topology import Fixed
+from gossamer.ops.statistics import top_mask
 
 
 @dataclass(frozen=True)
@@ -47,5 +48,5 @@ class SNIP(Fixed):
     ) -> dict[str, Tensor]:
         """The globally most sensitive weights."""
         scores = {x.name: (x.weight * gradients[x.name]).abs() for x in layers}
-        supports = select_global(scores, Unstructured("global"), self.density)
+        supports = select_global(scores, Unstructured("global"), self.density, top_mask)
         return {name: support.mask for name, support in supports.items()}

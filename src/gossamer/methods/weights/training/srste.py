@@ -15,6 +15,7 @@ from gossamer.core.errors import UsageError
 from gossamer.core.pattern import NM
 from gossamer.core.select import select
 from gossamer.methods.weights.training.topology import Fixed
+from gossamer.ops.statistics import top_mask
 
 TWO_OF_FOUR = NM(2, 4)
 
@@ -58,7 +59,9 @@ class SRSTE(Fixed):
     ) -> dict[str, Tensor]:
         """The largest weights of each group."""
         return {
-            x.name: select(x.weight.abs(), self.pattern, self.pattern.density, x.name).mask
+            x.name: select(
+                x.weight.abs(), self.pattern, self.pattern.density, x.name, top_mask
+            ).mask
             for x in layers
         }
 

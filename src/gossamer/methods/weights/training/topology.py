@@ -12,7 +12,8 @@ from torch import Tensor
 from gossamer.core.allocation import ER, ERK, LayerInfo, Uniform, UniformPlus
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import Pattern, Unstructured
-from gossamer.core.select import check_density, kept_count, top_mask
+from gossamer.core.select import check_density, kept_count
+from gossamer.ops.statistics import top_mask
 
 ShapeAllocation = Uniform | UniformPlus | ER | ERK
 """Allocations that depend on shapes alone, so that they stay the same all through training."""

@@ -1,0 +1,76 @@
+"""What pruning itself computes: the largest scores of every row, and sums of x^T x."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gossamer.core.errors import UsageError
+from gossamer.ops import _dispatch
+from gossamer.ops.statistics import reference
+
+__all__ = ["add_gram", "top_mask"]
+
+_ROWS = 1024
+"""Rows of x in one float32 product, whose own rounding nothing repairs."""
+_COLUMNS = 512
+"""Columns on a side of a block of x^T x; only blocks on and above the diagonal are computed."""
+_SMALL = 1 << 16
+"""Below so many numbers a second thread costs more than it gains."""
+
+
+def top_mask(scores: Tensor, k: int) -> Tensor:
+    """Mask of the `k` largest along the last axis of (rows, n); ties keep the lower index.
+
+    The masks of `core.select.top_mask`, bit for bit, which also serves what the kernel does not:
+    other dtypes than float32, NaN, other devices and compiled graphs. O(rows * n).
+    """
+    served = scores.dtype == torch.float32 and scores.is_cpu and scores.dim() == 2
+    if not served or torch.compiler.is_compiling() or _dispatch.isa_index() < 0:
+        return reference.top_mask(scores, k)
+    if not 0 < k < scores.shape[1] or not scores.numel():
+        return reference.top_mask(scores, k)
+    rows = scores.detach().contiguous()
+    mask = torch.empty(rows.shape, dtype=torch.bool)
+    module = _dispatch.kernels()
+    assert module is not None
+    found = module.top_mask(rows.data_ptr(), *rows.shape, k, mask.data_ptr(), _threads(rows))
+    return mask if found else reference.top_mask(scores, k)
+
+
+def add_gram(total: Tensor, rest: Tensor, x: Tensor) -> None:
+    """total + rest += x^T x in place, in the blocks on and above the diagonal.
+
+    total, rest: (in, in) float32, contiguous; x: (rows, in) float32. The products are float32 over
+    1024 rows each; their sums lose nothing that a second float32 can hold ("A Floating-Point
+    Technique for Extending the Available Precision", 1971). What lies below the diagonal blocks is
+    undefined: the result is symmetric. O(rows * in^2 / 2) multiplications.
+
+    Raises UsageError for other shapes, dtypes or devices.
+    """
+    n = x.shape[-1]
+    parts = (total, rest, x)
+    right = x.dim() == 2 and total.shape == rest.shape == (n, n)
+    right = right and total.is_contiguous() and rest.is_contiguous()
+    if not right or any(part.dtype != torch.float32 or not part.is_cpu for part in parts):
+        raise UsageError("a Gram matrix takes float32 (rows, in) and two (in, in) on the CPU")
+    for rows in x.split(_ROWS):
+        for first in range(0, n, _COLUMNS):
+            last = min(n, first + _COLUMNS)
+            product = rows[:, first:last].t() @ rows[:, first:]
+            _add(total[first:last, first:], rest[first:last, first:], product)
+
+
+def _add(total: Tensor, rest: Tensor, product: Tensor) -> None:
+    module = _dispatch.kernels()
+    if module is None or _dispatch.isa_index() < 0:
+        reference.compensated_add(total, rest, product)
+        return
+    module.compensated_add(
+        total.data_ptr(), rest.data_ptr(), total.stride(0), product.data_ptr(), product.stride(0),
+        *product.shape, _threads(product),
+    )  # fmt: skip
+
+
+def _threads(numbers: Tensor) -> int:
+    return 1 if numbers.numel() < _SMALL else torch.get_num_threads()
