@@ -21,6 +21,7 @@ from gossamer.nn import (
     serves_batches,
 )
 from gossamer.nn.conv import why_not
+from gossamer.nn.costs import cached_costs, use_costs
 from gossamer.ops.quantized import QuantizedMatrix
 
 
@@ -58,6 +59,7 @@ def load(
         root = _ordinary(place, type(root))
     if dtype is not None:
         _convert(root, dtype)
+    use_costs(root, cached_costs())
     if serves_batches(root, batches):
         prepare_batches(root)
     return root.eval()
