@@ -23,6 +23,7 @@ struct Quantized {
   int64_t groups;              // of a row
   int group_shift;             // a group is 64 << group_shift columns
   int bits;                    // 4 or 8
+  int run;                     // 4 or 8: every so many columns keep exactly half; 0: not so
 };
 
 // Activations as 8-bit integers, scaled per 128: x[j] ~ scales[j / 128] * values[j].

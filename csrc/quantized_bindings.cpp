@@ -107,6 +107,9 @@ Quantized quantized_view(const QuantizedArgs& a) {
   if (m.rows < 0 || m.cols < 0 || a[10] < 0 || a[10] > 32 || (a[11] != 4 && a[11] != 8))
     throw std::invalid_argument("quantized: bad shape, group or bits");
   m.group_shift = static_cast<int>(a[10]), m.bits = static_cast<int>(a[11]);
+  m.run = static_cast<int>(a[14]);
+  if (m.run && ((m.run != 4 && m.run != 8) || m.cols % 64 || !m.bitmap))
+    throw std::invalid_argument("quantized: bad run");
   m.groups = (m.words + (int64_t{1} << m.group_shift) - 1) >> m.group_shift;
   const int64_t shared = m.bits == 4 ? (m.rows + 1) / 2 : m.rows;
   if (m.offsets[0] != 0 || m.offsets[shared] + kSlack != a[12])

@@ -54,7 +54,8 @@ def test_kernels_equal_the_twin(isa, bits, shape, monkeypatch):
         expected = rows_of(x, dense)
         for batch in (1, 4, 5):
             found = ops.linear(x[:batch], packed, bias)
-            assert torch.allclose(found, expected[:batch] + bias, rtol=1e-4, atol=1e-4)
+            near = 1e-4 + 3e-6 * float(expected.abs().max())
+            assert torch.allclose(found, expected[:batch] + bias, rtol=1e-4, atol=near)
 
 
 @settings(max_examples=60, deadline=None)
@@ -152,7 +153,7 @@ def test_opcheck_and_gradients():
     bias = torch.randn(12, requires_grad=True)
     x = torch.randn(3, 130, requires_grad=True)
     arguments = (x, bias, packed.values, packed.offsets, packed.bitmap, packed.scales, packed.zeros,
-                 *packed.outliers, [12, 130], 4, 64)  # fmt: skip
+                 *packed.outliers, [12, 130], 4, 64, 0)  # fmt: skip
     torch.library.opcheck(torch.ops.gossamer.quantized_linear.default, arguments)
     ops.linear(x, packed, bias).sum().backward()
     assert torch.allclose(x.grad, ops.unpack(packed).sum(0).expand(3, -1), atol=1e-5)

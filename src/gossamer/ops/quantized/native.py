@@ -30,7 +30,7 @@ def arguments(m: QuantizedMatrix) -> list[int]:
     ]
     shift = (m.group // 64).bit_length() - 1
     count = 0 if m.outliers is None else m.outliers[1].numel()
-    return [*addresses, *m.shape, shift, m.bits, m.values.numel(), count]
+    return [*addresses, *m.shape, shift, m.bits, m.values.numel(), count, m.run]
 
 
 def linear(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:

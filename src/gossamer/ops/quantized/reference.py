@@ -142,6 +142,34 @@ def _places(counts: Tensor, offsets: Tensor, bits: int) -> tuple[Tensor, Tensor]
     return rows, offsets[rows // 2 if bits == 4 else rows] + rank
 
 
+def complete(mask: Tensor) -> Tensor:
+    """The mask (out, in), with a few positions more where that makes it even in the sense of
+    `run_of`: one weight that happens to be 0 must not undo a whole matrix's 2:4 pattern.
+    """
+    if mask.numel() == 0 or mask.shape[1] % WORD or int(mask.sum()) * 2 < 0.95 * mask.numel():
+        return mask
+    for run in (4, 8):
+        runs = mask.reshape(-1, run)
+        missing = run // 2 - runs.sum(dim=1, keepdim=True)
+        if bool((missing >= 0).all()):
+            free = ~runs
+            return (runs | (free & (free.cumsum(dim=1) <= missing))).reshape(mask.shape)
+    return mask
+
+
+def run_of(bitmap: Tensor | None, in_features: int) -> int:
+    """4 if every 4 columns of every row keep exactly 2, 8 if every 8 keep exactly 4, else 0; only
+    rows of whole 64-bit words can be either.
+    """
+    if bitmap is None or bitmap.numel() == 0 or in_features % WORD:
+        return 0
+    counts = torch.tensor([bin(byte).count("1") for byte in range(16)], dtype=torch.uint8)
+    low, high = counts[(bitmap & 15).int()], counts[(bitmap >> 4).int()]
+    if bool(((low == 2) & (high == 2)).all()):
+        return 4
+    return 8 if bool((low + high == 4).all()) else 0
+
+
 def padded_width(in_features: int) -> int:
     """Columns stored of a dense row."""
     return -(-in_features // WORD) * WORD
