@@ -33,12 +33,16 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def cache_file() -> Path:
-    """Where the costs of this machine are kept: one file per machine, in XDG_CACHE_HOME."""
+def cache_folder() -> Path:
+    """This user's cache folder: gossamer in XDG_CACHE_HOME."""
     named = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(named) if Path(named).is_absolute() else Path.home() / ".cache"
+    return (Path(named) if Path(named).is_absolute() else Path.home() / ".cache") / "gossamer"
+
+
+def cache_file() -> Path:
+    """Where the costs of this machine are kept: one file per machine."""
     key = json.dumps(machine(), sort_keys=True).encode()
-    return base / "gossamer" / f"costs-{hashlib.sha256(key).hexdigest()[:16]}.json"
+    return cache_folder() / f"costs-{hashlib.sha256(key).hexdigest()[:16]}.json"
 
 
 def read_costs(path: Path) -> Costs:
