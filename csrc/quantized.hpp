@@ -52,6 +52,10 @@ using QuantizedRows = void (*)(const Quantized&, const QuantInput& x, int64_t fr
 using QuantizedUnpack = void (*)(const Quantized&, int64_t from, int64_t to, float* out,
                                  int threads);
 
+// y (batch, rows) = x W^T + bias, x (batch, cols) rounded to integers on the way, for many rows of x.
+void quantized_matmul_avx512(const Quantized&, const float* x, int64_t batch, float* y,
+                             const float* bias, int threads);
+
 #define GOSSAMER_QUANTIZED(isa)                                                                  \
   void quantize_input_##isa(const float*, int64_t, int64_t, int64_t, int8_t*, float*, float*);   \
   void quantized_matvec_##isa(const Quantized&, const QuantInput*, int64_t, float*, const float*, \

@@ -175,8 +175,8 @@ def unpack(m: QuantizedMatrix) -> Tensor:
 def linear(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
     """x (..., in) times the quantised matrix transposed, plus bias (out,); in x's dtype.
 
-    Up to 8 rows of x are rounded to 8-bit integers, scaled per 128 inputs; a NaN or infinity then
-    makes every result that its 128 inputs reach NaN. Differentiable in x (as if nothing had been
+    x is rounded to 8-bit integers, scaled per 128 inputs; a NaN or infinity then makes every result
+    that its 128 inputs reach NaN. Differentiable in x (as if nothing had been
     rounded) and bias, at the memory of one dense weight. O(rows of x * kept weights).
     """
     eager = not torch.compiler.is_compiling()
@@ -188,7 +188,7 @@ def linear(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
 
 def _forward(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
     if _dispatch.isa_index() < 0:
-        return reference.linear(x, unpack(m), m.outliers, bias, native.MATVEC_ROWS)
+        return reference.linear(x, unpack(m), m.outliers, bias)
     return native.linear(x, m, bias)
 
 

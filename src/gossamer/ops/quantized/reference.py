@@ -201,9 +201,7 @@ def unpack(
     integers = integers - (half if zeros is None else zeros.float()[:, columns])
     matrix = (integers * scales.float()[:, columns]).masked_fill(~mask, 0)
     if outliers is not None:
-        row_ptr, cols, exact = outliers
-        at = torch.repeat_interleave(torch.arange(rows), row_ptr.diff())
-        matrix.index_put_((at, cols.long()), exact, accumulate=True)
+        matrix += outlier_matrix(outliers, (rows, in_features))
     return matrix
 
 
@@ -219,24 +217,27 @@ def quantize_input(x: Tensor) -> Tensor:
     return rounded.flatten(-2)[..., :width]
 
 
+def outlier_matrix(outliers: tuple[Tensor, Tensor, Tensor], shape: tuple[int, int]) -> Tensor:
+    """The outliers as a dense float32 matrix (out, in)."""
+    row_ptr, cols, values = outliers
+    at = torch.repeat_interleave(torch.arange(shape[0]), row_ptr.diff())
+    return torch.zeros(shape).index_put_((at, cols.long()), values, accumulate=True)
+
+
 def linear(
     x: Tensor,
     matrix: Tensor,
     outliers: tuple[Tensor, Tensor, Tensor] | None,
     bias: Tensor | None,
-    rounded_rows: int,
 ) -> Tensor:
     """x (..., in) times the unpacked matrix (out, in) transposed; in x's dtype, sums in float32.
 
-    Up to `rounded_rows` rows of x are rounded first, except where they meet outliers.
+    x is rounded first, except where it meets outliers.
     """
     wide = x.float()
-    result = wide @ matrix.t()
-    if x.numel() <= rounded_rows * x.shape[-1] and x.dtype in (torch.float32, torch.bfloat16):
-        exact = torch.zeros_like(matrix)
-        if outliers is not None:
-            row_ptr, cols, values = outliers
-            at = torch.repeat_interleave(torch.arange(len(row_ptr) - 1), row_ptr.diff())
-            exact.index_put_((at, cols.long()), values, accumulate=True)
-        result = quantize_input(x) @ (matrix - exact).t() + wide @ exact.t()
+    rounded = quantize_input(x)
+    result = rounded @ matrix.t()
+    if outliers is not None:
+        exact = outlier_matrix(outliers, (matrix.shape[0], matrix.shape[1]))
+        result = result + (wide - rounded) @ exact.t()
     return (result if bias is None else result + bias.float()).to(x.dtype)
