@@ -233,3 +233,26 @@ def test_a_result_prints_what_decided():
     text = str(gs.compress(layer(), costs=costs(), batches=False))
     assert "0: 256 x 512, density 0.5" in text and "by measured costs: predicted" in text
     assert "dense: no kernel wins" in str(gs.compress(layer(4), costs=costs(), batches=False))
+
+
+@pytest.mark.slow
+def test_predictions_hold_for_layers_that_were_not_measured():
+    """On an idle machine; half of the factors are far smaller."""
+    if isa_index() < 0:
+        pytest.skip("the kernels are not built")
+    model, factors = gs.calibrate_costs(store=False), []
+    points = [
+        p for side in (14, 28) for p in measure_costs.measure_convolution(256, 512, (0.1,), side)
+    ]
+    for out, inputs in ((768, 768), (1280, 1536), (640, 2560)):
+        for dtype in (torch.float32, torch.bfloat16):
+            points += measure_costs.measure_dense(out, inputs, dtype, (1, 128))
+            for density in (0.15, 0.5):
+                points += measure_costs.measure_sparse(
+                    out, inputs, density, dtype, (1, 4), (40, 128)
+                )
+    for name, rows, work, seconds in points:
+        predicted = model.seconds(*name.rsplit(" ", 1), rows, work)
+        factors.append(max(predicted / seconds, seconds / predicted))
+    factors.sort()
+    assert factors[len(factors) // 2] < 1.3 and factors[len(factors) * 3 // 4] < 1.5, factors
