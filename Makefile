@@ -45,6 +45,7 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/gossamer bench --suite kernels --out benchmarks/results/kernels.json
 	$(BIN)/gossamer bench --suite training --out benchmarks/results/training.json
+	$(BIN)/gossamer bench --suite decode --out benchmarks/results/decode.json
 	for case in benchmarks/cases/*.py; do $(BIN)/python $$case || exit 1; done
 
 # Every claim anew, then the pages that show the verdicts.

@@ -1,9 +1,10 @@
-"""Writes docs/methods/*.md from the cards and the ledger of claims, and the verdicts that the
-package carries. Run: python docs/generate.py"""
+"""Writes docs/methods/*.md from the cards and the ledger of claims, the verdicts that the package
+carries, and docs/guide/benchmarks.md. Run: python docs/generate.py"""
 
 from __future__ import annotations
 
 import json
+import runpy
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from gossamer.core.card import Card
 from gossamer.methods import cards, find
 
 OUT = Path(__file__).parent / "methods"
+BENCHMARKS = Path(__file__).parent / "guide" / "benchmarks.md"
 LEDGER = Path(__file__).parents[1] / "benchmarks" / "results" / "claims"
 RECORDS = "../../benchmarks/results/claims"
 VERDICTS = Path(__file__).parents[1] / "src" / "gossamer" / "methods" / "verdicts.json"
@@ -93,8 +95,14 @@ def pages() -> dict[str, str]:
     return {"index.md": index, **{f"{card.name}.md": page(card) for card in cards()}}
 
 
+def benchmarks() -> str:
+    """The page of benchmarks, from the file beside this one."""
+    return str(runpy.run_path(str(Path(__file__).with_name("benchmarks.py")))["page"]())
+
+
 if __name__ == "__main__":
     OUT.mkdir(exist_ok=True)
     for name, text in pages().items():
         (OUT / name).write_text(text)
     VERDICTS.write_text(verdicts())
+    BENCHMARKS.write_text(benchmarks())

@@ -18,6 +18,7 @@ def test_method_pages_are_current():
     for name, text in generate.pages().items():
         assert (ROOT / "docs" / "methods" / name).read_text() == text, "run make docs"
     assert generate.VERDICTS.read_text() == generate.verdicts(), "run make docs"
+    assert generate.BENCHMARKS.read_text() == generate.benchmarks(), "run make docs"
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,7 @@ def test_method_pages_are_current():
     [
         "README.md",
         "docs/guide/index.md",
+        "docs/guide/benchmarks.md",
         "docs/guide/training.md",
         "docs/guide/train-command.md",
         "docs/guide/ranks-and-trainers.md",

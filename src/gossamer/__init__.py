@@ -2,6 +2,7 @@
 
 from gossamer.core.allocation import ER, ERK, LAMP, OWL, Global, Uniform, UniformPlus
 from gossamer.core.card import Card
+from gossamer.core.costs import Costs
 from gossamer.core.coupling import Coupled
 from gossamer.core.errors import (
     FormatError,
@@ -17,6 +18,7 @@ from gossamer.core.select import select, select_global
 from gossamer.core.support import Support
 from gossamer.engine.compress import compress
 from gossamer.engine.generate import generate
+from gossamer.engine.measure_costs import calibrate_costs
 from gossamer.engine.prune import prune
 from gossamer.engine.rounds import Part, RoundsResult, train_rounds
 from gossamer.engine.structure import ShrinkResult, coupled_channels, shrink
@@ -66,6 +68,7 @@ __all__ = [
     "Card",
     "Channel",
     "CompressResult",
+    "Costs",
     "Coupled",
     "FormatError",
     "Global",
@@ -95,6 +98,7 @@ __all__ = [
     "Unstructured",
     "UsageError",
     "Wanda",
+    "calibrate_costs",
     "cards",
     "compress",
     "coupled_channels",

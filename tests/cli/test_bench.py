@@ -1,15 +1,17 @@
 """gossamer bench: limits that are real, no speed for a wrong kernel, JSON that says what it is."""
 
+import importlib.util
 import json
 
 import pytest
 import torch
 
-from gossamer.bench import active, conv, decode, kernels, nm, spgemm, training
+from gossamer.bench import active, conv, decode, kernels, llama_cpp, nm, spgemm, training
 from gossamer.bench.measure import Limits, interleaved, measure_limits
 from gossamer.cli import main
 from gossamer.cli.bench import describe
 from gossamer.core.errors import GossamerError
+from gossamer.engine import decoder
 from gossamer.engine.compress import compress
 from gossamer.nn import BitmapLinear, NMLinear, QuantizedLinear
 from gossamer.ops._dispatch import kernels as compiled
@@ -140,6 +142,7 @@ def test_conv_case(monkeypatch):
 
 def test_decode_suite(monkeypatch, capsys, tmp_path):
     pytest.importorskip("transformers")
+    monkeypatch.setattr(llama_cpp, "missing", lambda: "llama.cpp is not compared")
     small = decode.Geometry(64, 1, 4, 2, 128, 32000)
     monkeypatch.setitem(decode.GEOMETRIES, "llama-1b", small)
     out = tmp_path / "bench.json"
@@ -178,7 +181,62 @@ def test_integer_cases(dtype, density, monkeypatch):
     case = kernels.Case(128, 256, dtype, density, 1)
     found = kernels.measure(case, LIMITS, repeats=1)
     assert found["milliseconds"]["gossamer"] > 0 and "dense" in found["best_dense"]
+    times = found["milliseconds"]
+    assert found["ratios"] == {
+        name: pytest.approx(taken / times["gossamer"])
+        for name, taken in times.items()
+        if name != "gossamer"
+    }
+    if importlib.util.find_spec("onnxruntime"):
+        assert {"onnxruntime dense int8", "onnxruntime dense int4"} <= set(times)
     right = QuantizedLinear.forward
     monkeypatch.setattr(QuantizedLinear, "forward", lambda self, x: 1.1 * right(self, x))
     with pytest.raises(GossamerError, match="gossamer is wrong"):
         kernels.measure(case, LIMITS, repeats=1)
+
+
+def test_decode_against_llama_cpp(monkeypatch, capsys, tmp_path):
+    for name in ("llama_cpp", "gguf", "transformers"):
+        pytest.importorskip(name)
+    small = decode.Geometry(64, 1, 4, 2, 128, 32000)
+    monkeypatch.setitem(decode.GEOMETRIES, "llama-1b", small)
+    monkeypatch.setattr(llama_cpp, "PROMPT", 32)
+    monkeypatch.setattr(llama_cpp, "STEPS", 2)
+    argv = ["bench", "--suite=decode", "--repeats=1", f"--work={tmp_path}"]
+    main([*argv, "--json"])
+    first, *classes = json.loads(capsys.readouterr().out)["cases"]
+    assert [case["case"]["peer"] for case in classes] == [
+        f"llama.cpp {name}" for name in llama_cpp.CLASSES
+    ]
+    assert "peer" not in first["case"]
+    for case in classes:
+        peer, times = case["best_dense"], case["tokens_per_second"]
+        assert case["ratio"] == pytest.approx(times["gossamer"] / times[peer])
+        assert case["prompt_ratio"] > 0 and 0 < case["fraction_of_limit"] < 10
+        assert case["file_bytes"]["gossamer"] > 0
+    written = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.gguf")}
+    main(argv)  # what was written is used again
+    assert "prompt" in capsys.readouterr().out and len(written) == 3
+    assert written == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.gguf")}
+    right = decoder.Decoder.step
+    monkeypatch.setattr(decoder.Decoder, "step", lambda self, token: 2 * right(self, token))
+    with pytest.raises(GossamerError, match="decoding is wrong"):
+        llama_cpp.measure(tmp_path / "llama-1b", "llama-1b", "F16", LIMITS, 1)
+
+
+def test_a_peer_that_is_missing_costs_a_line(monkeypatch):
+    monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
+    assert "gossamer[peers]" in llama_cpp.missing()
+
+
+def test_a_wrong_integer_peer_gets_no_speed(monkeypatch):
+    pytest.importorskip("onnxruntime")
+    right = kernels.integer_peers.onnx_int4
+
+    def wrong(weights, x):
+        call = right(weights, x)
+        return lambda: 1.5 * call()
+
+    monkeypatch.setattr(kernels.integer_peers, "onnx_int4", wrong)
+    with pytest.raises(GossamerError, match="onnxruntime dense int4 is wrong"):
+        kernels.measure(kernels.Case(64, 300, "int4", 0.5, 1), LIMITS, repeats=1)

@@ -14,8 +14,10 @@ import torch
 
 import gossamer as gs
 from gossamer.core.errors import FormatError, UsageError
-from gossamer.nn import BitmapLinear, prepare_batches
+from gossamer.nn import BitmapLinear, QuantizedLinear, prepare_batches
 from gossamer.ops import bitmap as ops
+from gossamer.ops import quantized
+from gossamer.ops.quantized import QuantizedMatrix, reference
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "3"))
 SEED = int(os.environ.get("FUZZ_SEED", str(time.time_ns() % 1_000_000)))
@@ -36,10 +38,10 @@ def saved(tmp_path_factory):
     return folder
 
 
-def rounds():
-    """Seeds until the time is over; the failing one is in the assertion."""
+def rounds(shared=1):
+    """Seeds until the time is over, shared by so many; the failing one is in the assertion."""
     start, index = time.monotonic(), SEED
-    while time.monotonic() - start < SECONDS:
+    while time.monotonic() - start < SECONDS / shared:
         yield index, random.Random(index)
         index += 1
 
@@ -137,3 +139,97 @@ def test_random_bitmaps_are_refused_or_multiply_right():
         x = torch.randn(rng.choice([1, 2, 5, 8, 9, 40, 70]), width, generator=generator)
         expected = x @ layer.to_matrix().float().t()
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4, msg=f"{seed}")
+
+
+INTEGERS = [(4, True, 0.0), (4, False, 0.05), (8, True, 0.1), (8, False, 0.0)]
+"""Bits, symmetric, outliers."""
+
+
+@pytest.fixture(scope="module", params=INTEGERS, ids=str)
+def saved_integers(request, tmp_path_factory):
+    """A folder of integer layers, one sparse and one dense, and what the model gives."""
+    bits, symmetric, outliers = request.param
+    network, x = model(), torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
+    gs.prune(network, gs.Magnitude(), density=0.4, exclude=("2",))
+    for name in "02":
+        layer = network.get_submodule(name)
+        packed = QuantizedLinear.from_matrix(
+            layer.weight, layer.bias, bits=bits, group=64, symmetric=symmetric, outliers=outliers
+        )
+        network.set_submodule(name, packed)
+    folder = tmp_path_factory.mktemp("integers") / "model"
+    gs.save(network, folder)
+    return folder, x, network(x)
+
+
+def test_damaged_integers_end_in_one_error_or_a_model_that_runs(saved_integers, tmp_path):
+    """Damage to the file is refused, or it changed numbers only: then the kernel must give what
+    the plain decoder gives for the numbers that are there now."""
+    folder, x, right = saved_integers
+    refused = 0
+    for seed, rng in rounds(len(INTEGERS)):
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy)
+        victim = rng.choice([copy / "model.safetensors"] * 3 + [copy / "gossamer.json"])
+        before = victim.read_bytes()
+        victim.write_bytes(damage(before, rng))
+        try:
+            found = gs.load(copy, model=model())
+        except (FormatError, UsageError) as error:
+            refused += 1
+            assert str(error) and "\n" not in str(error), f"FUZZ_SEED={seed}"
+        else:
+            for layer in (found[0], found[2]):
+                check_integers(layer, seed)
+            if victim.read_bytes() == before:
+                assert torch.equal(found(x), right), f"FUZZ_SEED={seed}"
+        shutil.rmtree(copy)
+    assert refused > 0
+
+
+def check_integers(layer, seed):
+    """Whatever the numbers are, the kernels give what the plain decoder gives."""
+    m, x = layer.matrix, torch.randn(3, layer.in_features)
+    parts = (m.values, m.bitmap, m.scales, m.zeros, layer.in_features, m.group, m.bits)
+    dense = reference.unpack(*parts, m.outliers)
+    found = layer.to_matrix()
+    torch.testing.assert_close(found, dense, rtol=1e-6, atol=0, equal_nan=True, msg=f"{seed}")
+    assert layer(x).shape == (3, layer.out_features), f"FUZZ_SEED={seed}"
+    if dense.numel() and not float(dense.abs().max()) < 1e18:  # sums may overflow in one only
+        return
+    expected = reference.linear(x, dense, m.outliers, layer.bias, 8)
+    scale = float(expected.detach().abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(layer(x), expected, rtol=1e-3, atol=1e-3 * scale, msg=f"{seed}")
+
+
+def test_random_integers_are_refused_or_multiply_right():
+    """Parts that contradict each other, straight into the decoder that checks them."""
+    refused = 0
+    for seed, rng in rounds():
+        generator = torch.Generator().manual_seed(seed)
+        out, width = rng.randrange(1, 20), rng.randrange(1, 300)
+        bits, group = rng.choice([4, 8]), rng.choice([64, 128])
+        matrix = torch.randn(out, width, generator=generator)
+        matrix *= torch.rand(out, width, generator=generator) < rng.choice([0.1, 0.6, 1.0])
+        good = quantized.pack(matrix, bits, group, rng.random() < 0.5, rng.choice([0.0, 0.1]))
+        parts = [good.values, good.bitmap, good.scales, good.zeros, good.outliers]
+        at = rng.randrange(5)
+        part = parts[at]
+        if isinstance(part, tuple):
+            held = [p.clone() for p in part]
+            one = rng.choice(held)
+            if one.numel():
+                one.view(-1)[rng.randrange(one.numel())] = rng.choice([-1, 0, 1, 300, 2**31 - 1])
+            parts[at] = tuple(held)
+        elif part is not None and part.numel():
+            raw = part.clone()
+            raw.view(torch.uint8).view(-1)[rng.randrange(raw.nbytes)] = rng.randrange(256)
+            parts[at] = raw if rng.random() < 0.7 else raw.view(-1)[: rng.randrange(raw.numel())]
+        shape = (out, width + rng.choice([0, 0, 0, 1, -1, 64]))
+        try:
+            found = QuantizedMatrix.of(*parts, shape, rng.choice([bits, bits, 4, 8]), group)
+        except (FormatError, UsageError):
+            refused += 1
+            continue
+        check_integers(QuantizedLinear(found), seed)
+    assert refused > 0

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.bench import peers
+from gossamer.bench import integer_peers, peers
 from gossamer.bench.measure import Limits, interleaved
 from gossamer.core.errors import GossamerError
 from gossamer.nn import BitmapLinear, QuantizedLinear
@@ -21,13 +21,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BITS = {"int8": 8, "int4": 4}
 _COLD = 200 << 20
 """Weights of so many bytes take turns where a single one could stay in a cache."""
+_ROUNDED = {"int8": 0.03, "int4": 0.25}
+"""Relative errors that rounding weights and inputs to so many bits may make."""
 
 
 @dataclass(frozen=True)
 class Case:
     """One measurement: the layer (out, in), dtype of its values, density and rows of input; the
     block that is kept or dropped whole, such as 16x1, or none. Integers have a scale per 128
-    columns; their peers are given the weights in bfloat16."""
+    columns; their peers get the weights in bfloat16, integer engines round them in their own ways."""
 
     out: int
     inputs: int
@@ -91,6 +93,7 @@ def measure(case: Case, limits: Limits, repeats: int = 7) -> dict[str, Any]:
         "milliseconds": {name: 1e3 * taken for name, taken in seconds.items()},
         "best_dense": best,
         "ratio": dense[best] / ours,
+        "ratios": {name: taken / ours for name, taken in seconds.items() if name != "gossamer"},
         "ratio_to_sparse_peers": {
             name: taken / ours for name, taken in seconds.items() if "csr" in name
         },
@@ -138,6 +141,13 @@ def _calls(
         "torch csr float32": peers.torch_csr(weights[:2], x),
         "scipy csr float32": peers.scipy_csr(weights[:2], x),
     }
+    if isinstance(layers[0], QuantizedLinear):
+        found |= {
+            "torch dense int8 fbgemm": integer_peers.torch_int8(weights, x, "fbgemm"),
+            "torch dense int8 onednn": integer_peers.torch_int8(weights, x, "onednn"),
+            "onnxruntime dense int8": integer_peers.onnx_int8(weights, x),
+            "onnxruntime dense int4": integer_peers.onnx_int4(weights, x),
+        }
     return {name: call for name, call in found.items() if call is not None}
 
 
@@ -146,7 +156,8 @@ def _check(
 ) -> None:
     """No speed for a wrong result: ours within float32 rounding, bfloat16 outputs within theirs.
 
-    Of integers the product of what they stand for is expected, with inputs rounded as they are.
+    Of our integers the product of what they stand for is expected, with inputs rounded as they are;
+    of other engines' the product of the weights themselves, within what their bits allow.
     """
     exact = x.double() @ matrix.double().t()
     for name, call in calls.items():
@@ -157,5 +168,6 @@ def _check(
             found = call()
         error = float((found.double() - expected).norm() / expected.norm())
         allowed = 1e-2 if found.dtype == torch.bfloat16 else 1e-4
+        allowed = next((e for bits, e in _ROUNDED.items() if bits in name), allowed)
         if not error < allowed:
             raise GossamerError(f"{name} is wrong on {case}: relative error {error:.1e}")

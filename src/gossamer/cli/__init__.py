@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gossamer.cli.bench import Bench
+from gossamer.cli.calibrate import Calibrate
 from gossamer.cli.compare import Compare
 from gossamer.cli.compress import Compress
 from gossamer.cli.generate import Generate
@@ -22,6 +23,7 @@ COMMANDS: dict[str, type[Any]] = {
     "compress": Compress,
     "train": Train,
     "bench": Bench,
+    "calibrate": Calibrate,
     "compare": Compare,
     "inspect": Inspect,
     "generate": Generate,

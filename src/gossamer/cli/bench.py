@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from gossamer.bench import active, conv, decode, kernels, nm, spgemm, training
+from gossamer.bench import active, conv, decode, kernels, llama_cpp, nm, spgemm, training
 from gossamer.bench.measure import Limits, measure_limits
 from gossamer.cli.output import note, print_json, print_table
 from gossamer.core.errors import UsageError
+from gossamer.nn.costs import cache_folder
 from gossamer.ops import _dispatch
 
 SUITES = ("kernels", "decode", "active", "nm", "spgemm", "conv", "training")
@@ -33,6 +34,9 @@ class Bench:
     training: steps of an MLP"""
     geometry: str = "llama-1b"
     """of --suite decode: llama-1b or llama-160m, random weights"""
+    work: str = ""
+    """of --suite decode: where the models for llama.cpp are written and found again (for llama-1b
+    7 GB); the user's cache folder unless named"""
     only: str = ""
     """of all suites but decode: only cases whose description holds this text, such as 'batch 128'"""
     repeats: int = 7
@@ -79,7 +83,19 @@ class Bench:
 
     def _decode(self, limits: Limits) -> list[dict[str, Any]]:
         note(f"{self.geometry} at density 0.5")
-        return [decode.measure(self.geometry, 0.5, limits, self.repeats)]
+        results = [decode.measure(self.geometry, 0.5, limits, self.repeats)]
+        if (absent := llama_cpp.missing()) is not None:
+            note(absent)
+            return results
+        folder = (Path(self.work) if self.work else cache_folder() / "bench") / self.geometry
+        note(f"models for llama.cpp: {folder}")
+        llama_cpp.prepare(folder, self.geometry)
+        for name in llama_cpp.CLASSES:
+            note(f"{self.geometry} against llama.cpp {name}")
+            results.append(
+                llama_cpp.measure(folder, self.geometry, name, limits, min(self.repeats, 5))
+            )
+        return results
 
     def _print(self, results: list[dict[str, Any]]) -> None:
         rows = []
@@ -88,15 +104,21 @@ class Bench:
             share = f"{result['fraction_of_limit']:.2f} of {result['limit']}"
             ours, ratio = f"{times['gossamer']:.3g}", f"{result['ratio']:.2f}x"
             rows.append((describe(result["case"]), ours, ratio, _peer(result, times), share))
+            if prompt := result.get("prompt_tokens_per_second"):
+                name = f"{describe(result['case'])}, prompt"
+                ours, ratio = f"{prompt['gossamer']:.3g}", f"{result['prompt_ratio']:.2f}x"
+                rows.append((name, ours, ratio, _peer(result, prompt), "-"))
         unit = "tokens/s" if self.suite == "decode" else "ms"
-        header = ("case", f"ours, {unit}", "ratio", f"best peer, {unit}", "of the limit")
+        header = ("case", f"ours, {unit}", "ratio", f"best peer and others, {unit}", "of the limit")
         print_table(f"gossamer bench --suite {self.suite}", header, rows)
 
 
 def _peer(result: dict[str, Any], times: dict[str, float]) -> str:
-    """The dense engine that the ratio is to; the JSON has the others."""
-    name = result.get("best_dense", "transformers dense bfloat16")
-    return f"{times[name]:.3g} ({name.replace(' dense', '')})"
+    """The engine that the ratio is to, then every other one."""
+    best = result.get("best_dense", "transformers dense bfloat16")
+    others = [name for name in times if name not in ("gossamer", best)]
+    cells = [f"{times[name]:.3g} ({name.replace(' dense', '')})" for name in (best, *others)]
+    return ", ".join(cells)
 
 
 def describe(case: dict[str, Any]) -> str:

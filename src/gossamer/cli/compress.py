@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import glob
 import json
-import os
 import platform
 import shlex
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gossamer.cli.costs import costs_named
 from gossamer.cli.inputs import (
     BUNDLED,
     BUNDLED_TEXT,
@@ -80,6 +80,9 @@ class Compress:
     """also round the kept weights to integers of 4 or 8 bits (a language model's head to 8)"""
     group: int = 128
     """columns that share a scale, with --bits: a power of two from 64 on"""
+    costs: str = "auto"
+    """what chooses the kernels: auto (measured on this machine, once, 15 seconds), rule, or the file
+    of another calibration"""
     sweep: str = ""
     """further sparsities to measure, such as 0.3,0.5,0.7, for the quality-against-size chart"""
     tokens: int = 64
@@ -98,6 +101,7 @@ class Compress:
         subject = read_model(self.model, "float32")
         task = task_of(subject, text)
         task.check(self.length, self.tokens)
+        plan["costs"] = costs_named(self.costs) if self.bits is None else None
         batches = task.calibration(calibration, self.samples, self.length, self.seed)
         dense = subject.model
         _round(dense, self._store)
@@ -225,7 +229,7 @@ class Compress:
         if self.bits is None:
             quality = task.quality(dense, pruned.model)
             _cast(pruned.model, self._store)
-            packed = compress(pruned)
+            packed = compress(pruned, costs=plan["costs"])
         else:
             _cast(pruned.model, self._store)  # so that dense bytes are those of the stored dtype
             packed = compress(pruned, bits=self.bits, group=self.group)
@@ -299,6 +303,8 @@ class Compress:
         refused = [layer for layer in result["layers"] if not layer["kernel"]]
         for layer in refused[:5]:
             print(f"stays dense: {layer['name']} ({layer['reason']})")
+        if any(layer["predicted"] for layer in result["layers"]):
+            print("kernels chosen by costs measured on this machine; report.html has them")
         print(f"wrote {self.out}/ with report.html")
 
 
@@ -317,13 +323,8 @@ def machine(packed: CompressResult) -> dict[str, Any]:
     """What the figures were measured on."""
     import gossamer
 
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            lines = [line for line in file if line.startswith("model name")]
-        name = lines[0].split(":", 1)[1].strip() if lines else name
     return {
-        "cpu": name,
+        "cpu": _dispatch.processor(),
         "isa": packed.isa,
         "kernels": _dispatch.describe(),
         "threads": packed.threads,

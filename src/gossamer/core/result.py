@@ -14,7 +14,11 @@ from gossamer.core.support import Support
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One layer. Bytes count the weight alone; kernel is None where the layer stays dense."""
+    """One layer. Bytes count the weight alone; kernel is None where the layer stays dense.
+
+    decided: what chose, the measured costs with what they predict or a rule. predicted: seconds by
+    kernel, `dense` among them, where costs were measured.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -25,6 +29,8 @@ class LayerRecord:
     pattern: str = ""
     dense_bytes: int = 0
     sparse_bytes: int = 0
+    decided: str = ""
+    predicted: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,16 @@ class CompressResult:
     layers: tuple[LayerRecord, ...]
     isa: str
     threads: int
+
+    def __str__(self) -> str:
+        """A line for each layer: what serves it, or why it stays dense, and what decided."""
+        lines = [f"{len(self.layers)} layers, {self.isa}, {self.threads} threads"]
+        for layer in self.layers:
+            shape = " x ".join(map(str, layer.shape))
+            served = layer.kernel or f"dense: {layer.reason}"
+            decided = f" ({layer.decided})" if layer.kernel and layer.decided else ""
+            lines.append(f"{layer.name}: {shape}, density {layer.density:.3f}, {served}{decided}")
+        return "\n".join(lines)
 
 
 def unwrap(model: nn.Module | PruneResult | CompressResult) -> nn.Module:

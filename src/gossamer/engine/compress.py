@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from gossamer.core.costs import Costs
 from gossamer.core.errors import UsageError
 from gossamer.core.matrix import as_matrix, is_prunable
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwrap
+from gossamer.engine.dispatch import Decision, decide
 from gossamer.nn.bitmap import BitmapLinear, serves_batches
 from gossamer.nn.chain import fuse
 from gossamer.nn.conv import PackedConv2d, why_not
+from gossamer.nn.costs import cached_costs, choose_unpacking
 from gossamer.nn.nm import NMLinear, pays_as_nm
 from gossamer.nn.quantized import QuantizedLinear
 from gossamer.ops import _dispatch
@@ -24,7 +27,7 @@ from gossamer.ops.quantized import BITS
 from gossamer.ops.quantized import kernel_name as quantized_kernel_name
 
 MAX_BYTES = 0.9
-"""A packed weight must be at most this fraction of the dense one: decoding reads every byte."""
+"""Without measured costs a packed weight must be at most this fraction of the dense one."""
 
 
 def compress(
@@ -36,6 +39,7 @@ def compress(
     bits: int | None = None,
     group: int = 128,
     head_bits: int = 8,
+    costs: Costs | Literal["rule"] | None = None,
 ) -> CompressResult:
     """Replace, in place, every linear layer whose zeros pay by a kernel-backed `BitmapLinear` or,
     pruned N:M and smaller so, `NMLinear`, every such convolution of one group, in float32, by a
@@ -43,10 +47,13 @@ def compress(
     Sequential around convolutions becomes a `ConvChain`, which in eval mode runs them with their
     batch norms and ReLUs folded in.
 
-    Any zeros count, whoever made them. A layer stays dense, and its record says why, when the
-    packed weight would take more than 0.9 of the dense bytes (or its density exceeds
-    `max_density`), when its weight is tied to another module, or when no kernel serves its kind,
-    dtype or device.
+    Any zeros count, whoever made them. A layer stays dense, and its record says why, when no kernel
+    is predicted to be faster than the dense product, when its density exceeds `max_density`, when
+    its weight is tied to another module, or when no kernel serves its kind, dtype or device.
+
+    costs: what the prediction goes by. None: what `calibrate_costs` measured on this machine, where
+    it did. "rule", and else: a layer is packed where that takes at most 0.9 of the dense bytes, a
+    convolution up to density 0.25. Nothing is measured here.
 
     batches: also keep, in memory only, the form of the weights that serves more than 8 rows of
     input at once fastest (about 3 to 4 bytes per kept bfloat16 weight on top). None: yes, unless
@@ -63,6 +70,8 @@ def compress(
         raise UsageError(f"bits and head_bits are 4 or 8, not {bits} and {head_bits}")
     if group < 64 or group & (group - 1):
         raise UsageError(f"group is a power of two from 64 on, not {group}")
+    measured = cached_costs() if costs is None else costs
+    measured = None if isinstance(measured, str) else measured
     head = _head(root)
     batches = serves_batches(root, batches)
     requested = {r.name: r for r in model.layers} if isinstance(model, PruneResult) else {}
@@ -79,10 +88,15 @@ def compress(
         if isinstance(module, nn.Conv2d):
             wanted = None
         reason = _refusal(module, record, uses, max_density, wanted)
+        decision = None
+        if reason is None and wanted is None:
+            if measured is not None:
+                decision = decide(root, module, record, measured, batches)
+            record, reason = _decide(module, record, decision)
         if reason is None and wanted is not None:
             record = _quantize(root, name, module, record, wanted, group)
         elif reason is None:
-            record = _swap(root, name, module, record, batches)
+            record = _swap(root, name, module, record, batches, decision, measured)
         elif strict and record.density < 1.0:
             raise UsageError(f"{name} stays dense: {reason}")
         else:
@@ -150,16 +164,34 @@ def _refusal(
         return None
     if max_density is not None and record.density > max_density:
         return f"density {record.density:.2f} is above {max_density:.2f}"
-    if isinstance(module, nn.Conv2d):
-        return why_not(module, record.density)
+    return why_not(module, 0.0) if isinstance(module, nn.Conv2d) else None
+
+
+def _decide(
+    module: nn.Module, record: LayerRecord, decision: Decision | None
+) -> tuple[LayerRecord, str | None]:
+    """The record with what decided, and the reason to stay dense: by measured costs or by rule."""
+    if decision is not None:
+        facts = {"decided": f"by measured costs: {decision}", "predicted": decision.predicted}
+        reason = f"no kernel wins: {decision}" if decision.chosen == "dense" else None
+        return LayerRecord(**{**vars(record), **facts}), reason
     share = record.sparse_bytes / max(1, record.dense_bytes)
-    if share > MAX_BYTES:
-        return f"packed it would take {share:.2f} of the dense bytes, which does not pay"
-    return None
+    if isinstance(module, nn.Conv2d):
+        reason = why_not(module, record.density)
+    else:
+        reason = f"packed it would take {share:.2f} of the dense bytes, which does not pay"
+        reason = reason if share > MAX_BYTES else None
+    return LayerRecord(**{**vars(record), "decided": "by rule"}), reason
 
 
 def _swap(
-    root: nn.Module, name: str, module: nn.Module, record: LayerRecord, batches: bool
+    root: nn.Module,
+    name: str,
+    module: nn.Module,
+    record: LayerRecord,
+    batches: bool,
+    decision: Decision | None,
+    costs: Costs | None,
 ) -> LayerRecord:
     bias, matrix = getattr(module, "bias", None), as_matrix(module)
     exact = not isinstance(module, nn.Conv2d) and pays_as_nm(matrix, record.pattern)
@@ -173,11 +205,14 @@ def _swap(
         conv = PackedConv2d.from_conv(module, packed)
         root.set_submodule(name, conv.train(module.training))
         return LayerRecord(**{**vars(record), "kernel": conv.kernel})
-    if batches:
+    if isinstance(packed, BitmapLinear):
+        choose_unpacking(packed, costs)
+    prepared = batches and (decision is None or decision.chosen in ("grouped-spmm", "block-spmm"))
+    if prepared:
         packed.prepare_batches()
     root.set_submodule(name, packed)
     kernel = nm_kernel_name() if exact else kernel_name()
-    kernel += f" + {packed.batch_kernel}" if batches else ""
+    kernel += f" + {packed.batch_kernel}" if prepared else ""
     size = packed.nbytes if isinstance(packed, NMLinear) else record.sparse_bytes
     return LayerRecord(**{**vars(record), "kernel": kernel, "sparse_bytes": size})
 
@@ -196,7 +231,12 @@ def _quantize(
     root.set_submodule(name, packed)
     size = packed.matrix.nbytes
     return LayerRecord(
-        **{**vars(record), "kernel": quantized_kernel_name(bits), "sparse_bytes": size}
+        **{
+            **vars(record),
+            "kernel": quantized_kernel_name(bits),
+            "sparse_bytes": size,
+            "decided": "asked for",
+        }
     )
 
 

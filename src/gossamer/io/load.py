@@ -23,6 +23,7 @@ from gossamer.nn import (
 )
 from gossamer.nn.chain import fuse
 from gossamer.nn.conv import no_kernel
+from gossamer.nn.costs import cached_costs, use_costs
 from gossamer.ops.quantized import QuantizedMatrix
 
 
@@ -61,6 +62,7 @@ def load(
     if dtype is not None:
         _convert(root, dtype)
     fuse(root)
+    use_costs(root, cached_costs())
     if serves_batches(root, batches):
         prepare_batches(root)
     return root.eval()

@@ -25,7 +25,8 @@ class BitmapLinear(nn.Module):
 
     `prepare_batches` adds a second copy of the weights, never saved, in the form that serves more
     than 8 rows of input fastest: blocks for a block pattern whose blocks are whole, else groups of
-    columns. Without it such batches are unpacked piece by piece.
+    columns. Without it such batches are unpacked piece by piece for a dense product, or multiplied
+    row by row: from `unpack_from` rows on, or where that is None from 30% density on.
     """
 
     values: Tensor
@@ -54,6 +55,7 @@ class BitmapLinear(nn.Module):
         offsets = ops.row_offsets(values, bitmap, in_features)
         self.register_buffer("row_ptr", offsets, persistent=False)
         self._batches: tuple[int, BatchForm] | None = None
+        self.unpack_from: int | None = None
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
@@ -110,7 +112,8 @@ class BitmapLinear(nn.Module):
             if isinstance(form, Blocks):
                 return blocks.linear(x, form, self.bias)
             return grouped.linear(x, form, self.bias)
-        return ops.linear(x, self.values, self.bitmap, self.row_ptr, self.bias, self.in_features)
+        parts = (self.values, self.bitmap, self.row_ptr, self.bias, self.in_features)
+        return ops.linear(x, *parts, self.unpack_from)
 
     def extra_repr(self) -> str:
         """Shape, density and kernel."""

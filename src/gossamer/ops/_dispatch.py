@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import platform
 from types import ModuleType
 
 import torch
@@ -68,3 +69,13 @@ def describe() -> str:
     if name != best:
         return f"{name}: forced by GOSSAMER_ISA; this processor has {best}"
     return f"{name}: the best this processor has"
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

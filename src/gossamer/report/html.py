@@ -103,9 +103,10 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> str:
         bar = f'<span class="track"><i style="width:{share:.1%}"></i></span>'
         kernel = layer["kernel"] or f"dense: {layer['reason']}"
         shape = " x ".join(str(extent) for extent in layer["shape"])
-        rows.append(
-            [escape(layer["name"]), escape(shape), f"{share:.3f}", bar, escape(str(kernel))]
-        )
+        cell = escape(str(kernel))
+        if layer["kernel"] and layer.get("decided"):
+            cell += f'<br><small class="soft">{escape(str(layer["decided"]))}</small>'
+        rows.append([escape(layer["name"]), escape(shape), f"{share:.3f}", bar, cell])
     return table(("layer", "shape", "density", "", "kernel"), rows)
 
 

@@ -48,17 +48,19 @@ def linear(
     row_ptr: Tensor,
     bias: Tensor | None,
     in_features: int,
+    unpack_from: int | None = None,
 ) -> Tensor:
     """x (..., in) times the packed matrix transposed, plus bias (out,).
 
     x of any float dtype, the result in the same; sums in float32. The matrix-vector kernel serves
     up to 8 rows, the tiled one more. Differentiable in x and bias, at the memory of one dense
-    weight. Columns that a row does not keep never touch its result, even where x is NaN.
+    weight. Columns that a row does not keep never touch its result, even where x is NaN. Without
+    `unpack_from`, the rows from which unpacking for a dense product pays, the density decides.
     """
     eager = not torch.compiler.is_compiling()
     if eager and not (torch.is_grad_enabled() and _any_grad(x, bias)):
-        return _forward(x, values, bitmap, row_ptr, bias, in_features)
-    return _bitmap_linear(x, values, bitmap, row_ptr, bias, in_features)
+        return _forward(x, values, bitmap, row_ptr, bias, in_features, unpack_from)
+    return _bitmap_linear(x, values, bitmap, row_ptr, bias, in_features, unpack_from)
 
 
 def _any_grad(x: Tensor, bias: Tensor | None) -> bool:
@@ -72,10 +74,11 @@ def _forward(
     row_ptr: Tensor,
     bias: Tensor | None,
     in_features: int,
+    unpack_from: int | None = None,
 ) -> Tensor:
     if _dispatch.isa_index() < 0:
         return reference.linear(x, values, bitmap, bias, in_features)
-    return native.linear(x, values, bitmap, row_ptr, bias, in_features)
+    return native.linear(x, values, bitmap, row_ptr, bias, in_features, unpack_from)
 
 
 @torch.library.custom_op("gossamer::bitmap_linear", mutates_args=())
@@ -86,8 +89,9 @@ def _bitmap_linear(
     row_ptr: Tensor,
     bias: Tensor | None,
     in_features: int,
+    unpack_from: int | None = None,
 ) -> Tensor:
-    return _forward(x, values, bitmap, row_ptr, bias, in_features)
+    return _forward(x, values, bitmap, row_ptr, bias, in_features, unpack_from)
 
 
 @_bitmap_linear.register_fake
@@ -98,6 +102,7 @@ def _(
     row_ptr: Tensor,
     bias: Tensor | None,
     in_features: int,
+    unpack_from: int | None = None,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], bitmap.shape[0])
 
@@ -114,7 +119,7 @@ def _(grad: Tensor, values: Tensor, bitmap: Tensor, in_features: int) -> Tensor:
 
 
 def _setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
-    _, values, bitmap, _, bias, in_features = inputs
+    _, values, bitmap, _, bias, in_features, _ = inputs
     ctx.save_for_backward(values, bitmap)  # type: ignore[attr-defined]
     ctx.in_features = in_features  # type: ignore[attr-defined]
     ctx.has_bias = bias is not None  # type: ignore[attr-defined]
@@ -125,7 +130,7 @@ def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
     in_features, has_bias = ctx.in_features, ctx.has_bias  # type: ignore[attr-defined]
     grad_x = _grad_x(grad, values, bitmap, in_features)
     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if has_bias else None
-    return grad_x, None, None, None, grad_bias, None
+    return grad_x, None, None, None, grad_bias, None, None
 
 
 _bitmap_linear.register_autograd(_backward, setup_context=_setup)

@@ -15,7 +15,8 @@ from gossamer.ops._dispatch import isa_index, kernels
 MATVEC_ROWS = 8
 """Up to so many rows of x the matrix-vector kernel serves: each weight is read once."""
 UNPACK_DENSITY = 0.3
-"""Above this density a batch is served by unpacking some rows at a time and multiplying densely."""
+"""Above this density a batch is served by unpacking some rows at a time and multiplying densely,
+unless `unpack_from` says from how many rows on."""
 _UNPACKED = 1 << 20
 """So many weights are unpacked at a time: 4 MB."""
 _SMALL = 1 << 15
@@ -43,6 +44,7 @@ def linear(
     row_ptr: Tensor,
     bias: Tensor | None,
     in_features: int,
+    unpack_from: int | None = None,
 ) -> Tensor:
     """x (..., in) times the matrix transposed plus bias; accumulates in float32.
 
@@ -56,6 +58,8 @@ def linear(
         return _matvec(x, values, bitmap, row_ptr, bias, rows)
     inputs = x.reshape(-1, in_features).float()
     dense = values.numel() > UNPACK_DENSITY * bitmap.shape[0] * in_features
+    if unpack_from is not None:
+        dense = rows >= unpack_from
     if dense and math.isfinite(inputs.sum().item()):  # 0 * NaN would reach rows that keep nothing
         result = _unpacked(inputs, values, bitmap, row_ptr, bias)
         return result.to(x.dtype).reshape(*x.shape[:-1], bitmap.shape[0])

@@ -1,0 +1,232 @@
+"""The page docs/guide/benchmarks.md, from benchmarks/results/*.json; `generate.py` writes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+Case = dict[str, Any]
+
+LOADS = (
+    "Loads, not multiply-adds: every 64 bytes of x that come from the second-level cache serve the "
+    "rows of a tile of 4 that keep the column, on average 2.1 at 50% zeros, 1.4 at 80% and 1.2 at "
+    "90%, so the arithmetic waits for them."
+)
+BITMAPS = (
+    "Instructions: each word of 64 positions is expanded whatever it keeps, so below 50% the time "
+    "no longer falls with the bytes."
+)
+UNPACK = (
+    "Instructions: expanding 4-bit values to their columns without the byte-expand instructions of "
+    "newer processors."
+)
+INTEGER_PROMPT = (
+    "Weights are unpacked to float32 for a prompt and multiplied in float32; llama.cpp multiplies "
+    "integers."
+)
+CONV = (
+    "Not the 1x1 products alone: the first and the depthwise convolutions stay dense, and one kept "
+    "weight serves one output channel, where a dense kernel keeps a tile of outputs in registers."
+)
+CALLS = "The fixed costs of a call, which show in products of less than a millisecond."
+SORT = "Sorting the columns of every row comes on top of the product."
+
+
+def read(name: str) -> dict[str, Any]:
+    """One file of results."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def cases(name: str, **wanted: Any) -> list[Case]:
+    """The cases of a file whose description has these values."""
+    chosen = read(name)["cases"]
+    return [c for c in chosen if all(c["case"].get(k, "") == v for k, v in wanted.items())]
+
+
+def best(case: Case) -> float:
+    """Speed over the best dense engine."""
+    return float(case["ratio"])
+
+
+def over(engine: str) -> Callable[[Case], float]:
+    """Speed over the fastest of the engines with this in their names."""
+
+    def ratio(case: Case) -> float:
+        times = case["milliseconds"]
+        return min(t for name, t in times.items() if engine in name) / times["gossamer"]
+
+    return ratio
+
+
+def of_limit(case: Case) -> float:
+    """Fraction of the machine's limit."""
+    return float(case["fraction_of_limit"])
+
+
+def prompt(case: Case) -> float:
+    """Speed of the prompt over llama.cpp's."""
+    return float(case["prompt_ratio"])
+
+
+Row = tuple[str, list[Case], Callable[[Case], float], float, str]
+
+
+def targets() -> list[Row]:
+    """What is measured, in which case, how, the target and what limits it."""
+    square = {"out": 4096, "inputs": 4096, "block": ""}
+    wide = {"out": 4096, "inputs": 11008, "batch": 1}
+    rows: list[Row] = []
+    for batch, wanted in (
+        (128, {0.5: 1.8, 0.3: 2.5, 0.2: 3.5, 0.1: 6.0, 0.05: 10.0}),
+        (16, {0.5: 1.8, 0.2: 3.0, 0.1: 5.0}),
+    ):
+        for density, target in wanted.items():
+            found = cases("kernels", dtype="float32", batch=batch, density=density, **square)
+            label = f"float32, {batch} rows, {1 - density:.0%} zeros, over the best dense"
+            rows.append((label, found, best, target, LOADS))
+    for density, target in {0.5: 1.3, 0.2: 3.0}.items():
+        found = cases("kernels", dtype="bfloat16", batch=128, density=density, **square)
+        label = f"bfloat16, 128 rows, {1 - density:.0%} zeros, over the best dense bfloat16"
+        rows.append((label, found, over("dense bfloat16"), target, LOADS))
+    found = cases("blocks", block="16x1", density=0.3)
+    rows.append(("blocks 16x1, 70% zeros, 128 rows, over the best dense", found, best, 2.5, LOADS))
+    for density in (0.5, 0.3, 0.2):
+        found = cases("kernels", dtype="bfloat16", density=density, **wide)
+        label = f"bfloat16, 1 row, {1 - density:.0%} zeros, of the read bandwidth"
+        rows.append((label, found, of_limit, 0.85, BITMAPS))
+    found = cases("kernels", dtype="bfloat16", density=0.5, **wide)
+    rows.append(("bfloat16, 1 row, 50% zeros, over the best dense", found, best, 1.7, BITMAPS))
+    found = [
+        c
+        for name in ("kernels", "integer_kernels")
+        for c in cases(name, dtype="int4", density=0.5, **wide)
+    ][:1]
+    label = "4 bits, 1 row, 50% zeros, over the best dense bfloat16"
+    rows.append((label, found, over("dense bfloat16"), 3.5, UNPACK))
+    for density, target in {0.1: 2.5, 0.05: 4.0}.items():
+        label = f"training step of an MLP, {1 - density:.0%} zeros, over dense autograd"
+        rows.append((label, cases("training", density=density), best, target, LOADS))
+    return rows + _other_targets()
+
+
+def _other_targets() -> list[Row]:
+    rows: list[Row] = []
+    for dtype in ("float32", "bfloat16", "int8"):
+        found = [c for c in cases("active", dtype=dtype) if "columns" in c["case"]["name"]]
+        for case in found:
+            label = f"active columns, {dtype}, {case['case']['zeros']:.0%} zeros, of the byte bound"
+            rows.append((label, [case], of_limit, 0.8, CALLS))
+    found = cases("conv", batch=1)
+    label = "MobileNet-v1 geometry, 1x1 convolutions 90% sparse, over torch"
+    rows.append((label, found, over("torch dense"), 1.8, CONV))
+    for case in cases("spgemm"):
+        label = f"SpGEMM, {case['case']['name']}, over scipy"
+        rows.append((label, [case], over("scipy"), 1.5, SORT))
+    for dtype, target in {"bfloat16": 1.3, "int8": 1.5, "int4": 1.4}.items():
+        for case in cases("decode", dtype=dtype):
+            if (peer := case["case"].get("peer")) is None:
+                continue
+            label = f"Llama of 1.1 billion, {dtype} + 50% zeros, over {peer}"
+            rows.append((f"{label}, decoding", [case], best, target, UNPACK))
+            rows.append((f"{label}, prompt of 256", [case], prompt, 1.0, INTEGER_PROMPT))
+    return rows
+
+
+def page() -> str:
+    """The whole page."""
+    reached = ["| what | target | reached |", "|---|---|---|"]
+    missed: dict[str, list[str]] = {}
+    for label, found, value, target, reason in targets():
+        assert found, f"no result for {label}"
+        for case in found:
+            figure = value(case)
+            met = figure >= target
+            cell = f"{figure:.2f}" if met else f"**{figure:.2f}**"
+            reached.append(f"| {label} | {target:g} | {cell} |")
+            if not met:
+                missed.setdefault(reason, []).append(f"{label} ({figure:.2f} of {target:g})")
+    why = "\n\n".join(f"{reason} Missed: {'; '.join(labels)}." for reason, labels in missed.items())
+    return _TEXT.format(
+        limits=_limits(), reached="\n".join(reached), why=why, layers=_layers(), decode=_decode()
+    )
+
+
+def _limits() -> str:
+    record = read("kernels")
+    limits = record["limits"]
+    return (
+        f"{limits['threads']} threads, {limits['read'] / 1e9:.1f} GB/s read, "
+        f"{limits['flops'] / 1e9:.0f} GFLOP/s of float32 multiply-adds, {record['kernels']}; "
+        f"torch {record['versions']['torch']}"
+    )
+
+
+def _layers() -> str:
+    lines = ["| layer | dtype | rows | density | ours | best dense | speed | of the limit |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for name in ("kernels", "integer_kernels", "blocks"):
+        for case in read(name)["cases"]:
+            facts, times = case["case"], case["milliseconds"]
+            block = f", {facts['block']}" if facts.get("block") else ""
+            peer = (
+                f"{times[case['best_dense']]:.2f} ms ({case['best_dense'].replace(' dense', '')})"
+            )
+            lines.append(
+                f"| {facts['out']} x {facts['inputs']} | {facts['dtype']}{block} | "
+                f"{facts['batch']} | {facts['density']:g} | {times['gossamer']:.2f} ms | {peer} | "
+                f"{case['ratio']:.2f}x | {case['fraction_of_limit']:.2f} of {case['limit']} |"
+            )
+    return "\n".join(lines)
+
+
+def _decode() -> str:
+    lines = ["| ours, 50% zeros | against | ours, tokens/s | its | decoding | prompt of 256 |"]
+    lines.append("|---|---|---|---|---|---|")
+    for case in read("decode")["cases"]:
+        if (peer := case["case"].get("peer")) is None:
+            continue
+        times = case["tokens_per_second"]
+        lines.append(
+            f"| {case['case']['dtype']} | {peer} | {times['gossamer']:.1f} | {times[peer]:.1f} | "
+            f"{case['ratio']:.2f}x | {case['prompt_ratio']:.2f}x |"
+        )
+    return "\n".join(lines)
+
+
+_TEXT = """# Benchmarks
+
+Written from `benchmarks/results/*.json` by `make docs`; the pictures by `python benchmarks/plot.py`. Measured by `gossamer bench` on a Cascade Lake Xeon without bfloat16 instructions: {limits}. Every result is checked before it is timed; engines take turns in one process and medians count.
+
+![Speed over the best dense engine against density](../images/speed.png)
+
+The best dense engine is the fastest of torch in float32 and bfloat16, numpy and onnxruntime, case by case.
+
+![Our kernels under the machine's measured limits](../images/roofline.png)
+
+Points below the slope of one row wait for instructions, points below the roof for loads from the caches.
+
+## Targets
+
+{reached}
+
+## What limits the ones that were missed
+
+{why}
+
+## A whole model against llama.cpp
+
+Random weights in the geometry of a Llama of 1.1 billion parameters, one process, batch 1: `gossamer bench --suite decode --geometry llama-1b --json`.
+
+{decode}
+
+## Layers
+
+{layers}
+
+## Choosing by measured costs
+
+`gossamer calibrate` times every kernel on a few layers of this machine, fits what a call, the vectors, all positions and the kept weights cost, and keeps the result in the user's cache folder. `gs.compress` and `gs.load` use it where it is there, `gossamer compress` makes it where it is not: each layer gets the kernel that is predicted to be fastest, for one row of input in models that generate text and 128 rows in others, or stays dense where none wins, and its record has the predictions. Without it fixed rules decide, and records say so. Measure on an idle machine: whatever else runs is measured too.
+"""

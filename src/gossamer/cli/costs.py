@@ -1,0 +1,37 @@
+"""Measured costs for the commands that choose kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from gossamer.cli.output import note
+from gossamer.core.costs import Costs
+from gossamer.core.errors import UsageError
+from gossamer.engine.measure_costs import calibrate_costs
+from gossamer.nn.costs import cached_costs, read_costs, store_costs
+from gossamer.ops import _dispatch
+
+
+def measure_costs() -> Costs:
+    """Measure with progress and keep the result; a cache that cannot be written costs a line."""
+    note("measuring what every kernel costs on this machine, once, about 15 seconds")
+    costs = calibrate_costs(store=False, progress=True)
+    try:
+        store_costs(costs)
+    except OSError as error:
+        note(f"the costs cannot be kept: {error}")
+    return costs
+
+
+def costs_named(name: str) -> Costs | Literal["rule"]:
+    """What `--costs` says: measured costs, from the cache, now or from a file, or the rule."""
+    if name == "rule":
+        return "rule"
+    if name != "auto":
+        if not Path(name).is_file():
+            raise UsageError(f"--costs is auto, rule or a file, not {name!r}")
+        return read_costs(Path(name))
+    if _dispatch.isa_index() < 0:
+        return "rule"
+    return cached_costs() or measure_costs()

@@ -1,0 +1,190 @@
+"""Measuring what every kernel costs on this machine, once: a few layers, densities and rows."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.core.costs import Costs, Work, fit
+from gossamer.core.errors import UsageError
+from gossamer.engine.progress import track
+from gossamer.nn import BitmapLinear, PackedConv2d
+from gossamer.nn.costs import machine, store_costs
+from gossamer.ops import _dispatch
+
+SHAPES = ((192, 192), (256, 1024), (1024, 1024), (3072, 768), (1536, 2048))
+"""Of the layers (out, in) that are timed, from one that stays in cache to some megabytes."""
+CONVOLUTIONS = ((64, 128), (256, 256), (512, 512))
+DENSITIES = (0.08, 0.3, 0.7)
+ROWS = {"dense": (1, 16, 128), "bitmap-matvec": (1, 8)}
+_BATCHES = (16, 128)
+PIXELS = (7, 14, 56)
+"""A side of the images for convolutions; the costs are by all pixels."""
+_DTYPES = (torch.float32, torch.bfloat16)
+_COLD, _COPIES = 64 << 20, 16
+"""Copies of so many bytes, or so many, take turns, so that weights of large models come from
+memory as they do when such a model runs."""
+_BURST, _PATIENCE = 3e-4, 0.06
+Point = tuple[str, int, Work, float]
+
+
+def calibrate_costs(*, store: bool = True, progress: bool = False) -> Costs:
+    """Time every kernel on a few layers, fit its costs, keep them for this user and machine.
+
+    About 15 seconds on two cores; whatever else runs meanwhile spoils the figures. `compress` and
+    `load` find what is stored. Raises UsageError where the kernels are not compiled, OSError where
+    the cache folder cannot be written.
+    """
+    if _dispatch.isa_index() < 0:
+        raise UsageError("costs are those of compiled kernels, and none run here")
+    points: dict[str, dict[int, list[tuple[Work, float]]]] = {}
+    total = len(_DTYPES) * len(SHAPES) + len(CONVOLUTIONS)
+    state = torch.random.get_rng_state()
+    try:
+        with track(total, progress, "measuring kernels") as step, torch.inference_mode():
+            for label, found in itertools.chain(_linears(), _convolutions()):
+                for name, rows, work, seconds in found:
+                    points.setdefault(name, {}).setdefault(rows, []).append((work, seconds))
+                step(label)
+    finally:
+        torch.random.set_rng_state(state)
+    terms = {
+        name: {rows: fit(measured) for rows, measured in by_rows.items()}
+        for name, by_rows in points.items()
+    }
+    costs = Costs(machine(), terms)
+    if store:
+        store_costs(costs)
+    return costs
+
+
+def _linears() -> Iterator[tuple[str, list[Point]]]:
+    for dtype, (out, inputs) in itertools.product(_DTYPES, SHAPES):
+        found = list(measure_dense(out, inputs, dtype, ROWS["dense"]))
+        for density in DENSITIES:
+            found += measure_sparse(out, inputs, density, dtype, ROWS["bitmap-matvec"], _BATCHES)
+        for high in (4, 16):
+            found += measure_blocks(out, inputs, 0.3, high, dtype, _BATCHES)
+            found += measure_blocks(out, inputs, 0.08, high, dtype, _BATCHES)
+        yield f"{out}x{inputs} {_name(dtype)}", found
+
+
+def measure_dense(
+    out: int, inputs: int, dtype: torch.dtype, rows: tuple[int, ...]
+) -> Iterator[Point]:
+    """torch's own linear layer, in its dtype."""
+    layers = _copies(nn.Linear(inputs, out, bias=False).to(dtype))
+    for count in rows:
+        x = torch.randn(count, inputs).to(dtype)
+        yield f"dense {_name(dtype)}", count, Work(out, inputs), _seconds(layers, x)
+
+
+def measure_sparse(
+    out: int,
+    inputs: int,
+    density: float,
+    dtype: torch.dtype,
+    few: tuple[int, ...],
+    many: tuple[int, ...],
+) -> Iterator[Point]:
+    """Every kernel for unstructured zeros: up to 8 rows, and more in the three ways that serve."""
+    layer = BitmapLinear.from_matrix(_matrix(out, inputs, density).to(dtype))
+    work = Work(out, inputs, layer.density)
+    layers = _copies(layer)
+    for rows in few:
+        x = torch.randn(rows, inputs).to(dtype)
+        yield f"bitmap-matvec {_name(dtype)}", rows, work, _seconds(layers, x)
+    for kernel, first in (("bitmap-unpack", 0), ("bitmap-spmm", 1 << 62)):
+        for each in layers:
+            each.unpack_from = first
+        for rows in many:
+            x = torch.randn(rows, inputs).to(dtype)
+            yield f"{kernel} {_name(dtype)}", rows, work, _seconds(layers, x)
+    layer.prepare_batches()
+    layers = _copies(layer)
+    for rows in many:
+        x = torch.randn(rows, inputs).to(dtype)
+        yield f"grouped-spmm {_name(dtype)}", rows, work, _seconds(layers, x)
+
+
+def measure_blocks(
+    out: int, inputs: int, density: float, high: int, dtype: torch.dtype, rows: tuple[int, ...]
+) -> Iterator[Point]:
+    """Blocks of `high` rows and one column."""
+    matrix = _matrix(out // high, inputs, density).repeat_interleave(high, 0).to(dtype)
+    layer = BitmapLinear.from_matrix(matrix, pattern=f"block:{high}x1")
+    layer.prepare_batches()
+    assert "block" in str(layer.batch_kernel)
+    layers = _copies(layer)
+    for count in rows:
+        x = torch.randn(count, inputs).to(dtype)
+        work = Work(out, inputs, layer.density, high)
+        yield f"block-spmm {_name(dtype)}", count, work, _seconds(layers, x)
+
+
+def _convolutions() -> Iterator[tuple[str, list[Point]]]:
+    for out, inputs in CONVOLUTIONS:
+        found: list[Point] = []
+        for side in PIXELS:
+            found += measure_convolution(out, inputs, DENSITIES, side)
+        yield f"1x1 convolution {out}x{inputs}", found
+
+
+def measure_convolution(
+    out: int, inputs: int, densities: tuple[float, ...], side: int
+) -> Iterator[Point]:
+    """torch's 1x1 convolution and ours on one image, float32."""
+    x = torch.randn(1, inputs, side, side)
+    dense = _copies(nn.Conv2d(inputs, out, 1, bias=False))
+    yield "dense-conv float32", side * side, Work(out, inputs), _seconds(dense, x)
+    for density in densities:
+        layer = PackedConv2d(BitmapLinear.from_matrix(_matrix(out, inputs, density)))
+        work = Work(out, inputs, layer.density)
+        yield "sparse-conv float32", side * side, work, _seconds(_copies(layer), x)
+
+
+def _matrix(out: int, inputs: int, density: float) -> Tensor:
+    matrix = torch.randn(out, inputs)
+    return matrix.masked_fill_(torch.rand(out, inputs) > density, 0.0)
+
+
+def _copies(layer: Any) -> list[Any]:
+    weights = (*layer.parameters(), *layer.buffers())
+    nbytes = sum(weight.nbytes for weight in weights)
+    count = max(1, min(_COPIES, _COLD // max(1, nbytes)))
+    return [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
+
+
+def _seconds(layers: list[Callable[[Tensor], Tensor]], x: Tensor) -> float:
+    """The least of many bursts' mean time of a call: what else runs can only add to it.
+
+    Ends once the least was met three times (twice by long calls), within 5%; on a busy machine
+    after 60 ms and three calls.
+    """
+    turn = itertools.cycle(layers)
+    once = min(_burst(turn, x, 1) for _ in range(2))
+    count = max(1, min(20, int(_BURST / once)))
+    least, met, start = once, 0, time.perf_counter()
+    enough = 2 if once > 5e-3 else 3
+    while met < enough and time.perf_counter() - start < _PATIENCE + 3 * once:
+        taken = _burst(turn, x, count)
+        met = 1 if taken < 0.95 * least else met + (taken < 1.05 * least)
+        least = min(least, taken)
+    return least
+
+
+def _burst(turn: Iterator[Callable[[Tensor], Tensor]], x: Tensor, count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        next(turn)(x)
+    return max(1e-9, (time.perf_counter() - start) / count)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

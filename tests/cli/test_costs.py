@@ -1,0 +1,69 @@
+"""gossamer calibrate, and where compress takes its costs from."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from gossamer.cli import costs as module
+from gossamer.cli import main
+from gossamer.cli.costs import costs_named
+from gossamer.core.costs import Costs
+from gossamer.core.errors import FormatError, UsageError
+from gossamer.nn.costs import cache_file, cached_costs, machine
+from gossamer.ops._dispatch import isa_index
+
+MADE = Costs(machine(), {"dense float32": {1: (1e-6, 0.0, 1e-9, 0.0, 0.0), 128: (0.0,) * 5}})
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """An empty cache, and a calibration that takes no time; how often it ran."""
+    if isa_index() < 0:
+        pytest.skip("the kernels are not built")
+    calls = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "calibrate_costs", lambda **_: calls.append(1) or MADE)
+    return calls
+
+
+def test_auto_measures_once_and_keeps_it(measured, capsys):
+    assert costs_named("auto") == costs_named("auto") == MADE
+    assert len(measured) == 1 and cached_costs() == MADE
+    assert "measuring" in capsys.readouterr().err
+    cache_file().write_text("damaged")
+    assert costs_named("auto") == MADE and len(measured) == 2
+
+
+def test_a_cache_that_cannot_be_written_costs_a_line(measured, monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert costs_named("auto") == MADE
+    assert "cannot be kept" in capsys.readouterr().err
+
+
+def test_rule_or_a_file(measured, tmp_path):
+    assert costs_named("rule") == "rule" and not measured
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps(MADE.to_json()))
+    assert costs_named(str(path)) == MADE
+    path.write_text("{}")
+    with pytest.raises(FormatError, match=r"costs\.json"):
+        costs_named(str(path))
+    with pytest.raises(UsageError, match="auto, rule or a file"):
+        costs_named("fast")
+
+
+def test_calibrate_prints_a_table_or_json(measured, capsys):
+    main(["calibrate"])
+    out = capsys.readouterr().out
+    assert "dense" in out and "16.8" in out and "kept in" in out  # 1 us and 1 ns per position
+    main(["calibrate", "--json"])
+    assert Costs.from_json(json.loads(capsys.readouterr().out)) == MADE
+
+
+def test_another_process_finds_the_same_costs():
+    code = "from gossamer.nn.costs import cached_costs; print(cached_costs() is not None)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr

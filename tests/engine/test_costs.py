@@ -1,0 +1,258 @@
+"""The cost model chooses what it says is fastest, and survives whatever lies in the cache."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import gossamer as gs
+from gossamer.core.costs import Costs, Work, fit
+from gossamer.engine import measure_costs
+from gossamer.nn import BitmapLinear, PointwiseConv2d
+from gossamer.nn.costs import cache_file, cached_costs, machine, read_costs, store_costs
+from gossamer.ops._dispatch import isa_index
+from gossamer.ops.bitmap import native
+
+BYTE = 1e-9
+
+
+def terms(call=0.0, every=0.0, kept=0.0, loads=0.0):
+    return (call, 0.0, every, kept, loads)
+
+
+def costs(**changes):
+    """Dense by its positions, kernels by what they keep and a dear call."""
+    known = {
+        "dense": {1: terms(1e-6, BYTE), 128: terms(1e-5, 20 * BYTE)},
+        "bitmap-matvec": {1: terms(3e-6, 0.1 * BYTE, BYTE)},
+        "grouped-spmm": {128: terms(5e-5, 0, 30 * BYTE)},
+        "block-spmm": {128: terms(5e-5, 0, 10 * BYTE, 10 * BYTE)},
+        "bitmap-unpack": {16: terms(0, 5 * BYTE), 128: terms(0, 25 * BYTE)},
+        "bitmap-spmm": {16: terms(0, 0, 9 * BYTE), 128: terms(0, 0, 60 * BYTE)},
+        "dense-conv": {196: terms(0, 20 * BYTE)},
+        "sparse-conv": {196: terms(0, 0, 100 * BYTE)},
+        **{name.replace("_", "-"): by_rows for name, by_rows in changes.items()},
+    }
+    return Costs(machine(), {f"{name} float32": by_rows for name, by_rows in known.items()})
+
+
+def layer(out=256, inputs=512, density=0.5):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(inputs, out))
+    net[0].weight.data[torch.rand(out, inputs) > density] = 0
+    return net
+
+
+def chosen(net, **options):
+    return gs.compress(net, **{"costs": costs(), "batches": False, **options}).layers[0]
+
+
+def test_fit_finds_costs_that_made_the_times():
+    made = torch.tensor([2e-6, 0.0, 3e-10, 1e-9, 0.0], dtype=torch.float64)
+    works = [Work(o, i, d) for o, i in ((64, 64), (100, 900), (800, 70)) for d in (0.1, 0.9)]
+    points = [(w, float(made @ torch.tensor(w.terms(), dtype=torch.float64))) for w in works]
+    found = Costs({}, {"dense float32": {1: fit(points)}})
+    for work in (*works, Work(3000, 17, 0.3)):
+        exact = float(made @ torch.tensor(work.terms(), dtype=torch.float64))
+        assert found.seconds("dense", "float32", 1, work) == pytest.approx(exact, rel=1e-6)
+
+
+def test_fit_never_gives_negative_costs():
+    points = [(Work(64, 64, 0.1), 1e-3), (Work(64, 64, 0.9), 1e-4), (Work(640, 64, 0.9), 1e-3)]
+    assert min(fit(points)) >= 0 and max(fit(points)) > 0
+
+
+@pytest.mark.parametrize("name", ["bitmap-matvec", "grouped-spmm", "sparse-conv"])
+def test_more_kept_weights_and_more_rows_never_get_cheaper(name):
+    model = costs(grouped_spmm={16: terms(9e-5, 0, BYTE), 128: terms(0, 0, 2 * BYTE)})
+    for rows in (1, 8, 16, 60, 128, 1000):
+        times = [model.seconds(name, "float32", rows, Work(64, 64, d / 10)) for d in range(1, 11)]
+        assert times == sorted(times)
+    times = [model.seconds("dense", "float32", rows, Work(64, 64)) for rows in (1, 9, 128, 999)]
+    assert times == sorted(times) and times[-1] > times[-2]
+    assert model.seconds("dense", "float16", 1, Work(1, 1)) is None
+
+
+def test_the_fastest_is_chosen_and_the_record_says_what_was_predicted():
+    record = chosen(net := layer())
+    assert isinstance(net[0], BitmapLinear) and record.kernel.startswith("bitmap-matvec/")
+    assert record.decided.startswith("by measured costs: predicted bitmap-matvec")
+    assert record.decided.endswith("for 1 row")
+    positions = 256 * 512
+    assert record.predicted["dense"] == pytest.approx(1e-6 + positions * BYTE)
+    expected = 3e-6 + (0.1 + record.density) * positions * BYTE
+    assert record.predicted["bitmap-matvec"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("out", "density"), [(256, 0.97), (4, 0.3)])
+def test_nearly_dense_and_tiny_layers_stay_dense_and_say_so(out, density):
+    record = chosen(net := layer(out, density=density))
+    assert isinstance(net[0], nn.Linear) and record.kernel is None
+    assert record.reason.startswith("no kernel wins: predicted dense")
+    assert record.predicted["dense"] < record.predicted["bitmap-matvec"]
+    with pytest.raises(gs.UsageError, match="no kernel wins"):
+        chosen(layer(out, density=density), strict=True)
+
+
+def test_other_costs_flip_the_decision():
+    slow = costs(bitmap_matvec={1: terms(0, 0, 3 * BYTE)})
+    assert chosen(layer(), costs=slow).kernel is None
+    assert chosen(layer(), costs="rule").decided == "by rule"
+    assert chosen(layer(density=0.97), costs=costs(dense={1: terms(1.0)})).kernel
+
+
+def test_batches_choose_among_all_forms():
+    record = chosen(net := layer(density=0.3), batches=True)
+    assert record.kernel.endswith(net[0].batch_kernel) and "grouped" in net[0].batch_kernel
+    assert set(record.predicted) == {"dense", "grouped-spmm", "bitmap-unpack", "bitmap-spmm"}
+    assert record.decided.endswith("for 128 rows")
+    straight = costs(bitmap_spmm={16: terms(), 128: terms(0, 0, BYTE)})
+    record = chosen(net := layer(density=0.3), batches=True, costs=straight)
+    assert net[0].batch_kernel is None and record.kernel.startswith("bitmap-matvec")
+    assert chosen(layer(density=0.9), batches=True).kernel is None
+
+
+def test_blocks_are_judged_by_their_kernel():
+    net = layer(density=1.0)
+    pruned = gs.prune(net, gs.Magnitude(), pattern=gs.Block(4, 1), density=0.5)
+    record = chosen(pruned, batches=True)
+    assert "block-spmm" in record.kernel
+    kept = 0.5 * 256 * 512
+    assert record.predicted["block-spmm"] == pytest.approx(5e-5 + (10 + 2.5) * kept * BYTE)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.6])
+def test_convolutions(density):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(64, 64, 1))
+    net[0].weight.data[torch.rand_like(net[0].weight) > density] = 0
+    record = gs.compress(net, costs=costs()).layers[0]
+    assert isinstance(net[0], PointwiseConv2d) == (density == 0.1)
+    assert "for 196 pixels" in record.decided and set(record.predicted) == {
+        "dense",
+        "sparse-conv",
+    }
+
+
+def test_unpacking_starts_where_the_costs_cross(monkeypatch):
+    net = layer(density=0.4)
+    gs.compress(net, costs=costs(), batches=False)
+    first = net[0].unpack_from
+    at = [
+        costs().seconds(name, "float32", first, Work(256, 512, net[0].density))
+        for name in ("bitmap-unpack", "bitmap-spmm")
+    ]
+    assert 8 < first <= 1024 and at[0] <= at[1]
+    never = costs(bitmap_unpack={16: terms(1.0)})
+    assert never.unpack_from("float32", Work(256, 512, 0.4)) > 1 << 60
+    if isa_index() < 0:
+        return
+    unpacked = []
+    right = native._unpacked
+    monkeypatch.setattr(native, "_unpacked", lambda *a: unpacked.append(1) or right(*a))
+    for rows in (first - 1, first):
+        x = torch.randn(rows, 512)
+        expected = x @ net[0].to_matrix().t() + net[0].bias
+        torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
+        assert len(unpacked) == (rows == first)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "gossamer"
+
+
+def test_what_is_stored_is_found_and_used(cache, tmp_path):
+    assert cached_costs() is None and not cache.exists()
+    assert chosen(layer(), costs=None).decided == "by rule"
+    path = store_costs(costs())
+    assert path == cache_file() and [p.name for p in cache.iterdir()] == [path.name]
+    assert cached_costs() == costs() == read_costs(path)
+    record = chosen(net := layer(density=0.4), costs=None)
+    assert record.decided.startswith("by measured costs")
+    gs.save(net, tmp_path / "saved")
+    assert gs.load(tmp_path / "saved", model=layer())[0].unpack_from == net[0].unpack_from
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe",
+        b"[" * 100000,
+        b"null",
+        b"{}",
+        b'{"version": 1, "machine": {}, "terms": {}}',
+        b'{"version": 1, "machine": 3, "terms": {"dense float32": {"1": [0, 0, 1, 0, 0]}}}',
+        b'{"version": 1, "machine": {}, "terms": {"dense float32": {"1": [0, 0, NaN, 0, 0]}}}',
+        b'{"version": 1, "machine": {}, "terms": {"dense float32": {"1": [0, 0, -1, 0, 0]}}}',
+        b'{"version": 1, "machine": {}, "terms": {"dense float32": {"1": [0, 1]}}}',
+        b'{"version": 1, "machine": {}, "terms": {"dense float32": {"-1": [0, 0, 1, 0, 0]}}}',
+        b'{"version": 1, "machine": {}, "terms": {"dense float32": []}}',
+        b'{"version": 2, "machine": {}, "terms": {"dense float32": {"1": [0, 0, 1, 0, 0]}}}',
+        b" " * (2 << 20),
+    ],
+)
+def test_a_damaged_cache_is_no_cache(cache, content):
+    cache.mkdir()
+    cache_file().write_bytes(content)
+    assert cached_costs() is None
+    assert chosen(layer(), costs=None).decided == "by rule"
+    with pytest.raises(gs.FormatError):
+        read_costs(cache_file())
+
+
+def test_another_machine_s_costs_are_not_used(cache):
+    other = dataclasses.replace(costs(), machine={**machine(), "cpu": "another"})
+    cache.mkdir()
+    cache_file().write_text(json.dumps(other.to_json()))
+    assert cached_costs() is None
+    assert chosen(layer(), costs=other).kernel  # given by hand they are
+
+
+def test_calibration_measures_every_kernel(cache, monkeypatch):
+    if isa_index() < 0:
+        pytest.skip("the kernels are not built")
+    monkeypatch.setattr(measure_costs, "SHAPES", ((64, 64), (64, 128)))
+    monkeypatch.setattr(measure_costs, "CONVOLUTIONS", ((16, 16),))
+    monkeypatch.setattr(measure_costs, "PIXELS", (3, 5))
+    monkeypatch.setattr(measure_costs, "_seconds", lambda layers, x: 1e-6 * layers[0](x).numel())
+    state = torch.random.get_rng_state()
+    found = gs.calibrate_costs()
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert cached_costs() == found and dict(found.machine) == machine()
+    kernels = {"dense", "bitmap-matvec", "bitmap-unpack", "bitmap-spmm", "grouped-spmm"}
+    names = {f"{k} {d}" for k in (*kernels, "block-spmm") for d in ("float32", "bfloat16")}
+    assert set(found.terms) == names | {"dense-conv float32", "sparse-conv float32"}
+
+
+def test_a_result_prints_what_decided():
+    text = str(gs.compress(layer(), costs=costs(), batches=False))
+    assert "0: 256 x 512, density 0.5" in text and "by measured costs: predicted" in text
+    assert "dense: no kernel wins" in str(gs.compress(layer(4), costs=costs(), batches=False))
+
+
+@pytest.mark.slow
+def test_predictions_hold_for_layers_that_were_not_measured():
+    """On an idle machine; half of the factors are far smaller."""
+    if isa_index() < 0:
+        pytest.skip("the kernels are not built")
+    model, factors = gs.calibrate_costs(store=False), []
+    points = [
+        p for side in (14, 28) for p in measure_costs.measure_convolution(256, 512, (0.1,), side)
+    ]
+    for out, inputs in ((768, 768), (1280, 1536), (640, 2560)):
+        for dtype in (torch.float32, torch.bfloat16):
+            points += measure_costs.measure_dense(out, inputs, dtype, (1, 128))
+            for density in (0.15, 0.5):
+                points += measure_costs.measure_sparse(
+                    out, inputs, density, dtype, (1, 4), (40, 128)
+                )
+    for name, rows, work, seconds in points:
+        predicted = model.seconds(*name.rsplit(" ", 1), rows, work)
+        factors.append(max(predicted / seconds, seconds / predicted))
+    factors.sort()
+    assert factors[len(factors) // 2] < 1.3 and factors[len(factors) * 3 // 4] < 1.5, factors
