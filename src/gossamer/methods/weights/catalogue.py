@@ -16,6 +16,7 @@ from gossamer.methods.weights.training.imp import IMP as IMP
 from gossamer.methods.weights.training.issp import ISSP as ISSP
 from gossamer.methods.weights.training.rigl import RigL as RigL
 from gossamer.methods.weights.training.scl import SCL as SCL
+from gossamer.methods.weights.training.sdgf import SdGf as SdGf
 from gossamer.methods.weights.training.set import SET as SET
 from gossamer.methods.weights.training.snip import SNIP as SNIP
 from gossamer.methods.weights.training.soups import SparseModelSoups as SparseModelSoups
@@ -34,6 +35,7 @@ CATALOGUE = (
     RigL,
     GraNet,
     SRSTE,
+    SdGf,
     ISSP,
     SCL,
     WGSEF,
