@@ -15,7 +15,7 @@ from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import NM, check_pattern
 from gossamer.core.select import select
-from gossamer.methods.weights.training.topology import Fixed, check_fraction
+from gossamer.methods.weights.training.topology import Fixed, check_fraction, every_weight
 
 TWO_OF_FOUR = NM(2, 4)
 
@@ -95,7 +95,7 @@ class SdGf(Fixed):
                 check_pattern(frame, x.weight.shape, x.name)
         if self.begin == 0:
             return largest(layers, self.frames[0])
-        return {x.name: torch.ones_like(x.weight, dtype=torch.bool) for x in layers}
+        return every_weight(layers)
 
     def due(self, step: int, total: int) -> bool:
         """After every step from the end of the dense phase on."""
