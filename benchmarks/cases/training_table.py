@@ -3,9 +3,9 @@
 Run: python benchmarks/cases/training_table.py [JOURNAL]. Writes
 benchmarks/results/training_table.json; JOURNAL, a file of one line a run, lets it go on after a
 kill. One process and thread, about an hour.
-Every arm trains for as many steps as the budget buys, to 1% of it: `train_flops` counts multiply-adds from the
-densities of each layer at each step, plus a dense weight gradient in the steps that grow by it, in
-dense steps. A short run first finds what a step of the arm costs. Arms rewire 30 times in a run.
+Every arm trains for as many steps as the budget buys, to 1% of it: `train_flops` counts
+multiply-adds from the densities of each layer at each step, plus a dense weight gradient in the
+steps that grow by it, in dense steps. A short run first finds what a step of the arm costs. Arms rewire 30 times in a run.
 Arms marked eps 1e-3 have that in their batch norms in place of 1e-5: see rigl_stability.py.
 """
 
@@ -148,7 +148,8 @@ def job(arm: str, seed: int) -> Outcome:
         spent = found.kept_flops + found.growth_flops
         if abs(spent - BUDGET) <= 0.01 * BUDGET:
             break
-        found = train(arm, seed, round(found.steps * BUDGET / spent))
+        left = BUDGET - found.growth_flops
+        found = train(arm, seed, round(left * found.steps / found.kept_flops))
     return found
 
 
