@@ -15,7 +15,7 @@
 #include "isa.hpp"
 #include "limits.hpp"
 #include "quantized_bindings.hpp"
-#include "pointwise_bindings.hpp"
+#include "conv_bindings.hpp"
 #include "spgemm_bindings.hpp"
 
 namespace nb = nanobind;
@@ -179,7 +179,7 @@ NB_MODULE(_kernels, m) {
   bind_csr(m);
   bind_active(m);
   bind_spgemm(m);
-  bind_pointwise(m);
+  bind_conv(m);
   m.def("bitmap_unpack", &unpack, nb::call_guard<nb::gil_scoped_release>());
   m.def("read_floats", &read_floats, nb::call_guard<nb::gil_scoped_release>());
   m.def("multiply", &multiply, nb::call_guard<nb::gil_scoped_release>());

@@ -23,6 +23,7 @@ struct Quantized {
   int64_t groups;              // of a row
   int group_shift;             // a group is 64 << group_shift columns
   int bits;                    // 4 or 8
+  int run;                     // 4 or 8: every so many columns keep exactly half; 0: not so
 };
 
 // Activations as 8-bit integers, scaled per 128: x[j] ~ scales[j / 128] * values[j].
@@ -50,6 +51,10 @@ using QuantizedRows = void (*)(const Quantized&, const QuantInput& x, int64_t fr
 // Rows from..to as dense float32 rows of cols into out.
 using QuantizedUnpack = void (*)(const Quantized&, int64_t from, int64_t to, float* out,
                                  int threads);
+
+// y (batch, rows) = x W^T + bias, x (batch, cols) rounded to integers on the way, for many rows of x.
+void quantized_matmul_avx512(const Quantized&, const float* x, int64_t batch, float* y,
+                             const float* bias, int threads);
 
 #define GOSSAMER_QUANTIZED(isa)                                                                  \
   void quantize_input_##isa(const float*, int64_t, int64_t, int64_t, int8_t*, float*, float*);   \

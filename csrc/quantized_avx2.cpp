@@ -95,6 +95,11 @@ void row_dot(const Quantized& m, int64_t row, const QuantInput* x, float* out) {
   for (int b = 0; b < B; ++b) out[b] = sum8(sums[b]);
 }
 
+template <bool DENSE, int ROWS, int B>
+void rows_dot(const Quantized& m, int64_t row, const QuantInput* x, float* out) {
+  for (int r = 0; r < ROWS; ++r) row_dot<DENSE, B>(m, row + r, x, out + r * B);
+}
+
 }  // namespace
 GOSSAMER_QUANTIZED(avx2)
 }  // namespace gossamer

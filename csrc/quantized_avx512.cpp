@@ -1,36 +1,13 @@
-// AVX-512 path (F, BW, DQ, VL, VNNI). Where a kept weight goes follows from counting the bits before
-// it: one multiplication counts within 8 columns, one shuffle carries to the next 8, and a byte
-// shuffle within 16 columns puts 64 weights at their columns. Processors with VBMI2 have an
-// instruction for all that; this code does without.
-#include <immintrin.h>
-
+// AVX-512 path (F, BW, DQ, VL, VNNI) of the product with a few inputs.
 #include "quantized_driver.hpp"
+#include "quantized_expand_avx512.hpp"
 
 namespace gossamer {
 namespace {
 
-// The 64 integers of a word at their columns, other bits of their bytes too; `rest` elsewhere.
-inline __m512i expand(const uint8_t* from, uint64_t kept, __m512i rest) {
-  const auto mask = static_cast<__mmask64>(kept);
-  const __m512i ones = _mm512_maskz_mov_epi8(mask, _mm512_set1_epi8(1));
-  const __m512i count = _mm512_mullo_epi64(ones, _mm512_set1_epi64(0x0101010101010101));
-  const __m512i carry = _mm512_broadcast_i32x4(
-      _mm_setr_epi8(-1, -1, -1, -1, -1, -1, -1, -1, 7, 7, 7, 7, 7, 7, 7, 7));
-  const __m512i before = _mm512_add_epi8(
-      count, _mm512_add_epi8(_mm512_shuffle_epi8(count, carry), _mm512_set1_epi8(-1)));
-  const auto sixteen = [&](int64_t at) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at));
-  };
-  __m512i found = _mm512_broadcast_i32x4(sixteen(0));
-  found = _mm512_mask_broadcast_i32x4(found, 0x00f0, sixteen(__builtin_popcountll(kept & 0xffff)));
-  found = _mm512_mask_broadcast_i32x4(found, 0x0f00, sixteen(__builtin_popcountll(kept & 0xffffffff)));
-  found = _mm512_mask_broadcast_i32x4(found, 0xf000, sixteen(__builtin_popcountll(kept << 16)));
-  return _mm512_mask_shuffle_epi8(rest, mask, found, before);
-}
-
 inline void word_integers(const Row& row, const uint8_t* from, uint64_t kept, uint8_t* out) {
   const __m512i own = _mm512_set1_epi8(static_cast<char>(row.mask));
-  const __m512i found = expand(from, kept, _mm512_setzero_si512());
+  const __m512i found = expand_any(from, kept, _mm512_setzero_si512());
   _mm512_storeu_si512(out, _mm512_and_si512(found, own));
 }
 
@@ -90,78 +67,120 @@ inline __m512 both_scales(const Quantized& m, int64_t row, int64_t first, int64_
   return excess;
 }
 
-// Adds to totals for up to kChunk words from `first` on, whose integers begin at `from`; returns
-// where they end. A function of its own so that its loop keeps everything in registers.
+// ROWS rows, which share their bytes if they are two, at some word.
+template <int ROWS>
+struct Walk {
+  const uint64_t* bitmap[ROWS];
+  const uint8_t* from[ROWS];
+  __m512i own[ROWS];  // which bits of a byte are a row's own
+  __m512i rest;       // the zero points, of both rows
+};
+
+template <int ROWS>
+inline __m512i rest_of(const Quantized& m, int64_t row, int64_t w) {
+  int both = 0;
+  for (int r = 0; r < ROWS; ++r) both |= zero_of(m, row + r, w) << Row(m, row + r).lift;
+  return _mm512_set1_epi8(static_cast<char>(both));
+}
+
+// The integers of word k at their columns; columns that keep none get the zero point.
+template <bool DENSE, int RUN, int ROWS>
+inline void next_word(Walk<ROWS>& walk, int64_t k, __m512i* integers) {
+  _mm_prefetch(reinterpret_cast<const char*>(walk.from[0]) + kAhead, _MM_HINT_T0);
+  if constexpr (DENSE) {
+    const __m512i both = _mm512_loadu_si512(walk.from[0]);
+    for (int r = 0; r < ROWS; ++r) integers[r] = _mm512_and_si512(both, walk.own[r]);
+    walk.from[0] += 64;
+  } else if constexpr (RUN > 0) {
+    const __m512i both = spread(walk.from[0], walk.rest);
+    for (int r = 0; r < ROWS; ++r)
+      integers[r] = _mm512_and_si512(
+          _mm512_shuffle_epi8(both, even_places<RUN>(walk.bitmap[r] + k)), walk.own[r]);
+    walk.from[0] += 32;
+  } else {
+    for (int r = 0; r < ROWS; ++r) {
+      const uint64_t kept = walk.bitmap[r][k];
+      integers[r] = _mm512_and_si512(expand_any(walk.from[r], kept, walk.rest), walk.own[r]);
+      walk.from[r] += __builtin_popcountll(kept);
+    }
+  }
+}
+
+// Adds to totals (ROWS, B) for up to kChunk words from `first` on, and moves the walk there. A
+// function of its own so that its loop keeps everything in registers.
 //
 // Columns that are not kept are given the zero point as their integer, so that every column is off
 // by the same amount, zero times the sum of the inputs, which is taken from the whole row at once.
-template <bool DENSE, bool ZEROS, int B, int PER>
-__attribute__((noinline)) const uint8_t* some_words(const Quantized& m, int64_t row, int64_t first,
-                                                    int64_t words, const uint8_t* from,
-                                                    const QuantInput* x, __m512* totals) {
-  const Row place(m, row);
-  const uint64_t* bitmap = DENSE ? nullptr : place.bitmap + first;
-  const uint8_t* zeros = ZEROS ? m.zeros + row * m.groups : nullptr;
-  const int group_shift = m.group_shift, lift = place.lift;
-  const __m512i own = _mm512_set1_epi8(static_cast<char>(place.mask));
-  __m512i rest = _mm512_set1_epi8(static_cast<char>(1 << (m.bits - 1) << lift));
-  alignas(64) float scales[B][kChunk];
+template <bool DENSE, int RUN, bool ZEROS, int ROWS, int B, int PER>
+__attribute__((noinline)) void some_words(const Quantized& m, int64_t row, int64_t first,
+                                          int64_t words, const QuantInput* x, Walk<ROWS>& from,
+                                          __m512* totals) {
+  Walk<ROWS> walk = from;
+  alignas(64) float scales[ROWS * B][kChunk];
   const int8_t* inputs[B];
-  __m512 sums[B];
-  for (int b = 0; b < B; ++b) {
-    const __m512 excess =
-        both_scales<PER>(m, row, first, words, x[b], lift ? 1.0f / 16 : 1.0f, scales[b]);
-    inputs[b] = x[b].values + first * 64;
-    sums[b] = _mm512_sub_ps(totals[b], excess);
+  __m512 sums[ROWS * B];
+  for (int b = 0; b < B; ++b) inputs[b] = x[b].values + first * 64;
+  for (int i = 0; i < ROWS * B; ++i) {
+    const float lowered = Row(m, row + i / B).lift ? 1.0f / 16 : 1.0f;
+    sums[i] = _mm512_sub_ps(
+        totals[i], both_scales<PER>(m, row + i / B, first, words, x[i % B], lowered, scales[i]));
   }
-  const auto word = [&](int64_t k, __m512i* dots) {
-    __m512i integers;
-    _mm_prefetch(reinterpret_cast<const char*>(from) + kAhead, _MM_HINT_T0);
-    if constexpr (DENSE) {
-      integers = _mm512_and_si512(_mm512_loadu_si512(from), own);
-      from += 64;
-    } else {
-      const uint64_t kept = bitmap[k];
-      integers = _mm512_and_si512(expand(from, kept, rest), own);
-      from += __builtin_popcountll(kept);
-    }
-    for (int b = 0; b < B; ++b)
-      dots[b] = _mm512_dpbusd_epi32(dots[b], integers, _mm512_load_si512(inputs[b] + k * 64));
-  };
   const auto unit_of = [&](int64_t unit, int count) {
-    if constexpr (ZEROS)
-      rest = _mm512_set1_epi8(
-          static_cast<char>(zeros[(first + unit * PER) >> group_shift] << lift));
-    __m512i dots[B];
-    for (int b = 0; b < B; ++b) dots[b] = _mm512_setzero_si512();
-    for (int k = 0; k < count; ++k) word(unit * PER + k, dots);
-    for (int b = 0; b < B; ++b)
-      sums[b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[b]), _mm512_set1_ps(scales[b][unit]), sums[b]);
+    if constexpr (ZEROS) walk.rest = rest_of<ROWS>(m, row, first + unit * PER);
+    __m512i dots[ROWS * B];
+    for (int i = 0; i < ROWS * B; ++i) dots[i] = _mm512_setzero_si512();
+    if constexpr (!DENSE)  // the bits of the rows after these
+      for (int r = 0; r < ROWS; ++r)
+        _mm_prefetch(reinterpret_cast<const char*>(walk.bitmap[r] + ROWS * m.words + unit * PER),
+                     _MM_HINT_T0);
+    for (int k = 0; k < count; ++k) {
+      __m512i integers[ROWS];
+      next_word<DENSE, RUN>(walk, unit * PER + k, integers);
+      for (int i = 0; i < ROWS * B; ++i)
+        dots[i] = _mm512_dpbusd_epi32(
+            dots[i], integers[i / B], _mm512_load_si512(inputs[i % B] + (unit * PER + k) * 64));
+    }
+    for (int i = 0; i < ROWS * B; ++i)
+      sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[i]), _mm512_set1_ps(scales[i][unit]), sums[i]);
   };
   int64_t unit = 0;
   for (; (unit + 1) * PER <= words; ++unit) unit_of(unit, PER);
   if (unit * PER < words) unit_of(unit, 1);
-  for (int b = 0; b < B; ++b) totals[b] = sums[b];
-  return from;
+  for (int i = 0; i < ROWS * B; ++i) totals[i] = sums[i];
+  for (int r = 0; r < ROWS; ++r) walk.bitmap[r] += DENSE ? 0 : words;
+  from = walk;
 }
 
-template <bool DENSE, bool ZEROS, int B, int PER>
-void whole_row(const Quantized& m, int64_t row, const QuantInput* x, float* out) {
-  __m512 sums[B];
-  for (int b = 0; b < B; ++b) sums[b] = _mm512_setzero_ps();
-  const uint8_t* from = Row(m, row).values;
+template <bool DENSE, int RUN, bool ZEROS, int ROWS, int B, int PER>
+void whole_rows(const Quantized& m, int64_t row, const QuantInput* x, float* out) {
+  __m512 sums[ROWS * B];
+  for (int i = 0; i < ROWS * B; ++i) sums[i] = _mm512_setzero_ps();
+  Walk<ROWS> walk;
+  walk.rest = rest_of<ROWS>(m, row, 0);
+  for (int r = 0; r < ROWS; ++r) {
+    const Row place(m, row + r);
+    walk.bitmap[r] = place.bitmap, walk.from[r] = place.values;
+    walk.own[r] = _mm512_set1_epi8(static_cast<char>(place.mask));
+  }
   for (int64_t first = 0; first < m.words; first += kChunk) {
     const int64_t words = m.words - first < kChunk ? m.words - first : kChunk;
-    from = some_words<DENSE, ZEROS, B, PER>(m, row, first, words, from, x, sums);
+    some_words<DENSE, RUN, ZEROS, ROWS, B, PER>(m, row, first, words, x, walk, sums);
   }
-  for (int b = 0; b < B; ++b) out[b] = _mm512_reduce_add_ps(sums[b]);
+  for (int i = 0; i < ROWS * B; ++i) out[i] = _mm512_reduce_add_ps(sums[i]);
 }
 
-template <bool DENSE, int B>
-void row_dot(const Quantized& m, int64_t row, const QuantInput* x, float* out) {
-  if (m.zeros) return whole_row<DENSE, true, B, 1>(m, row, x, out);
-  if (m.group_shift > 0) return whole_row<DENSE, false, B, 2>(m, row, x, out);
-  return whole_row<DENSE, false, B, 1>(m, row, x, out);
+template <bool DENSE, int RUN, int ROWS, int B>
+void formed_rows(const Quantized& m, int64_t row, const QuantInput* x, float* out) {
+  if (m.zeros) return whole_rows<DENSE, RUN, true, ROWS, B, 1>(m, row, x, out);
+  if (m.group_shift > 0) return whole_rows<DENSE, RUN, false, ROWS, B, 2>(m, row, x, out);
+  return whole_rows<DENSE, RUN, false, ROWS, B, 1>(m, row, x, out);
+}
+
+template <bool DENSE, int ROWS, int B>
+void rows_dot(const Quantized& m, int64_t row, const QuantInput* x, float* out) {
+  if (!DENSE && m.run == 4) return formed_rows<false, 4, ROWS, B>(m, row, x, out);
+  if (!DENSE && m.run == 8) return formed_rows<false, 8, ROWS, B>(m, row, x, out);
+  return formed_rows<DENSE, 0, ROWS, B>(m, row, x, out);
 }
 
 }  // namespace

@@ -91,6 +91,20 @@ void unpack(const QuantizedArgs& args, int64_t from, int64_t to, uintptr_t out, 
   GOSSAMER_PICK(quantized_unpack, isa)(m, from, to, reinterpret_cast<float*>(out), threads);
 }
 
+// x (batch, cols) and y (batch, rows), float32; bias float32 or 0. Only where `has_vnni`.
+void matmul(const QuantizedArgs& args, uintptr_t x, int64_t batch, uintptr_t y, uintptr_t bias,
+            int threads) {
+  const Quantized m = quantized_view(args);
+  if (batch < 1 || threads < 1) throw std::invalid_argument("quantized: bad batch");
+#if defined(__x86_64__)
+  if (best_isa() == kAvx512 && has_vnni())
+    return quantized_matmul_avx512(m, reinterpret_cast<const float*>(x), batch,
+                                   reinterpret_cast<float*>(y),
+                                   reinterpret_cast<const float*>(bias), threads);
+#endif
+  throw std::invalid_argument("quantized: this processor lacks byte dot products");
+}
+
 }  // namespace
 
 Quantized quantized_view(const QuantizedArgs& a) {
@@ -107,6 +121,9 @@ Quantized quantized_view(const QuantizedArgs& a) {
   if (m.rows < 0 || m.cols < 0 || a[10] < 0 || a[10] > 32 || (a[11] != 4 && a[11] != 8))
     throw std::invalid_argument("quantized: bad shape, group or bits");
   m.group_shift = static_cast<int>(a[10]), m.bits = static_cast<int>(a[11]);
+  m.run = static_cast<int>(a[14]);
+  if (m.run && ((m.run != 4 && m.run != 8) || m.cols % 64 || !m.bitmap))
+    throw std::invalid_argument("quantized: bad run");
   m.groups = (m.words + (int64_t{1} << m.group_shift) - 1) >> m.group_shift;
   const int64_t shared = m.bits == 4 ? (m.rows + 1) / 2 : m.rows;
   if (m.offsets[0] != 0 || m.offsets[shared] + kSlack != a[12])
@@ -121,6 +138,7 @@ QuantizedRows pick_quantized_rows(int isa) { return GOSSAMER_PICK(quantized_rows
 
 void bind_quantized(nb::module_& m) {
   m.def("quantized_matvec", &matvec, nb::call_guard<nb::gil_scoped_release>());
+  m.def("quantized_matmul", &matmul, nb::call_guard<nb::gil_scoped_release>());
   m.def("quantized_unpack", &unpack, nb::call_guard<nb::gil_scoped_release>());
   m.def("has_vnni", &has_vnni);
 }

@@ -7,8 +7,9 @@
 
 namespace gossamer {
 // values, offsets, bitmap (0: dense), scales, zeros, outlier_ptr, outlier_cols, outlier_values
-// (addresses), rows, cols, group_shift, bits, bytes of values, outliers
-using QuantizedArgs = std::array<int64_t, 14>;
+// (addresses), rows, cols, group_shift, bits, bytes of values, outliers,
+// run
+using QuantizedArgs = std::array<int64_t, 15>;
 
 // Checked against the sizes in it; throws std::invalid_argument.
 Quantized quantized_view(const QuantizedArgs&);

@@ -3,45 +3,17 @@
 #pragma once
 #include <omp.h>
 
-#include <cmath>
-#include <cstring>
-
-#include "quantized.hpp"
+#include "quantized_parts.hpp"
 
 namespace gossamer {
 namespace {
 
-// How one row lies in the values: its first byte, and which bits of a byte are its own.
-struct Row {
-  const uint8_t* values;
-  const uint64_t* bitmap;  // null: dense
-  uint8_t mask;
-  int lift;                // integers are read times 1 << lift
-
-  Row(const Quantized& m, int64_t row)
-      : values(m.values + m.offsets[m.bits == 4 ? row / 2 : row]),
-        bitmap(m.bitmap ? m.bitmap + row * m.words : nullptr),
-        mask(m.bits == 8 ? 0xff : row % 2 ? 0xf0 : 0x0f),
-        lift(m.bits == 4 && row % 2 ? 4 : 0) {}
-};
-
-// Row `row` times B inputs.
-template <bool DENSE, int B>
-void row_dot(const Quantized& m, int64_t row, const QuantInput* x, float* out);
+// ROWS rows from `row` on times B inputs into out (ROWS, B); two rows share their bytes.
+template <bool DENSE, int ROWS, int B>
+void rows_dot(const Quantized& m, int64_t row, const QuantInput* x, float* out);
 
 // The 64 integers of a word at their columns, lifted, zeros where none is kept.
 void word_integers(const Row& row, const uint8_t* from, uint64_t kept, uint8_t* out);
-
-inline float from_bf16(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float result;
-  __builtin_memcpy(&result, &bits, 4);
-  return result;
-}
-
-inline int zero_of(const Quantized& m, int64_t row, int64_t w) {
-  return m.zeros ? m.zeros[row * m.groups + (w >> m.group_shift)] : 1 << (m.bits - 1);
-}
 
 inline float outliers_dot(const Quantized& m, int64_t row, const float* x) {
   float sum = 0.0f;
@@ -50,22 +22,32 @@ inline float outliers_dot(const Quantized& m, int64_t row, const float* x) {
   return sum;
 }
 
-template <bool DENSE>
-void some_rows(const Quantized& m, const QuantInput* x, int64_t batch, float* y, const float* bias,
-               int64_t from, int64_t to) {
-  for (int64_t r = from; r < to; ++r) {
-    int64_t b = 0;
-    for (; b + 4 <= batch; b += 4) {
-      float sums[4];
-      row_dot<DENSE, 4>(m, r, x + b, sums);
-      for (int k = 0; k < 4; ++k) y[(b + k) * m.rows + r] = sums[k];
-    }
-    for (; b < batch; ++b) row_dot<DENSE, 1>(m, r, x + b, y + b * m.rows + r);
-    for (b = 0; b < batch; ++b) {
+// y's ROWS columns from `row` on.
+template <bool DENSE, int ROWS>
+void rows_of_all(const Quantized& m, const QuantInput* x, int64_t batch, float* y,
+                 const float* bias, int64_t row) {
+  int64_t b = 0;
+  for (; b + 4 <= batch; b += 4) {
+    float sums[ROWS * 4];
+    rows_dot<DENSE, ROWS, 4>(m, row, x + b, sums);
+    for (int i = 0; i < ROWS * 4; ++i) y[(b + i % 4) * m.rows + row + i / 4] = sums[i];
+  }
+  for (; b < batch; ++b) rows_dot<DENSE, ROWS, 1>(m, row, x + b, y + b * m.rows + row);
+  for (b = 0; b < batch; ++b) {
+    for (int64_t r = row; r < row + ROWS; ++r) {
       if (m.outlier_ptr) y[b * m.rows + r] += outliers_dot(m, r, x[b].exact);
       if (bias) y[b * m.rows + r] += bias[r];
     }
   }
+}
+
+template <bool DENSE>
+void some_rows(const Quantized& m, const QuantInput* x, int64_t batch, float* y, const float* bias,
+               int64_t from, int64_t to) {
+  int64_t r = from;
+  if (m.bits == 4)
+    for (; r + 2 <= to; r += 2) rows_of_all<DENSE, 2>(m, x, batch, y, bias, r);
+  for (; r < to; ++r) rows_of_all<DENSE, 1>(m, x, batch, y, bias, r);
 }
 
 inline void unpack_row(const Quantized& m, int64_t row, float* out) {
@@ -122,34 +104,6 @@ inline void run_quantized_unpack(const Quantized& m, int64_t from, int64_t to, f
                                  int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t r = from; r < to; ++r) unpack_row(m, r, out + (r - from) * m.cols);
-}
-
-inline void run_quantize_input(const float* x, int64_t cols, int64_t from_pair, int64_t to_pair,
-                               int8_t* values, float* scales, float* sums) {
-  for (int64_t b = from_pair; b < to_pair; ++b) {
-    float block[128] = {};
-    const int64_t left = cols - b * 128, stored = (left + 63) / 64 * 64;
-    std::memcpy(block, x + b * 128, (left < 128 ? left : 128) * sizeof(float));
-    float top = 0.0f, poison = 0.0f;
-    for (int j = 0; j < 128; ++j) {
-      const float size = std::fabs(block[j]);
-      top = size > top ? size : top;
-      poison += block[j] * 0.0f;  // NaN where the block holds NaN or infinity
-    }
-    const bool finite = poison == poison;
-    const float turn = top > 0.0f && finite ? 127.0f / top : 0.0f;
-    scales[b] = finite ? top / 127.0f : NAN;
-    for (int j = 0; j < (stored < 128 ? stored : 128); ++j) {
-      float scaled = finite ? block[j] * turn : 0.0f;
-      scaled = scaled < -127.0f ? -127.0f : scaled > 127.0f ? 127.0f : scaled;
-      values[b * 128 + j] = static_cast<int8_t>(static_cast<int32_t>(__builtin_rintf(scaled)));
-    }
-    for (int64_t w = 2 * b; w * 64 < cols && w < 2 * b + 2; ++w) {
-      int32_t sum = 0;
-      for (int j = 0; j < 64; ++j) sum += values[w * 64 + j];
-      sums[w] = static_cast<float>(sum) * scales[b];
-    }
-  }
 }
 
 }  // namespace

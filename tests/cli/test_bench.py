@@ -10,6 +10,7 @@ from gossamer.bench.measure import Limits, interleaved, measure_limits
 from gossamer.cli import main
 from gossamer.cli.bench import describe
 from gossamer.core.errors import GossamerError
+from gossamer.engine.compress import compress
 from gossamer.nn import BitmapLinear, QuantizedLinear
 from gossamer.ops._dispatch import kernels as compiled
 
@@ -111,7 +112,15 @@ def test_conv_case(monkeypatch):
     found = conv.measure(conv.Case("small", 32, 0.1, 2), LIMITS, repeats=1)
     assert {"gossamer", "torch dense contiguous"} <= set(found["milliseconds"])
     assert found["fraction_of_limit"] > 0 and found["limit"] == "flops"
-    monkeypatch.setattr(conv, "compress", lambda model: model[0].bias.data.add_(1))
+    single = conv.measure(conv.Case("layer", 9, 0.3, 1, 16, 4), LIMITS, repeats=1)
+    assert single["served"] and single["ratio"] > 0
+    assert not conv.measure(conv.Case("layer", 9, 0.5, 1, 16), LIMITS, repeats=1)["served"]
+
+    def wrong(model):
+        model[0].bias.data.add_(1)
+        return compress(model)
+
+    monkeypatch.setattr(conv, "compress", wrong)
     with pytest.raises(GossamerError, match="gossamer is wrong"):
         conv.measure(conv.Case("small", 32, 0.1, 2), LIMITS, repeats=1)
 

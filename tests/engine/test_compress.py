@@ -11,7 +11,7 @@ from gossamer.nn import BitmapLinear
 def model(density=0.4):
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 64), nn.Conv2d(3, 3, 1), nn.Linear(64, 64)
+        nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 64), nn.Conv2d(8, 8, 1), nn.Linear(64, 64)
     )
     with torch.no_grad():
         for layer in (net[0], net[2], net[3]):

@@ -1,7 +1,13 @@
-"""Suite `conv`: MobileNet-v1's geometry with random weights, its 1x1 convolutions 90% sparse."""
+"""Suite `conv`: MobileNet-v1's geometry with random weights, its 1x1 convolutions 90% sparse, and
+single 3x3 convolutions of a residual network's sizes.
+
+Whoever runs it gets what he would have: torch dense contiguous, channels last, and traced, frozen
+and fused by oneDNN; onnxruntime, which fuses and picks its own layout.
+"""
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import tempfile
@@ -16,9 +22,12 @@ from torch import Tensor, nn
 
 from gossamer.bench.measure import Limits, interleaved
 from gossamer.core.errors import GossamerError
+from gossamer.core.matrix import as_matrix, write_matrix
 from gossamer.core.pattern import Unstructured
 from gossamer.core.select import select
 from gossamer.engine.compress import compress
+from gossamer.nn import BitmapLinear, PackedConv2d
+from gossamer.nn.chain import fuse
 
 WIDTHS = [(32, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1), (256, 512, 2)]
 WIDTHS += [(512, 512, 1)] * 5 + [(512, 1024, 2), (1024, 1024, 1)]
@@ -27,20 +36,33 @@ WIDTHS += [(512, 512, 1)] * 5 + [(512, 1024, 2), (1024, 1024, 1)]
 
 @dataclass(frozen=True)
 class Case:
-    """Images of `size` pixels a side; `density` of the 1x1 convolutions."""
+    """Images of `size` pixels a side; `density` of the 1x1 convolutions.
+
+    With `channels`, one 3x3 convolution of so many in and out instead, where `group` neighbouring
+    outputs keep the same weights.
+    """
 
     name: str
     size: int
     density: float
     batch: int
+    channels: int = 0
+    group: int = 1
 
 
 def cases() -> list[Case]:
-    """One image, and a batch of 8."""
-    return [
+    """One image, and a batch of 8; then single layers."""
+    found = [
         Case(f"mobilenet-v1 geometry {size}x{size} density 0.1 batch {batch}", size, 0.1, batch)
         for size, batch in ((224, 1), (224, 8))
     ]
+    for channels, size in ((64, 56), (128, 28), (256, 14)):
+        for density in (0.5, 0.3, 0.2, 0.1):
+            for group in (1, 4):
+                shared = " in groups of 4 outputs" if group > 1 else ""
+                name = f"3x3 {channels}x{size}x{size} density {density}{shared}"
+                found.append(Case(name, size, density, 1, channels, group))
+    return found
 
 
 def build(widths: list[tuple[int, int, int]] | None = None) -> nn.Sequential:
@@ -69,13 +91,22 @@ def prune(model: nn.Sequential, density: float) -> nn.Sequential:
 
 
 def measure(case: Case, limits: Limits, repeats: int = 7) -> dict[str, Any]:
-    """Whole forward passes; raises GossamerError where ours differs from torch's."""
-    model = prune(build(), case.density)
-    x = torch.randn(case.batch, 3, case.size, case.size, generator=torch.Generator().manual_seed(1))
-    sparse = prune(build(), case.density)
-    compress(sparse)
-    calls = _calls(model, sparse, x)
+    """Whole forward passes; raises GossamerError where ours differs from torch's.
+
+    `served`: whether `compress` puts kernels there; a single layer is measured with its kernel in
+    any case.
+    """
+    model = layer(case) if case.channels else prune(build(), case.density)
+    sparse = copy.deepcopy(model)
+    served = any(record.kernel for record in compress(sparse).layers)
+    if case.channels and not served:
+        sparse = packed(model)
+    inputs = case.channels or 3
+    x = torch.randn(
+        case.batch, inputs, case.size, case.size, generator=torch.Generator().manual_seed(1)
+    )
     with torch.inference_mode():
+        calls = _calls(model, sparse, x)
         expected = model(x)
         for name, call in calls.items():
             error = float((call() - expected).norm() / expected.norm())
@@ -84,30 +115,63 @@ def measure(case: Case, limits: Limits, repeats: int = 7) -> dict[str, Any]:
         seconds = interleaved(calls, repeats)
     dense = {name: taken for name, taken in seconds.items() if "dense" in name}
     best = min(dense, key=lambda name: dense[name])
+    torch_best = min(taken for name, taken in dense.items() if name.startswith("torch"))
     least, binds = limits.seconds(0, _flops(model, x))
     return {
         "case": vars(case),
         "milliseconds": {name: 1e3 * taken for name, taken in seconds.items()},
         "best_dense": best,
         "ratio": dense[best] / seconds["gossamer"],
+        "ratio_to_torch": torch_best / seconds["gossamer"],
+        "served": served,
         "fraction_of_limit": least / seconds["gossamer"],
         "limit": binds,
     }
 
 
+def layer(case: Case) -> nn.Sequential:
+    """One 3x3 convolution; the weights kept are those of the groups with the largest norms."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(case.channels, case.channels, 3, 1, 1)
+    matrix = as_matrix(conv)
+    norms = matrix.reshape(-1, case.group, matrix.shape[1]).norm(dim=1)
+    mask = select(norms, Unstructured(), case.density).mask
+    write_matrix(conv, matrix * mask.repeat_interleave(case.group, dim=0))
+    return nn.Sequential(conv).eval()
+
+
+def packed(model: nn.Sequential) -> nn.Sequential:
+    """Its convolution behind our kernel whether or not that pays."""
+    conv = model[0]
+    assert isinstance(conv, nn.Conv2d)
+    weight = BitmapLinear.from_matrix(as_matrix(conv), conv.bias)
+    forced = nn.Sequential(PackedConv2d.from_conv(conv, weight)).eval()
+    fuse(forced)
+    return forced
+
+
 def _calls(model: nn.Sequential, sparse: nn.Module, x: Tensor) -> dict[str, Callable[[], Tensor]]:
     last = torch.channels_last
-    turned: nn.Module = build()
-    turned.load_state_dict(model.state_dict())
-    turned = turned.to(memory_format=last)  # type: ignore[call-overload]
+    turned = copy.deepcopy(model).to(memory_format=last)  # type: ignore[call-overload]
     turned_x = x.to(memory_format=last)
     found: dict[str, Callable[[], Tensor] | None] = {
         "gossamer": lambda: sparse(x),
         "torch dense contiguous": lambda: model(x),
         "torch dense channels last": lambda: turned(turned_x),
+        "torch dense fused": _fused(model, x),
         "onnxruntime dense": _onnx(model, x),
     }
     return {name: call for name, call in found.items() if call is not None}
+
+
+def _fused(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """Traced, frozen and rewritten for oneDNN, which fuses activations and picks its own layout."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is in maintenance
+        traced = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(model, x)))
+        for _ in range(2):  # the first calls compile
+            traced(x)
+    return lambda: traced(x)
 
 
 def _onnx(model: nn.Module, x: Tensor) -> Callable[[], Tensor] | None:
@@ -130,9 +194,9 @@ def _flops(model: nn.Sequential, x: Tensor) -> int:
     """Two per kept weight and place where it counts."""
     total = 0
     with torch.inference_mode():
-        for layer in model:
-            x = layer(x)
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                places = x.numel() // layer.weight.shape[0]
-                total += 2 * int((layer.weight != 0).sum()) * places
+        for module in model:
+            x = module(x)
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                places = x.numel() // module.weight.shape[0]
+                total += 2 * int((module.weight != 0).sum()) * places
     return total

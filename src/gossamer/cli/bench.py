@@ -29,7 +29,8 @@ class Bench:
 
     suite: str = "kernels"
     """kernels: single layers; decode: a whole model's decoding loop; active: inputs with zeros;
-    spgemm: sparse times sparse; conv: MobileNet-v1's geometry; training: steps of an MLP"""
+    spgemm: sparse times sparse; conv: MobileNet-v1's geometry and 3x3 layers; training: steps of
+    an MLP"""
     geometry: str = "llama-1b"
     """of --suite decode: llama-1b or llama-160m, random weights"""
     only: str = ""

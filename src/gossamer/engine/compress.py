@@ -12,11 +12,12 @@ from gossamer.core.errors import UsageError
 from gossamer.core.matrix import as_matrix, is_prunable
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwrap
 from gossamer.nn.bitmap import BitmapLinear, serves_batches
-from gossamer.nn.conv import DepthwiseConv2d, PointwiseConv2d, serves_depthwise, why_not
+from gossamer.nn.chain import fuse
+from gossamer.nn.conv import PackedConv2d, why_not
 from gossamer.nn.quantized import QuantizedLinear
 from gossamer.ops import _dispatch
 from gossamer.ops.bitmap import bitmap_bytes, kernel_name
-from gossamer.ops.pointwise import kernel_name as conv_kernel_name
+from gossamer.ops.conv import kernel_name as conv_kernel_name
 from gossamer.ops.quantized import BITS
 from gossamer.ops.quantized import kernel_name as quantized_kernel_name
 
@@ -35,8 +36,9 @@ def compress(
     head_bits: int = 8,
 ) -> CompressResult:
     """Replace, in place, every linear layer whose zeros pay by a kernel-backed `BitmapLinear`,
-    every such 1x1 convolution, in float32, by a `PointwiseConv2d`. Then 3x3 depthwise convolutions
-    get a dense kernel for the same layout.
+    every such convolution of one group, in float32, by a `PackedConv2d`. Then 3x3 depthwise
+    convolutions get a dense kernel for the same layout, and each Sequential around convolutions
+    becomes a `ConvChain`, which in eval mode runs them with their batch norms and ReLUs folded in.
 
     Any zeros count, whoever made them. A layer stays dense, and its record says why, when the
     packed weight would take more than 0.9 of the dense bytes (or its density exceeds
@@ -83,8 +85,7 @@ def compress(
         else:
             record = _with_reason(record, reason)
         records.append(record)
-    if any(isinstance(module, PointwiseConv2d) for module in root.modules()):
-        _keep_channels_first(root)
+    records += [_depthwise_record(root, name) for name in fuse(root)]
     return CompressResult(root, tuple(records), _dispatch.isa(), torch.get_num_threads())
 
 
@@ -94,12 +95,14 @@ def _head(root: nn.Module) -> nn.Module | None:
     return asked() if callable(asked) else None
 
 
-def _keep_channels_first(root: nn.Module) -> None:
-    """Depthwise convolutions stay dense, but by the kernel that suits what surrounds them."""
-    for name, module in list(root.named_modules()):
-        if name and serves_depthwise(module):
-            assert isinstance(module, nn.Conv2d)
-            root.set_submodule(name, DepthwiseConv2d(module).train(module.training))
+def _depthwise_record(root: nn.Module, name: str) -> LayerRecord:
+    """Of a convolution that stays dense, by the kernel that suits what surrounds it."""
+    weight = root.get_parameter(f"{name}.weight")
+    shape, density = (weight.shape[0], 9), float((weight != 0).float().mean())
+    return LayerRecord(
+        name, shape, density, 1.0, conv_kernel_name(None), dense_bytes=weight.nbytes,
+        sparse_bytes=weight.nbytes,
+    )  # fmt: skip
 
 
 def _untouched_embedding(module: nn.Module) -> bool:
@@ -162,9 +165,9 @@ def _swap(
     if not name:
         raise UsageError("the model is itself one layer; wrap it in torch.nn.Sequential")
     if isinstance(module, nn.Conv2d):
-        conv = PointwiseConv2d(packed, (module.stride[0], module.stride[1]))
+        conv = PackedConv2d.from_conv(module, packed)
         root.set_submodule(name, conv.train(module.training))
-        return LayerRecord(**{**vars(record), "kernel": conv_kernel_name()})
+        return LayerRecord(**{**vars(record), "kernel": conv.kernel})
     if batches:
         packed.prepare_batches()
     root.set_submodule(name, packed)

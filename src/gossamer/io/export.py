@@ -12,7 +12,7 @@ from gossamer.io.atomic import new_folder
 from gossamer.io.load import _build, load
 from gossamer.io.manifest import NAME, read_manifest
 from gossamer.io.save import distinct, write_config, write_tensors
-from gossamer.nn import BitmapLinear, PointwiseConv2d, QuantizedLinear
+from gossamer.nn import BitmapLinear, PackedConv2d, QuantizedLinear
 
 
 def export(
@@ -42,14 +42,15 @@ def export(
 
 
 def _dense_state(model: nn.Module, shapes: nn.Module) -> dict[str, Tensor]:
-    kinds = BitmapLinear | PointwiseConv2d | QuantizedLinear
+    kinds = BitmapLinear | PackedConv2d | QuantizedLinear
     packed = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
     hidden = {f"{name}.{part}" for name, layer in packed.items() for part in layer._buffers}
     state = {key: value for key, value in distinct(model).items() if key not in hidden}
     for name, layer in packed.items():
         matrix = layer.to_matrix()
-        if isinstance(layer, PointwiseConv2d):
-            state[f"{name}.weight"] = matrix.reshape(*matrix.shape, 1, 1)
+        if isinstance(layer, PackedConv2d):
+            shaped = matrix.reshape(matrix.shape[0], *layer.window.kernel, -1)
+            state[f"{name}.weight"] = shaped.permute(0, 3, 1, 2).contiguous()
             continue
         turned = is_transposed(shapes.get_submodule(name))
         state[f"{name}.weight"] = matrix.t().contiguous() if turned else matrix

@@ -15,12 +15,13 @@ from gossamer.io.manifest import NAME, PackedLayer, _one_line, read_json, read_m
 from gossamer.io.tensors import read_tensors
 from gossamer.nn import (
     BitmapLinear,
-    PointwiseConv2d,
+    PackedConv2d,
     QuantizedLinear,
     prepare_batches,
     serves_batches,
 )
-from gossamer.nn.conv import why_not
+from gossamer.nn.chain import fuse
+from gossamer.nn.conv import no_kernel
 from gossamer.ops.quantized import QuantizedMatrix
 
 
@@ -51,13 +52,14 @@ def load(
     layers = {name: _layer(name, facts, tensors) for name, facts in packed.items()}
     root = _build(place, len(tensors) + len(layers)) if model is None else model
     try:
-        _place(root, layers, tensors)
+        _place(root, layers, tensors, {name: facts.kernel for name, facts in packed.items()})
     except FormatError:
         if layers or model is not None or (place / NAME).exists():
             raise
         root = _ordinary(place, type(root))
     if dtype is not None:
         _convert(root, dtype)
+    fuse(root)
     if serves_batches(root, batches):
         prepare_batches(root)
     return root.eval()
@@ -174,7 +176,12 @@ def _build(folder: Path, tensors: int | None = None) -> nn.Module:
         raise FormatError(f"config.json: {type(error).__name__}: {_one_line(error)}") from None
 
 
-def _place(root: nn.Module, layers: Mapping[str, Packed], tensors: dict[str, Tensor]) -> None:
+def _place(
+    root: nn.Module,
+    layers: Mapping[str, Packed],
+    tensors: dict[str, Tensor],
+    kernels: Mapping[str, tuple[int, int] | None],
+) -> None:
     """Check everything, then change `root`."""
     modules = dict(root.named_modules())
     for name, layer in layers.items():
@@ -182,7 +189,10 @@ def _place(root: nn.Module, layers: Mapping[str, Packed], tensors: dict[str, Ten
         fits = module is not None and is_prunable(module)
         fits = fits and not isinstance(module, nn.Embedding)
         if isinstance(module, nn.Conv2d):
-            fits = fits and isinstance(layer, BitmapLinear) and not why_not(module, 0.0)
+            fits = fits and isinstance(layer, BitmapLinear) and not no_kernel(module)
+            fits = fits and module.kernel_size == (kernels[name] or (1, 1))
+        else:
+            fits = fits and kernels[name] is None
         shape = (layer.out_features, layer.in_features)
         if not fits or as_matrix(module).shape != shape:  # type: ignore[arg-type]
             raise FormatError(f"layer {name}: the model has no linear layer of that shape there")
@@ -205,8 +215,7 @@ def _place(root: nn.Module, layers: Mapping[str, Packed], tensors: dict[str, Ten
     for name, layer in layers.items():
         conv = modules[name]
         if isinstance(conv, nn.Conv2d) and isinstance(layer, BitmapLinear):
-            stride = (conv.stride[0], conv.stride[1])
-            root.set_submodule(name, PointwiseConv2d(layer, stride))
+            root.set_submodule(name, PackedConv2d.from_conv(conv, layer))
         else:
             root.set_submodule(name, layer)
     on_meta = any(t.is_meta for t in root.state_dict().values())

@@ -20,7 +20,10 @@ QUANTIZED = ("int4", "int8")
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """One packed layer as the manifest describes it; `nnz` values of `dtype`."""
+    """One packed layer as the manifest describes it; `nnz` values of `dtype`.
+
+    kernel: of a convolution; the manifests of 1x1 ones need not say it.
+    """
 
     shape: tuple[int, int]
     pattern: str
@@ -33,6 +36,7 @@ class PackedLayer:
     zeros: bool = False
     sparse: bool = True
     outliers: int = 0
+    kernel: tuple[int, int] | None = None
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -92,7 +96,7 @@ def _layer(name: str, value: Any) -> PackedLayer:
     if not isinstance(value, dict):
         raise FormatError(f"{where}: not an object")
     quantized = value.get("dtype") in QUANTIZED
-    further = {"group", "zeros", "sparse", "outliers"} if quantized else set()
+    further = {"group", "zeros", "sparse", "outliers"} if quantized else {"kernel"} & set(value)
     common = {"shape", "pattern", "density", "requested", "dtype", "bias", "nnz"}
     _keys(value, common | further, where)
     shape, nnz, dtype = value["shape"], value["nnz"], value["dtype"]
@@ -117,7 +121,16 @@ def _layer(name: str, value: Any) -> PackedLayer:
     plain = PackedLayer(
         (shape[0], shape[1]), pattern, density, requested, dtype, value["bias"], nnz
     )
+    if "kernel" in further:
+        return replace(plain, kernel=_kernel(value["kernel"], where))
     return replace(plain, **_quantized(value, nnz, where)) if quantized else plain
+
+
+def _kernel(value: Any, where: str) -> tuple[int, int]:
+    whole = isinstance(value, list) and len(value) == 2 and all(type(n) is int for n in value)
+    if not whole or min(value) < 1 or max(value) >= 1 << 16:
+        raise FormatError(f"{where}: kernel is {_short(value)}, not two whole numbers from 1")
+    return value[0], value[1]
 
 
 def _quantized(value: dict[str, Any], nnz: int, where: str) -> dict[str, Any]:

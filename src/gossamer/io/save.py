@@ -14,7 +14,7 @@ from gossamer.core.result import CompressResult, PruneResult, unwrap
 from gossamer.io.atomic import new_folder
 from gossamer.io.manifest import NAME, VERSION
 from gossamer.io.tensors import INDEX, SINGLE
-from gossamer.nn import BitmapLinear, PointwiseConv2d, QuantizedLinear
+from gossamer.nn import BitmapLinear, PackedConv2d, QuantizedLinear
 
 SHARD = 4 << 30
 """Largest safetensors file, in bytes; more tensors go to further shards with an index."""
@@ -46,7 +46,7 @@ def save(
             "layers": {
                 name: _describe(module)
                 for name, module in root.named_modules()
-                if isinstance(module, BitmapLinear | PointwiseConv2d | QuantizedLinear)
+                if isinstance(module, BitmapLinear | PackedConv2d | QuantizedLinear)
             },
             "method": None if method is None else str(method),
             "provenance": json.loads(json.dumps(facts, default=str)),
@@ -112,10 +112,11 @@ def _shares(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
 
 
-def _describe(layer: BitmapLinear | PointwiseConv2d | QuantizedLinear) -> dict[str, Any]:
+def _describe(layer: BitmapLinear | PackedConv2d | QuantizedLinear) -> dict[str, Any]:
     if isinstance(layer, QuantizedLinear):
         return _describe_quantized(layer)
-    return {
+    further = {"kernel": list(layer.window.kernel)} if isinstance(layer, PackedConv2d) else {}
+    return further | {
         "shape": [layer.out_features, layer.in_features],
         "pattern": layer.pattern,
         "density": layer.density,

@@ -1,4 +1,4 @@
-"""A 1x1 convolution whose weight is stored as kept values and a bitmap."""
+"""Convolutions whose weight is stored as kept values and a bitmap, and dense depthwise ones."""
 
 from __future__ import annotations
 
@@ -6,36 +6,46 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import UsageError
+from gossamer.core.matrix import as_matrix
 from gossamer.nn.bitmap import BitmapLinear, _version
 from gossamer.ops import bitmap as bitmap_ops
-from gossamer.ops import depthwise, pointwise
-from gossamer.ops.pointwise import Pointwise
+from gossamer.ops import conv as ops
+from gossamer.ops.conv import Before, Ends, Form, Window
 
 
-class PointwiseConv2d(nn.Module):
-    """y[n, o, h, w] = sum over i of W[o, i] x[n, i, s h, s w] + b[o], with stride s, for inference.
+class PackedConv2d(nn.Module):
+    """A convolution of one group with most weights zero, for inference.
 
-    Stored as `BitmapLinear` is, values float32 or bfloat16; images are float32 on the CPU. The form
-    that the kernel reads, about 6 bytes per kept weight, is made from the values and never saved.
+    Stored as `BitmapLinear` is, of the matrix (out, taps * channels) that `core.matrix.as_matrix`
+    makes of a Conv2d, values float32 or bfloat16; images are float32 on the CPU. The form that the
+    kernel reads, about 6 bytes per kept weight, is made from the values and never saved.
     """
 
     values: Tensor
     bitmap: Tensor
 
-    def __init__(self, weight: BitmapLinear, stride: tuple[int, int] = (1, 1)) -> None:
+    def __init__(self, weight: BitmapLinear, window: Window | None = None) -> None:
         super().__init__()
-        if min(stride) < 1:
-            raise UsageError(f"stride is from 1, not {stride}")
+        window = Window() if window is None else window
+        if min(window.stride) < 1 or (window.stride[1] > 2 and not _sliced(window)):
+            raise UsageError(f"stride is from 1, horizontally 1 or 2, not {window.stride}")
+        if weight.in_features % (window.kernel[0] * window.kernel[1]):
+            raise UsageError(f"{weight.in_features} weights do not fit a kernel {window.kernel}")
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.pattern, self.density_requested = weight.pattern, weight.density_requested
-        self.stride = stride
+        self.window = window
         self.register_buffer("values", weight.values)
         self.register_buffer("bitmap", weight.bitmap)
         self.bias = weight.bias
-        self._built: tuple[int, Pointwise] | None = None
+        self._built: tuple[int, Form] | None = None
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, weight: BitmapLinear) -> PackedConv2d:
+        """With the kernel, stride and padding of a Conv2d that `why_not` does not refuse."""
+        return cls(weight, window_of(conv))
 
     def to_matrix(self) -> Tensor:
-        """The dense weight (out, in) in the dtype of the values."""
+        """The dense weight (out, taps * channels) in the dtype of the values."""
         return bitmap_ops.unpack(self.values, self.bitmap, self.in_features)
 
     @property
@@ -43,21 +53,28 @@ class PointwiseConv2d(nn.Module):
         """The fraction of weights stored."""
         return self.values.numel() / max(1, self.in_features * self.out_features)
 
+    @property
+    def kernel(self) -> str:
+        """The name of the kernel that serves it here."""
+        return ops.kernel_name(ops.suits_tiles(self.to_matrix()))
+
     def forward(self, x: Tensor) -> Tensor:
-        """x (images, in, height, width) to (images, out, height / stride, width / stride)."""
-        if self.stride != (1, 1):
-            x = x[..., :: self.stride[0], :: self.stride[1]]
+        """x (images, channels, height, width) to (images, out, height', width')."""
         version = _version(self.values)
         if self._built is None or self._built[0] != version:
-            self._built = (version, pointwise.build(self.to_matrix()))
+            self._built = (version, ops.build(self.to_matrix()))
         bias = None if self.bias is None else self.bias.float()
-        return pointwise.conv(x, self._built[1], bias)
+        window = self.window
+        if window.stride[1] > 2:  # more than the kernel knows, so only of a 1x1 convolution
+            x, window = x[..., :: window.stride[0], :: window.stride[1]], Window()
+        return ops.conv(x, self._built[1], window, Ends(bias, *FREE))
 
     def extra_repr(self) -> str:
-        """Shape, density and stride."""
+        """Shape, density and window."""
+        taps = self.window.kernel[0] * self.window.kernel[1]
         return (
-            f"in_channels={self.in_features}, out_channels={self.out_features}, "
-            f"stride={self.stride}, density={self.density:.3f}, bias={self.bias is not None}"
+            f"in_channels={self.in_features // taps}, out_channels={self.out_features}, "
+            f"{self.window}, density={self.density:.3f}, bias={self.bias is not None}"
         )
 
 
@@ -76,11 +93,33 @@ class DepthwiseConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (images, channels, height, width), float32."""
-        return depthwise.conv(x, self.weight, self.bias, self.stride)
+        return ops.depthwise(x, Before(self.weight, self.stride, Ends(self.bias, *FREE)))
 
     def extra_repr(self) -> str:
         """Channels and stride."""
         return f"channels={self.weight.shape[0]}, stride={self.stride}"
+
+
+FREE = (ops.NO_END.low, ops.NO_END.high)
+"""The clamp that changes nothing."""
+
+
+def window_of(conv: nn.Conv2d) -> Window:
+    """Kernel, stride and padding; raises UsageError for `same` with an even kernel."""
+    kernel = (conv.kernel_size[0], conv.kernel_size[1])
+    padding: str | tuple[int, ...] = conv.padding
+    if padding == "same":
+        if kernel[0] % 2 == 0 or kernel[1] % 2 == 0:
+            raise UsageError("padding `same` of an even kernel has no kernel here")
+        padding = (kernel[0] // 2, kernel[1] // 2)
+    elif isinstance(padding, str):
+        padding = (0, 0)
+    return Window(kernel, (conv.stride[0], conv.stride[1]), (padding[0], padding[1]))
+
+
+def _sliced(window: Window) -> bool:
+    """Whether the stride only drops pixels of the input."""
+    return window.kernel == (1, 1) and window.padding == (0, 0)
 
 
 def serves_depthwise(module: nn.Module) -> bool:
@@ -90,28 +129,43 @@ def serves_depthwise(module: nn.Module) -> bool:
         and module.weight.shape == (module.groups, 1, 3, 3)
         and module.weight.dtype == torch.float32
         and module.weight.is_cpu
-        and module.padding == (1, 1)
+        and module.padding in ((1, 1), "same")
         and module.padding_mode == "zeros"
         and module.dilation == (1, 1)
         and module.stride in ((1, 1), (2, 2))
     )
 
 
-def why_not(conv: nn.Conv2d, density: float) -> str | None:
-    """Why `PointwiseConv2d` should not take this convolution's place; None where it should."""
-    if conv.kernel_size != (1, 1):
-        return f"a {conv.kernel_size[0]}x{conv.kernel_size[1]} convolution stays dense"
-    padded = isinstance(conv.padding, str) and conv.padding == "same"
-    if conv.padding not in ((0, 0), "valid") and not padded:
-        return "a padded 1x1 convolution has no kernel"
+def no_kernel(conv: nn.Conv2d) -> str | None:
+    """Why no kernel can run this convolution; None where one can."""
+    if conv.dilation != (1, 1) or conv.padding_mode != "zeros" or conv.groups != 1:
+        return "a dilated, grouped or otherwise padded convolution has no kernel"
+    try:
+        window = window_of(conv)
+    except UsageError as error:
+        return str(error)
+    if window.stride[1] > 2 and not _sliced(window):
+        return f"a convolution of stride {window.stride} has no kernel"
+    if conv.weight[0].numel() > ops.MAX_DEPTH:
+        return f"the kernel takes up to {ops.MAX_DEPTH} weights per output"
     if conv.weight.dtype != torch.float32:
         return f"no convolution kernel for {conv.weight.dtype}"
-    if density > MAX_DENSITY:
-        return f"at density {density:.2f} the dense convolution is faster; at most {MAX_DENSITY:g}"
     return None
 
 
-MAX_DENSITY = 0.15
-"""Above this torch's dense convolution wins: on MobileNet's shapes, two threads, 1x1 convolutions at
-density 0.1 took half of its time and the time grows with the density. onnxruntime's dense network
-is faster still (benchmarks/results/conv.json)."""
+def why_not(conv: nn.Conv2d, density: float) -> str | None:
+    """Why `PackedConv2d` should not take this convolution's place; None where it should."""
+    if (reason := no_kernel(conv)) is not None:
+        return reason
+    if density <= MAX_DENSITY:
+        return None
+    most = MAX_GROUPED if ops.sharing(as_matrix(conv)) >= GROUPED else MAX_DENSITY
+    if density <= most:
+        return None
+    return f"at density {density:.2f} the dense convolution is faster; at most {most:g}"
+
+
+MAX_DENSITY = 0.25
+"""Above this torch's dense convolution, channels last, wins: see benchmarks/results/conv.json."""
+MAX_GROUPED, GROUPED = 0.4, 3.0
+"""The same where so many of four neighbouring outputs on average keep an input that any keeps."""

@@ -32,7 +32,7 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = matrix.shape
-        self.bits, self.group = matrix.bits, matrix.group
+        self.bits, self.group, self._run = matrix.bits, matrix.group, matrix.run
         self.pattern, self.density_requested = pattern, density_requested
         row_ptr, cols, exact = matrix.outliers or (None, None, None)
         self.register_buffer("values", matrix.values)
@@ -70,7 +70,7 @@ class QuantizedLinear(nn.Module):
         shape = (self.out_features, self.in_features)
         return QuantizedMatrix(
             parts["values"], parts["bitmap"], parts["scales"], parts["zeros"], outliers, shape,
-            self.bits, self.group, parts["offsets"],
+            self.bits, self.group, parts["offsets"], self._run,
         )  # fmt: skip
 
     def to_matrix(self) -> Tensor:

@@ -40,6 +40,8 @@ class QuantizedMatrix:
     group: int
     offsets: Tensor
     """int64: where each row, or pair of rows, begins in `values`; see `of`."""
+    run: int = 0
+    """4 or 8: every so many columns keep exactly half, which the kernels use; 0: not so."""
 
     @classmethod
     def of(
@@ -73,7 +75,7 @@ class QuantizedMatrix:
         parts = [None if t is None else t.contiguous() for t in (bitmap, zeros)]
         return cls(
             values.contiguous(), parts[0], scales.contiguous(), parts[1], outliers, shape, bits,
-            group, offsets,
+            group, offsets, reference.run_of(bitmap, shape[1]),
         )  # fmt: skip
 
     @property
@@ -127,10 +129,11 @@ def pack(
         exact, taken = _take_outliers(matrix, mask, outliers)
         matrix = matrix.masked_fill(taken, 0)
         mask = mask & ~taken
+    mask = reference.complete(mask)
     sparse = float(mask.sum()) * bits + mask.numel() < mask.numel() * bits
     kept = mask if sparse else torch.ones_like(mask)
     integers, scales, zeros = quantize(matrix, kept, bits, group, symmetric)
-    bitmap = bitmaps.pack(matrix, mask)[1] if sparse else None
+    bitmap = bitmaps.pack(matrix, kept)[1] if sparse else None
     shape = (matrix.shape[0], matrix.shape[1])
     if not sparse:
         fill = reference.padded_width(shape[1]) - shape[1]
@@ -172,8 +175,8 @@ def unpack(m: QuantizedMatrix) -> Tensor:
 def linear(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
     """x (..., in) times the quantised matrix transposed, plus bias (out,); in x's dtype.
 
-    Up to 8 rows of x are rounded to 8-bit integers, scaled per 128 inputs; a NaN or infinity then
-    makes every result that its 128 inputs reach NaN. Differentiable in x (as if nothing had been
+    x is rounded to 8-bit integers, scaled per 128 inputs; a NaN or infinity then makes every result
+    that its 128 inputs reach NaN. Differentiable in x (as if nothing had been
     rounded) and bias, at the memory of one dense weight. O(rows of x * kept weights).
     """
     eager = not torch.compiler.is_compiling()
@@ -185,7 +188,7 @@ def linear(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
 
 def _forward(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
     if _dispatch.isa_index() < 0:
-        return reference.linear(x, unpack(m), m.outliers, bias, native.MATVEC_ROWS)
+        return reference.linear(x, unpack(m), m.outliers, bias)
     return native.linear(x, m, bias)
 
 
@@ -193,7 +196,7 @@ def _forward(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
 _PARTS = (
     "Tensor values, Tensor offsets, Tensor? bitmap, Tensor scales, Tensor? zeros, "
     "Tensor? outlier_ptr, Tensor? outlier_cols, Tensor? outlier_values, "
-    "int[] shape, int bits, int group"
+    "int[] shape, int bits, int group, int run"
 )
 
 
@@ -201,14 +204,14 @@ def _flat(m: QuantizedMatrix) -> tuple[Any, ...]:
     """The matrix as `_PARTS` lists it."""
     outliers = m.outliers or (None, None, None)
     return (m.values, m.offsets, m.bitmap, m.scales, m.zeros, *outliers, list(m.shape), m.bits,
-            m.group)  # fmt: skip
+            m.group, m.run)  # fmt: skip
 
 
 def _matrix(parts: tuple[Any, ...]) -> QuantizedMatrix:
-    values, offsets, bitmap, scales, zeros, row_ptr, cols, exact, shape, bits, group = parts
+    values, offsets, bitmap, scales, zeros, row_ptr, cols, exact, shape, bits, group, run = parts
     outliers = None if row_ptr is None else (row_ptr, cols, exact)
     size = (shape[0], shape[1])
-    return QuantizedMatrix(values, bitmap, scales, zeros, outliers, size, bits, group, offsets)
+    return QuantizedMatrix(values, bitmap, scales, zeros, outliers, size, bits, group, offsets, run)
 
 
 @torch.library.custom_op(
@@ -222,7 +225,7 @@ def _quantized_linear(x: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
 
 @_quantized_linear.register_fake
 def _(x: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], parts[-3][0])
+    return x.new_empty(*x.shape[:-1], parts[-4][0])
 
 
 @torch.library.custom_op(
@@ -236,7 +239,7 @@ def _grad_x(grad: Tensor, *parts: Any) -> Tensor:
 
 @_grad_x.register_fake
 def _(grad: Tensor, *parts: Any) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], parts[-3][1])
+    return grad.new_empty(*grad.shape[:-1], parts[-4][1])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -248,7 +251,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = _grad_x(grad, *ctx.saved_tensors, *ctx.facts)
     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias else None
-    return grad_x, grad_bias, *[None] * 11
+    return grad_x, grad_bias, *[None] * 12
 
 
 _quantized_linear.register_autograd(_backward, setup_context=_setup)

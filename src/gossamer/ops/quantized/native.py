@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from gossamer.core.errors import UsageError
-from gossamer.ops._dispatch import isa_index, kernels
+from gossamer.ops._dispatch import ISAS, isa_index, kernels
+from gossamer.ops.quantized.reference import outlier_matrix, quantize_input
 
 if TYPE_CHECKING:
     from gossamer.ops.quantized import QuantizedMatrix
 
 MATVEC_ROWS = 8
-"""Up to so many rows of x the matrix-vector kernel serves, with 8-bit activations."""
+"""Up to so many rows of x the matrix-vector kernel serves."""
 _UNPACKED = 1 << 20
 """So many weights are unpacked at a time: 4 MB."""
 _SMALL = 1 << 15
@@ -30,14 +31,14 @@ def arguments(m: QuantizedMatrix) -> list[int]:
     ]
     shift = (m.group // 64).bit_length() - 1
     count = 0 if m.outliers is None else m.outliers[1].numel()
-    return [*addresses, *m.shape, shift, m.bits, m.values.numel(), count]
+    return [*addresses, *m.shape, shift, m.bits, m.values.numel(), count, m.run]
 
 
 def linear(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
     """x (..., in) times the matrix transposed plus bias; sums in float32.
 
-    Up to 8 rows of x become 8-bit integers, scaled per 128; more are multiplied as they are by
-    weights unpacked piece by piece.
+    The inputs are rounded to 8-bit integers, scaled per 128. Processors without byte dot products
+    multiply more than 8 rows of them, as float32, by weights unpacked piece by piece.
     """
     if x.shape[-1] != m.shape[1]:
         raise UsageError(f"expected inputs of width {m.shape[1]}, not {tuple(x.shape)}")
@@ -48,7 +49,11 @@ def linear(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
     rows = x.numel() // max(1, m.shape[1])
     if rows <= MATVEC_ROWS and x.dtype in (torch.float32, torch.bfloat16):
         return _matvec(x.contiguous(), m, bias, rows)
-    result = _unpacked(x.reshape(-1, m.shape[1]).float(), m, bias)
+    flat = x.reshape(-1, m.shape[1]).float().contiguous()
+    if ISAS[isa_index()] == "avx512" and _module().has_vnni():
+        result = _matmul(flat, m, bias)
+    else:
+        result = _unpacked(flat, m, bias)
     return result.to(x.dtype).reshape(*x.shape[:-1], m.shape[0])
 
 
@@ -75,9 +80,23 @@ def _matvec(x: Tensor, m: QuantizedMatrix, bias: Tensor | None, rows: int) -> Te
     return y
 
 
+def _matmul(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
+    y = torch.empty(x.shape[0], m.shape[0])
+    if y.numel():
+        _module().quantized_matmul(
+            arguments(m),
+            x.data_ptr(),
+            x.shape[0],
+            y.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            torch.get_num_threads(),
+        )
+    return y
+
+
 def _unpacked(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
     out, width = m.shape
-    x = x.contiguous()
+    rounded = quantize_input(x)
     y = torch.empty(x.shape[0], out)
     step = max(2, _UNPACKED // max(1, width))
     scratch = torch.empty(min(step, out), width)
@@ -86,9 +105,11 @@ def _unpacked(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
         rows = scratch[: last - first]
         _rows(m, first, last, rows)
         if bias is None:
-            torch.mm(x, rows.t(), out=y[:, first:last])
+            torch.mm(rounded, rows.t(), out=y[:, first:last])
         else:
-            torch.addmm(bias[first:last], x, rows.t(), out=y[:, first:last])
+            torch.addmm(bias[first:last], rounded, rows.t(), out=y[:, first:last])
+    if m.outliers is not None:  # which meet the inputs as they were
+        y += (x - rounded) @ outlier_matrix(m.outliers, m.shape).t()
     return y
 
 

@@ -142,6 +142,34 @@ def _places(counts: Tensor, offsets: Tensor, bits: int) -> tuple[Tensor, Tensor]
     return rows, offsets[rows // 2 if bits == 4 else rows] + rank
 
 
+def complete(mask: Tensor) -> Tensor:
+    """The mask (out, in), with a few positions more where that makes it even in the sense of
+    `run_of`: one weight that happens to be 0 must not undo a whole matrix's 2:4 pattern.
+    """
+    if mask.numel() == 0 or mask.shape[1] % WORD or int(mask.sum()) * 2 < 0.95 * mask.numel():
+        return mask
+    for run in (4, 8):
+        runs = mask.reshape(-1, run)
+        missing = run // 2 - runs.sum(dim=1, keepdim=True)
+        if bool((missing >= 0).all()):
+            free = ~runs
+            return (runs | (free & (free.cumsum(dim=1) <= missing))).reshape(mask.shape)
+    return mask
+
+
+def run_of(bitmap: Tensor | None, in_features: int) -> int:
+    """4 if every 4 columns of every row keep exactly 2, 8 if every 8 keep exactly 4, else 0; only
+    rows of whole 64-bit words can be either.
+    """
+    if bitmap is None or bitmap.numel() == 0 or in_features % WORD:
+        return 0
+    counts = torch.tensor([bin(byte).count("1") for byte in range(16)], dtype=torch.uint8)
+    low, high = counts[(bitmap & 15).int()], counts[(bitmap >> 4).int()]
+    if bool(((low == 2) & (high == 2)).all()):
+        return 4
+    return 8 if bool((low + high == 4).all()) else 0
+
+
 def padded_width(in_features: int) -> int:
     """Columns stored of a dense row."""
     return -(-in_features // WORD) * WORD
@@ -173,9 +201,7 @@ def unpack(
     integers = integers - (half if zeros is None else zeros.float()[:, columns])
     matrix = (integers * scales.float()[:, columns]).masked_fill(~mask, 0)
     if outliers is not None:
-        row_ptr, cols, exact = outliers
-        at = torch.repeat_interleave(torch.arange(rows), row_ptr.diff())
-        matrix.index_put_((at, cols.long()), exact, accumulate=True)
+        matrix += outlier_matrix(outliers, (rows, in_features))
     return matrix
 
 
@@ -191,24 +217,27 @@ def quantize_input(x: Tensor) -> Tensor:
     return rounded.flatten(-2)[..., :width]
 
 
+def outlier_matrix(outliers: tuple[Tensor, Tensor, Tensor], shape: tuple[int, int]) -> Tensor:
+    """The outliers as a dense float32 matrix (out, in)."""
+    row_ptr, cols, values = outliers
+    at = torch.repeat_interleave(torch.arange(shape[0]), row_ptr.diff())
+    return torch.zeros(shape).index_put_((at, cols.long()), values, accumulate=True)
+
+
 def linear(
     x: Tensor,
     matrix: Tensor,
     outliers: tuple[Tensor, Tensor, Tensor] | None,
     bias: Tensor | None,
-    rounded_rows: int,
 ) -> Tensor:
     """x (..., in) times the unpacked matrix (out, in) transposed; in x's dtype, sums in float32.
 
-    Up to `rounded_rows` rows of x are rounded first, except where they meet outliers.
+    x is rounded first, except where it meets outliers.
     """
     wide = x.float()
-    result = wide @ matrix.t()
-    if x.numel() <= rounded_rows * x.shape[-1] and x.dtype in (torch.float32, torch.bfloat16):
-        exact = torch.zeros_like(matrix)
-        if outliers is not None:
-            row_ptr, cols, values = outliers
-            at = torch.repeat_interleave(torch.arange(len(row_ptr) - 1), row_ptr.diff())
-            exact.index_put_((at, cols.long()), values, accumulate=True)
-        result = quantize_input(x) @ (matrix - exact).t() + wide @ exact.t()
+    rounded = quantize_input(x)
+    result = rounded @ matrix.t()
+    if outliers is not None:
+        exact = outlier_matrix(outliers, (matrix.shape[0], matrix.shape[1]))
+        result = result + (wide - rounded) @ exact.t()
     return (result if bias is None else result + bias.float()).to(x.dtype)

@@ -2,5 +2,5 @@
 #include <nanobind/nanobind.h>
 
 namespace gossamer {
-void bind_pointwise(nanobind::module_& m);
+void bind_conv(nanobind::module_& m);
 }
