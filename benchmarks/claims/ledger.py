@@ -40,12 +40,29 @@ def promise(
     differences = [a - b for a, b in zip(more, others, strict=True)]
     found = interval(differences)
     met = found["mean"] - found["ci95"] > -slack
-    return {"what": what, "slack": slack, "differences": differences, **found, "met": met}
+    excluded = found["mean"] + found["ci95"] <= -slack
+    return {
+        "what": what, "slack": slack, "differences": differences, **found,
+        "met": met, "excluded": excluded,
+    }  # fmt: skip
 
 
 def verdict(promises: Sequence[Mapping[str, Any]]) -> str:
-    """Holds where every promise is met."""
-    return HOLDS if all(p["met"] for p in promises) else FAILS
+    """Holds where every promise is met; does not where the interval of one excludes it. Between,
+    some interval holds both the claim and its opposite, and so few seeds do not decide."""
+    if any(p["excluded"] for p in promises):
+        return FAILS
+    return HOLDS if all(p["met"] for p in promises) else UNTESTABLE
+
+
+def figures(promises: Sequence[Mapping[str, Any]]) -> str:
+    """The promises with their differences, and what became of each."""
+
+    def outcome(p: Mapping[str, Any]) -> str:
+        return "met" if p["met"] else "not met" if p["excluded"] else "undecided"
+
+    parts = [f"{p['what']}: {p['mean']:+.4f} ± {p['ci95']:.4f}, {outcome(p)}" for p in promises]
+    return ". ".join(parts) + "."
 
 
 def record(
@@ -59,10 +76,6 @@ def record(
     untestable: str = "",
 ) -> dict[str, Any]:
     """What is written down. untestable: why this size cannot decide, whatever the promises say."""
-    parts = [
-        f"{p['what']}: {p['mean']:+.4f} ± {p['ci95']:.4f}, {'met' if p['met'] else 'not met'}"
-        for p in promises
-    ]
     return {
         "method": method,
         "claimed": claimed,
@@ -70,7 +83,7 @@ def record(
         "measured": {name: {"seeds": list(v), **interval(v)} for name, v in arms.items()},
         "promises": list(promises),
         "verdict": UNTESTABLE if untestable else verdict(promises),
-        "why": " ".join(x for x in (untestable, ". ".join(parts) + ".", remark) if x),
+        "why": " ".join(x for x in (untestable, figures(promises), remark) if x),
     }
 
 

@@ -26,26 +26,9 @@ from gossamer.engine.train import SparseRun, sparse_training
 from gossamer.engine.true_sparse import TrueSparseRun, sparse_layers, true_sparse_training
 from gossamer.io import export, load, save
 from gossamer.methods import cards, find
-from gossamer.methods.weights import (
-    GMP,
-    IMP,
-    ISSP,
-    SCL,
-    SET,
-    SNIP,
-    SRSTE,
-    WGSEF,
-    GraNet,
-    Keep,
-    Magnitude,
-    MaskSparsity,
-    Random,
-    RigL,
-    SparseGPT,
-    SparseModelSoups,
-    StaticRandom,
-    Wanda,
-)
+from gossamer.methods.weights.catalogue import *  # noqa: F403 - every method by its name
+from gossamer.methods.weights.catalogue import CATALOGUE
+from gossamer.methods.weights.training.keep import Keep
 from gossamer.nn.semi_structured import from_semi_structured, to_semi_structured
 
 __version__ = "0.1.0"
@@ -53,17 +36,9 @@ __version__ = "0.1.0"
 __all__ = [
     "ER",
     "ERK",
-    "GMP",
-    "IMP",
-    "ISSP",
     "LAMP",
     "NM",
     "OWL",
-    "SCL",
-    "SET",
-    "SNIP",
-    "SRSTE",
-    "WGSEF",
     "Block",
     "Card",
     "Channel",
@@ -73,31 +48,22 @@ __all__ = [
     "FormatError",
     "Global",
     "GossamerError",
-    "GraNet",
     "Keep",
     "LayerRecord",
-    "Magnitude",
-    "MaskSparsity",
     "MissingExtra",
     "NonFiniteError",
     "Part",
     "PatternError",
     "PruneResult",
-    "Random",
-    "RigL",
     "RoundsResult",
     "ShrinkResult",
-    "SparseGPT",
-    "SparseModelSoups",
     "SparseRun",
-    "StaticRandom",
     "Support",
     "TrueSparseRun",
     "Uniform",
     "UniformPlus",
     "Unstructured",
     "UsageError",
-    "Wanda",
     "calibrate_costs",
     "cards",
     "compress",
@@ -120,3 +86,4 @@ __all__ = [
     "train_rounds",
     "true_sparse_training",
 ]
+__all__ += [x.__name__ for x in CATALOGUE]

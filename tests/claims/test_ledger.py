@@ -40,8 +40,10 @@ def test_the_verdict_follows_from_the_figures(path):
     again = [
         ledger.promise(p["what"], p["differences"], slack=p["slack"]) for p in found["promises"]
     ]
-    assert [p["met"] for p in again] == [p["met"] for p in found["promises"]]
-    assert found["verdict"] in (ledger.verdict(again), ledger.UNTESTABLE) and found["why"]
+    for key in ("met", "excluded"):
+        assert [p[key] for p in again] == [p[key] for p in found["promises"]]
+    assert found["verdict"] in (ledger.verdict(again), ledger.UNTESTABLE)
+    assert ledger.figures(again) in found["why"]
 
 
 def test_a_promise_can_fail():
@@ -51,7 +53,19 @@ def test_a_promise_can_fail():
     assert not ledger.promise("", [0.0, 1.0, 0.2], 0.0)["met"], "the interval spans zero"
     assert not ledger.promise("", [0.0, 0.0, 0.0], 0.0)["met"]
     assert ledger.promise("", [-0.01, -0.01, -0.01], 0.0, slack=0.02)["met"]
-    assert ledger.verdict([{"met": True}, {"met": False}]) == ledger.FAILS
+
+
+def test_a_verdict_needs_an_interval_on_one_side():
+    ledger = load("ledger")
+    met = ledger.promise("", [1.0, 1.1, 1.2])
+    undecided, excluded = (
+        ledger.promise("", [0.0, 1.0, 0.2]),
+        ledger.promise("", [-1.0, -1.1, -1.2]),
+    )
+    assert ledger.verdict([met, met]) == ledger.HOLDS
+    assert ledger.verdict([met, undecided]) == ledger.UNTESTABLE
+    assert ledger.verdict([met, undecided, excluded]) == ledger.FAILS
+    assert ledger.verdict([ledger.promise("", [0.0, 0.0, 0.0])]) == ledger.FAILS
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)

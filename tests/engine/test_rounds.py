@@ -1,12 +1,17 @@
 """Outer loops: what IMP rewinds to, what a soup is, and what is refused."""
 
 import copy
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import gossamer as gs
+from gossamer.engine.fit import Fit, Recipe
 
 TOTAL = 6
 
@@ -126,6 +131,105 @@ def test_keep_holds_the_zeros_of_a_pruned_model_through_decay_and_momentum():
         Train().steps(model, optimizer, range(5), 0)
     assert run.density == pytest.approx(0.3, abs=0.01)
     assert torch.equal(model[0].weight == 0, zeros) and int(zeros.sum()) > 40
+
+
+METHODS = {
+    "imp": lambda: gs.IMP(0.25, rounds=2, rewind=2),
+    "soups": lambda: gs.SparseModelSoups(0.25, rounds=2, members=2),
+}
+
+
+def noisy():
+    """With dropout, so that the state of torch's generator matters."""
+    return nn.Sequential(*build()[:3], nn.Dropout(0.3), build()[3])
+
+
+def in_rounds(model, method, folder, kill=(), stop=None):
+    """The loop over Fit, checkpoints every second step. kill: (part, step) to die at."""
+    taken = []
+
+    def train(model, trainer, part):
+        def loss(model, step):
+            x, y = batch(step, part.member)
+            return nn.functional.cross_entropy(model(x), y)
+
+        def report(fit):
+            taken.append((part.index, part.member, fit.step))
+            if taken[-1] == kill:
+                stop()
+
+        fit = Fit(model, trainer, loss, Recipe(TOTAL, 0.2), first=part.first, last=part.last)
+        fit.train(part.checkpoint, {"part": [part.index, part.member]}, 2, report)
+
+    data = [batch(step)[0] for step in range(4)]
+    result = gs.train_rounds(model, METHODS[method](), train, data=data, checkpoint=folder)
+    return result, taken
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kill", [(0, 0, 5), (1, 0, 5), (2, 0, 6), (2, 1, 5)])
+@pytest.mark.parametrize("name", METHODS)
+def test_stopped_inside_a_round_and_resumed_is_bitwise_equal(name, kill, tmp_path):
+    if name == "imp" and kill[1]:
+        return
+    whole, model = noisy(), noisy()
+    torch.manual_seed(7)
+    want, every = in_rounds(whole, name, None)
+
+    def stop():
+        raise Killed
+
+    torch.manual_seed(7)
+    with pytest.raises(Killed):
+        in_rounds(model, name, tmp_path, kill, stop)
+    again = noisy()
+    torch.manual_seed(8)
+    found, taken = in_rounds(again, name, tmp_path)
+    saved = (*kill[:2], kill[2] - 1 - (kill[2] - 1) % 2)  # the last one written
+    assert taken == every[every.index(saved) + 1 :]
+    assert found.densities == want.densities
+    assert torch.equal(flat_mask(found), flat_mask(want))
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+    result, taken = in_rounds(noisy(), name, tmp_path)
+    assert not taken and result.densities == want.densities, "finished already"
+
+
+def test_a_process_killed_inside_a_round_goes_on_where_it_was(tmp_path):
+    code = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[1]); import torch, test_rounds as t;"
+        "torch.set_num_threads(int(sys.argv[3]));"  # by which sums round differently
+        "model = t.noisy(); torch.manual_seed(7);"
+        "t.in_rounds(model, 'imp', sys.argv[2], (2, 0, 5),"
+        " lambda: os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    folder, threads = tmp_path / "loop", str(torch.get_num_threads())
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent), str(folder), threads],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    whole, again = noisy(), noisy()
+    torch.manual_seed(7)
+    in_rounds(whole, "imp", None)
+    _, taken = in_rounds(again, "imp", folder)
+    assert taken == [(2, 0, 5), (2, 0, 6)]
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+
+
+def test_the_folder_of_another_loop_is_refused(tmp_path):
+    in_rounds(noisy(), "imp", tmp_path)
+    with pytest.raises(gs.UsageError, match="another method"):
+        in_rounds(noisy(), "soups", tmp_path)
+    other = noisy()
+    with torch.no_grad():
+        other[0].weight.add_(1)
+    with pytest.raises(gs.UsageError, match="initial model"):
+        in_rounds(other, "imp", tmp_path)
 
 
 def test_bad_input():

@@ -115,3 +115,26 @@ def gs_peft():
     from gossamer.integrations import peft
 
     return peft
+
+
+def test_adapters_stay_dense_unless_asked_for():
+    _, model = adapted()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with (
+        pytest.raises(gs.UsageError, match="sparse_lora"),
+        gs.sparse_training(model, optimizer, gs.StaticRandom(0.5), total_steps=2),
+    ):
+        pass
+    base = model.base_model.model.first.base_layer.weight.requires_grad_()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with gs.sparse_training(model, optimizer, gs.StaticRandom(0.5), total_steps=2) as run:
+        model(X).square().mean().backward()
+        optimizer.step()
+    assert list(run.masks) == ["base_model.model.first.base_layer"]
+    assert int((base == 0).sum()) >= 36
+    for name, parameter in model.named_parameters():
+        assert "lora_A" not in name or bool(parameter.all()), name
+    with gs.sparse_training(
+        model, optimizer, gs.StaticRandom(0.5), total_steps=2, include=("*.lora_A.default",)
+    ) as run:
+        assert len(run.masks) == 4

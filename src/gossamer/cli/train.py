@@ -341,8 +341,8 @@ def _trainer(name: str) -> type[Any]:
     kind = find(name)
     if kind.card.kind != "trainer":
         raise UsageError(
-            f"--method {name} is a {kind.card.kind}, not a trainer of one run; choose a trainer of "
-            "gossamer methods, or gossamer compress for trained models"
+            f"--method {name} is not a trainer of one run but of kind {kind.card.kind}; choose a "
+            "trainer of gossamer methods, gs.train_rounds for rounds, or gossamer compress"
         )
     return kind
 

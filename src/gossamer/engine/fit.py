@@ -68,7 +68,10 @@ class Recipe:
 
 
 class Fit:
-    """A model in training. `loss(model, step)` is the loss of the batch of that step, from 0."""
+    """A model in training. `loss(model, step)` is the loss of the batch of that step, from 0.
+
+    first, last: the steps of the recipe to begin with and to stop before; all of them if left out.
+    """
 
     def __init__(
         self,
@@ -80,11 +83,13 @@ class Fit:
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         seed: int = 0,
+        first: int = 0,
+        last: int | None = None,
     ) -> None:
         self.model, self.method, self.loss, self.recipe = model, method, loss, recipe
         self.include, self.exclude, self.seed = include, exclude, seed
         self.optimizer = recipe.build(model)
-        self.step = 0
+        self.step, self.last = first, recipe.steps if last is None else last
         self.losses: list[float] = []
         self.run: SparseRun | None = None
         self._model = digest_model(model)
@@ -113,11 +118,11 @@ class Fit:
         name = json.dumps(facts, sort_keys=True, default=str)
         state = self._read(checkpoint, name)
         with self._opened(state):
-            while self.step < self.recipe.steps:
+            while self.step < self.last:
                 self._advance()
                 report(self)
-                last = self.step == self.recipe.steps
-                if checkpoint is not None and (self.step % save_every == 0 or last):
+                ends = self.step == self.last
+                if checkpoint is not None and (self.step % save_every == 0 or ends):
                     write_state(checkpoint, self._state(name))
 
     @contextmanager

@@ -1,9 +1,14 @@
-"""Outer loops over training: prune and train again, in rounds, by the caller's own training."""
+"""Outer loops over training: prune and train again, in rounds, by the caller's own training.
+
+The loop is a list of trainings. With a folder for checkpoints it writes after each what the next
+one starts from, and gives the training a file of its own for what lies between.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -11,25 +16,31 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from gossamer.core.allocation import LayerInfo
-from gossamer.core.errors import UsageError
+from gossamer.core.errors import FormatError, UsageError
 from gossamer.core.pattern import Unstructured
 from gossamer.core.support import Support
+from gossamer.engine.checkpoint import random_state, read_state, set_random_state, write_state
+from gossamer.engine.data import digest_model
 from gossamer.engine.protocols import Rounds, Trainer
 from gossamer.engine.train_layers import TrainedLayer, unfrozen_layers
 
 State: TypeAlias = dict[str, Tensor]
+FILE = "rounds.safetensors"
 
 
 @dataclass(frozen=True)
 class Part:
     """One training that is asked for. Round 0 is the dense one; `member` counts its copies, which
     differ by what the caller makes of it (a seed, a decay). first: the step at which data order and
-    learning rate go on. last: the step to stop before, or None for the end."""
+    learning rate go on. last: the step to stop before, or None for the end. checkpoint: where to
+    keep the state of this training, and to go on from if it is there; None where the loop has no
+    folder."""
 
     index: int
     member: int = 0
     first: int = 0
     last: int | None = None
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -49,16 +60,19 @@ def train_rounds(
     exclude: Sequence[str] = (),
     data: Sequence[Any] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
+    checkpoint: str | Path | None = None,
 ) -> RoundsResult:
     """Run an outer loop (IMP, SparseModelSoups) over `train`, in place.
 
     train(model, trainer, part) trains the model inside `sparse_training(model, optimizer, trainer,
     ...)` with the same include and exclude, an optimizer of its own, and the steps that `part`
     names. data: batches of inputs on which batch norms take new statistics after averaging.
-    evaluate: a score of the model, higher is better; with it soups are greedy.
+    evaluate: a score of the model, higher is better; with it soups are greedy. checkpoint: a
+    folder; the same call on the same initial model goes on there after a kill, at the training
+    that was running, and within it where `train` keeps its state in `part.checkpoint`.
 
-    Raises UsageError where averaging meets a batch norm and there is no data, and where `train`
-    moved a weight outside the support.
+    Raises UsageError where averaging meets a batch norm and there is no data, where `train` moved
+    a weight outside the support, and where the folder belongs to another loop.
     """
     model = getattr(model, "_orig_mod", model)
     layers = unfrozen_layers(model, include, exclude)
@@ -66,30 +80,121 @@ def train_rounds(
         raise UsageError(
             "averaged weights need new batch norm statistics: pass data=, batches of inputs"
         )
-    masks = {x.name: torch.ones_like(x.matrix(x.weight), dtype=torch.bool) for x in layers}
-    first = method.rewind or 0
-    if first:
-        train(model, method.hold(masks), Part(0, last=first))
-    early = _copy(model)
-    train(model, method.hold(masks), Part(0, first=first))
-    densities = [1.0]
-    for index in range(1, method.rounds + 1):
-        masks = method.prune(_infos(layers), masks, index)
-        if method.rewind is not None:
-            model.load_state_dict(early)
-        _apply(layers, masks)
-        start, members = _copy(model), []
-        for member in range(method.members):
-            model.load_state_dict(start)
-            train(model, method.hold(masks), Part(index, member, first))
-            _check_zeros(layers, masks)
-            members.append(_copy(model))
-        if len(members) > 1:
-            _average(model, members, data, evaluate)
-        kept = sum(int(mask.sum()) for mask in masks.values())
-        densities.append(kept / sum(mask.numel() for mask in masks.values()))
+    loop = _Loop(model, method, layers, None if checkpoint is None else Path(checkpoint))
+    loop.open()
+    for part in loop.parts()[loop.done :]:
+        loop.begin(part)
+        train(model, method.hold(loop.masks), loop.with_checkpoint(part))
+        if part.index:
+            _check_zeros(layers, loop.masks)
+            loop.members.append(_copy(model))
+            if part.member == method.members - 1:
+                if len(loop.members) > 1:
+                    _average(model, loop.members, data, evaluate)
+                loop.densities.append(loop.density())
+        loop.end()
+    masks = loop.masks
     supports = {n: Support(m, Unstructured(), float(m.double().mean())) for n, m in masks.items()}
-    return RoundsResult(supports, tuple(densities))
+    return RoundsResult(supports, tuple(loop.densities))
+
+
+class _Loop:
+    """Where a loop stands, between two of its trainings."""
+
+    def __init__(
+        self, model: nn.Module, method: Rounds, layers: list[TrainedLayer], folder: Path | None
+    ) -> None:
+        self.model, self.method, self.layers, self.folder = model, method, layers, folder
+        self.done = 0
+        self._facts: dict[str, Any] = {}
+        self.masks = {x.name: torch.ones_like(x.matrix(x.weight), dtype=torch.bool) for x in layers}
+        self.densities = [1.0]
+        self.members: list[State] = []
+        self.early: State = {}
+        self.pruned: State = {}
+
+    def parts(self) -> list[Part]:
+        """Every training of the loop, in order."""
+        first = self.method.rewind or 0
+        dense = [Part(0, last=first)] * bool(first) + [Part(0, first=first)]
+        rounds = range(1, self.method.rounds + 1)
+        return dense + [Part(i, m, first) for i in rounds for m in range(self.method.members)]
+
+    def begin(self, part: Part) -> None:
+        """Put the model where this training starts."""
+        if part.index == 0:
+            if part.last is None:
+                self.early = _copy(self.model)
+            return
+        if part.member == 0:
+            self.masks = self.method.prune(_infos(self.layers), self.masks, part.index)
+            if self.method.rewind is not None:
+                self.model.load_state_dict(self.early)
+            _apply(self.layers, self.masks)
+            self.pruned, self.members = _copy(self.model), []
+        self.model.load_state_dict(self.pruned)
+
+    def end(self) -> None:
+        """Count the training, and write where the loop stands."""
+        self.done += 1
+        self._write()
+        if self.folder is not None:
+            self._part_file(self.done - 1).unlink(missing_ok=True)
+
+    def with_checkpoint(self, part: Part) -> Part:
+        """The part with the file of its own."""
+        file = None if self.folder is None else self._part_file(self.done)
+        return replace(part, checkpoint=file)
+
+    def density(self) -> float:
+        """The share of weights in the support."""
+        kept = sum(int(mask.sum()) for mask in self.masks.values())
+        return kept / sum(mask.numel() for mask in self.masks.values())
+
+    def open(self) -> None:
+        """Go on from the folder; without one there, begin it."""
+        if self.folder is None:
+            return
+        file = self.folder / FILE
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._facts = {
+            "method": repr(self.method),
+            "layers": [x.name for x in self.layers],
+            "initial weights": digest_model(self.model),
+            "torch": str(torch.__version__),
+        }
+        if not file.exists():
+            self._write()
+            return
+        state = read_state(file)
+        if state.get("facts") != self._facts:
+            raise UsageError(
+                f"{file} belongs to another method, initial model or torch; choose another folder"
+            )
+        device = {x.name: x.weight.device for x in self.layers}
+        try:
+            self.done, self.densities = state["done"], state["densities"]
+            self.masks = {name: mask.to(device[name]) for name, mask in state["masks"].items()}
+            self.early, self.pruned = state["early"], state["pruned"]
+            self.members = state["members"]
+            self.model.load_state_dict(state["model"])
+            set_random_state(state["random"])
+        except (KeyError, TypeError, RuntimeError):
+            raise FormatError(f"{file}: damaged; delete its folder and start again") from None
+
+    def _write(self) -> None:
+        if self.folder is None:
+            return
+        state = {
+            "facts": self._facts, "done": self.done, "densities": self.densities,
+            "masks": self.masks, "early": self.early, "pruned": self.pruned,
+            "members": self.members, "model": self.model.state_dict(), "random": random_state(),
+        }  # fmt: skip
+        write_state(self.folder / FILE, state)
+
+    def _part_file(self, number: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"part-{number}.safetensors"
 
 
 def _average(

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gossamer.core.errors import NonFiniteError, UsageError
 from gossamer.core.matrix import is_transposed
 from gossamer.engine.distributed import Ranks, is_sharded, local, local_part, whole
-from gossamer.models.layers import prunable_layers
+from gossamer.models.layers import adapter_prefixes, prunable_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,12 @@ def unfrozen_layers(
         if weight.requires_grad and id(weight) not in layers:
             layers[id(weight)] = TrainedLayer(name, module, cast(nn.Parameter, weight), block)
     if not layers:
-        raise UsageError("every layer that could be masked is frozen")
+        hint = (
+            "; adapters stay dense, and sparse_lora of gossamer.integrations.peft holds the zeros"
+        )
+        raise UsageError(
+            "every layer that could be masked is frozen" + hint * bool(adapter_prefixes(model))
+        )
     return list(layers.values())
 
 

@@ -22,8 +22,8 @@ from gossamer.models.layers import prunable_layers
 from gossamer.nn.sparse import SparseConv2d, SparseLayer, SparseLinear, carry, random_positions
 
 VERSION = 1
-_BLOCK = 1 << 20
-"""So many numbers of a dense gradient exist at a time: 4 MB."""
+_BLOCK = 1 << 18
+"""So many numbers of a dense gradient exist at a time: 1 MB."""
 
 
 def sparse_layers(

@@ -24,7 +24,8 @@ def prunable_layers(
     """The layers to prune, as name -> (module, index of its block or None), in module order.
 
     Default: every Linear, Conv1D or ungrouped Conv2d inside the blocks; in a model without blocks,
-    every one that is not named as an output head. Embeddings and heads stay dense. `include` adds
+    every one that is not named as an output head. Embeddings, heads and the matrices of peft's
+    adapters (LoRA and kin) stay dense. `include` adds
     layers and `exclude` removes them, by `fnmatch` patterns on the dotted name (`lm_head`,
     `*.q_proj`). With `tied`, layers that share a weight among themselves are welcome.
 
@@ -34,13 +35,14 @@ def prunable_layers(
     blocks = find_blocks(model)
     everywhere = not blocks or isinstance(model, nn.Sequential)
     layers = {name: module for name, module in model.named_modules() if is_prunable(module)}
+    adapters = adapter_prefixes(model)
     added = _matching(include, layers, model, "include")
     removed = _matching(exclude, layers, model, "exclude")
     chosen: dict[str, tuple[nn.Module, int | None]] = {}
     for name, module in layers.items():
         block = _block_of(name, blocks)
         default = not is_head(name) if everywhere else block is not None
-        default = default and not isinstance(module, nn.Embedding)
+        default = default and not isinstance(module, nn.Embedding) and not name.startswith(adapters)
         if (default or name in added) and name not in removed:
             chosen[name] = (module, block)
     if not chosen:
@@ -50,6 +52,15 @@ def prunable_layers(
         )
     _check_tied(model, chosen, tied)
     return chosen
+
+
+def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """How the names of the modules begin that peft added beside a layer of the model."""
+    return tuple(
+        f"{name}.{part}." if name else f"{part}."
+        for name, module in model.named_modules()
+        for part in getattr(module, "adapter_layer_names", ())
+    )
 
 
 def _matching(

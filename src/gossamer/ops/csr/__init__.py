@@ -73,16 +73,17 @@ def build(positions: Tensor, shape: tuple[int, int]) -> Index:
             raise UsageError("positions must ascend, none twice")
     rows = positions // max(1, in_features)
     columns = positions - rows * in_features
-    turned, places = torch.sort(columns * out + rows)
-    columns_again = columns[places]
-    rows_again = turned - columns_again * out
+    splits, columns_out = reference.index(rows, columns, (out, in_features)), columns.int()
+    # What is no longer needed goes before the sort: each of these is twice the size of the values.
+    turned, places = torch.sort(columns.mul_(out).add_(rows))
+    del columns
+    places_out = places.int()
+    del places
+    columns_again = torch.div(turned, max(1, out), rounding_mode="floor", out=rows)
+    rows_again = turned.sub_(columns_again, alpha=out)
+    column_splits = reference.index(columns_again, rows_again, (in_features, out))
     return Index(
-        columns.int(),
-        reference.index(rows, columns, (out, in_features)),
-        rows_again.int(),
-        reference.index(columns_again, rows_again, (in_features, out)),
-        places.int(),
-        (out, in_features),
+        columns_out, splits, rows_again.int(), column_splits, places_out, (out, in_features)
     )
 
 

@@ -20,7 +20,7 @@ def index(major: Tensor, minor: Tensor, shape: tuple[int, int]) -> Tensor:
     blocks = -(-cols // BLOCK)
     starts = torch.arange(rows) * (blocks * BLOCK)
     wanted = starts.unsqueeze(0) + (torch.arange(blocks + 1) * BLOCK).unsqueeze(1)
-    keys = major.long() * (blocks * BLOCK) + minor.long()
+    keys = (major.long() * (blocks * BLOCK)).add_(minor)
     return torch.searchsorted(keys, wanted)
 
 

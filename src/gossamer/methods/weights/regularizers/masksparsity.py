@@ -21,7 +21,7 @@ from gossamer.methods.weights.regularizers.groups import (
     members,
     row_masks,
 )
-from gossamer.methods.weights.training.topology import Fixed, check_fraction
+from gossamer.methods.weights.training.topology import Fixed, check_fraction, every_weight
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class MaskSparsity(Fixed):
     ) -> dict[str, Tensor]:
         """Every channel; the sets are checked now."""
         members(self.coupled, "norms", layers)
-        return {x.name: torch.ones_like(x.weight, dtype=torch.bool) for x in layers}
+        return every_weight(layers)
 
     def own(self, layers: Sequence[LayerInfo], generator: torch.Generator) -> dict[str, Tensor]:
         """The marks, bool (channels, 1): which channels are to stay."""

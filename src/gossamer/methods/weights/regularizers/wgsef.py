@@ -22,7 +22,7 @@ from gossamer.methods.weights.regularizers.groups import (
     members,
     row_masks,
 )
-from gossamer.methods.weights.training.topology import Fixed, check_fraction
+from gossamer.methods.weights.training.topology import Fixed, check_fraction, every_weight
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class WGSEF(Fixed):
     ) -> dict[str, Tensor]:
         """Every weight; the sets are checked now."""
         members(self.coupled, "layers", layers)
-        return {x.name: torch.ones_like(x.weight, dtype=torch.bool) for x in layers}
+        return every_weight(layers)
 
     def due(self, step: int, total: int) -> bool:
         """At the last step of the stage."""

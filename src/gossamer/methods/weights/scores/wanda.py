@@ -38,7 +38,7 @@ class Wanda:
         defaults="Ranked per output row; N:M within groups of consecutive inputs; 128 calibration "
         "windows.",
         notes="Blocks and channels are not in the paper; a unit's score is the sum of its "
-        "weights' scores. On the bundled model the claim does not hold (three seeds, "
+        "weights' scores. On the bundled model the claim was not seen (three seeds, "
         "benchmarks/results/pruning_quality.json): 1.106 bits per byte at 50% where Magnitude has "
         "1.104, 2.11 against 1.63 at 70%, 1.248 against 1.226 at 2:4, although in every layer the "
         "error of the outputs is smaller than Magnitude's at the same scope. The norm counts an "

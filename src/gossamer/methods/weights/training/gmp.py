@@ -20,6 +20,7 @@ from gossamer.methods.weights.training.topology import (
     ShapeAllocation,
     check_every,
     check_fraction,
+    every_weight,
     keep_largest,
     layer_counts,
     top_among,
@@ -74,7 +75,7 @@ class GMP(Fixed):
     ) -> dict[str, Tensor]:
         """Every weight; the target is checked now rather than at the first update."""
         layer_counts(layers, self.allocation, self.density)
-        return {x.name: torch.ones_like(x.weight, dtype=torch.bool) for x in layers}
+        return every_weight(layers)
 
     def due(self, step: int, total: int) -> bool:
         """At `begin`, every `every` steps after it, and at `end`."""

@@ -16,6 +16,7 @@ from gossamer.methods.weights.training.topology import (
     Fixed,
     ShapeAllocation,
     check_fraction,
+    every_weight,
     keep_largest,
     layer_counts,
 )
@@ -66,7 +67,7 @@ class ISSP(Fixed):
     ) -> dict[str, Tensor]:
         """Every weight; the target is checked now rather than at the end of the stage."""
         layer_counts(layers, self.allocation, self.density)
-        return {x.name: torch.ones_like(x.weight, dtype=torch.bool) for x in layers}
+        return every_weight(layers)
 
     def due(self, step: int, total: int) -> bool:
         """At the last step of the stage."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from gossamer.core.allocation import LayerInfo
 from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
-from gossamer.methods.weights.training.topology import Fixed, check_fraction
+from gossamer.methods.weights.training.topology import Fixed, check_fraction, every_weight
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class SCL(Fixed):
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
         """Every weight on."""
-        return {x.name: torch.ones_like(x.weight, dtype=torch.bool) for x in layers}
+        return every_weight(layers)
 
     def own(self, layers: Sequence[LayerInfo], generator: torch.Generator) -> dict[str, Tensor]:
         """The variables v, one per weight, float32."""

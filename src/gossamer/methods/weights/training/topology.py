@@ -71,6 +71,11 @@ class Fixed:
         return layer.own
 
 
+def every_weight(layers: Sequence[LayerInfo]) -> dict[str, Tensor]:
+    """Masks that leave nothing out: where a dense-to-sparse method starts."""
+    return {x.name: torch.ones_like(x.weight, dtype=torch.bool) for x in layers}
+
+
 def layer_counts(
     layers: Sequence[LayerInfo], allocation: ShapeAllocation, density: float
 ) -> dict[str, int]:
