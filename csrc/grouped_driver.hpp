@@ -26,11 +26,13 @@ __attribute__((always_inline)) inline void pattern(int count, const uint16_t*& c
   for (int i = 0; i < count; ++i) {
     const auto* from = reinterpret_cast<const Wide*>(x + int64_t{*columns++} * (16 * NV));
     Wide input[NV];
+#pragma GCC unroll 4
     for (int k = 0; k < NV; ++k) input[k] = from[k];
 #pragma GCC unroll 4
     for (int r = 0; r < kTile; ++r) {
       if (!(P >> r & 1)) continue;
       const Wide weight = spread(values++);
+#pragma GCC unroll 4
       for (int k = 0; k < NV; ++k) sums[r][k] += weight * input[k];
     }
   }
@@ -44,15 +46,21 @@ __attribute__((always_inline)) inline void patterns(const uint16_t* counts, cons
   if constexpr (P < 15) patterns<T, NV, P + 1>(counts, columns, values, x, sums);
 }
 
+// Every loop over sums is unrolled by order: left to itself GCC 12 keeps them in memory between
+// patterns.
 template <class T, int NV>
 void tile_product(const uint16_t* counts, const uint16_t* columns, const T* values, const float* x,
                   float* y) {
   Wide sums[kTile][NV];
   auto* out = reinterpret_cast<Wide*>(y);
+#pragma GCC unroll 4
   for (int r = 0; r < kTile; ++r)
+#pragma GCC unroll 4
     for (int k = 0; k < NV; ++k) sums[r][k] = out[r * NV + k];
   patterns<T, NV, 1>(counts, columns, values, x, sums);
+#pragma GCC unroll 4
   for (int r = 0; r < kTile; ++r)
+#pragma GCC unroll 4
     for (int k = 0; k < NV; ++k) out[r * NV + k] = sums[r][k];
 }
 

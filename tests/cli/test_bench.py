@@ -131,9 +131,9 @@ def test_conv_case(monkeypatch):
     assert single["served"] and single["ratio"] > 0
     assert not conv.measure(conv.Case("layer", 9, 0.5, 1, 16), LIMITS, repeats=1)["served"]
 
-    def wrong(model):
+    def wrong(model, **options):
         model[0].bias.data.add_(1)
-        return compress(model)
+        return compress(model, **options)
 
     monkeypatch.setattr(conv, "compress", wrong)
     with pytest.raises(GossamerError, match="gossamer is wrong"):
@@ -206,7 +206,7 @@ def test_decode_against_llama_cpp(monkeypatch, capsys, tmp_path):
     main([*argv, "--json"])
     first, *classes = json.loads(capsys.readouterr().out)["cases"]
     assert [case["case"]["peer"] for case in classes] == [
-        f"llama.cpp {name}" for name in llama_cpp.CLASSES
+        f"llama.cpp {each.peer}" for each in llama_cpp.CLASSES
     ]
     assert "peer" not in first["case"]
     for case in classes:
@@ -221,7 +221,7 @@ def test_decode_against_llama_cpp(monkeypatch, capsys, tmp_path):
     right = decoder.Decoder.step
     monkeypatch.setattr(decoder.Decoder, "step", lambda self, token: 2 * right(self, token))
     with pytest.raises(GossamerError, match="decoding is wrong"):
-        llama_cpp.measure(tmp_path / "llama-1b", "llama-1b", "F16", LIMITS, 1)
+        llama_cpp.measure(tmp_path / "llama-1b", "llama-1b", llama_cpp.CLASSES[0], LIMITS, 1)
 
 
 def test_a_peer_that_is_missing_costs_a_line(monkeypatch):

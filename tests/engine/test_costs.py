@@ -10,7 +10,7 @@ from torch import nn
 import gossamer as gs
 from gossamer.core.costs import Costs, Work, fit
 from gossamer.engine import measure_costs
-from gossamer.nn import BitmapLinear, PointwiseConv2d
+from gossamer.nn import BitmapLinear, PackedConv2d
 from gossamer.nn.costs import cache_file, cached_costs, machine, read_costs, store_costs
 from gossamer.ops._dispatch import isa_index
 from gossamer.ops.bitmap import native
@@ -129,7 +129,7 @@ def test_convolutions(density):
     net = nn.Sequential(nn.Conv2d(64, 64, 1))
     net[0].weight.data[torch.rand_like(net[0].weight) > density] = 0
     record = gs.compress(net, costs=costs()).layers[0]
-    assert isinstance(net[0], PointwiseConv2d) == (density == 0.1)
+    assert isinstance(net[0], PackedConv2d) == (density == 0.1)
     assert "for 196 pixels" in record.decided and set(record.predicted) == {
         "dense",
         "sparse-conv",

@@ -1,7 +1,8 @@
 """llama.cpp as a peer of whole models: the same random weights, class by class, in one process.
 
 Half of our weights are zero: bfloat16 against F16, 8 bits against Q8_0, 4 bits (the head 8) against
-Q4_0. Model files go to a folder and are used again.
+Q4_0, with 2:4 zeros too; then our dense integers, which any zeros have to beat. Model files go to a
+folder and are used again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,37 @@ from torch import nn
 from gossamer.bench.decode import build
 from gossamer.bench.measure import Limits
 from gossamer.core.errors import GossamerError, MissingExtra
-from gossamer.core.pattern import Unstructured
+from gossamer.core.pattern import Pattern, parse_pattern
 from gossamer.core.select import select
 from gossamer.engine.compress import compress
 from gossamer.engine.decoder import Decoder
 from gossamer.io import load, save
 from gossamer.nn import BitmapLinear, QuantizedLinear
 
-CLASSES: dict[str, int | None] = {"F16": None, "Q8_0": 8, "Q4_0": 4}
-"""Our bits by llama.cpp's name; None: bfloat16."""
-_KINDS = {"Q8_0": 7, "Q4_0": 2}
+
+@dataclass(frozen=True)
+class Class:
+    """What meets what: bits None for bfloat16, pattern "" for dense."""
+
+    peer: str
+    bits: int | None
+    pattern: str
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder that holds our side."""
+        return f"ours-{self.peer}-{(self.pattern or 'dense').replace(':', '-')}"
+
+
+CLASSES = (
+    Class("F16", None, "unstructured:row"),
+    Class("Q8_0", 8, "unstructured:row"),
+    Class("Q4_0", 4, "unstructured:row"),
+    Class("Q4_0", 4, "2:4"),
+    Class("Q8_0", 8, ""),
+    Class("Q4_0", 4, ""),
+)
+_KINDS = {"F16": None, "Q8_0": 7, "Q4_0": 2}
 PROMPT, STEPS = 256, 16
 _NAMES = {
     "model.embed_tokens": "token_embd",
@@ -56,28 +79,42 @@ def missing() -> str | None:
 
 def prepare(folder: Path, geometry: str) -> None:
     """Write the models of every class that are not there yet; random weights, seed 0."""
-    wanted = [name for name in CLASSES if not (folder / f"{name}.ok").exists()]
-    if not wanted:
+    peers = [kind for kind in _KINDS if not (folder / f"{kind}.gguf").exists()]
+    wanted = [each for each in CLASSES if not (folder / each.folder).exists()]
+    if not peers and not wanted:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    library: Any = importlib.import_module("llama_cpp")
     dense = build(geometry, torch.bfloat16)
-    _write_gguf(dense, folder / "F16.gguf")
-    for name, kind in _KINDS.items():
-        params = library.llama_model_quantize_default_params()
-        params.ftype, params.nthread = kind, torch.get_num_threads()
-        source, target = str(folder / "F16.gguf"), str(folder / f"{name}.gguf")
-        if library.llama_model_quantize(source.encode(), target.encode(), params):
-            raise GossamerError(f"llama.cpp could not write {target}")
-    for name, module in dense.named_modules():
-        if isinstance(module, nn.Linear) and name != "lm_head":
-            support = select(module.weight.detach().float().abs(), Unstructured("row"), 0.5)
-            module.weight.data *= support.mask
-    for name in wanted:
+    for kind in peers:
+        _write_peer(dense, folder, kind)
+    for each in wanted:
         model = copy.deepcopy(dense)
-        compress(model, bits=CLASSES[name])
-        save(model, folder / f"ours-{name}", overwrite=True)
-        (folder / f"{name}.ok").touch()
+        if each.pattern:
+            _prune(model, parse_pattern(each.pattern))
+        compress(model, bits=each.bits, costs="rule")
+        save(model, folder / each.folder)
+
+
+def _prune(model: nn.Module, pattern: Pattern) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            support = select(module.weight.detach().float().abs(), pattern, 0.5)
+            module.weight.data *= support.mask
+
+
+def _write_peer(dense: nn.Module, folder: Path, kind: str) -> None:
+    """A file has its name only once it is whole."""
+    library: Any = importlib.import_module("llama_cpp")
+    target, part = folder / f"{kind}.gguf", folder / f"{kind}.part"
+    if _KINDS[kind] is None:
+        _write_gguf(dense, part)
+    else:
+        params = library.llama_model_quantize_default_params()
+        params.ftype, params.nthread = _KINDS[kind], torch.get_num_threads()
+        source = str(folder / "F16.gguf").encode()
+        if library.llama_model_quantize(source, str(part).encode(), params):
+            raise GossamerError(f"llama.cpp could not write {target}")
+    part.rename(target)
 
 
 def _write_gguf(model: Any, path: Path) -> None:
@@ -113,16 +150,16 @@ def _write_gguf(model: Any, path: Path) -> None:
 
 
 def measure(
-    folder: Path, geometry: str, name: str, limits: Limits, repeats: int = 5
+    folder: Path, geometry: str, each: Class, limits: Limits, repeats: int = 5
 ) -> dict[str, Any]:
     """Tokens per second of decoding and of a prompt, ours and llama.cpp's in turns.
 
     Raises GossamerError where our compiled step differs from the model run layer by layer.
     """
     library: Any = importlib.import_module("llama_cpp")
-    model = load(folder / f"ours-{name}")
+    model = load(folder / each.folder)
     theirs = library.Llama(
-        str(folder / f"{name}.gguf"),
+        str(folder / f"{each.peer}.gguf"),
         n_ctx=2 * PROMPT,
         n_batch=PROMPT,
         n_threads=torch.get_num_threads(),
@@ -131,18 +168,18 @@ def measure(
     )
     prompt = torch.randint(3, 32000, (1, PROMPT), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        _check(model, prompt[:, :16], name)
+        _check(model, prompt[:, :16], each.folder)
         turns = [(_ours(model, prompt), _theirs(theirs, prompt)) for _ in range(repeats + 1)][1:]
-    peer = f"llama.cpp {name}"
+    peer = f"llama.cpp {each.peer}"
     (our_step, our_prompt), (step, whole) = (
         [statistics.median(turn[who][what] for turn in turns) for what in (0, 1)] for who in (0, 1)
     )
-    bits = CLASSES[name]
     return {
         "case": {
             "geometry": geometry,
-            "dtype": "bfloat16" if bits is None else f"int{bits}",
-            "density": 0.5,
+            "dtype": "bfloat16" if each.bits is None else f"int{each.bits}",
+            "density": 0.5 if each.pattern else 1.0,
+            "pattern": each.pattern or "dense",
             "batch": 1,
             "peer": peer,
         },
@@ -152,8 +189,8 @@ def measure(
         "prompt_tokens_per_second": {"gossamer": PROMPT / our_prompt, peer: PROMPT / whole},
         "prompt_ratio": whole / our_prompt,
         "file_bytes": {
-            "gossamer": sum(f.stat().st_size for f in (folder / f"ours-{name}").glob("*.safe*")),
-            peer: (folder / f"{name}.gguf").stat().st_size,
+            "gossamer": sum(f.stat().st_size for f in (folder / each.folder).glob("*.safe*")),
+            peer: (folder / f"{each.peer}.gguf").stat().st_size,
         },
         "fraction_of_limit": limits.seconds(_bytes(model), 0.0)[0] / our_step,
         "limit": "bytes",

@@ -90,10 +90,10 @@ class Bench:
         folder = (Path(self.work) if self.work else cache_folder() / "bench") / self.geometry
         note(f"models for llama.cpp: {folder}")
         llama_cpp.prepare(folder, self.geometry)
-        for name in llama_cpp.CLASSES:
-            note(f"{self.geometry} against llama.cpp {name}")
+        for each in llama_cpp.CLASSES:
+            note(f"{self.geometry} against llama.cpp {each.peer}, {each.folder}")
             results.append(
-                llama_cpp.measure(folder, self.geometry, name, limits, min(self.repeats, 5))
+                llama_cpp.measure(folder, self.geometry, each, limits, min(self.repeats, 5))
             )
         return results
 
