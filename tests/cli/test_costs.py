@@ -10,7 +10,7 @@ from gossamer.cli import costs as module
 from gossamer.cli import main
 from gossamer.cli.costs import costs_named
 from gossamer.core.costs import Costs
-from gossamer.core.errors import FormatError, UsageError
+from gossamer.core.errors import DisturbedError, FormatError, UsageError
 from gossamer.nn.costs import cache_file, cached_costs, machine
 from gossamer.ops._dispatch import isa_index
 
@@ -34,6 +34,15 @@ def test_auto_measures_once_and_keeps_it(measured, capsys):
     assert "measuring" in capsys.readouterr().err
     cache_file().write_text("damaged")
     assert costs_named("auto") == MADE and len(measured) == 2
+
+
+def test_a_busy_machine_means_the_rule_and_nothing_is_kept(measured, monkeypatch, capsys):
+    def busy(**_):
+        raise DisturbedError("other work disturbs the measurement")
+
+    monkeypatch.setattr(module, "calibrate_costs", busy)
+    assert costs_named("auto") == "rule" and cached_costs() is None
+    assert "by rule this time" in capsys.readouterr().err
 
 
 def test_a_cache_that_cannot_be_written_costs_a_line(measured, monkeypatch, tmp_path, capsys):

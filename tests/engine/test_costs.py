@@ -9,6 +9,7 @@ from torch import nn
 
 import gossamer as gs
 from gossamer.core.costs import Costs, Work, fit
+from gossamer.core.errors import DisturbedError
 from gossamer.engine import measure_costs
 from gossamer.nn import BitmapLinear, PackedConv2d
 from gossamer.nn.costs import cache_file, cached_costs, machine, read_costs, store_costs
@@ -220,6 +221,7 @@ def test_calibration_measures_every_kernel(cache, monkeypatch):
     monkeypatch.setattr(measure_costs, "CONVOLUTIONS", ((16, 16),))
     monkeypatch.setattr(measure_costs, "PIXELS", (3, 5))
     monkeypatch.setattr(measure_costs, "_seconds", lambda layers, x: 1e-6 * layers[0](x).numel())
+    monkeypatch.setattr(measure_costs, "_usual", lambda *_: 1e-6)
     state = torch.random.get_rng_state()
     found = gs.calibrate_costs()
     assert torch.equal(state, torch.random.get_rng_state())
@@ -227,6 +229,22 @@ def test_calibration_measures_every_kernel(cache, monkeypatch):
     kernels = {"dense", "bitmap-matvec", "bitmap-unpack", "bitmap-spmm", "grouped-spmm"}
     names = {f"{k} {d}" for k in (*kernels, "block-spmm") for d in ("float32", "bfloat16")}
     assert set(found.terms) == names | {"dense-conv float32", "sparse-conv float32"}
+
+
+def test_threads_that_wait_for_others_end_the_calibration(cache, monkeypatch):
+    if isa_index() < 0:
+        pytest.skip("the kernels are not built")
+    before = torch.get_num_threads()
+    times = {1: 1e-6, 2: 9e-6}
+    monkeypatch.setattr(measure_costs, "_usual", lambda *_: times[torch.get_num_threads()])
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(DisturbedError, match="2 threads took 9 us where one took 1"):
+            gs.calibrate_costs()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert cached_costs() is None
 
 
 def test_a_result_prints_what_decided():

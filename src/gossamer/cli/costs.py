@@ -7,7 +7,7 @@ from typing import Literal
 
 from gossamer.cli.output import note
 from gossamer.core.costs import Costs
-from gossamer.core.errors import UsageError
+from gossamer.core.errors import DisturbedError, UsageError
 from gossamer.engine.measure_costs import calibrate_costs
 from gossamer.nn.costs import cached_costs, read_costs, store_costs
 from gossamer.ops import _dispatch
@@ -34,4 +34,10 @@ def costs_named(name: str) -> Costs | Literal["rule"]:
         return read_costs(Path(name))
     if _dispatch.isa_index() < 0:
         return "rule"
-    return cached_costs() or measure_costs()
+    if (known := cached_costs()) is not None:
+        return known
+    try:
+        return measure_costs()
+    except DisturbedError as error:
+        note(f"{error}. Kernels are chosen by rule this time")
+        return "rule"

@@ -21,6 +21,10 @@ class FormatError(GossamerError):
     """A file that is damaged, hostile or of an unknown version (exit code 2)."""
 
 
+class DisturbedError(GossamerError):
+    """A measurement that other work on the machine has spoilt; nothing was kept."""
+
+
 class MissingExtra(GossamerError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.costs import Costs, Work, fit
-from gossamer.core.errors import UsageError
+from gossamer.core.errors import DisturbedError, UsageError
 from gossamer.engine.progress import track
 from gossamer.nn import BitmapLinear, PackedConv2d
 from gossamer.nn.costs import machine, store_costs
@@ -37,9 +37,9 @@ Point = tuple[str, int, Work, float]
 def calibrate_costs(*, store: bool = True, progress: bool = False) -> Costs:
     """Time every kernel on a few layers, fit its costs, keep them for this user and machine.
 
-    About 15 seconds on two cores; whatever else runs meanwhile spoils the figures. `compress` and
-    `load` find what is stored. Raises UsageError where the kernels are not compiled, OSError where
-    the cache folder cannot be written.
+    About 15 seconds on two idle cores. `compress` and `load` find what is stored. Raises
+    DisturbedError where other work shows in the times, UsageError where the kernels are not
+    compiled, OSError where the cache folder cannot be written.
     """
     if _dispatch.isa_index() < 0:
         raise UsageError("costs are those of compiled kernels, and none run here")
@@ -49,6 +49,7 @@ def calibrate_costs(*, store: bool = True, progress: bool = False) -> Costs:
     try:
         with track(total, progress, "measuring kernels") as step, torch.inference_mode():
             for label, found in itertools.chain(_linears(), _convolutions()):
+                check_quiet()
                 for name, rows, work, seconds in found:
                     points.setdefault(name, {}).setdefault(rows, []).append((work, seconds))
                 step(label)
@@ -62,6 +63,37 @@ def calibrate_costs(*, store: bool = True, progress: bool = False) -> Costs:
     if store:
         store_costs(costs)
     return costs
+
+
+def check_quiet() -> None:
+    """Raise DisturbedError where all threads together take twice as long as one, thrice in a row.
+
+    A product of 1024 x 1024 is shared in halves; they wait for each other, so work of others on any
+    core shows here first, and it would show in every kernel's costs.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return
+    layer, x = BitmapLinear.from_matrix(_matrix(1024, 1024, 0.5)), torch.randn(1, 1024)
+    for _ in range(3):
+        together = _usual(layer, x)
+        try:
+            torch.set_num_threads(1)
+            alone = _usual(layer, x)
+        finally:
+            torch.set_num_threads(threads)
+        if together <= 2 * alone:
+            return
+    raise DisturbedError(
+        f"other work disturbs the measurement: {threads} threads took {1e6 * together:.0f} us "
+        f"where one took {1e6 * alone:.0f}; try again on an idle machine, or set fewer threads"
+    )
+
+
+def _usual(layer: nn.Module, x: Tensor) -> float:
+    """Median seconds of a call."""
+    turn = itertools.cycle([layer])
+    return sorted(_burst(turn, x, 1) for _ in range(101))[50]
 
 
 def _linears() -> Iterator[tuple[str, list[Point]]]:
