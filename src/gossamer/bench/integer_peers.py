@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gossamer.bench.peers import Run
+from gossamer.bench.peers import Run, onnx_options
 
 BLOCK = 128
 """Inputs that share a scale in onnxruntime's 4-bit weights, as in ours."""
@@ -76,8 +76,7 @@ def _run(
     operator: str, parts: list[dict[str, Tensor]], x: Tensor, out: int, facts: dict[str, int]
 ) -> Run:
     onnx, onnxruntime = (importlib.import_module(name) for name in ("onnx", "onnxruntime"))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options = onnx_options(onnxruntime)
     sessions: list[Any] = []
     for weights in parts:
         helper, kind = onnx.helper, onnx.TensorProto.FLOAT

@@ -28,7 +28,7 @@ _ROUNDED = {"int8": 0.03, "int4": 0.25}
 @dataclass(frozen=True)
 class Case:
     """One measurement: the layer (out, in), dtype of its values, density and rows of input; the
-    block that is kept or dropped whole, such as 16x1, or none. Integers have a scale per 128
+    block that is kept or dropped whole, such as 16x1, or the even pattern, such as 2:4. Integers have a scale per 128
     columns; their peers get the weights in bfloat16, integer engines round them in their own ways."""
 
     out: int
@@ -64,6 +64,7 @@ def cases() -> list[Case]:
         for dtype in BITS
         for density in (0.5, 0.2, 1.0)
     ]
+    integers += [Case(4096, 11008, dtype, 0.5, 1, even) for dtype in BITS for even in ("2:4", "4:8")]
     return decode + integers + batches + blocks
 
 
@@ -122,6 +123,11 @@ def _size(layer: Layer) -> tuple[int, int]:
 def _matrix(case: Case) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(case.out, case.inputs, generator=generator)
+    if ":" in case.block:
+        keep, group = map(int, case.block.split(":"))
+        parts = matrix.reshape(-1, group)
+        parts.scatter_(1, torch.rand(parts.shape, generator=generator).argsort(1)[:, keep:], 0.0)
+        return parts.reshape(matrix.shape).to(torch.bfloat16)
     high, wide = map(int, case.block.split("x")) if case.block else (1, 1)
     drop = torch.rand(case.out // high, case.inputs // wide, generator=generator) > case.density
     drop = drop.repeat_interleave(high, 0).repeat_interleave(wide, 1)

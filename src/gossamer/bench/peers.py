@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,8 +39,7 @@ def onnx_dense(weights: list[Tensor], x: Tensor) -> Run | None:
         return None
     onnx, onnxruntime = (importlib.import_module(name) for name in ("onnx", "onnxruntime"))
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options = onnx_options(onnxruntime)
     sessions = []
     for weight in weights:
         helper, proto = onnx.helper, onnx.TensorProto
@@ -75,3 +75,13 @@ def scipy_csr(weights: list[Tensor], x: Tensor) -> Run | None:
     copies = itertools.cycle([sparse.csr_matrix(w.float().numpy()) for w in weights])
     inputs = x.t().contiguous().numpy()
     return lambda: torch.from_numpy(next(copies) @ inputs).t()
+
+
+def onnx_options(onnxruntime: Any) -> Any:
+    """torch's number of threads, which spin during a run and not after it: each session has its own,
+    and those of many sessions would take the processors from whoever runs next.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options

@@ -21,6 +21,8 @@ BITS = (4, 8)
 WORD = 64
 BLOCK = 128
 """Inputs that share a scale."""
+_AT_ONCE = 1 << 20
+"""So many weights are rounded at a time, so that what the search needs stays in a cache."""
 SLACK = 16
 """Bytes behind the values."""
 
@@ -57,11 +59,23 @@ def quantize(
         raise UsageError(f"group is a power of two of at least {WORD}, not {group}")
     if not bool(torch.isfinite(matrix).all()):
         raise NonFiniteError("a weight is NaN or infinite, which cannot be quantised")
+    step = max(1, _AT_ONCE // max(1, matrix.shape[1]))
+    parts = [
+        _quantize_rows(matrix[i : i + step].float(), mask[i : i + step], bits, group, symmetric)
+        for i in range(0, max(1, matrix.shape[0]), step)
+    ]
+    integers, scales = (torch.cat([part[k] for part in parts]) for k in (0, 1))
+    return integers, scales, None if symmetric else torch.cat([part[2] for part in parts])
+
+
+def _quantize_rows(
+    matrix: Tensor, mask: Tensor, bits: int, group: int, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, cols = matrix.shape
     count = groups_of(cols, group)
     pad = count * group - cols
     kept = torch.nn.functional.pad(mask, (0, pad)).reshape(rows, count, group)
-    weights = torch.nn.functional.pad(matrix.float(), (0, pad)).reshape(rows, count, group)
+    weights = torch.nn.functional.pad(matrix, (0, pad)).reshape(rows, count, group)
     weights = weights.masked_fill(~kept, 0)
     search = _symmetric if symmetric else _asymmetric
     scales, zeros = search(weights, kept, bits)
@@ -70,7 +84,7 @@ def quantize(
     integers = _round(weights, scales, zeros, low, high).reshape(rows, -1)[:, :cols]
     stored = scales.squeeze(-1).to(torch.bfloat16)
     if symmetric:
-        return (integers + half).to(torch.uint8), stored, None
+        return (integers + half).to(torch.uint8), stored, zeros
     return integers.to(torch.uint8), stored, zeros.squeeze(-1).to(torch.uint8)
 
 
