@@ -207,7 +207,7 @@ BAD = [
     ({"method": "srste", "density": 0.3}, "--pattern"),
     ({"method": "srste", "pattern": "2:5"}, "divisible by 5"),
     ({"method": "scl", "density": 0.3}, "no density to ask for"),
-    ({"method": "imp"}, "not a trainer of one run"),
+    ({"method": "imp", "options": '{"rewind": 3}'}, "rewinds"),
     ({"method": "wgsef"}, "coupled"),
     ({"pattern": "2:4"}, "leave it out"),
     ({"options": '{"speed": 3}'}, "no 'speed'"),

@@ -8,7 +8,6 @@ import json
 import platform
 import shlex
 import shutil
-import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,14 +20,18 @@ from torch import nn
 
 from gossamer.cli.inputs import density_of
 from gossamer.cli.output import note, print_json, print_table
+from gossamer.cli.train_result import log_step, record
+from gossamer.cli.train_rounds import RoundsRun
 from gossamer.cli.train_tasks import Images, Text, read_work
 from gossamer.core.allocation import ALLOCATIONS
 from gossamer.core.errors import MissingExtra, UsageError
-from gossamer.core.pattern import format_pattern, parse_pattern
+from gossamer.core.pattern import parse_pattern
 from gossamer.engine.fit import Fit, Recipe
 from gossamer.engine.flops import expected_flops, steps_for
 from gossamer.engine.journal import write_whole
 from gossamer.engine.progress import track
+from gossamer.engine.protocols import Rounds
+from gossamer.engine.rounds import expected_rounds_flops
 from gossamer.io.atomic import check_target, new_folder
 from gossamer.io.save import save
 from gossamer.methods import find
@@ -60,7 +63,7 @@ class Train:
     width: int = 0
     """of the small networks: first channels of the CNN (8), hidden units of the MLP (256)"""
     method: str = "rigl"
-    """a trainer of gossamer methods, or dense"""
+    """a trainer of gossamer methods, imp or sparsemodelsoups (rounds of trainings), or dense"""
     density: float | None = None
     """fraction of weights to keep; 0.1 unless the pattern says otherwise"""
     sparsity: float | None = None
@@ -76,7 +79,7 @@ class Train:
     exclude: list[str] = field(default_factory=list)
     """layers to leave dense, by name patterns"""
     steps: int = 300
-    """optimizer steps; with a sweep, those of the arm whose steps cost most"""
+    """optimizer steps, of each training in rounds; with a sweep, those of the costliest arm"""
     batch: int = 64
     """images or text windows in a step"""
     length: int = 128
@@ -185,9 +188,12 @@ class Train:
                                  "choose uniform, uniform+, er or erk, or leave it out")  # fmt: skip
             values["allocation"] = ALLOCATIONS[self.allocation]()
         try:
-            return kind(**values)
+            method = kind(**values)
         except TypeError as error:
             raise UsageError(f"--options: {name} cannot be made of them ({error})") from None
+        if isinstance(method, Rounds) and (method.rewind or 0) >= self.steps:
+            raise UsageError(f"--options: {name} rewinds to a step before --steps {self.steps}")
+        return method
 
     def _recipe(self, text: bool, steps: int) -> Recipe:
         name = self.optimizer or ("adamw" if text else "sgd")
@@ -208,21 +214,29 @@ class Train:
 
     def _fit(
         self, name: str, density: float | None, seed: int, steps: int, file: str, writer: Any
-    ) -> tuple[Fit, dict[str, Any], Images | Text]:
+    ) -> tuple[nn.Module, list[float], dict[str, Any], Images | Text]:
         """One run from its checkpoint or its start to its end, and what came out."""
-        work = self._work(seed)
+        work, method = self._work(seed), self._method(name, density)
+        options = dataclasses.asdict(self)
+        fingerprint = {k: v for k, v in options.items() if k not in OUTSIDE}
+        fingerprint.update(run=[name, density, seed, steps], content=work.digest())
+        prefix = f"{name}-{density}-{seed}/" if self._sweeps else ""
+        if isinstance(method, Rounds):
+            rounds = RoundsRun(
+                work, method, self._recipe(isinstance(work, Text), steps), seed,
+                self.include, self.exclude, (self._hidden / file).with_suffix(""), fingerprint,
+                self.save_every, writer, prefix,
+            )  # fmt: skip
+            return *rounds.train(name, density), work
         fit = Fit(
             work.build(seed),
-            self._method(name, density),
+            method,
             lambda model, step: work.loss(model, step, seed),
             self._recipe(isinstance(work, Text), steps),
             include=self.include,
             exclude=self.exclude,
             seed=seed,
         )
-        options = dataclasses.asdict(self)
-        fingerprint = {k: v for k, v in options.items() if k not in OUTSIDE}
-        fingerprint.update(run=[name, density, seed, steps], content=work.digest())
         with track(steps, True, f"{name} {seed}") as step:
             seen = 0
 
@@ -232,22 +246,22 @@ class Train:
                     step(f"loss {fit.losses[-1]:.4f}  density {fit.density:.4f}")
                 seen = fit.step
                 if writer is not None:
-                    _log(writer, fit, f"{name}-{density}-{seed}/" if self._sweeps else "")
+                    log_step(writer, fit, prefix)
 
             fit.train(self._hidden / file, fingerprint, self.save_every, report)
-        return fit, _record(fit, work, name, density, seed), work
+        return fit.model, fit.losses, record(fit, work, name, density, seed), work
 
     def _single(self, name: str, density: float | None, writer: Any) -> None:
-        fit, result, work = self._fit(
+        model, losses, result, work = self._fit(
             name, density, self.seed, self.steps, "checkpoint.safetensors", writer
         )
         result.update(self._facts())
-        curve = list(enumerate(fit.losses, 1))
+        curve = list(enumerate(losses, 1))
         result["loss"]["curve"] = curve[:: max(1, len(curve) // 400)]
         with new_folder(Path(self.out).resolve(), self.overwrite) as place:
             inner = place / "model"
             tokenizer = work.tokenizer if isinstance(work, Text) else None
-            save(fit.model, inner, tokenizer=tokenizer, provenance={"method": result["method"]})
+            save(model, inner, tokenizer=tokenizer, provenance={"method": result["method"]})
             for path in list(inner.iterdir()):
                 path.rename(place / path.name)
             inner.rmdir()
@@ -265,9 +279,10 @@ class Train:
         loss = partial(_first_loss, work, self.seed)
 
         def cost(arm: tuple[str, float | None], steps: int) -> float:
-            return expected_flops(
-                model, self._method(*arm), steps, loss, include=self.include, exclude=self.exclude
-            )
+            method, names = self._method(*arm), {"include": self.include, "exclude": self.exclude}
+            if isinstance(method, Rounds):
+                return expected_rounds_flops(model, method, steps, loss, **names)
+            return expected_flops(model, method, steps, loss, **names)
 
         budget = max(cost(arm, self.steps) for arm in arms)
         result: dict[str, Any] = {
@@ -303,7 +318,7 @@ class Train:
             if kept["options"] == json.loads(json.dumps(options)) and kept["steps"] == steps:
                 run: dict[str, Any] = kept["run"]
                 return run
-        run = self._fit(name, density, seed, steps, f"{label}.safetensors", writer)[1]
+        run = self._fit(name, density, seed, steps, f"{label}.safetensors", writer)[2]
         body = json.dumps({"options": options, "steps": steps, "run": run})
         write_whole(done, lambda path: path.write_text(body))
         return run
@@ -339,10 +354,10 @@ class Train:
 
 def _trainer(name: str) -> type[Any]:
     kind = find(name)
-    if kind.card.kind != "trainer":
+    if kind.card.kind not in ("trainer", "rounds"):
         raise UsageError(
-            f"--method {name} is not a trainer of one run but of kind {kind.card.kind}; choose a "
-            "trainer of gossamer methods, gs.train_rounds for rounds, or gossamer compress"
+            f"--method {name} does not train: it is of kind {kind.card.kind}; choose a trainer of "
+            "gossamer methods, or gossamer compress"
         )
     return kind
 
@@ -357,39 +372,3 @@ def _first_loss(work: Images | Text, seed: int, model: nn.Module) -> torch.Tenso
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _log(writer: Any, fit: Fit, prefix: str) -> None:
-    values = {"loss": fit.losses[-1], "density": fit.density, "flops": fit.meter.spent}
-    values["lr"] = fit.optimizer.param_groups[0]["lr"]
-    if fit.run is not None:
-        values.update(itop_rate=fit.run.itop_rate, sad=fit.meter.sad_per_update)
-    for key, value in values.items():
-        writer.add_scalar(prefix + key, value, fit.step)
-
-
-def _record(
-    fit: Fit, work: Images | Text, name: str, density: float | None, seed: int
-) -> dict[str, Any]:
-    meter, run, steps = fit.meter, fit.run, fit.recipe.steps
-    masks = {} if run is None else run.masks
-    tail = fit.losses[-max(1, steps // 10) :]
-    return {
-        "method": name, "pattern": "" if run is None else format_pattern(run.trainer.pattern),
-        "requested_density": density, "measured_density": fit.density,
-        "steps": steps, "seed": seed, "recipe": dataclasses.asdict(fit.recipe),
-        "quality": {"metric": work.metric, "better": work.better,
-                    "value": work.quality(fit.model)},
-        "loss": {"first": fit.losses[0], "last": statistics.fmean(tail)},
-        "topology": {
-            "start_density": meter.start_density, "updates": meter.updates,
-            "sad_per_update": meter.sad_per_update, "sad_start_to_end": meter.sad_start_to_end,
-            "itop_rate": 1.0 if run is None else run.itop_rate,
-        },
-        "flops": {"spent": meter.spent, "dense": meter.dense_step * steps,
-                  "ratio": meter.spent / (meter.dense_step * steps)},
-        "layers": [
-            {"name": n, "shape": list(m.shape), "density": float(m.double().mean())}
-            for n, m in masks.items()
-        ],
-    }  # fmt: skip

@@ -37,6 +37,7 @@ class Work(Protocol):
     better: str
 
     def build(self, seed: int) -> nn.Module: ...
+    def inputs(self) -> list[Tensor] | None: ...
     def loss(self, model: nn.Module, step: int, seed: int) -> Tensor: ...
     def quality(self, model: nn.Module) -> float: ...
     def digest(self) -> str: ...
@@ -71,6 +72,10 @@ class Images:
             nn.Conv2d(2 * w, 4 * w, 3, padding=1), nn.BatchNorm2d(4 * w), nn.ReLU(),
             nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16 * w, classes),
         )  # fmt: skip
+
+    def inputs(self) -> list[Tensor]:
+        """The training images in batches, for statistics of batch norms."""
+        return list(self.split[0].split(self.batch))
 
     def loss(self, model: nn.Module, step: int, seed: int) -> Tensor:
         """Cross-entropy of a batch; each epoch is a fresh permutation."""
@@ -125,6 +130,10 @@ class Text:
         torch.manual_seed(seed)
         built: nn.Module = type(model)(model.config) if self.scratch else model
         return built
+
+    def inputs(self) -> None:
+        """None: language models have no batch norms."""
+        return None
 
     def loss(self, model: nn.Module, step: int, seed: int) -> Tensor:
         """Next-token cross-entropy of random windows."""

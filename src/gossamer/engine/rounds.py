@@ -21,6 +21,7 @@ from gossamer.core.pattern import Unstructured
 from gossamer.core.support import Support
 from gossamer.engine.checkpoint import random_state, read_state, set_random_state, write_state
 from gossamer.engine.data import digest_model
+from gossamer.engine.flops import expected_flops
 from gossamer.engine.protocols import Rounds, Trainer
 from gossamer.engine.train_layers import TrainedLayer, unfrozen_layers
 
@@ -41,6 +42,10 @@ class Part:
     first: int = 0
     last: int | None = None
     checkpoint: Path | None = None
+
+    def steps(self, total: int) -> int:
+        """How many steps this training takes of a schedule of `total`."""
+        return (total if self.last is None else self.last) - self.first
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def train_rounds(
         )
     loop = _Loop(model, method, layers, None if checkpoint is None else Path(checkpoint))
     loop.open()
-    for part in loop.parts()[loop.done :]:
+    for part in parts_of(method)[loop.done :]:
         loop.begin(part)
         train(model, method.hold(loop.masks), loop.with_checkpoint(part))
         if part.index:
@@ -96,6 +101,40 @@ def train_rounds(
     masks = loop.masks
     supports = {n: Support(m, Unstructured(), float(m.double().mean())) for n, m in masks.items()}
     return RoundsResult(supports, tuple(loop.densities))
+
+
+def parts_of(method: Rounds) -> list[Part]:
+    """Every training of the loop, in order."""
+    first = method.rewind or 0
+    dense = [Part(0, last=first)] * bool(first) + [Part(0, first=first)]
+    rounds = range(1, method.rounds + 1)
+    return dense + [Part(i, m, first) for i in rounds for m in range(method.members)]
+
+
+def expected_rounds_flops(
+    model: nn.Module,
+    method: Rounds,
+    steps: int,
+    forward: Callable[[nn.Module], Tensor],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> float:
+    """What all trainings of the loop would cost together, each up to step `steps`.
+
+    Supports are those of the weights as they are now; training moves density between layers, so
+    the real cost differs where layers cost differently.
+    """
+    layers = unfrozen_layers(model, include, exclude)
+    masks = {x.name: torch.ones_like(x.matrix(x.weight), dtype=torch.bool) for x in layers}
+    costs = []
+    for index in range(method.rounds + 1):
+        if index:
+            masks = method.prune(_infos(layers), masks, index)
+        costs.append(
+            expected_flops(model, method.hold(masks), 1, forward, include=include, exclude=exclude)
+        )
+    return sum(costs[part.index] * part.steps(steps) for part in parts_of(method))
 
 
 class _Loop:
@@ -112,13 +151,6 @@ class _Loop:
         self.members: list[State] = []
         self.early: State = {}
         self.pruned: State = {}
-
-    def parts(self) -> list[Part]:
-        """Every training of the loop, in order."""
-        first = self.method.rewind or 0
-        dense = [Part(0, last=first)] * bool(first) + [Part(0, first=first)]
-        rounds = range(1, self.method.rounds + 1)
-        return dense + [Part(i, m, first) for i in rounds for m in range(self.method.members)]
 
     def begin(self, part: Part) -> None:
         """Put the model where this training starts."""

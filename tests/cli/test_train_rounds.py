@@ -1,0 +1,122 @@
+"""gossamer train with rounds: what is reported, a kill inside a round, comparisons, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gossamer.cli import main
+
+pytest.importorskip("sklearn")
+
+
+def flags(out, **options):
+    options = {"data": "digits", "model": "mlp", "width": 32, "out": out, **options}
+    return ["train", *(f"--{name.replace('_', '-')}={value}" for name, value in options.items())]
+
+
+def result(out):
+    return json.loads((out / "result.json").read_text())
+
+
+def test_imp_reports_all_rounds_together(tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out, log = tmp_path / "out", tmp_path / "log"
+    options = json.dumps({"rounds": 2, "rewind": 5})
+    main(flags(out, method="imp", density=0.04, steps=30, options=options, log=log))
+    assert "round 2 of 2" in capsys.readouterr().err
+    found = result(out)
+    kept = [layer["density"] for layer in found["layers"]]
+    assert found["densities"] == pytest.approx([1, 0.2, 0.04], abs=0.001)
+    tensors = load_file(out / "model.safetensors")
+    weights = [tensors[f"{layer['name']}.weight"] for layer in found["layers"]]
+    for weight, density in zip(weights, kept, strict=True):
+        assert int((weight != 0).sum()) <= round(density * weight.numel())
+    total = sum(w.numel() for w in weights)
+    measured = sum(d * w.numel() for d, w in zip(kept, weights, strict=True)) / total
+    assert measured == pytest.approx(found["measured_density"])
+    assert found["steps_together"] == 30 + 2 * 25 and len(found["loss"]["curve"]) == 80
+    # 30 dense steps, then 25 in each round; layers outside the support stay dense
+    dense = 1 - total / (64 * 32 + 32 * 32 + 32 * 10)
+    low = 30 + 25 * sum(found["densities"][1:])
+    assert low <= 30 * found["flops"]["ratio"] <= 1.001 * (low + 2 * 25 * dense)
+    assert found["topology"]["sad_start_to_end"] == pytest.approx(1 - found["measured_density"])
+    events = EventAccumulator(str(log))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 81))
+    assert events.Scalars("round")[-1].value == 2
+    assert events.Scalars("flops")[-1].value == pytest.approx(found["flops"]["spent"], rel=1e-5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "out"]
+
+
+def test_a_run_killed_inside_a_round_resumes_bitwise(tmp_path):
+    def argv(name):
+        options = json.dumps({"rounds": 2, "members": 2})
+        return flags(tmp_path / name, model="cnn", method="sparsemodelsoups", density=0.2, steps=12,
+                     save_every=3, options=options, batch=32)  # fmt: skip
+
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "gossamer", *argv("cut")],
+        stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    folder = tmp_path / ".cut.train" / "checkpoint"
+    limit = time.monotonic() + 100
+    while not (folder / "part-2.safetensors").exists() and time.monotonic() < limit:
+        time.sleep(0.001)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert (folder / "rounds.safetensors").exists() and not (tmp_path / "cut").exists()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        main(argv("whole"))
+        main(argv("cut"))
+    finally:
+        torch.set_num_threads(threads)
+    one, two = result(tmp_path / "whole"), result(tmp_path / "cut")
+    for key in ("quality", "loss", "topology", "flops", "layers", "densities", "steps_together"):
+        assert one[key] == two[key], key
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert files[0] == files[1]
+    assert not folder.exists()
+
+
+def test_a_comparison_gives_rounds_the_flops_of_one_run(tmp_path):
+    out = tmp_path / "out"
+    main(flags(out, steps=20, sweep_methods="dense,rigl,imp", sweep_density="0.3", batch=32,
+               options=json.dumps({"rounds": 2, "every": 4})))  # fmt: skip
+    found = result(out)
+    steps = {arm["method"]: arm["steps"] for arm in found["arms"]}
+    assert steps["imp"] == 20 < steps["dense"] < steps["rigl"]
+    for arm in found["arms"]:
+        spent = arm["runs"][0]["flops"]["spent"]
+        assert spent == pytest.approx(found["budget_flops"], rel=0.05), arm["method"]
+
+
+def refused(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_bad_input_is_one_line(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "rewinds" in refused(flags(out, method="imp", steps=5, options='{"rewind": 5}'), capsys)
+    assert "rounds" in refused(flags(out, method="imp", options='{"rounds": 0}'), capsys)
+    assert "--pattern" in refused(flags(out, method="imp", pattern="2:4"), capsys)
+    figures = tmp_path / ".out.train" / "checkpoint" / "figures.json"
+    figures.parent.mkdir(parents=True)
+    figures.write_text(json.dumps({"fingerprint": {"lr": 3}, "trainings": {}}))
+    assert "another run: " in refused(flags(out, method="imp"), capsys)
+    figures.write_text("[")
+    assert "damaged" in refused(flags(out, method="imp"), capsys)
+    assert not out.exists()
