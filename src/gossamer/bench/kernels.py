@@ -64,7 +64,9 @@ def cases() -> list[Case]:
         for dtype in BITS
         for density in (0.5, 0.2, 1.0)
     ]
-    integers += [Case(4096, 11008, dtype, 0.5, 1, even) for dtype in BITS for even in ("2:4", "4:8")]
+    integers += [
+        Case(4096, 11008, dtype, 0.5, 1, even) for dtype in BITS for even in ("2:4", "4:8")
+    ]
     return decode + integers + batches + blocks
 
 
