@@ -28,27 +28,29 @@ def measured(monkeypatch, tmp_path):
     return calls
 
 
-def test_auto_measures_once_and_keeps_it(measured, capsys):
-    assert costs_named("auto") == costs_named("auto") == MADE
-    assert len(measured) == 1 and cached_costs() == MADE
+def test_auto_takes_what_calibrate_kept_and_measures_nothing(measured, capsys):
+    assert costs_named("auto") == "rule" and not measured
+    main(["calibrate"])
+    assert costs_named("auto") == MADE == cached_costs() and len(measured) == 1
     assert "measuring" in capsys.readouterr().err
     cache_file().write_text("damaged")
-    assert costs_named("auto") == MADE and len(measured) == 2
+    assert costs_named("auto") == "rule"
 
 
-def test_a_busy_machine_means_the_rule_and_nothing_is_kept(measured, monkeypatch, capsys):
+def test_a_busy_machine_is_one_error_and_nothing_is_kept(measured, monkeypatch):
     def busy(**_):
         raise DisturbedError("other work disturbs the measurement")
 
     monkeypatch.setattr(module, "calibrate_costs", busy)
-    assert costs_named("auto") == "rule" and cached_costs() is None
-    assert "by rule this time" in capsys.readouterr().err
+    with pytest.raises(DisturbedError):
+        module.measure_costs()
+    assert cached_costs() is None
 
 
 def test_a_cache_that_cannot_be_written_costs_a_line(measured, monkeypatch, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert costs_named("auto") == MADE
+    assert module.measure_costs() == MADE
     assert "cannot be kept" in capsys.readouterr().err
 
 

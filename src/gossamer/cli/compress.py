@@ -81,8 +81,8 @@ class Compress:
     group: int = 128
     """columns that share a scale, with --bits: a power of two from 64 on"""
     costs: str = "auto"
-    """what chooses the kernels: auto (measured on this machine, once, 15 seconds), rule, or the file
-    of another calibration"""
+    """what chooses the kernels: auto (by what `gossamer calibrate` measured, else by rule), rule, or
+    the file of another calibration"""
     sweep: str = ""
     """further sparsities to measure, such as 0.3,0.5,0.7, for the quality-against-size chart"""
     tokens: int = 64
