@@ -112,7 +112,9 @@ const T* row_axpy(const uint64_t* bits, int64_t words, const T* values, const fl
 
 namespace gossamer {
 namespace {
-constexpr int kVectors = 1;  // of 16 floats, in a batch tile of the SELL product
+constexpr int kLanes = 8;    // floats in a register
+constexpr int kVectors = 2;  // of 16 floats, in the widest tile of the SELL product
+constexpr int kSums = 8;     // registers that hold its sums
 }
 }  // namespace gossamer
 

@@ -169,7 +169,9 @@ const T* row_axpy(const uint64_t* bits, int64_t words, const T* values, const fl
 
 namespace gossamer {
 namespace {
-constexpr int kVectors = 4;  // of 16 floats, in a batch tile of the SELL product
+constexpr int kLanes = 16;    // floats in a register
+constexpr int kVectors = 4;  // of 16 floats, in the widest tile of the SELL product
+constexpr int kSums = 16;     // registers that hold its sums
 }
 }  // namespace gossamer
 

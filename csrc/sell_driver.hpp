@@ -1,51 +1,66 @@
-// The SELL product, compiled once per instruction set: the compiler maps the 16-wide vectors below
-// to the registers there are. kVectors of them make the widest tile of the batch.
+// The SELL product, compiled once per instruction set. The including file defines kLanes, floats in
+// a register; kVectors, the widest tile of the batch in 16 floats; kSums, registers for sums.
 #pragma once
 #include <omp.h>
 
 #include "batch_tiles.hpp"
+#include "lanes.hpp"
 #include "sell.hpp"
 
 namespace gossamer {
 namespace {
 
+typedef float Loose __attribute__((aligned(2), may_alias));
+inline Lanes broadcast(const Loose* value) {
+  Lanes all;
+#if defined(__AVX2__)
+  asm("vbroadcastss %1, %0" : "=v"(all) : "m"(*value));
+#else
+  for (int lane = 0; lane < kLanes; ++lane) all[lane] = *value;
+#endif
+  return all;
+}
 // The upper half of the 32 bits that end with the value: one broadcast and one mask.
-inline Wide spread(const uint16_t* value) {
-  typedef int32_t Bits __attribute__((vector_size(64)));
-  int32_t both;
-  __builtin_memcpy(&both, value - 1, 4);
-  const Bits all = {both, both, both, both, both, both, both, both,
-                    both, both, both, both, both, both, both, both};
-  return reinterpret_cast<Wide>(all & static_cast<int32_t>(0xffff0000));
+inline Lanes broadcast(const uint16_t* value) {
+  typedef int32_t Bits __attribute__((vector_size(4 * kLanes)));
+  const auto* both = reinterpret_cast<const Loose*>(value - 1);
+  return reinterpret_cast<Lanes>(reinterpret_cast<Bits>(broadcast(both)) &
+                                 static_cast<int32_t>(0xffff0000));
 }
 
 // Left to itself GCC 12 loads into a register first and copies sums about.
-inline void add_product(Wide& sum, Wide weight, const Wide* input) {
-#if defined(__AVX512F__)
+inline void add_product(Lanes& sum, Lanes weight, const Lanes* input) {
+#if defined(__FMA__)
   asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(weight), "m"(*input));
 #else
   sum += weight * *input;
 #endif
 }
 
-// The inputs of the column in byte `i` of a word, in tiles of NV vectors: the byte is turned to
-// where its weight is the tile's size. The empty statement keeps the address in one register, which
-// the decoders need to keep a load and its product together.
+// A tile of the batch has NV * 16 columns, and rows First.. of a four are multiplied together: all
+// four, or two where that many sums fill the registers.
 template <int NV>
-inline const Wide* column(const float* x, uint64_t word, int i) {
+constexpr int kParts = 16 * NV / kLanes;
+template <int NV>
+constexpr int64_t kRows = kParts<NV> * kFour <= kSums ? kFour : kFour / 2;
+template <int NV>
+using Sums = Lanes[kRows<NV>][kParts<NV>];
+
+// The inputs of the column in byte `i` of a word: the byte is turned to where its weight is the
+// tile's size. The empty statement keeps the address in one register, which the decoders need to
+// keep a load and its product together.
+template <int NV>
+inline const Lanes* column(const float* x, uint64_t word, int i) {
   constexpr int at = NV == 4 ? 8 : NV == 2 ? 7 : 6;
   const int by = (i * 8 - at) & 63;
   const uint64_t turned = word >> by | word << ((64 - by) & 63);
   const auto* from = reinterpret_cast<const char*>(x) + (turned & (uint64_t{0xff} << at));
   asm("" : "+r"(from));
-  return reinterpret_cast<const Wide*>(from);
+  return reinterpret_cast<const Lanes*>(from);
 }
 
-template <int NV>
-using Sums = Wide[kFour][NV];
-
 // S columns of each row on its own.
-template <class T, int NV, int S>
+template <class T, int NV, int First, int S>
 __attribute__((always_inline)) inline void singles(const uint8_t*& columns, const T*& values,
                                                    const float* x, Sums<NV>& sums) {
   uint64_t word = 0;
@@ -53,73 +68,90 @@ __attribute__((always_inline)) inline void singles(const uint8_t*& columns, cons
 #pragma GCC unroll 2
   for (int s = 0; s < S; ++s)
 #pragma GCC unroll 4
-    for (int r = 0; r < kFour; ++r) {
-      const Wide* from = column<NV>(x, word, s * kFour + r);
-      const Wide weight = spread(values++);
+    for (int r = 0; r < kRows<NV>; ++r) {
+      const int place = s * kFour + First + r;
+      const Lanes* from = column<NV>(x, word, place);
+      const Lanes weight = broadcast(values + place);
 #pragma GCC unroll 4
-      for (int k = 0; k < NV; ++k) add_product(sums[r][k], weight, from + k);
+      for (int k = 0; k < kParts<NV>; ++k) add_product(sums[r][k], weight, from + k);
     }
   columns += S * kFour;
+  values += S * kFour;
 }
 
 // kShared columns that rows 0 and 1 share, and as many of rows 2 and 3.
-template <class T, int NV>
+template <class T, int NV, int First>
 __attribute__((always_inline)) inline void shared(const uint8_t*& columns, const T*& values,
                                                   const float* x, Sums<NV>& sums) {
   uint64_t word;
-  __builtin_memcpy(&word, columns, 8);
+  __builtin_memcpy(&word, columns, 2 * kShared);
 #pragma GCC unroll 4
   for (int s = 0; s < kShared; ++s)
 #pragma GCC unroll 2
-    for (int r = 0; r < kFour; r += 2) {
-      const Wide* from = column<NV>(x, word, s * 2 + r / 2);
-      const Wide first = spread(values++), second = spread(values++);
+    for (int r = 0; r < kRows<NV>; r += 2) {
+      const int place = s * kFour + First + r;
+      const Lanes* from = column<NV>(x, word, place / 2);
+      const Lanes first = broadcast(values + place), second = broadcast(values + place + 1);
 #pragma GCC unroll 4
-      for (int k = 0; k < NV; ++k) {
-        Wide input = from[k];
-#if defined(__AVX512F__)
+      for (int k = 0; k < kParts<NV>; ++k) {
+        Lanes input = from[k];
+#if defined(__FMA__)
         asm("" : "+v"(input));
 #endif
         sums[r][k] += first * input;
         sums[r + 1][k] += second * input;
       }
     }
-  columns += 8;
+  columns += 2 * kShared;
+  values += kShared * kFour;
+}
+
+// Eight columns at a time where the rows keep them apart.
+template <class T, int NV, int First>
+__attribute__((always_inline)) inline void four(const uint16_t* sizes, const uint16_t* rows,
+                                                const uint8_t*& columns, const T*& values,
+                                                const float* x, float* y) {
+  Sums<NV> sums;
+  Lanes* out[kRows<NV>];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows<NV>; ++r) {
+    out[r] = reinterpret_cast<Lanes*>(y) + rows[First + r] * kParts<NV>;
+#pragma GCC unroll 4
+    for (int k = 0; k < kParts<NV>; ++k) sums[r][k] = out[r][k];
+  }
+  for (int left = sizes[0]; left > 0; left -= kShared) shared<T, NV, First>(columns, values, x, sums);
+  for (int left = sizes[1] / 8; left > 0; --left) {
+    singles<T, NV, First, 2>(columns, values, x, sums);
+    singles<T, NV, First, 2>(columns, values, x, sums);
+    singles<T, NV, First, 2>(columns, values, x, sums);
+    singles<T, NV, First, 2>(columns, values, x, sums);
+  }
+  if (sizes[1] & 4) {
+    singles<T, NV, First, 2>(columns, values, x, sums);
+    singles<T, NV, First, 2>(columns, values, x, sums);
+  }
+  if (sizes[1] & 2) singles<T, NV, First, 2>(columns, values, x, sums);
+  if (sizes[1] & 1) singles<T, NV, First, 1>(columns, values, x, sums);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows<NV>; ++r)
+#pragma GCC unroll 4
+    for (int k = 0; k < kParts<NV>; ++k) out[r][k] = sums[r][k];
 }
 
 template <class T, int NV>
 void group(const uint16_t* sizes, const uint16_t*& rows, const uint8_t*& columns, const T*& values,
            const float* x, float* y, const char*& ahead) {
-  const int eights = sizes[0] / kShared, quads = sizes[1] / 8, rest = sizes[1] % 8;
-  for (int i = 0; i < sizes[2]; ++i) {
-    Sums<NV> sums;
-    Wide* out[kFour];
-#pragma GCC unroll 4
-    for (int r = 0; r < kFour; ++r) {
-      out[r] = reinterpret_cast<Wide*>(y) + rows[r] * NV;
-#pragma GCC unroll 4
-      for (int k = 0; k < NV; ++k) sums[r][k] = out[r][k];
-    }
-    rows += kFour;
+  for (int i = 0; i < sizes[2]; ++i, rows += kFour) {
 #pragma GCC unroll 4
     for (int k = 0; k < NV; ++k, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-    for (int j = 0; j < eights; ++j) shared<T, NV>(columns, values, x, sums);
-    for (int j = 0; j < quads; ++j) {
-      singles<T, NV, 2>(columns, values, x, sums);
-      singles<T, NV, 2>(columns, values, x, sums);
-      singles<T, NV, 2>(columns, values, x, sums);
-      singles<T, NV, 2>(columns, values, x, sums);
+    if constexpr (kRows<NV> < kFour) {
+      const uint8_t* same_columns = columns;
+      const T* same_values = values;
+      four<T, NV, 0>(sizes, rows, same_columns, same_values, x, y);
+      four<T, NV, 2>(sizes, rows, columns, values, x, y);
+    } else {
+      four<T, NV, 0>(sizes, rows, columns, values, x, y);
     }
-    if (rest & 4) {
-      singles<T, NV, 2>(columns, values, x, sums);
-      singles<T, NV, 2>(columns, values, x, sums);
-    }
-    if (rest & 2) singles<T, NV, 2>(columns, values, x, sums);
-    if (rest & 1) singles<T, NV, 1>(columns, values, x, sums);
-#pragma GCC unroll 4
-    for (int r = 0; r < kFour; ++r)
-#pragma GCC unroll 4
-      for (int k = 0; k < NV; ++k) out[r][k] = sums[r][k];
   }
 }
 
@@ -139,10 +171,9 @@ void block_product(const Sell& m, int64_t at, const float* x, float* y) {
 template <class T>
 void any_width(int vectors, const Sell& m, int64_t at, const float* x, float* y) {
   if (vectors == 1) return block_product<T, 1>(m, at, x, y);
-  if constexpr (kVectors >= 4) {
+  if constexpr (kVectors >= 2)
     if (vectors == 2) return block_product<T, 2>(m, at, x, y);
-    return block_product<T, 4>(m, at, x, y);
-  }
+  if constexpr (kVectors >= 4) return block_product<T, 4>(m, at, x, y);
 }
 
 // Tiles that cover `count` rows of the batch: as wide as can be without much idle width.
