@@ -19,12 +19,11 @@ from gossamer.nn.conv import PackedConv2d, why_not
 from gossamer.nn.costs import cached_costs, choose_unpacking
 from gossamer.nn.nm import NMLinear, pays_as_nm
 from gossamer.nn.quantized import QuantizedLinear
+from gossamer.nn.serving import serves
 from gossamer.ops import _dispatch
-from gossamer.ops.bitmap import bitmap_bytes, kernel_name
+from gossamer.ops.bitmap import bitmap_bytes
 from gossamer.ops.conv import kernel_name as conv_kernel_name
-from gossamer.ops.nm import kernel_name as nm_kernel_name
 from gossamer.ops.quantized import BITS
-from gossamer.ops.quantized import kernel_name as quantized_kernel_name
 
 MAX_BYTES = 0.9
 """Without measured costs a packed weight must be at most this fraction of the dense one."""
@@ -118,7 +117,7 @@ def _depthwise_record(root: nn.Module, name: str) -> LayerRecord:
     shape, density = (weight.shape[0], 9), float((weight != 0).float().mean())
     return LayerRecord(
         name, shape, density, 1.0, conv_kernel_name(None), dense_bytes=weight.nbytes,
-        sparse_bytes=weight.nbytes,
+        sparse_bytes=weight.nbytes, batches=conv_kernel_name(None),
     )  # fmt: skip
 
 
@@ -204,17 +203,19 @@ def _swap(
     if isinstance(module, nn.Conv2d) and isinstance(packed, BitmapLinear):
         conv = PackedConv2d.from_conv(module, packed)
         root.set_submodule(name, conv.train(module.training))
-        return LayerRecord(**{**vars(record), "kernel": conv.kernel})
+        kernel, many = serves(conv)
+        return LayerRecord(**{**vars(record), "kernel": kernel, "batches": many})
     if isinstance(packed, BitmapLinear):
         choose_unpacking(packed, costs)
     prepared = batches and (decision is None or decision.chosen in ("grouped-spmm", "block-spmm"))
     if prepared:
         packed.prepare_batches()
     root.set_submodule(name, packed)
-    kernel = nm_kernel_name() if exact else kernel_name()
-    kernel += f" + {packed.batch_kernel}" if prepared else ""
+    kernel, many = serves(packed)
+    kernel += f" + {many}" if prepared else ""
     size = packed.nbytes if isinstance(packed, NMLinear) else record.sparse_bytes
-    return LayerRecord(**{**vars(record), "kernel": kernel, "sparse_bytes": size})
+    facts = {"kernel": kernel, "batches": many, "sparse_bytes": size}
+    return LayerRecord(**{**vars(record), **facts})
 
 
 def _quantize(
@@ -229,15 +230,9 @@ def _quantize(
     packed.density_requested = record.requested
     packed.train(module.training)
     root.set_submodule(name, packed)
-    size = packed.matrix.nbytes
-    return LayerRecord(
-        **{
-            **vars(record),
-            "kernel": quantized_kernel_name(bits),
-            "sparse_bytes": size,
-            "decided": "asked for",
-        }
-    )
+    kernel, many = serves(packed)
+    facts = {"kernel": kernel, "batches": many, "sparse_bytes": packed.matrix.nbytes}
+    return LayerRecord(**{**vars(record), **facts, "decided": "asked for"})
 
 
 def _with_reason(record: LayerRecord, reason: str) -> LayerRecord:
