@@ -11,7 +11,7 @@ import gossamer as gs
 from gossamer.core.costs import Costs, Work, fit
 from gossamer.core.errors import DisturbedError
 from gossamer.engine import measure_costs
-from gossamer.nn import BitmapLinear, PackedConv2d
+from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d
 from gossamer.nn.costs import cache_file, cached_costs, machine, read_costs, store_costs
 from gossamer.ops._dispatch import isa_index
 from gossamer.ops.bitmap import native
@@ -113,6 +113,61 @@ def test_batches_choose_among_all_forms():
     record = chosen(net := layer(density=0.3), batches=True, costs=straight)
     assert net[0].batch_kernel is None and record.kernel.startswith("bitmap-matvec")
     assert chosen(layer(density=0.9), batches=True).kernel is None
+
+
+SLOW_GROUPS = {128: terms(0, 0, 400 * BYTE)}
+"""Every other way to serve batches is predicted to beat the form for them."""
+
+
+@pytest.mark.parametrize("grouped", [None, SLOW_GROUPS], ids=["pays", "does not"])
+def test_load_prepares_where_compress_does(grouped, tmp_path):
+    known = costs() if grouped is None else costs(grouped_spmm=grouped)
+    net = nn.Sequential(layer(density=0.3)[0], layer(512, 256, density=0.4)[0])
+    records = gs.compress(net, costs=known, batches=True).layers
+    gs.save(net, tmp_path / "out")
+
+    def again(**options):
+        return gs.load(tmp_path / "out", model=nn.Sequential(*layer(), *layer(512, 256)), **options)
+
+    found = again(batches=True, costs=known)
+    x = torch.randn(40, 512)
+    for loaded, packed, record in zip(found, net, records, strict=True):
+        assert loaded.batch_kernel == packed.batch_kernel
+        assert (loaded.batch_kernel is not None) == (grouped is None)
+        verdict = "prepared" if grouped is None else "not prepared"
+        assert loaded.batches_decided.startswith(f"{verdict} by measured costs: predicted ")
+        assert packed.batches_decided == loaded.batches_decided
+        for name, seconds in record.predicted.items():
+            told = f"{name} {1e3 * seconds:.3g} ms" in loaded.batches_decided
+            assert told == (name != "dense")
+    torch.testing.assert_close(found(x), net(x), rtol=1e-4, atol=1e-4)
+    forced = again(batches=True, costs="rule")
+    assert [each.batches_decided for each in forced] == ["prepared by rule"] * 2
+    assert all(each.batch_kernel for each in forced) and "batches=grouped" in repr(forced[0])
+    plain = again(batches=False, costs=known)
+    assert not any(each.batch_kernel or each.batches_decided for each in plain)
+
+
+def test_load_goes_by_what_is_stored_and_without_it_by_rule(cache, tmp_path):
+    gs.save(gs.compress(layer(density=0.3), costs=costs(), batches=False), tmp_path / "out")
+    found = gs.load(tmp_path / "out", model=layer(), batches=True)[0]
+    assert found.batches_decided == "prepared by rule" and found.batch_kernel
+    store_costs(costs(grouped_spmm=SLOW_GROUPS))
+    found = gs.load(tmp_path / "out", model=layer(), batches=True)[0]
+    assert found.batch_kernel is None and found.batches_decided.startswith("not prepared")
+
+
+def test_nm_layers_are_judged_against_unpacking_which_is_what_they_do(tmp_path):
+    torch.manual_seed(0)
+    pruned = gs.prune(nn.Sequential(nn.Linear(640, 64)), gs.Magnitude(), pattern=gs.NM(1, 8))
+    fast = gs.compress(pruned, costs=costs(), batches=False).model
+    assert isinstance(fast[0], NMLinear)
+    gs.save(fast, tmp_path / "out")
+    for each, wins in ((costs(), True), (costs(grouped_spmm=SLOW_GROUPS), False)):
+        empty = nn.Sequential(nn.Linear(640, 64))
+        found = gs.load(tmp_path / "out", model=empty, batches=True, costs=each)[0]
+        assert (found.batch_kernel is not None) == wins
+        assert "bitmap-spmm" not in found.batches_decided
 
 
 def test_blocks_are_judged_by_their_kernel():

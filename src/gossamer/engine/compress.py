@@ -12,11 +12,12 @@ from gossamer.core.costs import Costs
 from gossamer.core.errors import UsageError
 from gossamer.core.matrix import as_matrix, is_prunable
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwrap
-from gossamer.engine.dispatch import Decision, decide
+from gossamer.engine.decoder import FAMILIES
 from gossamer.nn.bitmap import BitmapLinear, serves_batches
 from gossamer.nn.chain import fuse
 from gossamer.nn.conv import PackedConv2d, why_not
-from gossamer.nn.costs import cached_costs, choose_unpacking
+from gossamer.nn.costs import choose_unpacking, known_costs
+from gossamer.nn.dispatch import Decision, decide, prepare
 from gossamer.nn.nm import NMLinear, pays_as_nm
 from gossamer.nn.quantized import QuantizedLinear
 from gossamer.nn.serving import serves
@@ -55,7 +56,8 @@ def compress(
     convolution up to density 0.25. Nothing is measured here.
 
     batches: also keep, in memory only, the form of the weights that serves more than 8 rows of
-    input at once fastest (about 3 to 4 bytes per kept bfloat16 weight on top). None: yes, unless
+    input at once (about 3 to 4 bytes per kept bfloat16 weight on top), in every layer where the
+    costs, or without any the rule, say that it is the fastest. None: yes, unless
     the model generates text, where most products have one row and memory decides the speed.
     strict: raise UsageError when a layer that holds zeros stays dense.
 
@@ -69,9 +71,8 @@ def compress(
         raise UsageError(f"bits and head_bits are 4 or 8, not {bits} and {head_bits}")
     if group < 64 or group & (group - 1):
         raise UsageError(f"group is a power of two from 64 on, not {group}")
-    measured = cached_costs() if costs is None else costs
-    measured = None if isinstance(measured, str) else measured
-    head = _head(root)
+    measured = known_costs(costs)
+    head, calls = _head(root), type(root).__name__ not in FAMILIES
     batches = serves_batches(root, batches)
     requested = {r.name: r for r in model.layers} if isinstance(model, PruneResult) else {}
     uses = Counter(
@@ -90,12 +91,12 @@ def compress(
         decision = None
         if reason is None and wanted is None:
             if measured is not None:
-                decision = decide(root, module, record, measured, batches)
+                decision = decide(module, record, measured, batches, calls)
             record, reason = _decide(module, record, decision)
         if reason is None and wanted is not None:
             record = _quantize(root, name, module, record, wanted, group)
         elif reason is None:
-            record = _swap(root, name, module, record, batches, decision, measured)
+            record = _swap(root, name, module, record, batches, measured)
         elif strict and record.density < 1.0:
             raise UsageError(f"{name} stays dense: {reason}")
         else:
@@ -189,7 +190,6 @@ def _swap(
     module: nn.Module,
     record: LayerRecord,
     batches: bool,
-    decision: Decision | None,
     costs: Costs | None,
 ) -> LayerRecord:
     bias, matrix = getattr(module, "bias", None), as_matrix(module)
@@ -207,9 +207,7 @@ def _swap(
         return LayerRecord(**{**vars(record), "kernel": kernel, "batches": many})
     if isinstance(packed, BitmapLinear):
         choose_unpacking(packed, costs)
-    prepared = batches and (decision is None or decision.chosen in ("grouped-spmm", "block-spmm"))
-    if prepared:
-        packed.prepare_batches()
+    prepared = batches and prepare(packed, costs)
     root.set_submodule(name, packed)
     kernel, many = serves(packed)
     kernel += f" + {many}" if prepared else ""
