@@ -122,7 +122,7 @@ SLOW_GROUPS = {128: terms(0, 0, 400 * BYTE)}
 @pytest.mark.parametrize("grouped", [None, SLOW_GROUPS], ids=["pays", "does not"])
 def test_load_prepares_where_compress_does(grouped, tmp_path):
     known = costs() if grouped is None else costs(grouped_spmm=grouped)
-    net = nn.Sequential(layer(density=0.3)[0], layer(512, 256, density=0.4)[0])
+    net = nn.Sequential(layer(density=0.3)[0], layer(512, 256, density=0.2)[0])
     records = gs.compress(net, costs=known, batches=True).layers
     gs.save(net, tmp_path / "out")
 
