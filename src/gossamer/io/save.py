@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.core.files import write_safetensors
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwrap
 from gossamer.io.atomic import new_folder
 from gossamer.io.manifest import NAME, VERSION, Decided
@@ -103,8 +104,6 @@ def distinct(model: nn.Module) -> dict[str, Tensor]:
 
 def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """One safetensors file, or shards of at most `SHARD` bytes with Hugging Face's index."""
-    from safetensors.torch import save_file
-
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
     for name, tensor in tensors.items():
@@ -115,12 +114,12 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
         shards[-1][name] = tensor.contiguous()
         size, total = size + width, total + width
     if len(shards) == 1:
-        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
+        write_safetensors(shards[0], folder / SINGLE, {"format": "pt"})
         return
     places = {}
     for index, shard in enumerate(shards, 1):
         name = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        write_safetensors(shard, folder / name, {"format": "pt"})
         places.update(dict.fromkeys(shard, name))
     content = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
