@@ -9,11 +9,13 @@ from torch import nn
 
 from gossamer.core.costs import Costs, Work
 from gossamer.core.errors import PatternError
+from gossamer.core.matrix import as_matrix
 from gossamer.core.pattern import Block, parse_pattern
 from gossamer.core.result import LayerRecord
 from gossamer.nn.bitmap import BitmapLinear
 from gossamer.nn.nm import NMLinear
 from gossamer.ops.blocks import HEIGHTS
+from gossamer.ops.conv import sharing, suits_tiles
 
 BATCH = 128
 """Rows of input for which layers of a model that sees batches are chosen."""
@@ -40,32 +42,58 @@ class Decision:
 def decide(
     module: nn.Module, record: LayerRecord, costs: Costs, batches: bool, calls: bool = True
 ) -> Decision | None:
-    """The fastest for one linear layer or 1x1 convolution; None where it was not measured.
+    """The fastest for one linear layer or convolution; None where it was not measured.
 
     Models that generate text are judged by one row, others by `BATCH` rows, convolutions by
     `PIXELS`. calls: whether one row costs a call, which the compiled loop does not make.
     """
-    rows, unit = (BATCH, "row") if batches else (1, "row")
-    if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
-        return None
     if isinstance(module, nn.Conv2d):
-        rows, unit = PIXELS, "pixel"
-        names = ["dense-conv", "sparse-conv"]
-    elif batches:
+        return _decide_convolution(module, record, costs)
+    rows = BATCH if batches else 1
+    if batches:
         names = ["dense", "grouped-spmm", "bitmap-unpack", "bitmap-spmm"]
     else:
         names = ["dense", "bitmap-matvec"]
     out, inputs = record.shape[0], record.shape[1]
     high = block_height(record.pattern, out, inputs)
-    if batches and high and not isinstance(module, nn.Conv2d):
+    if batches and high:
         names = ["dense", "block-spmm", "bitmap-unpack", "bitmap-spmm"]
     work = Work(out, inputs, record.density)
-    found = _predict(costs, names, module.weight.dtype, rows, work, high, calls or rows > 1)
-    predicted = {name.replace("dense-conv", "dense"): seconds for name, seconds in found.items()}
+    predicted = _predict(costs, names, module.weight.dtype, rows, work, high, calls or rows > 1)
+    return _fastest(predicted, rows, "row")
+
+
+def _decide_convolution(conv: nn.Conv2d, record: LayerRecord, costs: Costs) -> Decision | None:
+    """By the form that its zeros would get, and its family of kernel and stride."""
+    family = convolution_family(conv.kernel_size, conv.stride)
+    shared = sharing(matrix := as_matrix(conv))
+    kernel = "tiled-conv" if suits_tiles(matrix) else "sparse-conv"
+    work = Work(record.shape[0], record.shape[1], record.density)
+    if kernel == "tiled-conv":
+        work = replace(work, high=shared)
+    dtype = str(conv.weight.dtype).removeprefix("torch.")
+    predicted = {}
+    for name in ("dense-conv", kernel):
+        seconds = costs.seconds(name + family, dtype, PIXELS, work)
+        if seconds is not None:
+            predicted[name.replace("dense-conv", "dense")] = seconds
+    return _fastest(predicted, PIXELS, "pixel")
+
+
+def convolution_family(kernel: tuple[int, ...], stride: tuple[int, ...]) -> str:
+    """What the costs of a convolution are called behind its kernel: 1x1 ones, and all others.
+
+    Others were measured at 3x3 with stride 1 and 2; larger kernels differ in their inputs alone.
+    """
+    if tuple(kernel) == (1, 1):
+        return "" if max(stride) == 1 or stride[1] > 2 else "-1x1s2"
+    return "-3x3" if max(stride) == 1 else "-3x3s2"
+
+
+def _fastest(predicted: dict[str, float], rows: int, unit: str) -> Decision | None:
     if "dense" not in predicted or len(predicted) < 2:
         return None
-    chosen = min(predicted, key=lambda name: predicted[name])
-    return Decision(chosen, predicted, rows, unit)
+    return Decision(min(predicted, key=lambda name: predicted[name]), predicted, rows, unit)
 
 
 def _predict(
