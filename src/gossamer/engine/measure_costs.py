@@ -36,7 +36,7 @@ ROWS = {"dense": (1, 16, 128), "bitmap-matvec": (1, 8)}
 _BATCHES = (16, 128)
 PIXELS = (7, 14, 28)
 """A side of the resulting images for 1x1 convolutions; the costs are by all their pixels."""
-_PIXELS = (14, 28)
+_PIXELS = (7, 14)
 """The same for the others."""
 _DTYPES = (torch.float32, torch.bfloat16)
 _COLD, _COPIES = 64 << 20, 16
