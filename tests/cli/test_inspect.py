@@ -59,13 +59,11 @@ def test_kernels_and_reasons_are_those_of_the_result(saved, capsys, monkeypatch)
 
 
 def test_batches_that_are_prepared_and_integers(tmp_path, capsys):
-    gs.save(gs.compress(net(), costs="rule", batches=True), tmp_path / "grouped")
+    gs.save(gs.compress(net(), costs="rule", batches=True), tmp_path / "sell")
     gs.save(gs.compress(net(), bits=4), tmp_path / "int4")
-    decisions = json.loads(shown(tmp_path / "grouped", capsys, "--json").out)["decisions"]
+    decisions = json.loads(shown(tmp_path / "sell", capsys, "--json").out)["decisions"]
     assert decisions["0"]["kernel"].startswith("bitmap-matvec/")
-    assert (
-        decisions["0"]["batches"].startswith("grouped-") and decisions["0"]["decided"] == "by rule"
-    )
+    assert decisions["0"]["batches"].startswith("sell-") and decisions["0"]["decided"] == "by rule"
     decisions = json.loads(shown(tmp_path / "int4", capsys, "--json").out)["decisions"]
     assert decisions["2"]["kernel"].startswith("int4-matvec/")
     assert decisions["2"]["batches"].startswith("int4-")

@@ -28,7 +28,7 @@ def costs(**changes):
     known = {
         "dense": {1: terms(1e-6, BYTE), 128: terms(1e-5, 20 * BYTE)},
         "bitmap-matvec": {1: terms(3e-6, 0.1 * BYTE, BYTE)},
-        "grouped-spmm": {128: terms(5e-5, 0, 30 * BYTE)},
+        "sell-spmm": {128: terms(5e-5, 0, 30 * BYTE)},
         "block-spmm": {128: terms(5e-5, 0, 10 * BYTE, 10 * BYTE)},
         "bitmap-unpack": {16: terms(0, 5 * BYTE), 128: terms(0, 25 * BYTE)},
         "bitmap-spmm": {16: terms(0, 0, 9 * BYTE), 128: terms(0, 0, 60 * BYTE)},
@@ -65,9 +65,9 @@ def test_fit_never_gives_negative_costs():
     assert min(fit(points)) >= 0 and max(fit(points)) > 0
 
 
-@pytest.mark.parametrize("name", ["bitmap-matvec", "grouped-spmm", "sparse-conv"])
+@pytest.mark.parametrize("name", ["bitmap-matvec", "sell-spmm", "sparse-conv"])
 def test_more_kept_weights_and_more_rows_never_get_cheaper(name):
-    model = costs(grouped_spmm={16: terms(9e-5, 0, BYTE), 128: terms(0, 0, 2 * BYTE)})
+    model = costs(sell_spmm={16: terms(9e-5, 0, BYTE), 128: terms(0, 0, 2 * BYTE)})
     for rows in (1, 8, 16, 60, 128, 1000):
         times = [model.seconds(name, "float32", rows, Work(64, 64, d / 10)) for d in range(1, 11)]
         assert times == sorted(times)
@@ -106,8 +106,8 @@ def test_other_costs_flip_the_decision():
 
 def test_batches_choose_among_all_forms():
     record = chosen(net := layer(density=0.3), batches=True)
-    assert record.kernel.endswith(net[0].batch_kernel) and "grouped" in net[0].batch_kernel
-    assert set(record.predicted) == {"dense", "grouped-spmm", "bitmap-unpack", "bitmap-spmm"}
+    assert record.kernel.endswith(net[0].batch_kernel) and "sell" in net[0].batch_kernel
+    assert set(record.predicted) == {"dense", "sell-spmm", "bitmap-unpack", "bitmap-spmm"}
     assert record.decided.endswith("for 128 rows")
     straight = costs(bitmap_spmm={16: terms(), 128: terms(0, 0, BYTE)})
     record = chosen(net := layer(density=0.3), batches=True, costs=straight)
@@ -121,7 +121,7 @@ SLOW_GROUPS = {128: terms(0, 0, 400 * BYTE)}
 
 @pytest.mark.parametrize("grouped", [None, SLOW_GROUPS], ids=["pays", "does not"])
 def test_load_prepares_where_compress_does(grouped, tmp_path):
-    known = costs() if grouped is None else costs(grouped_spmm=grouped)
+    known = costs() if grouped is None else costs(sell_spmm=grouped)
     net = nn.Sequential(layer(density=0.3)[0], layer(512, 256, density=0.2)[0])
     records = gs.compress(net, costs=known, batches=True).layers
     gs.save(net, tmp_path / "out")
@@ -143,7 +143,7 @@ def test_load_prepares_where_compress_does(grouped, tmp_path):
     torch.testing.assert_close(found(x), net(x), rtol=1e-4, atol=1e-4)
     forced = again(batches=True, costs="rule")
     assert [each.batches_decided for each in forced] == ["prepared by rule"] * 2
-    assert all(each.batch_kernel for each in forced) and "batches=grouped" in repr(forced[0])
+    assert all(each.batch_kernel for each in forced) and "batches=sell" in repr(forced[0])
     plain = again(batches=False, costs=known)
     assert not any(each.batch_kernel or each.batches_decided for each in plain)
 
@@ -152,7 +152,7 @@ def test_load_goes_by_what_is_stored_and_without_it_by_rule(cache, tmp_path):
     gs.save(gs.compress(layer(density=0.3), costs=costs(), batches=False), tmp_path / "out")
     found = gs.load(tmp_path / "out", model=layer(), batches=True)[0]
     assert found.batches_decided == "prepared by rule" and found.batch_kernel
-    store_costs(costs(grouped_spmm=SLOW_GROUPS))
+    store_costs(costs(sell_spmm=SLOW_GROUPS))
     found = gs.load(tmp_path / "out", model=layer(), batches=True)[0]
     assert found.batch_kernel is None and found.batches_decided.startswith("not prepared")
 
@@ -163,7 +163,7 @@ def test_nm_layers_are_judged_against_unpacking_which_is_what_they_do(tmp_path):
     fast = gs.compress(pruned, costs=costs(), batches=False).model
     assert isinstance(fast[0], NMLinear)
     gs.save(fast, tmp_path / "out")
-    for each, wins in ((costs(), True), (costs(grouped_spmm=SLOW_GROUPS), False)):
+    for each, wins in ((costs(), True), (costs(sell_spmm=SLOW_GROUPS), False)):
         empty = nn.Sequential(nn.Linear(640, 64))
         found = gs.load(tmp_path / "out", model=empty, batches=True, costs=each)[0]
         assert (found.batch_kernel is not None) == wins
@@ -281,7 +281,7 @@ def test_calibration_measures_every_kernel(cache, monkeypatch):
     found = gs.calibrate_costs()
     assert torch.equal(state, torch.random.get_rng_state())
     assert cached_costs() == found and dict(found.machine) == machine()
-    kernels = {"dense", "bitmap-matvec", "bitmap-unpack", "bitmap-spmm", "grouped-spmm"}
+    kernels = {"dense", "bitmap-matvec", "bitmap-unpack", "bitmap-spmm", "sell-spmm"}
     names = {f"{k} {d}" for k in (*kernels, "block-spmm") for d in ("float32", "bfloat16")}
     assert set(found.terms) == names | {"dense-conv float32", "sparse-conv float32"}
 

@@ -51,7 +51,7 @@ def decide(
         return _decide_convolution(module, record, costs)
     rows = BATCH if batches else 1
     if batches:
-        names = ["dense", "grouped-spmm", "bitmap-unpack", "bitmap-spmm"]
+        names = ["dense", "sell-spmm", "bitmap-unpack", "bitmap-spmm"]
     else:
         names = ["dense", "bitmap-matvec"]
     out, inputs = record.shape[0], record.shape[1]
@@ -123,7 +123,7 @@ def prepare(layer: BitmapLinear | NMLinear, costs: Costs | None) -> bool:
     that lack these kernels: always. The layer's `batches_decided` says what was done and why.
     """
     high = block_height(layer.pattern, layer.out_features, layer.in_features)
-    form = "block-spmm" if high and isinstance(layer, BitmapLinear) else "grouped-spmm"
+    form = "block-spmm" if high and isinstance(layer, BitmapLinear) else "sell-spmm"
     names = [form, "bitmap-unpack"] + ["bitmap-spmm"] * isinstance(layer, BitmapLinear)
     predicted: dict[str, float] = {}
     if costs is not None:
