@@ -34,10 +34,8 @@ ZEROS = ((0.04, 1), (0.1, 1), (0.3, 1), (0.1, 4), (0.3, 4))
 DENSITIES = (0.08, 0.3, 0.7)
 ROWS = {"dense": (1, 16, 128), "bitmap-matvec": (1, 8)}
 _BATCHES = (16, 128)
-PIXELS = (7, 14, 28)
-"""A side of the resulting images for 1x1 convolutions; the costs are by all their pixels."""
-_PIXELS = (7, 14)
-"""The same for the others."""
+PIXELS = (7, 14)
+"""A side of the resulting images; the costs are by all their pixels."""
 _DTYPES = (torch.float32, torch.bfloat16)
 _COLD, _COPIES = 64 << 20, 16
 """Copies of so many bytes, or so many, take turns, so that weights of large models come from
@@ -173,18 +171,13 @@ def measure_blocks(
 
 
 def _convolutions() -> Iterator[tuple[str, list[Point]]]:
-    for out, inputs in CONVOLUTIONS:
-        yield f"1x1 convolution {out}x{inputs}", _points(out, inputs, (1, 1), PIXELS)
-    for (out, inputs), window in itertools.product(WINDOWS, STRIDES):
-        label = f"{window[0]}x{window[0]} convolution {out}x{inputs} stride {window[1]}"
-        yield label, _points(out, inputs, window, _PIXELS)
-
-
-def _points(out: int, inputs: int, window: tuple[int, int], sides: tuple[int, ...]) -> list[Point]:
-    found: list[Point] = []
-    for side in sides:
-        found += measure_convolution(out, inputs, ZEROS, side, *window)
-    return found
+    cases = [(shape, (1, 1)) for shape in CONVOLUTIONS]
+    cases += list(itertools.product(WINDOWS, STRIDES))
+    for (out, channels), (kernel, stride) in cases:
+        found: list[Point] = []
+        for side in PIXELS:
+            found += measure_convolution(out, channels, ZEROS, side, kernel, stride)
+        yield f"{kernel}x{kernel} convolution {out}x{channels}", found
 
 
 def measure_convolution(
