@@ -203,11 +203,13 @@ const T* row_axpy(const uint64_t* bits, int64_t words, const T* values, const fl
 
 namespace gossamer {
 namespace {
-constexpr int kVectors = 4;  // of 16 floats, in a batch tile of the grouped product
+constexpr int kLanes = 16;    // floats in a register
+constexpr int kVectors = 4;  // of 16 floats, in the widest tile of the SELL product
+constexpr int kSums = 16;     // registers that hold its sums
 }
 }  // namespace gossamer
 
-#include "grouped_driver.hpp"
+#include "sell_driver.hpp"
 #include "limits_driver.hpp"
 
 namespace gossamer {
@@ -222,9 +224,9 @@ void spmm_avx512(const Bitmap& m, const float* xt, int64_t tiles, int64_t width,
 void decode_avx512(const Llama& m, int64_t token, int64_t position, float* logits, int threads) {
   run_decode(m, token, position, logits, threads);
 }
-void grouped_avx512(const Grouped& m, const Dense& d, const float* bias, bool relu, float* xt,
+void sell_avx512(const Sell& m, const Dense& d, const float* bias, bool relu, float* xt,
                  float* yt, int threads) {
-  run_grouped(m, d, bias, relu, xt, yt, threads);
+  run_sell(m, d, bias, relu, xt, yt, threads);
 }
 void unpack_avx512(const Bitmap& m, int64_t cols, int64_t from, int64_t to, float* out, int threads) {
   run_unpack(m, cols, from, to, out, threads);

@@ -12,17 +12,20 @@ import torch
 
 from gossamer.core.errors import FormatError
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class Work:
-    """A matrix (out, inputs) of which `density` is kept; `high` rows of a block share a column."""
+    """A matrix (out, inputs) of which `density` is kept; `high` rows, on average, share a column.
+
+    Of a convolution, inputs are the channels times the places of its kernel.
+    """
 
     out: int
     inputs: int
     density: float = 1.0
-    high: int = 1
+    high: float = 1
 
     def terms(self) -> tuple[float, float, float, float, float]:
         """What time grows with: a call, the vectors, all positions, kept ones, loads of inputs."""
@@ -36,7 +39,7 @@ class Costs:
     """Seconds by kernel, dtype, shape, density and rows of input, for one machine.
 
     machine: what the times hold for, as `nn.costs.machine` gives it. terms: by "kernel dtype",
-    such as "grouped-spmm bfloat16" or "dense float32", then by the rows of input that were measured,
+    such as "sell-spmm bfloat16" or "dense float32", then by the rows of input that were measured,
     the cost in seconds of each of `Work.terms`; none is negative, so more kept weights never get
     cheaper. Between measured rows the model is linear, beyond them it goes on as it ended.
     """

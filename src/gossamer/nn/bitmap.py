@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from gossamer.core.errors import PatternError, UsageError
 from gossamer.core.pattern import Block, parse_pattern
 from gossamer.ops import bitmap as ops
-from gossamer.ops import blocks, grouped
+from gossamer.ops import blocks, sell
 from gossamer.ops.bitmap.native import MATVEC_ROWS
 from gossamer.ops.blocks import Blocks
-from gossamer.ops.grouped import Grouped
+from gossamer.ops.sell import Sell
 
-BatchForm = Grouped | Blocks
+BatchForm = Sell | Blocks
 
 
 class BitmapLinear(nn.Module):
@@ -27,6 +27,7 @@ class BitmapLinear(nn.Module):
     than 8 rows of input fastest: blocks for a block pattern whose blocks are whole, else groups of
     columns. Without it such batches are unpacked piece by piece for a dense product, or multiplied
     row by row: from `unpack_from` rows on, or where that is None from 30% density on.
+    `batches_decided` says why `compress` or `load` prepared the form or not; empty: not asked.
     """
 
     values: Tensor
@@ -55,6 +56,7 @@ class BitmapLinear(nn.Module):
         offsets = ops.row_offsets(values, bitmap, in_features)
         self.register_buffer("row_ptr", offsets, persistent=False)
         self._batches: tuple[int, BatchForm] | None = None
+        self.batches_decided = ""
         self.unpack_from: int | None = None
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
@@ -82,7 +84,7 @@ class BitmapLinear(nn.Module):
             mask = ops.unpack_mask(self.bitmap, self.in_features)
             form = blocks.build(self.to_matrix(), mask, block)
         if form is None:
-            form = grouped.build(self.values, self.bitmap, self.row_ptr, self.in_features)
+            form = sell.build(self.values, self.bitmap, self.row_ptr, self.in_features)
         self._batches = (_version(self.values), form)
         return form.nbytes
 
@@ -91,7 +93,7 @@ class BitmapLinear(nn.Module):
         """The kernel that serves batches, where a form for it is prepared."""
         if self._batches is None:
             return None
-        return (blocks if isinstance(self._batches[1], Blocks) else grouped).kernel_name()
+        return (blocks if isinstance(self._batches[1], Blocks) else sell).kernel_name()
 
     def _form(self, x: Tensor) -> BatchForm | None:
         """The form for batches, where it is prepared and serves x; made anew for new values."""
@@ -111,7 +113,7 @@ class BitmapLinear(nn.Module):
         if (form := self._form(x)) is not None:
             if isinstance(form, Blocks):
                 return blocks.linear(x, form, self.bias)
-            return grouped.linear(x, form, self.bias)
+            return sell.linear(x, form, self.bias)
         parts = (self.values, self.bitmap, self.row_ptr, self.bias, self.in_features)
         return ops.linear(x, *parts, self.unpack_from)
 
@@ -119,7 +121,8 @@ class BitmapLinear(nn.Module):
         """Shape, density and kernel."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"density={self.density:.3f}, bias={self.bias is not None}, dtype={self.values.dtype}"
+            f"density={self.density:.3f}, bias={self.bias is not None}, dtype={self.values.dtype}, "
+            f"batches={self.batch_kernel}"
         )
 
 
