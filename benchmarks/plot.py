@@ -86,7 +86,7 @@ def roofline() -> None:
         ha="right",
     )
     seen = set()
-    for case in [*record["cases"], *read("integer_kernels")["cases"]]:
+    for case in record["cases"]:
         facts = case["case"]
         if "x" in facts.get("block", ""):
             continue

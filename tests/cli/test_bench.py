@@ -265,3 +265,43 @@ def test_calm_is_a_share_and_one_thread_is_always_calm():
         torch.set_num_threads(before)
     with pytest.raises(SystemExit):
         main(["bench", "--patience=-1"])
+
+
+def test_a_stopped_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
+    """Killed in the third case: two are on disk, and only the third is measured by the next run."""
+    cases = [nm.Case(f"2:4 case {k}", 48, 192, "2:4", "bfloat16", 1) for k in range(3)]
+    monkeypatch.setattr(nm, "cases", lambda: cases)
+    seen = []
+
+    def timed(case, limits, repeats):
+        seen.append(case.name)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return {"case": vars(case), "ratio": 1.0}
+
+    monkeypatch.setattr(nm, "measure", timed)
+    out = tmp_path / "nm.json"
+    argv = ["bench", "--suite=nm", "--patience=0", f"--out={out}", "--json"]
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert len(json.loads(out.read_text())["cases"]) == 2
+    main([*argv, "--resume"])
+    record = json.loads(out.read_text())
+    assert seen == ["2:4 case 0", "2:4 case 1", "2:4 case 2", "2:4 case 2"]
+    assert [one["label"] for one in record["cases"]] == [describe(vars(case)) for case in cases]
+    assert [path.name for path in tmp_path.iterdir()] == ["nm.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[", "no record"), ("[]", "no record"), ('{"cases": []}', "measured with suite")],
+)
+def test_resume_refuses_what_it_cannot_continue(content, message, tmp_path, capsys):
+    out = tmp_path / "record.json"
+    out.write_text(content)
+    with pytest.raises(SystemExit):
+        main(["bench", "--suite=nm", "--patience=0", f"--out={out}", "--resume"])
+    assert message in capsys.readouterr().err and out.read_text() == content
+    with pytest.raises(SystemExit):
+        main(["bench", "--suite=nm", "--resume"])
+    assert "--out" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from gossamer.bench import active, conv, decode, kernels, llama_cpp, nm, spgemm,
 from gossamer.bench.measure import Limits, measure_limits, when_calm
 from gossamer.cli.output import note, print_json, print_table
 from gossamer.core.errors import UsageError
+from gossamer.engine.journal import write_whole
 from gossamer.nn.costs import cache_folder
 from gossamer.ops import _dispatch
 
+Timed = Callable[[], dict[str, Any]]
 SUITES = ("kernels", "decode", "active", "nm", "spgemm", "conv", "training")
 
 
@@ -45,7 +48,9 @@ class Bench:
     patience: float = 30.0
     """seconds per case to wait for a machine that nobody else uses; 0 measures at once"""
     out: str = ""
-    """also write the JSON to this file"""
+    """also write the JSON to this file, after every case"""
+    resume: bool = False
+    """keep the cases that --out holds already, of an earlier run that was stopped, and add others"""
     json: bool = False
     """print one JSON object"""
 
@@ -59,52 +64,79 @@ class Bench:
             raise UsageError(f"--patience is in seconds, 0 or more, not {self.patience}")
         limits = measure_limits()
         note(f"limits: {limits.read / 1e9:.1f} GB/s read, {limits.flops / 1e9:.0f} GFLOP/s float32")
-        results = self._decode(limits) if self.suite == "decode" else self._cases(limits)
+        record = self._start(limits)
+        for index, (label, timed) in enumerate(wanted := self._wanted(limits), 1):
+            if label in [one["label"] for one in record["cases"]]:
+                continue
+            note(f"{index} of {len(wanted)}: {label}")
+            record["cases"].append({"label": label, **when_calm(timed, self.patience)})
+            if self.out:
+                write_whole(Path(self.out), functools.partial(_write, record))
+        if self.json:
+            print_json(record)
+        else:
+            self._print(record["cases"])
+
+    def _start(self, limits: Limits) -> dict[str, Any]:
+        """An empty record, or with --resume the one in --out; its limits stay what they were."""
         record = {
             "suite": self.suite,
             "limits": dataclasses.asdict(limits),
             "kernels": _dispatch.describe(),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
-            "cases": results,
+            "cases": [],
         }
-        if self.out:
-            Path(self.out).write_text(json.dumps(record, indent=2) + "\n")
-        if self.json:
-            print_json(record)
-        else:
-            self._print(results)
+        if not self.resume:
+            return record
+        if not self.out:
+            raise UsageError("--resume continues the file that --out names; name it")
+        try:
+            old = json.loads(Path(self.out).read_text())
+            [one["label"] for one in old["cases"]]
+        except FileNotFoundError:
+            return record
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{self.out} is no record that can be continued: {error!r}") from error
+        for key in ("suite", "kernels", "versions"):
+            if old.get(key) != record[key]:
+                raise UsageError(
+                    f"{self.out} was measured with {key} {old.get(key)}, here it is {record[key]}; "
+                    "measure anew without --resume"
+                )
+        return dict(old)
 
-    def _cases(self, limits: Limits) -> list[dict[str, Any]]:
+    def _wanted(self, limits: Limits) -> list[tuple[str, Timed]]:
+        """What to measure, by label."""
+        if self.suite == "decode":
+            return self._decode(limits)
         suites = {"kernels": kernels, "active": active, "nm": nm, "spgemm": spgemm, "conv": conv}
         suite: Any = {**suites, "training": training}[self.suite]
         chosen = [case for case in suite.cases() if self.only in describe(vars(case))]
         if not chosen:
             raise UsageError(f"--only {self.only!r} leaves no case")
-        results = []
-        for index, case in enumerate(chosen, 1):
-            note(f"{index} of {len(chosen)}: {describe(vars(case))}")
-            timed = functools.partial(suite.measure, case, limits, self.repeats)
-            results.append(when_calm(timed, self.patience))
-        return results
+        return [
+            (describe(vars(case)), functools.partial(suite.measure, case, limits, self.repeats))
+            for case in chosen
+        ]
 
-    def _decode(self, limits: Limits) -> list[dict[str, Any]]:
-        note(f"{self.geometry} at density 0.5")
+    def _decode(self, limits: Limits) -> list[tuple[str, Timed]]:
+        label = f"{self.geometry} at density 0.5"
         alone = functools.partial(decode.measure, self.geometry, 0.5, limits, self.repeats)
-        results = [when_calm(alone, self.patience)]
+        wanted: list[tuple[str, Timed]] = [(label, alone)]
         if (absent := llama_cpp.missing()) is not None:
             note(absent)
-            return results
+            return wanted
         folder = (Path(self.work) if self.work else cache_folder() / "bench") / self.geometry
         note(f"models for llama.cpp: {folder}")
         llama_cpp.prepare(folder, self.geometry)
+        repeats = min(self.repeats, 5)
         for each in llama_cpp.CLASSES:
-            note(f"{self.geometry} against llama.cpp {each.peer}, {each.folder}")
-            repeats = min(self.repeats, 5)
+            label = f"{self.geometry} against llama.cpp {each.peer}, {each.folder}"
             timed = functools.partial(
                 llama_cpp.measure, folder, self.geometry, each, limits, repeats
             )
-            results.append(when_calm(timed, self.patience))
-        return results
+            wanted.append((label, timed))
+        return wanted
 
     def _print(self, results: list[dict[str, Any]]) -> None:
         rows = []
@@ -120,6 +152,10 @@ class Bench:
         unit = "tokens/s" if self.suite == "decode" else "ms"
         header = ("case", f"ours, {unit}", "ratio", f"best peer and others, {unit}", "of the limit")
         print_table(f"gossamer bench --suite {self.suite}", header, rows)
+
+
+def _write(record: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _peer(result: dict[str, Any], times: dict[str, float]) -> str:
