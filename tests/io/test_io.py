@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import gossamer as gs
@@ -148,6 +149,18 @@ def test_damaged_nm_layers_get_one_clear_error(change, tmp_path):
         gs.load(tmp_path / "out", model=empty)
     assert "\n" not in str(caught.value)
     assert all(torch.equal(empty.state_dict()[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint32, torch.int32, torch.complex64, torch.float64])
+def test_nm_values_of_another_dtype_get_one_clear_error(dtype, tmp_path):
+    fast, empty = nm_parts()
+    gs.save(fast, tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["0.values"] = tensors["0.values"].to(dtype)
+    save_file(tensors, path)
+    with pytest.raises(FormatError):
+        gs.load(tmp_path / "out", model=empty)
 
 
 @pytest.mark.parametrize("seed", range(20))

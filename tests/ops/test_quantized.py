@@ -221,6 +221,10 @@ def damaged(**changes):
     return QuantizedMatrix.of(**parts)
 
 
+def offsets(*numbers):
+    return torch.tensor(numbers)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -239,6 +243,8 @@ def damaged(**changes):
         {"shape": lambda s: (s[0], s[1] + 64)},
         {"outliers": lambda o: (o[0] + 1, o[1], o[2])},
         {"outliers": lambda o: (o[0].flip(0), o[1], o[2])},
+        {"outliers": lambda o: (offsets(0, 2**63 - 1, -2, *o[0][3:].tolist()), o[1], o[2])},
+        {"outliers": lambda o: (offsets(0, 99, *o[0][2:].tolist()), o[1], o[2])},
         {"outliers": lambda o: (o[0], o[1] + 200, o[2])},
         {"outliers": lambda o: (o[0], o[1] - 300, o[2])},
         {"outliers": lambda o: (o[0], o[1], o[2].double())},
