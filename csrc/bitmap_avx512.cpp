@@ -26,7 +26,7 @@ inline __m512 load16(const uint16_t* p, int count) {
 }
 
 template <class T, int B>
-void row_dot(const uint64_t* bits, int64_t words, const T* values, const T* end, const float* x,
+void row_dot(const Word* bits, int64_t words, const T* values, const T* end, const float* x,
              int64_t x_stride, float* out) {
   constexpr int kChains = B == 1 ? 2 : B == 2 ? 4 : 1;  // independent sums hide the latency of fused multiply-add
   __m512 sums[B][kChains];
@@ -73,7 +73,7 @@ void row_dot(const uint64_t* bits, int64_t words, const T* values, const T* end,
 // Two rows at once, from two places of the matrix: twice as many streams from memory are in flight,
 // and each vector of x is loaded once for both. Adds in the order of row_dot<T, 1>, bit for bit.
 template <class T>
-void pair_dot(const uint64_t* bits_a, const uint64_t* bits_b, int64_t words, const T* a, const T* b,
+void pair_dot(const Word* bits_a, const Word* bits_b, int64_t words, const T* a, const T* b,
               const T* end_a, const T* end_b, const float* x, float* out) {
   __m512 sums_a[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   __m512 sums_b[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -128,7 +128,7 @@ void expand_word(uint64_t word, const T* values, float* out) {
 }
 
 template <class T, int NV>
-const T* row_axpy(const uint64_t* bits, int64_t words, const T* values, const float* xt,
+const T* row_axpy(const Word* bits, int64_t words, const T* values, const float* xt,
                   float* y) {
   constexpr int64_t width = 16 * NV;
   __m512 even[NV], odd[NV];  // two sets of sums, for the latency of fused multiply-add

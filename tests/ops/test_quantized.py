@@ -132,6 +132,25 @@ def test_size_is_what_the_format_says():
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_parts_may_lie_anywhere(isa, bits, monkeypatch):
+    """Where a file puts them; what reads bitmaps as words is seen by `make sanitize`."""
+    monkeypatch.setenv("GOSSAMER_ISA", isa)
+    halves = torch.randn(5, 128) * (torch.arange(128) % 4 < 2)  # of every 4, which has its kernel
+    for matrix in (sparse(9, 130), halves):
+        m = ops.pack(matrix, bits, 64)
+        odd = [
+            torch.cat([p.new_zeros(1), p.flatten()])[1:].view_as(p) for p in (m.values, m.bitmap)
+        ]
+        again = QuantizedMatrix.of(*odd, m.scales, m.zeros, None, m.shape, bits, 64)
+        assert again.bitmap.data_ptr() % 8 and again.run == m.run
+        assert torch.equal(ops.unpack(again), ops.unpack(m))
+        for rows in (1, 5, 20):
+            x = torch.randn(rows, matrix.shape[1])
+            assert torch.equal(ops.linear(x, again, None), ops.linear(x, m, None))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("density", [0.5, 1.0])
 def test_outliers_are_exact(isa, density, monkeypatch):
     monkeypatch.setenv("GOSSAMER_ISA", isa)
