@@ -35,7 +35,7 @@ void matvec_rows(const Bitmap& m, const float* x, float* y, const float* bias, i
   const int64_t x_stride = m.stride * 8;
   for (int64_t r = from; r < to; ++r) {
     float sums[B];
-    const auto* bits = reinterpret_cast<const Word*>(m.bits + r * m.stride);
+    const Word* bits = reinterpret_cast<const Word*>(m.bits + r * m.stride);
     row_dot<T, B>(bits, m.stride / 8, values + m.row_ptr[r], values + m.nnz, x, x_stride, sums);
     for (int b = 0; b < B; ++b) y[b * m.rows + r] = sums[b] + (bias ? bias[r] : 0.0f);
   }
@@ -105,7 +105,7 @@ void spmm_rows(const Bitmap& m, const float* xt, int64_t tiles, float* yt, const
     for (int64_t w = 0; w < words; w += kColumnWords) {
       const int64_t count = words - w < kColumnWords ? words - w : kColumnWords;
       for (int64_t r = from; r < to; ++r) {
-        const auto* bits = reinterpret_cast<const Word*>(m.bits + r * m.stride) + w;
+        const Word* bits = reinterpret_cast<const Word*>(m.bits + r * m.stride) + w;
         const T* stop = row_axpy<T, NV>(bits, count, values + cursor[r], x + w * 64 * width,
                                         y + r * width);
         cursor[r] = stop - values;
@@ -139,7 +139,7 @@ inline void run_spmm(const Bitmap& m, const float* xt, int64_t tiles, int64_t wi
 template <class T>
 void unpack_row(const Bitmap& m, int64_t cols, int64_t row, float* out) {
   const T* values = static_cast<const T*>(m.values) + m.row_ptr[row];
-  const auto* bits = reinterpret_cast<const Word*>(m.bits + row * m.stride);
+  const Word* bits = reinterpret_cast<const Word*>(m.bits + row * m.stride);
   int64_t j = 0;
   for (; j + 64 <= cols; j += 64) {
     expand_word<T>(bits[j / 64], values, out + j);
