@@ -76,23 +76,29 @@ __attribute__((always_inline)) inline void transpose(Wide (&v)[16]) {
   butterfly<1>(v);
 }
 
-// Columns from..to of x (count rows of `cols`), turned into xt (cols, width), zero beyond count.
+// Columns from..to of x (count rows of `cols`, at most 16), turned into xt (cols, width), zero
+// beyond count.
+template <class X>
+void turn_rows(const X* x, int64_t cols, int64_t count, int64_t width, int64_t from, int64_t to,
+               float* xt) {
+  int64_t j = from;
+  for (; j + 16 <= to; j += 16) {
+    Wide v[16];
+    for (int64_t k = 0; k < 16; ++k) v[k] = k < count ? load(x + k * cols + j) : Wide{};
+    transpose(v);
+    for (int64_t k = 0; k < 16; ++k) store(v[k], xt + (j + k) * width);
+  }
+  for (; j < to; ++j)
+    for (int64_t k = 0; k < 16; ++k)
+      xt[j * width + k] = k < count ? widen(x[k * cols + j]) : 0.0f;
+}
+
+// The same for any number of rows.
 template <class X>
 void turn_in(const X* x, int64_t cols, int64_t count, int64_t width, int64_t from, int64_t to,
              float* xt) {
-  for (int64_t b = 0; b < width; b += 16) {
-    const int64_t rows = count - b < 16 ? count - b : 16;
-    int64_t j = from;
-    for (; j + 16 <= to; j += 16) {
-      Wide v[16];
-      for (int64_t k = 0; k < 16; ++k) v[k] = k < rows ? load(x + (b + k) * cols + j) : Wide{};
-      transpose(v);
-      for (int64_t k = 0; k < 16; ++k) store(v[k], xt + (j + k) * width + b);
-    }
-    for (; j < to; ++j)
-      for (int64_t k = 0; k < 16; ++k)
-        xt[j * width + b + k] = k < rows ? widen(x[(b + k) * cols + j]) : 0.0f;
-  }
+  for (int64_t b = 0; b < width; b += 16)
+    turn_rows(x + b * cols, cols, count - b < 16 ? count - b : 16, width, from, to, xt + b);
 }
 
 // Rows from..to of yt (rows, width) back to y (count rows of `rows`).
@@ -110,6 +116,7 @@ void turn_out(X* y, int64_t rows, int64_t count, int64_t width, int64_t from, in
       for (int64_t k = 0; k < batch; ++k) {
         if (relu) v[k] = v[k] < lowest ? Wide{} : v[k];
         store(v[k], y + (b + k) * rows + j);
+        __builtin_prefetch(y + (b + k) * rows + j + 64, 1, 3);
       }
     }
     for (; j < to; ++j)

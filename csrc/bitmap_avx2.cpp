@@ -112,11 +112,13 @@ const T* row_axpy(const Word* bits, int64_t words, const T* values, const float*
 
 namespace gossamer {
 namespace {
-constexpr int kVectors = 1;  // of 16 floats, in a batch tile of the grouped product
+constexpr int kLanes = 8;    // floats in a register
+constexpr int kVectors = 2;  // of 16 floats, in the widest tile of the SELL product
+constexpr int kSums = 8;     // registers that hold its sums
 }
 }  // namespace gossamer
 
-#include "grouped_driver.hpp"
+#include "sell_driver.hpp"
 #include "limits_driver.hpp"
 
 namespace gossamer {
@@ -131,9 +133,9 @@ void spmm_avx2(const Bitmap& m, const float* xt, int64_t tiles, int64_t width, f
 void decode_avx2(const Llama& m, int64_t token, int64_t position, float* logits, int threads) {
   run_decode(m, token, position, logits, threads);
 }
-void grouped_avx2(const Grouped& m, const Dense& d, const float* bias, bool relu, float* xt,
+void sell_avx2(const Sell& m, const Dense& d, const float* bias, bool relu, float* xt,
                  float* yt, int threads) {
-  run_grouped(m, d, bias, relu, xt, yt, threads);
+  run_sell(m, d, bias, relu, xt, yt, threads);
 }
 void unpack_avx2(const Bitmap& m, int64_t cols, int64_t from, int64_t to, float* out, int threads) {
   run_unpack(m, cols, from, to, out, threads);

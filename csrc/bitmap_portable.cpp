@@ -60,11 +60,13 @@ const T* row_axpy(const Word* bits, int64_t words, const T* values, const float*
 
 namespace gossamer {
 namespace {
-constexpr int kVectors = 1;  // of 16 floats, in a batch tile of the grouped product
+constexpr int kLanes = 4;    // floats in a register
+constexpr int kVectors = 1;  // of 16 floats, in the widest tile of the SELL product
+constexpr int kSums = 8;     // registers that hold its sums
 }
 }  // namespace gossamer
 
-#include "grouped_driver.hpp"
+#include "sell_driver.hpp"
 #include "limits_driver.hpp"
 
 namespace gossamer {
@@ -79,9 +81,9 @@ void spmm_portable(const Bitmap& m, const float* xt, int64_t tiles, int64_t widt
 void decode_portable(const Llama& m, int64_t token, int64_t position, float* logits, int threads) {
   run_decode(m, token, position, logits, threads);
 }
-void grouped_portable(const Grouped& m, const Dense& d, const float* bias, bool relu, float* xt,
+void sell_portable(const Sell& m, const Dense& d, const float* bias, bool relu, float* xt,
                  float* yt, int threads) {
-  run_grouped(m, d, bias, relu, xt, yt, threads);
+  run_sell(m, d, bias, relu, xt, yt, threads);
 }
 void unpack_portable(const Bitmap& m, int64_t cols, int64_t from, int64_t to, float* out, int threads) {
   run_unpack(m, cols, from, to, out, threads);

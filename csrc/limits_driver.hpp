@@ -1,6 +1,6 @@
 // The loops of limits.hpp, compiled once per instruction set.
 #pragma once
-#include "grouped_driver.hpp"
+#include "sell_driver.hpp"
 #include "limits.hpp"
 
 namespace gossamer {

@@ -11,7 +11,7 @@
 #include "blocks_bindings.hpp"
 #include "csr_bindings.hpp"
 #include "decoder_bindings.hpp"
-#include "grouped_bindings.hpp"
+#include "sell_bindings.hpp"
 #include "isa.hpp"
 #include "limits.hpp"
 #include "nm_bindings.hpp"
@@ -175,7 +175,7 @@ NB_MODULE(_kernels, m) {
   m.def("bitmap_offsets", &offsets, nb::call_guard<nb::gil_scoped_release>());
   m.def("bitmap_matvec", &matvec, nb::call_guard<nb::gil_scoped_release>());
   bind_decoder(m);
-  bind_grouped(m);
+  bind_sell(m);
   bind_quantized(m);
   bind_blocks(m);
   bind_csr(m);

@@ -13,7 +13,7 @@ def costs_like_the_rules(no_cached_costs, tmp_path_factory):
     terms = {}
     for dtype in ("float32", "bfloat16"):
         terms |= {f"dense {dtype}": dense, f"bitmap-matvec {dtype}": sparse}
-        terms[f"grouped-spmm {dtype}"] = sparse
+        terms[f"sell-spmm {dtype}"] = sparse
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("costs")))
         store_costs(Costs(machine(), terms))

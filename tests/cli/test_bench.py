@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from gossamer.bench import active, conv, decode, kernels, llama_cpp, nm, spgemm, training
+from gossamer.bench import active, conv, decode, kernels, llama_cpp, measure, nm, spgemm, training
 from gossamer.bench.measure import Limits, interleaved, measure_limits
 from gossamer.cli import main
 from gossamer.cli.bench import describe
@@ -63,12 +63,12 @@ def test_a_wrong_kernel_gets_no_speed(monkeypatch):
 
 def test_training_suite(monkeypatch, capsys):
     monkeypatch.setattr(training, "cases", lambda: [training.Case(128, 2, 0.1, 20)])
-    main(["bench", "--suite=training", "--repeats=1", "--json"])
+    main(["bench", "--patience=0", "--suite=training", "--repeats=1", "--json"])
     case = json.loads(capsys.readouterr().out)["cases"][0]
     times = case["milliseconds"]
     assert len(times) == 3 and case["best_dense"] in times
     assert case["ratio"] == pytest.approx(times[case["best_dense"]] / times["gossamer"])
-    main(["bench", "--suite=training", "--repeats=1"])
+    main(["bench", "--patience=0", "--suite=training", "--repeats=1"])
     assert "2 layers 128x128" in capsys.readouterr().out
     right = training.csr.linear
     monkeypatch.setattr(training.csr, "linear", lambda *args: 1.1 * right(*args))
@@ -146,12 +146,12 @@ def test_decode_suite(monkeypatch, capsys, tmp_path):
     small = decode.Geometry(64, 1, 4, 2, 128, 32000)
     monkeypatch.setitem(decode.GEOMETRIES, "llama-1b", small)
     out = tmp_path / "bench.json"
-    main(["bench", "--suite=decode", "--repeats=1", f"--out={out}", "--json"])
+    main(["bench", "--patience=0", "--suite=decode", "--repeats=1", f"--out={out}", "--json"])
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(out.read_text())
     case = printed["cases"][0]
     assert case["loop"] == "compiled" and case["tokens_per_second"]["gossamer"] > 0
-    main(["bench", "--suite=decode", "--repeats=1"])
+    main(["bench", "--patience=0", "--suite=decode", "--repeats=1"])
     assert "tokens/s" in capsys.readouterr().out
 
 
@@ -202,7 +202,7 @@ def test_decode_against_llama_cpp(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(decode.GEOMETRIES, "llama-1b", small)
     monkeypatch.setattr(llama_cpp, "PROMPT", 32)
     monkeypatch.setattr(llama_cpp, "STEPS", 2)
-    argv = ["bench", "--suite=decode", "--repeats=1", f"--work={tmp_path}"]
+    argv = ["bench", "--patience=0", "--suite=decode", "--repeats=1", f"--work={tmp_path}"]
     main([*argv, "--json"])
     first, *classes = json.loads(capsys.readouterr().out)["cases"]
     assert [case["case"]["peer"] for case in classes] == [
@@ -240,3 +240,28 @@ def test_a_wrong_integer_peer_gets_no_speed(monkeypatch):
     monkeypatch.setattr(kernels.integer_peers, "onnx_int4", wrong)
     with pytest.raises(GossamerError, match="onnxruntime dense int4 is wrong"):
         kernels.measure(kernels.Case(64, 300, "int4", 0.5, 1), LIMITS, repeats=1)
+
+
+def test_the_calmest_measurement_counts_whatever_it_says(monkeypatch):
+    states = iter([0.5, 0.6, 0.9, 1.0, 0.95])  # waits twice, then before, after of one measurement
+    monkeypatch.setattr(measure, "calm", lambda: next(states))
+    monkeypatch.setattr(measure.time, "sleep", lambda seconds: None)
+    assert measure.when_calm(lambda: {"ratio": 1.0}, 60) == {"ratio": 1.0, "calm": 0.9}
+    states = iter([0.9, 0.5, 0.9, 0.7, 0.9, 0.6])  # disturbed each time: three tries, no more
+    ratios = iter([3.0, 1.0, 2.0])
+    assert measure.when_calm(lambda: {"ratio": next(ratios)}, 60) == {"ratio": 1.0, "calm": 0.7}
+    states = iter([0.4, 0.3])
+    assert measure.when_calm(lambda: {"ratio": 2.0}, 0) == {"ratio": 2.0, "calm": 0.3}
+
+
+def test_calm_is_a_share_and_one_thread_is_always_calm():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert measure.calm() == 1.0
+        torch.set_num_threads(2)
+        assert 0 < measure.calm() <= 1.0
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(SystemExit):
+        main(["bench", "--patience=-1"])

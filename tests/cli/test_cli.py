@@ -159,7 +159,7 @@ def test_a_text_encoder(tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["quality"]["dense"] == 1.0 and 0 < printed["quality"]["sparse"] < 1
     assert printed["quality"]["better"] == "higher" and printed["speed"]["unit"] == "inputs/s"
-    assert all("grouped-spmm" in x["kernel"] for x in printed["layers"] if x["kernel"])
+    assert all("sell-spmm" in x["kernel"] for x in printed["layers"] if x["kernel"])
     assert "higher is better" in (out / "report.html").read_text()
     flags = [f"--data={tmp_path / 'text.txt'}", "--dtype=float32", "--json"]
     main(["compare", f"--dense={folder}", f"--sparse={out}", *flags])

@@ -28,7 +28,7 @@ def costs(**changes):
     known = {
         "dense": {1: terms(1e-6, BYTE), 128: terms(1e-5, 20 * BYTE)},
         "bitmap-matvec": {1: terms(3e-6, 0.1 * BYTE, BYTE)},
-        "grouped-spmm": {128: terms(5e-5, 0, 30 * BYTE)},
+        "sell-spmm": {128: terms(5e-5, 0, 30 * BYTE)},
         "block-spmm": {128: terms(5e-5, 0, 10 * BYTE, 10 * BYTE)},
         "bitmap-unpack": {16: terms(0, 5 * BYTE), 128: terms(0, 25 * BYTE)},
         "bitmap-spmm": {16: terms(0, 0, 9 * BYTE), 128: terms(0, 0, 60 * BYTE)},
@@ -65,9 +65,9 @@ def test_fit_never_gives_negative_costs():
     assert min(fit(points)) >= 0 and max(fit(points)) > 0
 
 
-@pytest.mark.parametrize("name", ["bitmap-matvec", "grouped-spmm", "sparse-conv"])
+@pytest.mark.parametrize("name", ["bitmap-matvec", "sell-spmm", "sparse-conv"])
 def test_more_kept_weights_and_more_rows_never_get_cheaper(name):
-    model = costs(grouped_spmm={16: terms(9e-5, 0, BYTE), 128: terms(0, 0, 2 * BYTE)})
+    model = costs(sell_spmm={16: terms(9e-5, 0, BYTE), 128: terms(0, 0, 2 * BYTE)})
     for rows in (1, 8, 16, 60, 128, 1000):
         times = [model.seconds(name, "float32", rows, Work(64, 64, d / 10)) for d in range(1, 11)]
         assert times == sorted(times)
@@ -106,8 +106,8 @@ def test_other_costs_flip_the_decision():
 
 def test_batches_choose_among_all_forms():
     record = chosen(net := layer(density=0.3), batches=True)
-    assert record.kernel.endswith(net[0].batch_kernel) and "grouped" in net[0].batch_kernel
-    assert set(record.predicted) == {"dense", "grouped-spmm", "bitmap-unpack", "bitmap-spmm"}
+    assert record.kernel.endswith(net[0].batch_kernel) and "sell" in net[0].batch_kernel
+    assert set(record.predicted) == {"dense", "sell-spmm", "bitmap-unpack", "bitmap-spmm"}
     assert record.decided.endswith("for 128 rows")
     straight = costs(bitmap_spmm={16: terms(), 128: terms(0, 0, BYTE)})
     record = chosen(net := layer(density=0.3), batches=True, costs=straight)
@@ -226,7 +226,7 @@ def test_calibration_measures_every_kernel(cache, monkeypatch):
     found = gs.calibrate_costs()
     assert torch.equal(state, torch.random.get_rng_state())
     assert cached_costs() == found and dict(found.machine) == machine()
-    kernels = {"dense", "bitmap-matvec", "bitmap-unpack", "bitmap-spmm", "grouped-spmm"}
+    kernels = {"dense", "bitmap-matvec", "bitmap-unpack", "bitmap-spmm", "sell-spmm"}
     names = {f"{k} {d}" for k in (*kernels, "block-spmm") for d in ("float32", "bfloat16")}
     assert set(found.terms) == names | {"dense-conv float32", "sparse-conv float32"}
 

@@ -1,5 +1,9 @@
 """The bitmap kernels against their plain twin: every instruction set, shape, dtype and thread count."""
 
+import ctypes
+import mmap
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,6 +59,45 @@ def test_kernels_equal_the_reference(isa, dtype, shape, monkeypatch):
         torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=2e-5)
 
 
+def at_page_end(tensor):
+    """A copy whose last byte is the last before memory that must not be touched."""
+    page = mmap.PAGESIZE
+    size = tensor.numel() * tensor.element_size()
+    room = (size + page - 1) // page * page
+    memory = mmap.mmap(-1, room + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(start + room), ctypes.c_size_t(page), 0) == 0
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=room - size)
+    return copy.copy_(tensor.flatten()).reshape(tensor.shape)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="guards a page by mprotect")
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("density", [0.5, 0.3, 0.2, 0.05])
+@pytest.mark.parametrize("shape", [(1, 2565), (9, 515), (24, 1000)], ids=str)
+def test_matvec_reads_nothing_past_the_end(isa, dtype, density, shape, monkeypatch):
+    """Empty rows among others, tails of any length, NaN and infinity in columns that some keep."""
+    monkeypatch.setenv("GOSSAMER_ISA", isa)
+    matrix = sparse(*shape, density, dtype)
+    matrix[1::4] = 0
+    values, bitmap = ops.pack(matrix)
+    offsets = ops.row_offsets(values, bitmap, shape[1])
+    guarded = at_page_end(values), at_page_end(bitmap)
+    for batch in (1, 2, 3, 4, 8):
+        x = torch.randn(batch, shape[1])
+        found = ops.linear(x, *guarded, offsets, None, shape[1])
+        torch.testing.assert_close(
+            found.double(), x.double() @ matrix.double().t(), rtol=1e-5, atol=5e-5
+        )
+        x[0, 70], x[0, -1] = float("nan"), float("inf")
+        strange = ops.linear(x, *guarded, offsets, None, shape[1])
+        touched = (matrix[:, 70] != 0) | (matrix[:, -1] != 0)
+        assert torch.equal(~torch.isfinite(strange[0]), touched)
+        assert torch.equal(strange[1:], found[1:])
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_bitmaps_may_lie_anywhere(isa, monkeypatch):
     """Where a file puts them; what reads them as words is seen by `make sanitize`."""
@@ -73,10 +116,11 @@ def test_bitmaps_may_lie_anywhere(isa, monkeypatch):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_do_not_change_the_result(isa, threads, monkeypatch):
+def test_threads_do_not_change_the_result(isa, dtype, threads, monkeypatch):
     monkeypatch.setenv("GOSSAMER_ISA", isa)
-    layer = BitmapLinear.from_matrix(sparse(700, 300))
+    layer = BitmapLinear.from_matrix(sparse(700, 300, dtype=dtype))
     x, many = torch.randn(1, 300), torch.randn(70, 300)
     before = torch.get_num_threads()
     try:

@@ -150,7 +150,7 @@ def test_prepared_batches_follow_the_values():
     assert layer.batch_kernel is None
     plain = layer(x)
     assert prepare_batches(torch.nn.Sequential(layer)) > 0
-    assert layer.batch_kernel.startswith("grouped")
+    assert layer.batch_kernel.startswith("sell")
     torch.testing.assert_close(layer(x), plain, rtol=1e-5, atol=1e-5)
     layer.values.mul_(2)
     expected = 2 * (plain - layer.bias) + layer.bias

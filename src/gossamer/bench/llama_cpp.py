@@ -1,8 +1,8 @@
 """llama.cpp as a peer of whole models: the same random weights, class by class, in one process.
 
 Half of our weights are zero: bfloat16 against F16, 8 bits against Q8_0, 4 bits (the head 8) against
-Q4_0, with 2:4 zeros too; then our dense integers, which any zeros have to beat. Model files go to a
-folder and are used again.
+Q4_0, both integers with 2:4 zeros too; then our dense integers, which any zeros have to beat. Model
+files go to a folder and are used again.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Class:
 CLASSES = (
     Class("F16", None, "unstructured:row"),
     Class("Q8_0", 8, "unstructured:row"),
+    Class("Q8_0", 8, "2:4"),
     Class("Q4_0", 4, "unstructured:row"),
     Class("Q4_0", 4, "2:4"),
     Class("Q8_0", 8, ""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import platform
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from gossamer.bench import active, conv, decode, kernels, llama_cpp, nm, spgemm, training
-from gossamer.bench.measure import Limits, measure_limits
+from gossamer.bench.measure import Limits, measure_limits, when_calm
 from gossamer.cli.output import note, print_json, print_table
 from gossamer.core.errors import UsageError
 from gossamer.nn.costs import cache_folder
@@ -41,6 +42,8 @@ class Bench:
     """of all suites but decode: only cases whose description holds this text, such as 'batch 128'"""
     repeats: int = 7
     """turns of each engine; the median counts"""
+    patience: float = 30.0
+    """seconds per case to wait for a machine that nobody else uses; 0 measures at once"""
     out: str = ""
     """also write the JSON to this file"""
     json: bool = False
@@ -52,6 +55,8 @@ class Bench:
             raise UsageError(f"--suite is one of {', '.join(SUITES)}, not {self.suite!r}")
         if self.repeats < 1:
             raise UsageError(f"--repeats is at least 1, not {self.repeats}")
+        if not 0 <= self.patience < float("inf"):
+            raise UsageError(f"--patience is in seconds, 0 or more, not {self.patience}")
         limits = measure_limits()
         note(f"limits: {limits.read / 1e9:.1f} GB/s read, {limits.flops / 1e9:.0f} GFLOP/s float32")
         results = self._decode(limits) if self.suite == "decode" else self._cases(limits)
@@ -78,12 +83,14 @@ class Bench:
         results = []
         for index, case in enumerate(chosen, 1):
             note(f"{index} of {len(chosen)}: {describe(vars(case))}")
-            results.append(suite.measure(case, limits, self.repeats))
+            timed = functools.partial(suite.measure, case, limits, self.repeats)
+            results.append(when_calm(timed, self.patience))
         return results
 
     def _decode(self, limits: Limits) -> list[dict[str, Any]]:
         note(f"{self.geometry} at density 0.5")
-        results = [decode.measure(self.geometry, 0.5, limits, self.repeats)]
+        alone = functools.partial(decode.measure, self.geometry, 0.5, limits, self.repeats)
+        results = [when_calm(alone, self.patience)]
         if (absent := llama_cpp.missing()) is not None:
             note(absent)
             return results
@@ -92,9 +99,11 @@ class Bench:
         llama_cpp.prepare(folder, self.geometry)
         for each in llama_cpp.CLASSES:
             note(f"{self.geometry} against llama.cpp {each.peer}, {each.folder}")
-            results.append(
-                llama_cpp.measure(folder, self.geometry, each, limits, min(self.repeats, 5))
+            repeats = min(self.repeats, 5)
+            timed = functools.partial(
+                llama_cpp.measure, folder, self.geometry, each, limits, repeats
             )
+            results.append(when_calm(timed, self.patience))
         return results
 
     def _print(self, results: list[dict[str, Any]]) -> None:

@@ -36,7 +36,7 @@ class Costs:
     """Seconds by kernel, dtype, shape, density and rows of input, for one machine.
 
     machine: what the times hold for, as `nn.costs.machine` gives it. terms: by "kernel dtype",
-    such as "grouped-spmm bfloat16" or "dense float32", then by the rows of input that were measured,
+    such as "sell-spmm bfloat16" or "dense float32", then by the rows of input that were measured,
     the cost in seconds of each of `Work.terms`; none is negative, so more kept weights never get
     cheaper. Between measured rows the model is linear, beyond them it goes on as it ended.
     """

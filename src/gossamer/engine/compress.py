@@ -207,7 +207,7 @@ def _swap(
         return LayerRecord(**{**vars(record), "kernel": conv.kernel})
     if isinstance(packed, BitmapLinear):
         choose_unpacking(packed, costs)
-    prepared = batches and (decision is None or decision.chosen in ("grouped-spmm", "block-spmm"))
+    prepared = batches and (decision is None or decision.chosen in ("sell-spmm", "block-spmm"))
     if prepared:
         packed.prepare_batches()
     root.set_submodule(name, packed)

@@ -50,7 +50,7 @@ def decide(
         rows, unit = PIXELS, "pixel"
         names = ["dense-conv", "sparse-conv"]
     elif batches:
-        names = ["dense", "grouped-spmm", "bitmap-unpack", "bitmap-spmm"]
+        names = ["dense", "sell-spmm", "bitmap-unpack", "bitmap-spmm"]
     else:
         names = ["dense", "bitmap-matvec"]
         calls = type(root).__name__ not in FAMILIES

@@ -142,7 +142,7 @@ def measure_sparse(
     layers = _copies(layer)
     for rows in many:
         x = torch.randn(rows, inputs).to(dtype)
-        yield f"grouped-spmm {_name(dtype)}", rows, work, _seconds(layers, x)
+        yield f"sell-spmm {_name(dtype)}", rows, work, _seconds(layers, x)
 
 
 def measure_blocks(

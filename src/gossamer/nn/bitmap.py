@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from gossamer.core.errors import PatternError, UsageError
 from gossamer.core.pattern import Block, parse_pattern
 from gossamer.ops import bitmap as ops
-from gossamer.ops import blocks, grouped
+from gossamer.ops import blocks, sell
 from gossamer.ops.bitmap.native import MATVEC_ROWS
 from gossamer.ops.blocks import Blocks
-from gossamer.ops.grouped import Grouped
+from gossamer.ops.sell import Sell
 
-BatchForm = Grouped | Blocks
+BatchForm = Sell | Blocks
 
 
 class BitmapLinear(nn.Module):
@@ -82,7 +82,7 @@ class BitmapLinear(nn.Module):
             mask = ops.unpack_mask(self.bitmap, self.in_features)
             form = blocks.build(self.to_matrix(), mask, block)
         if form is None:
-            form = grouped.build(self.values, self.bitmap, self.row_ptr, self.in_features)
+            form = sell.build(self.values, self.bitmap, self.row_ptr, self.in_features)
         self._batches = (_version(self.values), form)
         return form.nbytes
 
@@ -91,7 +91,7 @@ class BitmapLinear(nn.Module):
         """The kernel that serves batches, where a form for it is prepared."""
         if self._batches is None:
             return None
-        return (blocks if isinstance(self._batches[1], Blocks) else grouped).kernel_name()
+        return (blocks if isinstance(self._batches[1], Blocks) else sell).kernel_name()
 
     def _form(self, x: Tensor) -> BatchForm | None:
         """The form for batches, where it is prepared and serves x; made anew for new values."""
@@ -111,7 +111,7 @@ class BitmapLinear(nn.Module):
         if (form := self._form(x)) is not None:
             if isinstance(form, Blocks):
                 return blocks.linear(x, form, self.bias)
-            return grouped.linear(x, form, self.bias)
+            return sell.linear(x, form, self.bias)
         parts = (self.values, self.bitmap, self.row_ptr, self.bias, self.in_features)
         return ops.linear(x, *parts, self.unpack_from)
 

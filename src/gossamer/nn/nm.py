@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from gossamer.core.errors import PatternError, UsageError
 from gossamer.core.pattern import NM, parse_pattern
 from gossamer.nn.bitmap import BitmapLinear, _version
-from gossamer.ops import bitmap, grouped
+from gossamer.ops import bitmap, sell
 from gossamer.ops import nm as ops
-from gossamer.ops.grouped import Grouped
 from gossamer.ops.nm import Layout
 from gossamer.ops.nm.native import MATVEC_ROWS
+from gossamer.ops.sell import Sell
 
 
 class NMLinear(nn.Module):
@@ -51,7 +51,7 @@ class NMLinear(nn.Module):
         self.pattern, self.density_requested = pattern, density_requested
         self.register_buffer("values", values.detach().contiguous())
         self.register_buffer("codes", codes.contiguous())
-        self._batches: tuple[int, Grouped] | None = None
+        self._batches: tuple[int, Sell] | None = None
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
@@ -86,16 +86,16 @@ class NMLinear(nn.Module):
         """Build the form for batches; returns its bytes. O(out * in)."""
         values, bits = bitmap.pack(self.to_matrix())
         offsets = bitmap.row_offsets(values, bits, self.in_features)
-        form = grouped.build(values, bits, offsets, self.in_features)
+        form = sell.build(values, bits, offsets, self.in_features)
         self._batches = (_version(self.values), form)
         return form.nbytes
 
     @property
     def batch_kernel(self) -> str | None:
         """The kernel that serves batches, where a form for it is prepared."""
-        return None if self._batches is None else grouped.kernel_name()
+        return None if self._batches is None else sell.kernel_name()
 
-    def _form(self, x: Tensor) -> Grouped | None:
+    def _form(self, x: Tensor) -> Sell | None:
         """The form for batches, where it is prepared and serves x; made anew for new values."""
         if self._batches is None or x.numel() <= MATVEC_ROWS * self.in_features:
             return None
@@ -111,7 +111,7 @@ class NMLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in x's dtype."""
         if (form := self._form(x)) is not None:
-            return grouped.linear(x, form, self.bias)
+            return sell.linear(x, form, self.bias)
         return ops.linear(x, self.values, self.codes, self.bias, self.layout)
 
     def extra_repr(self) -> str:

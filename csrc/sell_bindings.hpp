@@ -2,5 +2,5 @@
 #include <nanobind/nanobind.h>
 
 namespace gossamer {
-void bind_grouped(nanobind::module_& m);
+void bind_sell(nanobind::module_& m);
 }  // namespace gossamer

@@ -1,4 +1,4 @@
-"""The compiled home of the pattern-grouped operations."""
+"""The compiled home of the SELL operations."""
 
 from __future__ import annotations
 
@@ -8,61 +8,66 @@ import torch
 from torch import Tensor
 
 from gossamer.ops._dispatch import isa_index, kernels
-from gossamer.ops.grouped.reference import BLOCK, TILE, Parts
+from gossamer.ops.sell.reference import BATCH, COLUMNS, Parts, chunk_rows
 
 _SMALL = 1 << 15
 """Below so many multiplications a second thread costs more than it gains."""
 
 
 def build(values: Tensor, bitmap: Tensor, row_ptr: Tensor, in_features: int) -> Parts:
-    """values, columns, counts, column_ptr, value_ptr: see `Grouped`."""
+    """values, columns, rows, groups, offsets: see `Sell`."""
     module = _module()
     out, stride = bitmap.shape
-    blocks, tiles = -(-in_features // BLOCK), -(-out // TILE)
-    counts = torch.empty(blocks, tiles, 16, dtype=torch.uint16)
-    column_ptr = torch.empty(blocks * tiles + 1, dtype=torch.int64)
-    value_ptr = torch.empty_like(column_ptr)
-    matrix = (bitmap.data_ptr(), out, in_features, stride)
-    offsets = (counts.data_ptr(), column_ptr.data_ptr(), value_ptr.data_ptr())
-    module.grouped_count(*matrix, *offsets)
-    columns = torch.empty(int(column_ptr[-1]), dtype=torch.uint16)
-    kept = values.new_zeros(int(value_ptr[-1]) + 1)
-    module.grouped_fill(
+    chunk, blocks = chunk_rows(out), -(-in_features // COLUMNS)
+    offsets = torch.empty(-(-out // chunk) * blocks + 1, 4, dtype=torch.int64)
+    matrix = (out, in_features, stride)
+    module.sell_count(bitmap.data_ptr(), *matrix, chunk, offsets.data_ptr())
+    sizes = offsets[-1].tolist()
+    groups = torch.empty(sizes[0], 3, dtype=torch.uint16)
+    rows = torch.empty(sizes[1], dtype=torch.uint16)
+    columns = torch.empty(sizes[2], dtype=torch.uint8)
+    kept = values.new_zeros(sizes[3] + 1)
+    module.sell_fill(
         bitmap.data_ptr(),
         values.data_ptr(),
         row_ptr.data_ptr(),
-        out,
-        in_features,
-        stride,
+        *matrix,
         values.dtype == torch.bfloat16,
-        *offsets,
+        chunk,
+        offsets.data_ptr(),
+        groups.data_ptr(),
+        rows.data_ptr(),
         columns.data_ptr(),
         kept.data_ptr() + kept.element_size(),
     )
-    return kept, columns, counts, column_ptr, value_ptr
+    return kept, columns, rows, groups, offsets
 
 
 def linear(
     x: Tensor, parts: Parts, shape: tuple[int, int], bias: Tensor | None, relu: bool
 ) -> Tensor:
     """One call: turning x, product, bias, ReLU and turning back."""
-    values, columns, counts, column_ptr, value_ptr = parts
+    values, columns, rows, groups, offsets = parts
     out, in_features = shape
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], out)
     batch = y.numel() // max(1, out)
     if bias is not None:
         bias = bias.detach().float().contiguous()
-    xt = torch.empty(max(1, in_features) * 64)
-    yt = torch.empty(max(1, -(-out // TILE)) * TILE * 64)
-    _module().grouped_linear(
-        counts.data_ptr(),
+    chunk, blocks = chunk_rows(out), -(-in_features // COLUMNS)
+    threads = 1 if values.numel() * batch < _SMALL else torch.get_num_threads()
+    width = min(BATCH, -(-batch // 16) * 16)
+    xt = torch.empty(max(1, blocks * (COLUMNS + 1) * width))
+    yt = torch.empty(threads * (chunk + 1) * BATCH)
+    _module().sell_linear(
+        groups.data_ptr(),
+        rows.data_ptr(),
         columns.data_ptr(),
         values.data_ptr() + values.element_size(),
-        column_ptr.data_ptr(),
-        value_ptr.data_ptr(),
+        offsets.data_ptr(),
         out,
         in_features,
+        chunk,
         values.dtype == torch.bfloat16,
         x.data_ptr(),
         y.data_ptr(),
@@ -72,7 +77,7 @@ def linear(
         relu,
         xt.data_ptr(),
         yt.data_ptr(),
-        1 if values.numel() * batch < _SMALL else torch.get_num_threads(),
+        threads,
         isa_index(),
     )
     return y
