@@ -104,9 +104,10 @@ def test_bitmaps_may_lie_anywhere(isa, monkeypatch):
     monkeypatch.setenv("GOSSAMER_ISA", isa)
     matrix = sparse(9, 130)
     values, bitmap = ops.pack(matrix)
-    odd = torch.zeros(bitmap.numel() + 1, dtype=torch.uint8)[1:].view_as(bitmap).copy_(bitmap)
+    room = torch.zeros(bitmap.numel() + 8, dtype=torch.uint8)
+    odd = room[-room.data_ptr() % 8 + 1 :][: bitmap.numel()].view_as(bitmap).copy_(bitmap)
     layer, plain = BitmapLinear(values, odd, 130, 9), BitmapLinear(values, bitmap, 130, 9)
-    assert layer.bitmap.data_ptr() % 8 and torch.equal(layer.to_matrix(), matrix)
+    assert layer.bitmap.data_ptr() % 8 == 1 and torch.equal(layer.to_matrix(), matrix)
     for prepared in (False, True):
         for batch in (1, 3, 20):
             x = torch.randn(batch, 130)
