@@ -163,6 +163,21 @@ def test_nm_values_of_another_dtype_get_one_clear_error(dtype, tmp_path):
         gs.load(tmp_path / "out", model=empty)
 
 
+@pytest.mark.parametrize("more", range(8))
+def test_tensors_begin_where_their_numbers_may_whatever_the_header(more, tmp_path):
+    fast, empty = quantised_parts(False, 0.05, False, 4)
+    gs.save(fast, tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    start = struct.pack("<Q", size + more) + data[8 : 8 + size] + b" " * more
+    path.write_bytes(start + data[8 + size :])
+    again = gs.load(tmp_path / "out", model=empty)
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, fast.state_dict()[name])
+        assert tensor.data_ptr() % tensor.element_size() == 0
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_flipped_bit_in_codes_is_noticed_or_moves_one_value_at_most(seed, tmp_path):
     """A place that changes and still ascends is another matrix, as a changed value is."""
