@@ -1,5 +1,6 @@
 """Gossamer makes neural networks sparse, and makes sparse networks pay."""
 
+from gossamer.api import compare
 from gossamer.core.allocation import ER, ERK, LAMP, OWL, Global, Uniform, UniformPlus
 from gossamer.core.card import Card
 from gossamer.core.costs import Costs
@@ -30,6 +31,7 @@ from gossamer.methods.weights.catalogue import *  # noqa: F403 - every method by
 from gossamer.methods.weights.catalogue import CATALOGUE
 from gossamer.methods.weights.training.keep import Keep
 from gossamer.nn.semi_structured import from_semi_structured, to_semi_structured
+from gossamer.report.comparison import Comparison
 
 __version__ = "0.1.0"
 
@@ -42,6 +44,7 @@ __all__ = [
     "Block",
     "Card",
     "Channel",
+    "Comparison",
     "CompressResult",
     "Costs",
     "Coupled",
@@ -66,6 +69,7 @@ __all__ = [
     "UsageError",
     "calibrate_costs",
     "cards",
+    "compare",
     "compress",
     "coupled_channels",
     "export",

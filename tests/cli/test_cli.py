@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import gossamer as gs
-from gossamer.cli import main
+from gossamer.cli import COMMANDS, main
 from gossamer.engine.evaluate import bits_per_byte
 from gossamer.methods import verdicts
 
@@ -118,10 +118,55 @@ def test_a_fault_of_ours_is_one_line_and_exit_1(tiny, tmp_path, capsys, monkeypa
     monkeypatch.setattr(sys.modules["gossamer.cli.compress"], "read_model", broken)
     command = ["compress", *options(tiny, tmp_path / "out")]
     code, line = fails(command, capsys)
-    assert code == 1 and "ValueError: no such luck" in line and "GOSSAMER_DEBUG" in line
+    assert code == 1 and "ValueError: no such luck" in line
+    assert "report" in line and "--debug" in line
+    for debug in ([*command, "--debug"], ["--debug", *command]):
+        with pytest.raises(ValueError, match="no such luck"):
+            main(debug)
     monkeypatch.setenv("GOSSAMER_DEBUG", "1")
     with pytest.raises(ValueError, match="no such luck"):
         main(command)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_takes_debug_and_usage_errors_stay_one_line(command, capsys, tmp_path):
+    code, line = fails([command, "--debug", "--nonsense=1"], capsys)
+    assert code == 2 and "nonsense" in line
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "--debug" in capsys.readouterr().out
+    (tmp_path / "recipe.yaml").write_text("debug: true\n")
+    code, line = fails([command, f"--config={tmp_path / 'recipe.yaml'}"], capsys)
+    assert code == 2 and ("command line" in line or "required" in line)
+
+
+def test_debug_prints_the_traceback_and_exits_1(tmp_path):
+    (tmp_path / "result.json").write_text("{}")
+    (tmp_path / "folder").mkdir()
+    code = (
+        "import sys, gossamer.cli.report as report, gossamer.cli as cli\n"
+        "report.render = lambda _: 1 / 0\n"
+        f"cli.main(['report', '--model={tmp_path}', *sys.argv[1:]])"
+    )
+    ours = [sys.executable, "-c", code]
+    plain = subprocess.run(ours, capture_output=True, text=True)
+    traced = subprocess.run([*ours, "--debug"], capture_output=True, text=True)
+    assert plain.returncode == traced.returncode == 1
+    assert plain.stderr.startswith("gossamer: error: ZeroDivisionError: division by zero; ")
+    assert plain.stderr.count("\n") == 1
+    assert "Traceback" in traced.stderr and "cli/report.py" in traced.stderr
+
+
+def test_a_full_disk_is_no_fault_of_the_program(tiny, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys.modules["gossamer.cli.compress"], "read_model", full)
+    command = ["compress", *options(tiny, tmp_path / "out")]
+    code, line = fails(command, capsys)
+    assert code == 1 and "report" not in line
+    with pytest.raises(OSError, match="space"):
+        main([*command, "--debug"])
 
 
 def test_float32_is_compared_with_float32_and_out_may_be_the_current_folder(

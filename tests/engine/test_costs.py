@@ -11,7 +11,7 @@ import gossamer as gs
 from gossamer.core.costs import Costs, Work, fit
 from gossamer.core.errors import DisturbedError
 from gossamer.engine import measure_costs
-from gossamer.nn import BitmapLinear, PackedConv2d
+from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d
 from gossamer.nn.costs import cache_file, cached_costs, machine, read_costs, store_costs
 from gossamer.ops._dispatch import isa_index
 from gossamer.ops.bitmap import native
@@ -34,6 +34,14 @@ def costs(**changes):
         "bitmap-spmm": {16: terms(0, 0, 9 * BYTE), 128: terms(0, 0, 60 * BYTE)},
         "dense-conv": {196: terms(0, 20 * BYTE)},
         "sparse-conv": {196: terms(0, 0, 100 * BYTE)},
+        "tiled-conv": {196: terms(0, 0, 20 * BYTE, 80 * BYTE)},
+        "dense-conv-3x3": {196: terms(0, 30 * BYTE)},
+        "sparse-conv-3x3": {196: terms(0, 0, 100 * BYTE)},
+        "tiled-conv-3x3": {196: terms(0, 0, 20 * BYTE, 80 * BYTE)},
+        "dense-conv-3x3s2": {196: terms(0, 5 * BYTE)},
+        "sparse-conv-3x3s2": {196: terms(0, 0, 100 * BYTE)},
+        "dense-conv-1x1s2": {196: terms(0, 50 * BYTE)},
+        "sparse-conv-1x1s2": {196: terms(0, 0, 100 * BYTE)},
         **{name.replace("_", "-"): by_rows for name, by_rows in changes.items()},
     }
     return Costs(machine(), {f"{name} float32": by_rows for name, by_rows in known.items()})
@@ -115,6 +123,61 @@ def test_batches_choose_among_all_forms():
     assert chosen(layer(density=0.9), batches=True).kernel is None
 
 
+SLOW_GROUPS = {128: terms(0, 0, 400 * BYTE)}
+"""Every other way to serve batches is predicted to beat the form for them."""
+
+
+@pytest.mark.parametrize("grouped", [None, SLOW_GROUPS], ids=["pays", "does not"])
+def test_load_prepares_where_compress_does(grouped, tmp_path):
+    known = costs() if grouped is None else costs(sell_spmm=grouped)
+    net = nn.Sequential(layer(density=0.3)[0], layer(512, 256, density=0.2)[0])
+    records = gs.compress(net, costs=known, batches=True).layers
+    gs.save(net, tmp_path / "out")
+
+    def again(**options):
+        return gs.load(tmp_path / "out", model=nn.Sequential(*layer(), *layer(512, 256)), **options)
+
+    found = again(batches=True, costs=known)
+    x = torch.randn(40, 512)
+    for loaded, packed, record in zip(found, net, records, strict=True):
+        assert loaded.batch_kernel == packed.batch_kernel
+        assert (loaded.batch_kernel is not None) == (grouped is None)
+        verdict = "prepared" if grouped is None else "not prepared"
+        assert loaded.batches_decided.startswith(f"{verdict} by measured costs: predicted ")
+        assert packed.batches_decided == loaded.batches_decided
+        for name, seconds in record.predicted.items():
+            told = f"{name} {1e3 * seconds:.3g} ms" in loaded.batches_decided
+            assert told == (name != "dense")
+    torch.testing.assert_close(found(x), net(x), rtol=1e-4, atol=1e-4)
+    forced = again(batches=True, costs="rule")
+    assert [each.batches_decided for each in forced] == ["prepared by rule"] * 2
+    assert all(each.batch_kernel for each in forced) and "batches=sell" in repr(forced[0])
+    plain = again(batches=False, costs=known)
+    assert not any(each.batch_kernel or each.batches_decided for each in plain)
+
+
+def test_load_goes_by_what_is_stored_and_without_it_by_rule(cache, tmp_path):
+    gs.save(gs.compress(layer(density=0.3), costs=costs(), batches=False), tmp_path / "out")
+    found = gs.load(tmp_path / "out", model=layer(), batches=True)[0]
+    assert found.batches_decided == "prepared by rule" and found.batch_kernel
+    store_costs(costs(sell_spmm=SLOW_GROUPS))
+    found = gs.load(tmp_path / "out", model=layer(), batches=True)[0]
+    assert found.batch_kernel is None and found.batches_decided.startswith("not prepared")
+
+
+def test_nm_layers_are_judged_against_unpacking_which_is_what_they_do(tmp_path):
+    torch.manual_seed(0)
+    pruned = gs.prune(nn.Sequential(nn.Linear(640, 64)), gs.Magnitude(), pattern=gs.NM(1, 8))
+    fast = gs.compress(pruned, costs=costs(), batches=False).model
+    assert isinstance(fast[0], NMLinear)
+    gs.save(fast, tmp_path / "out")
+    for each, wins in ((costs(), True), (costs(sell_spmm=SLOW_GROUPS), False)):
+        empty = nn.Sequential(nn.Linear(640, 64))
+        found = gs.load(tmp_path / "out", model=empty, batches=True, costs=each)[0]
+        assert (found.batch_kernel is not None) == wins
+        assert "bitmap-spmm" not in found.batches_decided
+
+
 def test_blocks_are_judged_by_their_kernel():
     net = layer(density=1.0)
     pruned = gs.prune(net, gs.Magnitude(), pattern=gs.Block(4, 1), density=0.5)
@@ -124,17 +187,66 @@ def test_blocks_are_judged_by_their_kernel():
     assert record.predicted["block-spmm"] == pytest.approx(5e-5 + (10 + 2.5) * kept * BYTE)
 
 
-@pytest.mark.parametrize("density", [0.1, 0.6])
-def test_convolutions(density):
+def convolution(density, group=1, **shape):
+    """Random zeros, the same for `group` neighbouring outputs."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(64, 64, 1))
-    net[0].weight.data[torch.rand_like(net[0].weight) > density] = 0
+    net = nn.Sequential(nn.Conv2d(64, 64, **{"kernel_size": 3, "padding": 1, **shape}))
+    weight = net[0].weight.data
+    mask = torch.rand(64 // group, *weight.shape[1:]) > density
+    weight[mask.repeat_interleave(group, 0)] = 0
+    return net
+
+
+@pytest.mark.parametrize(
+    ("density", "shape", "per_position", "per_kept"),
+    [
+        (0.1, {"kernel_size": 1, "padding": 0}, 20, 100),
+        (0.1, {"kernel_size": 1, "padding": 0, "stride": 2}, 50, 100),
+        (0.1, {"kernel_size": 1, "padding": 0, "stride": 4}, 20, 100),
+        (0.1, {}, 30, 100),
+        (0.1, {"kernel_size": (1, 3), "padding": (0, 1)}, 30, 100),
+        (0.1, {"kernel_size": 5, "padding": 2}, 30, 100),
+        (0.1, {"stride": 2}, 5, 100),
+        (0.02, {"stride": 2}, 5, 100),
+        (0.02, {"kernel_size": 7, "stride": (1, 2)}, 5, 100),
+    ],
+)
+def test_convolutions_of_every_kernel_are_judged_by_their_family(
+    density, shape, per_position, per_kept
+):
+    net = convolution(density, **shape)
     record = gs.compress(net, costs=costs()).layers[0]
-    assert isinstance(net[0], PackedConv2d) == (density == 0.1)
-    assert "for 196 pixels" in record.decided and set(record.predicted) == {
-        "dense",
-        "sparse-conv",
-    }
+    positions = net[0].weight.numel() if isinstance(net[0], nn.Conv2d) else 64 * record.shape[1]
+    dense, sparse = per_position * positions * BYTE, per_kept * record.density * positions * BYTE
+    assert record.predicted == pytest.approx({"dense": dense, "sparse-conv": sparse})
+    assert isinstance(net[0], PackedConv2d) == (sparse < dense) == (record.kernel is not None)
+    assert "for 196 pixels" in (record.reason or record.decided)
+
+
+def test_outputs_that_share_their_zeros_are_judged_as_tiles():
+    """At density 0.3 tiles of random zeros share 1.6 outputs, groups of 4 share 4."""
+    alone, groups = (
+        gs.compress(convolution(0.3, group), costs=costs(), batches=False).layers[0]
+        for group in (1, 4)
+    )
+    positions = 64 * 64 * 9
+    for record, shared in ((alone, 4 * 0.3 / (1 - 0.7**4)), (groups, 4.0)):
+        expected = (20 + 80 / shared) * record.density * positions * BYTE
+        assert record.predicted["tiled-conv"] == pytest.approx(expected, rel=0.01)
+    assert groups.predicted["tiled-conv"] < 0.6 * alone.predicted["tiled-conv"]
+    slower = costs(dense_conv_3x3={196: terms(0, 15 * BYTE)})
+    kept = [gs.compress(convolution(0.3, g), costs=slower).layers[0].kernel for g in (1, 4)]
+    assert kept[0] is None and kept[1].startswith("tiled-conv/")
+
+
+def test_convolutions_without_measured_costs_go_by_rule():
+    few = costs()
+    terms_ = {name: by for name, by in few.terms.items() if "3x3" not in name}
+    record = gs.compress(convolution(0.1), costs=dataclasses.replace(few, terms=terms_)).layers[0]
+    assert record.decided == "by rule" and record.kernel
+    grouped = nn.Sequential(nn.Conv2d(64, 64, 3, dilation=2))
+    grouped[0].weight.data[torch.rand_like(grouped[0].weight) > 0.1] = 0
+    assert "no kernel" in gs.compress(grouped, costs=few).layers[0].reason
 
 
 def test_unpacking_starts_where_the_costs_cross(monkeypatch):
@@ -186,14 +298,14 @@ def test_what_is_stored_is_found_and_used(cache, tmp_path):
         b"[" * 100000,
         b"null",
         b"{}",
-        b'{"version": 1, "machine": {}, "terms": {}}',
-        b'{"version": 1, "machine": 3, "terms": {"dense float32": {"1": [0, 0, 1, 0, 0]}}}',
-        b'{"version": 1, "machine": {}, "terms": {"dense float32": {"1": [0, 0, NaN, 0, 0]}}}',
-        b'{"version": 1, "machine": {}, "terms": {"dense float32": {"1": [0, 0, -1, 0, 0]}}}',
-        b'{"version": 1, "machine": {}, "terms": {"dense float32": {"1": [0, 1]}}}',
-        b'{"version": 1, "machine": {}, "terms": {"dense float32": {"-1": [0, 0, 1, 0, 0]}}}',
-        b'{"version": 1, "machine": {}, "terms": {"dense float32": []}}',
-        b'{"version": 2, "machine": {}, "terms": {"dense float32": {"1": [0, 0, 1, 0, 0]}}}',
+        b'{"version": 2, "machine": {}, "terms": {}}',
+        b'{"version": 2, "machine": 3, "terms": {"dense float32": {"1": [0, 0, 1, 0, 0]}}}',
+        b'{"version": 2, "machine": {}, "terms": {"dense float32": {"1": [0, 0, NaN, 0, 0]}}}',
+        b'{"version": 2, "machine": {}, "terms": {"dense float32": {"1": [0, 0, -1, 0, 0]}}}',
+        b'{"version": 2, "machine": {}, "terms": {"dense float32": {"1": [0, 1]}}}',
+        b'{"version": 2, "machine": {}, "terms": {"dense float32": {"-1": [0, 0, 1, 0, 0]}}}',
+        b'{"version": 2, "machine": {}, "terms": {"dense float32": []}}',
+        b'{"version": 3, "machine": {}, "terms": {"dense float32": {"1": [0, 0, 1, 0, 0]}}}',
         b" " * (2 << 20),
     ],
 )
@@ -220,6 +332,7 @@ def test_calibration_measures_every_kernel(cache, monkeypatch):
     monkeypatch.setattr(measure_costs, "SHAPES", ((64, 64), (64, 128)))
     monkeypatch.setattr(measure_costs, "CONVOLUTIONS", ((16, 16),))
     monkeypatch.setattr(measure_costs, "PIXELS", (3, 5))
+    monkeypatch.setattr(measure_costs, "WINDOWS", ((16, 8),))
     monkeypatch.setattr(measure_costs, "_seconds", lambda layers, x: 1e-6 * layers[0](x).numel())
     monkeypatch.setattr(measure_costs, "_usual", lambda *_: 1e-6)
     state = torch.random.get_rng_state()
@@ -228,7 +341,42 @@ def test_calibration_measures_every_kernel(cache, monkeypatch):
     assert cached_costs() == found and dict(found.machine) == machine()
     kernels = {"dense", "bitmap-matvec", "bitmap-unpack", "bitmap-spmm", "sell-spmm"}
     names = {f"{k} {d}" for k in (*kernels, "block-spmm") for d in ("float32", "bfloat16")}
-    assert set(found.terms) == names | {"dense-conv float32", "sparse-conv float32"}
+    kinds = ("dense-conv", "sparse-conv", "tiled-conv")
+    families = ("", "-3x3", "-3x3s2", "-1x1s2")
+    assert set(found.terms) == names | {f"{k}{f} float32" for k in kinds for f in families}
+    assert set(found.terms["dense-conv float32"]) == {9, 25}
+    # whatever was measured is what a decision asks for, with the right number of inputs
+    record = gs.compress(convolution(0.1, stride=2), costs=found).layers[0]
+    assert set(record.predicted) == {"dense", "sparse-conv"}
+
+
+def test_timed_convolutions_have_their_forms_and_copies_are_right():
+    layer = PackedConv2d.from_conv(
+        nn.Conv2d(8, 16, 3, 2, 1, bias=False),
+        BitmapLinear.from_matrix(measure_costs._matrix(16, 72, 0.3)),
+    )
+    x = torch.randn(1, 8, 9, 9)
+    with torch.inference_mode():
+        expected = layer(x)
+        copies = measure_costs._ready_copies(layer, x)
+        assert len(copies) == measure_costs._COPIES
+        forms = [each._built[1] for each in copies]
+        assert all(torch.equal(each(x), expected) for each in copies)
+        assert all(each._built[1] is form for each, form in zip(copies, forms, strict=True))
+        assert len({form.values.data_ptr() for form in forms}) == len(forms)
+        copies[0].values[0] += 1  # as ever, new values make a new form
+        assert not torch.equal(copies[0](x), expected)
+
+
+def test_points_of_a_convolution_say_what_was_timed(monkeypatch):
+    monkeypatch.setattr(measure_costs, "_seconds", lambda layers, x: 1e-9 * layers[0](x).numel())
+    found = list(measure_costs.measure_convolution(16, 8, ((0.05, 1), (0.3, 4)), 5, 3, 2))
+    assert [name for name, *_ in found] == [
+        f"{kind}-3x3s2 float32" for kind in ("dense-conv", "sparse-conv", "tiled-conv")
+    ]
+    assert {(rows, work.out, work.inputs) for _, rows, work, _ in found} == {(25, 16, 72)}
+    assert all(seconds == pytest.approx(1e-9 * 16 * 25) for *_, seconds in found)
+    assert found[2][2].high == pytest.approx(4.0) and found[1][2].high == 1
 
 
 def test_threads_that_wait_for_others_end_the_calibration(cache, monkeypatch):
@@ -259,9 +407,11 @@ def test_predictions_hold_for_layers_that_were_not_measured():
     if isa_index() < 0:
         pytest.skip("the kernels are not built")
     model, factors = gs.calibrate_costs(store=False), []
-    points = [
-        p for side in (14, 28) for p in measure_costs.measure_convolution(256, 512, (0.1,), side)
-    ]
+    points = []
+    zeros = ((0.06, 1), (0.2, 1), (0.2, 4))
+    for out, inputs, kernel, stride in ((256, 512, 1, 1), (192, 96, 3, 1), (96, 192, 3, 2),
+                                        (128, 64, 1, 2), (96, 64, 5, 1)):  # fmt: skip
+        points += measure_costs.measure_convolution(out, inputs, zeros, 14, kernel, stride)
     for out, inputs in ((768, 768), (1280, 1536), (640, 2560)):
         for dtype in (torch.float32, torch.bfloat16):
             points += measure_costs.measure_dense(out, inputs, dtype, (1, 128))

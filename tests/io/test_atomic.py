@@ -1,6 +1,8 @@
 """A save that is killed leaves the old folder or the new one; packing survives any matrix."""
 
 import os
+import stat
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 import gossamer as gs
 from gossamer.core.errors import FormatError
+from gossamer.engine.checkpoint import write_state
 from gossamer.io import atomic
 from gossamer.nn import BitmapLinear
 
@@ -65,6 +68,33 @@ def test_without_exchange_a_failed_rename_brings_the_old_folder_back(tmp_path, m
     with atomic.new_folder(target, True) as place:
         (place / "a").write_text("new")
     assert (target / "a").read_text() == "new" and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
+def test_what_is_written_follows_the_umask(umask, tmp_path, monkeypatch):
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    gs.save(net, tmp_path / "one")
+    monkeypatch.setattr(sys.modules["gossamer.io.save"], "SHARD", 200)
+    gs.save(net, tmp_path / "shards")
+    write_state(tmp_path / "state", {"a": torch.zeros(3)})
+    (tmp_path / "usual").write_text("")
+    usual = mode(tmp_path / "usual")
+    assert usual == 0o666 & ~umask
+    files = [*tmp_path.glob("*/*"), tmp_path / "state"]
+    assert len(files) > 4 and {mode(path) for path in files} == {usual}
+    assert {mode(tmp_path / name) for name in ("one", "shards")} == {0o777 & ~umask}
+    assert not list(tmp_path.rglob(".*")) and os.umask(umask) == umask
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 @settings(max_examples=25, deadline=None)

@@ -31,22 +31,33 @@ COMMANDS: dict[str, type[Any]] = {
     "report": Report,
 }
 
+DEBUG = "--debug"
+_DEBUG_HELP = "show the whole traceback of an unexpected failure"
+
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 success, 2 bad usage or input, 1 failure, 130 interrupted."""
+    """Run one command and exit: 0 success, 2 bad usage or input, 1 failure, 130 interrupted.
+
+    With `--debug` anywhere in `argv`, or GOSSAMER_DEBUG set, failures that are not a deliberate
+    error are raised with their traceback instead of told in one line.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    debug = DEBUG in words or bool(os.environ.get("GOSSAMER_DEBUG"))
     try:
-        run(sys.argv[1:] if argv is None else list(argv))
+        run([word for word in words if word != DEBUG])
     except (UsageError, FormatError, MissingExtra) as error:
         _fail(error, 2)
-    except (GossamerError, OSError, MemoryError) as error:
+    except GossamerError as error:
         _fail(error, 1)
     except KeyboardInterrupt:
         _fail(RuntimeError("interrupted; the same command resumes the run"), 130)
     except Exception as error:
-        if os.environ.get("GOSSAMER_DEBUG"):
+        if debug:
             raise
-        text = f"{type(error).__name__}: {error} (GOSSAMER_DEBUG=1 shows where)"
-        _fail(RuntimeError(text), 1)
+        if isinstance(error, OSError | MemoryError):  # a full disk, say: no fault of the program
+            _fail(error, 1)
+        text = f"{type(error).__name__}: {error}; this should not happen: please report it with "
+        _fail(RuntimeError(text + "what the same command prints with --debug"), 1)
 
 
 def run(argv: list[str]) -> None:
@@ -60,11 +71,13 @@ def run(argv: list[str]) -> None:
         description="Makes neural networks sparse, and makes sparse networks pay.",
         exit_on_error=False,
     )
+    parser.add_argument(DEBUG, action="store_true", help=_DEBUG_HELP)
     commands = parser.add_subcommands(dest="command", metavar="COMMAND", required=False)
     for name, options in COMMANDS.items():
         summary, example = (options.__doc__ or "").strip().split("\n\n", 1)
         command = ArgumentParser(description=f"{summary} {example}", exit_on_error=False)
         command.add_argument("--config", action="config", help="read options from a YAML file")
+        command.add_argument(DEBUG, action="store_true", help=_DEBUG_HELP)
         command.add_class_arguments(options, as_group=False)
         commands.add_subcommand(name, command, help=summary)
     if not argv:
@@ -76,6 +89,8 @@ def run(argv: list[str]) -> None:
         # jsonargparse wraps what the user typed wrongly in several kinds of exception
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UsageError(" ".join(lines)[:400] + "; see gossamer --help") from None
+    if parsed[parsed.command].debug:  # `main` takes the flag, so a file said it
+        raise UsageError(f"{DEBUG} goes on the command line, not into a file of options")
     options = COMMANDS[parsed.command]
     names = {field.name for field in dataclasses.fields(options)}
     values = {k: v for k, v in vars(parsed[parsed.command]).items() if k in names}

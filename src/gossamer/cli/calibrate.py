@@ -8,6 +8,7 @@ from gossamer.cli.costs import measure_costs
 from gossamer.cli.output import print_json, print_table
 from gossamer.core.costs import Costs, Work
 from gossamer.nn.costs import cache_file
+from gossamer.nn.dispatch import BATCH, PIXELS
 
 _SHOWN = Work(4096, 4096), Work(4096, 4096, 0.5)
 
@@ -29,20 +30,23 @@ class Calibrate:
             print_json(costs.to_json())
             return
         title = "predicted for 4096 x 4096 at density 0.5 (dense: 1), milliseconds"
-        print_table(title, ("kernel", "dtype", "1 row or pixel", "128"), _rows(costs))
+        header = ("kernel", "dtype", "1 row", f"{BATCH} rows", f"{PIXELS} pixels")
+        print_table(title, header, _rows(costs))
         print(f"kept in {cache_file()}")
 
 
-def _rows(costs: Costs) -> list[tuple[str, str, str, str]]:
+def _rows(costs: Costs) -> list[tuple[str, ...]]:
+    """What decisions ask for: layers at one row and a batch, convolutions at some pixels."""
     rows = []
     for name in sorted(costs.terms):
         kernel, dtype = name.rsplit(" ", 1)
         work = _SHOWN[0] if kernel.startswith("dense") else _SHOWN[1]
         measured = costs.terms[name]
         cells = []
-        for count in (1, 128):
-            served = min(measured) <= count <= max(measured) or (count > 8 and max(measured) > 8)
+        for count in (1, BATCH, PIXELS):
+            served = min(measured) <= count and (count <= 8 or max(measured) > 8)
+            served = served and ("conv" in kernel) == (count == PIXELS)
             seconds = costs.seconds(kernel, dtype, count, work)
             cells.append(f"{1e3 * seconds:.3g}" if served and seconds is not None else "-")
-        rows.append((kernel, dtype, cells[0], cells[1]))
+        rows.append((kernel, dtype, *cells))
     return rows

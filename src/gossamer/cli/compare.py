@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
+from gossamer.api import compare
 from gossamer.cli.inputs import BUNDLED, BUNDLED_TEXT, check_model, read_model, read_text
-from gossamer.cli.output import print_json, print_table
-from gossamer.cli.tasks import task_of
+from gossamer.cli.output import note, print_json, print_table
 from gossamer.core.errors import UsageError
+from gossamer.report.comparison import HEADER
 
 
 @dataclass
 class Compare:
-    """Measure two models side by side: quality, and speed in one process.
+    """Measure two models side by side: quality, bytes, and speed in one process.
 
     Example: gossamer compare --dense testbed:lm --sparse gossamer-out
     """
@@ -28,6 +29,8 @@ class Compare:
     """tokens to decode for the speed"""
     dtype: str = "bfloat16"
     """float32 or bfloat16"""
+    out: str | None = None
+    """also write the comparison to this file, as a page (.html) or an object (.json)"""
     json: bool = False
     """print one JSON object"""
 
@@ -37,29 +40,18 @@ class Compare:
 
         check_model(self.sparse)
         check_model(self.dense)
+        if self.out is not None and Path(self.out).suffix not in (".html", ".json"):
+            raise UsageError(f"--out {self.out}: name a file that ends in .html or .json")
         text = read_text(self.data, "--data", heldout_text)
         dense = read_model(self.dense, self.dtype)
         sparse = read_model(self.sparse, self.dtype)
-        if dense.causal != sparse.causal:
-            raise UsageError("one is a causal language model and the other an encoder")
-        task = task_of(dense, text)
-        task.check(2, self.tokens)
-        quality = {
-            name: task.quality(dense.model, model)
-            for name, model in (("dense", dense.model), ("sparse", sparse.model))
-        }
-        speed = task.speed(dense.model, sparse.model, self.tokens)
+        report = compare(
+            dense.model, sparse.model, text, tokenizer=dense.tokenizer, tokens=self.tokens
+        )
+        if self.out is not None:
+            report.save(self.out)
+            note(f"wrote {self.out}")
         if self.json:
-            print_json(
-                {
-                    "quality": {"metric": task.metric, "better": task.better, **quality},
-                    "speed": dataclasses.asdict(speed),
-                }
-            )
-            return
-        rows = [
-            (task.metric, f"{quality['dense']:.4f}", f"{quality['sparse']:.4f}",
-             f"{quality['sparse'] / quality['dense']:.3f}"),
-            (speed.unit, f"{speed.dense:.1f}", f"{speed.sparse:.1f}", f"{speed.ratio:.2f}"),
-        ]  # fmt: skip
-        print_table("Comparison", ("", "dense", "sparse", "ratio"), rows)
+            print_json(report.to_json())
+        else:
+            print_table("Comparison", HEADER, report.rows())

@@ -22,20 +22,19 @@ from gossamer.cli.inputs import (
     BUNDLED,
     BUNDLED_TEXT,
     DTYPES,
-    Subject,
     check_model,
     density_of,
     read_model,
     read_text,
 )
 from gossamer.cli.output import note, print_json, print_table
-from gossamer.cli.tasks import Task, task_of
 from gossamer.core.allocation import ALLOCATIONS
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import NM, Pattern, parse_pattern
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult
 from gossamer.engine.compress import compress
 from gossamer.engine.prune import prune
+from gossamer.engine.tasks import Subject, Task, task_of
 from gossamer.io.atomic import check_target, new_folder
 from gossamer.io.save import save
 from gossamer.methods import find

@@ -14,7 +14,7 @@ from gossamer.nn.costs import cached_costs, read_costs, store_costs
 
 def measure_costs() -> Costs:
     """Measure with progress and keep the result; a cache that cannot be written costs a line."""
-    note("measuring what every kernel costs on this machine, once, about 15 seconds")
+    note("measuring what every kernel costs on this machine, once, about 20 seconds")
     costs = calibrate_costs(store=False, progress=True)
     try:
         store_costs(costs)

@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gossamer.core.errors import FormatError, MissingExtra, UsageError
+from gossamer.engine.tasks import Subject, is_causal
 from gossamer.io import load
 
 BUNDLED, BUNDLED_TEXT = "testbed:lm", "testbed:text"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model with what turns text into its tokens; tokenizer is None for bytes."""
-
-    model: nn.Module
-    tokenizer: Any
-    causal: bool = True
-
-    @property
-    def encode(self) -> Callable[[bytes], Sequence[int]] | None:
-        """From bytes to token ids, or None where a byte is a token."""
-        if self.tokenizer is None:
-            return None
-        return lambda data: self.tokenizer(data.decode("utf-8", "replace"))["input_ids"]
-
-    def ids(self, data: bytes) -> Tensor:
-        """int64 (tokens,)."""
-        return torch.tensor(list(data if self.encode is None else self.encode(data)))
 
 
 def check_model(name: str) -> None:
@@ -70,9 +50,7 @@ def read_model(name: str, dtype: str, batches: bool | None = None) -> Subject:
 
 def _kind(name: str, model: nn.Module) -> str:
     """`causal` or `encoder`; raises UsageError for what the commands cannot measure."""
-    config: Any = model.config
-    asked = getattr(model, "can_generate", None)
-    if callable(asked) and asked() and not getattr(config, "is_encoder_decoder", False):
+    if is_causal(model):
         return "causal"
     text_only = getattr(model, "main_input_name", "") == "input_ids"
     if text_only and type(model).__name__.endswith("Model"):
@@ -130,19 +108,6 @@ def read_text(source: str, option: str, bundled: Callable[[], bytes]) -> bytes:
     if not data.strip():
         raise UsageError(f"{option} {source}: holds no text; give a file with text in it")
     return data
-
-
-def windows(
-    subject: Subject, data: bytes, n: int, length: int, seed: int
-) -> list[dict[str, Tensor]]:
-    """`n` random windows of `length` tokens, in batches of 8."""
-    ids = subject.ids(data)
-    if ids.numel() <= length:
-        raise UsageError(f"--data holds {ids.numel()} tokens; windows of {length} need more text")
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, ids.numel() - length, (n,), generator=generator).tolist()
-    rows = torch.stack([ids[start : start + length] for start in starts])
-    return [{"input_ids": part} for part in rows.split(8)]
 
 
 def density_of(sparsity: float | None, density: float | None) -> float | None:

@@ -17,11 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gossamer.cli.inputs import BUNDLED, BUNDLED_TEXT, Subject, check_model, read_model, read_text
+from gossamer.cli.inputs import BUNDLED, BUNDLED_TEXT, check_model, read_model, read_text
 from gossamer.core.errors import FormatError, MissingExtra, UsageError
 from gossamer.engine.data import digest
 from gossamer.engine.evaluate import bits_per_byte
 from gossamer.engine.hooks import evaluating
+from gossamer.engine.tasks import Subject
 
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
 """Training images, training labels, test images, test labels."""

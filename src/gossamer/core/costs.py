@@ -12,17 +12,20 @@ import torch
 
 from gossamer.core.errors import FormatError
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class Work:
-    """A matrix (out, inputs) of which `density` is kept; `high` rows of a block share a column."""
+    """A matrix (out, inputs) of which `density` is kept; `high` rows, on average, share a column.
+
+    Of a convolution, inputs are the channels times the places of its kernel.
+    """
 
     out: int
     inputs: int
     density: float = 1.0
-    high: int = 1
+    high: float = 1
 
     def terms(self) -> tuple[float, float, float, float, float]:
         """What time grows with: a call, the vectors, all positions, kept ones, loads of inputs."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gossamer.core.errors import FormatError, UsageError
+from gossamer.core.files import write_safetensors
 from gossamer.engine.journal import write_whole
 
 FORMAT = "gossamer-training-1"
@@ -26,13 +27,11 @@ def write_state(path: str | Path, state: Mapping[str, Any]) -> None:
 
     Raises UsageError for a value of another type.
     """
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {}
     structure = json.dumps(_encode(state, tensors))
     metadata = {"format": FORMAT, "structure": structure}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(Path(path), lambda place: save_file(tensors, place, metadata))
+    write_whole(Path(path), lambda place: write_safetensors(tensors, place, metadata))
 
 
 def read_state(path: str | Path) -> dict[str, Any]:

@@ -12,19 +12,19 @@ from gossamer.core.costs import Costs
 from gossamer.core.errors import UsageError
 from gossamer.core.matrix import as_matrix, is_prunable
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwrap
-from gossamer.engine.dispatch import Decision, decide
+from gossamer.engine.decoder import FAMILIES
 from gossamer.nn.bitmap import BitmapLinear, serves_batches
 from gossamer.nn.chain import fuse
 from gossamer.nn.conv import PackedConv2d, why_not
-from gossamer.nn.costs import cached_costs, choose_unpacking
+from gossamer.nn.costs import choose_unpacking, known_costs
+from gossamer.nn.dispatch import Decision, decide, prepare
 from gossamer.nn.nm import NMLinear, pays_as_nm
 from gossamer.nn.quantized import QuantizedLinear
+from gossamer.nn.serving import serves
 from gossamer.ops import _dispatch
-from gossamer.ops.bitmap import bitmap_bytes, kernel_name
+from gossamer.ops.bitmap import bitmap_bytes
 from gossamer.ops.conv import kernel_name as conv_kernel_name
-from gossamer.ops.nm import kernel_name as nm_kernel_name
 from gossamer.ops.quantized import BITS
-from gossamer.ops.quantized import kernel_name as quantized_kernel_name
 
 MAX_BYTES = 0.9
 """Without measured costs a packed weight must be at most this fraction of the dense one."""
@@ -56,7 +56,8 @@ def compress(
     convolution up to density 0.25. Nothing is measured here.
 
     batches: also keep, in memory only, the form of the weights that serves more than 8 rows of
-    input at once fastest (about 3 to 4 bytes per kept bfloat16 weight on top). None: yes, unless
+    input at once (about 3 to 4 bytes per kept bfloat16 weight on top), in every layer where the
+    costs, or without any the rule, say that it is the fastest. None: yes, unless
     the model generates text, where most products have one row and memory decides the speed.
     strict: raise UsageError when a layer that holds zeros stays dense.
 
@@ -70,9 +71,8 @@ def compress(
         raise UsageError(f"bits and head_bits are 4 or 8, not {bits} and {head_bits}")
     if group < 64 or group & (group - 1):
         raise UsageError(f"group is a power of two from 64 on, not {group}")
-    measured = cached_costs() if costs is None else costs
-    measured = None if isinstance(measured, str) else measured
-    head = _head(root)
+    measured = known_costs(costs)
+    head, calls = _head(root), type(root).__name__ not in FAMILIES
     batches = serves_batches(root, batches)
     requested = {r.name: r for r in model.layers} if isinstance(model, PruneResult) else {}
     uses = Counter(
@@ -91,12 +91,12 @@ def compress(
         decision = None
         if reason is None and wanted is None:
             if measured is not None:
-                decision = decide(root, module, record, measured, batches)
+                decision = decide(module, record, measured, batches, calls)
             record, reason = _decide(module, record, decision)
         if reason is None and wanted is not None:
             record = _quantize(root, name, module, record, wanted, group)
         elif reason is None:
-            record = _swap(root, name, module, record, batches, decision, measured)
+            record = _swap(root, name, module, record, batches, measured)
         elif strict and record.density < 1.0:
             raise UsageError(f"{name} stays dense: {reason}")
         else:
@@ -118,7 +118,7 @@ def _depthwise_record(root: nn.Module, name: str) -> LayerRecord:
     shape, density = (weight.shape[0], 9), float((weight != 0).float().mean())
     return LayerRecord(
         name, shape, density, 1.0, conv_kernel_name(None), dense_bytes=weight.nbytes,
-        sparse_bytes=weight.nbytes,
+        sparse_bytes=weight.nbytes, batches=conv_kernel_name(None),
     )  # fmt: skip
 
 
@@ -190,7 +190,6 @@ def _swap(
     module: nn.Module,
     record: LayerRecord,
     batches: bool,
-    decision: Decision | None,
     costs: Costs | None,
 ) -> LayerRecord:
     bias, matrix = getattr(module, "bias", None), as_matrix(module)
@@ -204,17 +203,17 @@ def _swap(
     if isinstance(module, nn.Conv2d) and isinstance(packed, BitmapLinear):
         conv = PackedConv2d.from_conv(module, packed)
         root.set_submodule(name, conv.train(module.training))
-        return LayerRecord(**{**vars(record), "kernel": conv.kernel})
+        kernel, many = serves(conv)
+        return LayerRecord(**{**vars(record), "kernel": kernel, "batches": many})
     if isinstance(packed, BitmapLinear):
         choose_unpacking(packed, costs)
-    prepared = batches and (decision is None or decision.chosen in ("sell-spmm", "block-spmm"))
-    if prepared:
-        packed.prepare_batches()
+    prepared = batches and prepare(packed, costs)
     root.set_submodule(name, packed)
-    kernel = nm_kernel_name() if exact else kernel_name()
-    kernel += f" + {packed.batch_kernel}" if prepared else ""
+    kernel, many = serves(packed)
+    kernel += f" + {many}" if prepared else ""
     size = packed.nbytes if isinstance(packed, NMLinear) else record.sparse_bytes
-    return LayerRecord(**{**vars(record), "kernel": kernel, "sparse_bytes": size})
+    facts = {"kernel": kernel, "batches": many, "sparse_bytes": size}
+    return LayerRecord(**{**vars(record), **facts})
 
 
 def _quantize(
@@ -229,15 +228,9 @@ def _quantize(
     packed.density_requested = record.requested
     packed.train(module.training)
     root.set_submodule(name, packed)
-    size = packed.matrix.nbytes
-    return LayerRecord(
-        **{
-            **vars(record),
-            "kernel": quantized_kernel_name(bits),
-            "sparse_bytes": size,
-            "decided": "asked for",
-        }
-    )
+    kernel, many = serves(packed)
+    facts = {"kernel": kernel, "batches": many, "sparse_bytes": packed.matrix.nbytes}
+    return LayerRecord(**{**vars(record), **facts, "decided": "asked for"})
 
 
 def _with_reason(record: LayerRecord, reason: str) -> LayerRecord:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import FormatError, UsageError
+from gossamer.core.files import write_safetensors
 from gossamer.core.matrix import as_matrix
 from gossamer.core.pattern import Pattern
 from gossamer.core.support import Support
@@ -60,14 +61,12 @@ class Journal:
         self, unit: int, layers: Mapping[str, nn.Module], supports: Mapping[str, Support]
     ) -> None:
         """Record one finished unit: its weights as they are now, and its supports."""
-        from safetensors.torch import save_file
-
         tensors: dict[str, Tensor] = {}
         for name, module in layers.items():
             tensors[f"{name}.weight"] = weight_of(module).cpu().contiguous()
             tensors[f"{name}.mask"] = supports[name].mask.cpu().to(torch.uint8).contiguous()
         metadata = {"run": self._digest, "unit": str(unit)}
-        write_whole(self._path(unit), lambda path: save_file(tensors, path, metadata))
+        write_whole(self._path(unit), lambda path: write_safetensors(tensors, path, metadata))
 
     def restore(
         self,

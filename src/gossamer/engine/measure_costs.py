@@ -6,6 +6,7 @@ import copy
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,16 +17,25 @@ from gossamer.core.errors import DisturbedError, UsageError
 from gossamer.engine.progress import track
 from gossamer.nn import BitmapLinear, PackedConv2d
 from gossamer.nn.costs import machine, store_costs
+from gossamer.nn.dispatch import convolution_family
 from gossamer.ops import _dispatch
+from gossamer.ops.conv import sharing
 
 SHAPES = ((192, 192), (256, 1024), (1024, 1024), (3072, 768), (1536, 2048))
 """Of the layers (out, in) that are timed, from one that stays in cache to some megabytes."""
 CONVOLUTIONS = ((64, 128), (256, 256), (512, 512))
+"""Of the 1x1 convolutions (out, channels)."""
+WINDOWS = ((64, 64), (128, 128), (256, 256))
+"""Of the 3x3 ones (out, channels)."""
+STRIDES = ((3, 1), (3, 2), (1, 2))
+"""Kernel and stride of convolutions other than plain 1x1 ones."""
+ZEROS = ((0.04, 1), (0.1, 1), (0.3, 1), (0.1, 4), (0.3, 4))
+"""Density of convolutions, and how many neighbouring outputs keep the same weights."""
 DENSITIES = (0.08, 0.3, 0.7)
 ROWS = {"dense": (1, 16, 128), "bitmap-matvec": (1, 8)}
 _BATCHES = (16, 128)
-PIXELS = (7, 14, 56)
-"""A side of the images for convolutions; the costs are by all pixels."""
+PIXELS = (7, 14)
+"""A side of the resulting images; the costs are by all their pixels."""
 _DTYPES = (torch.float32, torch.bfloat16)
 _COLD, _COPIES = 64 << 20, 16
 """Copies of so many bytes, or so many, take turns, so that weights of large models come from
@@ -37,14 +47,14 @@ Point = tuple[str, int, Work, float]
 def calibrate_costs(*, store: bool = True, progress: bool = False) -> Costs:
     """Time every kernel on a few layers, fit its costs, keep them for this user and machine.
 
-    About 15 seconds on two idle cores. `compress` and `load` find what is stored. Raises
+    About 20 seconds on two idle cores. `compress` and `load` find what is stored. Raises
     DisturbedError where other work shows in the times, UsageError where the kernels are not
     compiled, OSError where the cache folder cannot be written.
     """
     if _dispatch.isa_index() < 0:
         raise UsageError("costs are those of compiled kernels, and none run here")
     points: dict[str, dict[int, list[tuple[Work, float]]]] = {}
-    total = len(_DTYPES) * len(SHAPES) + len(CONVOLUTIONS)
+    total = len(_DTYPES) * len(SHAPES) + len(CONVOLUTIONS) + len(WINDOWS) * len(STRIDES)
     state = torch.random.get_rng_state()
     try:
         with track(total, progress, "measuring kernels") as step, torch.inference_mode():
@@ -161,24 +171,53 @@ def measure_blocks(
 
 
 def _convolutions() -> Iterator[tuple[str, list[Point]]]:
-    for out, inputs in CONVOLUTIONS:
+    cases = [(shape, (1, 1)) for shape in CONVOLUTIONS]
+    cases += list(itertools.product(WINDOWS, STRIDES))
+    for (out, channels), (kernel, stride) in cases:
         found: list[Point] = []
         for side in PIXELS:
-            found += measure_convolution(out, inputs, DENSITIES, side)
-        yield f"1x1 convolution {out}x{inputs}", found
+            found += measure_convolution(out, channels, ZEROS, side, kernel, stride)
+        yield f"{kernel}x{kernel} convolution {out}x{channels}", found
 
 
 def measure_convolution(
-    out: int, inputs: int, densities: tuple[float, ...], side: int
+    out: int,
+    channels: int,
+    zeros: tuple[tuple[float, int], ...],
+    side: int,
+    kernel: int = 1,
+    stride: int = 1,
 ) -> Iterator[Point]:
-    """torch's 1x1 convolution and ours on one image, float32."""
-    x = torch.randn(1, inputs, side, side)
-    dense = _copies(nn.Conv2d(inputs, out, 1, bias=False))
-    yield "dense-conv float32", side * side, Work(out, inputs), _seconds(dense, x)
-    for density in densities:
-        layer = PackedConv2d(BitmapLinear.from_matrix(_matrix(out, inputs, density)))
-        work = Work(out, inputs, layer.density)
-        yield "sparse-conv float32", side * side, work, _seconds(_copies(layer), x)
+    """torch's convolution, in the faster of its two layouts, and ours, on one float32 image.
+
+    side: of the result. Padding is half the kernel.
+    """
+    conv = nn.Conv2d(channels, out, kernel, stride, kernel // 2, bias=False)
+    family = convolution_family(conv.kernel_size, conv.stride)
+    x = torch.randn(1, channels, side * stride, side * stride)
+    turned: Any = copy.deepcopy(conv).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    taken = min(
+        _seconds(_copies(conv), x),
+        _seconds(_copies(turned), x.contiguous(memory_format=torch.channels_last)),
+    )
+    inputs, pixels = kernel * kernel * channels, side * side
+    yield f"dense-conv{family} float32", pixels, Work(out, inputs), taken
+    for density, high in zeros:
+        matrix = _matrix(out // high, inputs, density).repeat_interleave(high, 0)
+        layer = PackedConv2d.from_conv(conv, BitmapLinear.from_matrix(matrix))
+        work, name = Work(out, inputs, layer.density), layer.kernel.partition("/")[0]
+        if name == "tiled-conv":
+            work = replace(work, high=sharing(matrix))
+        yield f"{name}{family} float32", pixels, work, _seconds(_ready_copies(layer, x), x)
+
+
+def _ready_copies(layer: PackedConv2d, x: Tensor) -> list[Any]:
+    """Copies whose forms are built, so that no call that is timed builds one."""
+    layer(x)
+    copies = _copies(layer)
+    for each in copies:
+        each.keep_form()
+    return copies
 
 
 def _matrix(out: int, inputs: int, density: float) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,9 +31,9 @@ def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     """
     check_target(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = folder.parent / f".{folder.name}-{secrets.token_hex(8)}"
+    temporary.mkdir()  # unlike tempfile's, its mode follows the umask
     try:
-        temporary.chmod(0o755)
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
             _sync(path)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from gossamer.core.costs import Costs
 from gossamer.core.errors import FormatError, MissingExtra, UsageError
 from gossamer.core.matrix import as_matrix, is_prunable
 from gossamer.io.manifest import NAME, PackedLayer, _one_line, read_json, read_manifest
@@ -18,12 +19,12 @@ from gossamer.nn import (
     NMLinear,
     PackedConv2d,
     QuantizedLinear,
-    prepare_batches,
     serves_batches,
 )
 from gossamer.nn.chain import fuse
 from gossamer.nn.conv import no_kernel
-from gossamer.nn.costs import cached_costs, use_costs
+from gossamer.nn.costs import known_costs, use_costs
+from gossamer.nn.dispatch import prepare_where_it_pays
 from gossamer.ops.quantized import QuantizedMatrix
 
 
@@ -33,6 +34,7 @@ def load(
     model: nn.Module | None = None,
     dtype: torch.dtype | None = None,
     batches: bool | None = None,
+    costs: Costs | Literal["rule"] | None = None,
 ) -> nn.Module:
     """The model of a folder that `save` wrote, in eval mode, packed layers behind their kernels.
 
@@ -40,7 +42,11 @@ def load(
     the config's name (never code from the folder); one without gossamer.json loads as an ordinary
     dense model. Any other module must be passed as `model`, an instance of the same structure,
     which is filled in place once everything has been checked. dtype: convert floating tensors.
-    batches: also build the form that serves many rows of input at once, as `compress` does.
+    batches: also build the form that serves many rows of input at once, as `compress` does: in
+    the layers where it is predicted to be the fastest. Each packed layer's `batches_decided` says
+    what was predicted. None: unless the model generates text.
+    costs: what the prediction goes by, as in `compress`. None: what `calibrate_costs` measured on
+    this machine, where it did. "rule", and else: every layer gets the form.
 
     Raises FormatError for anything wrong with the files, UsageError where `model` is missing.
     """
@@ -62,9 +68,10 @@ def load(
     if dtype is not None:
         _convert(root, dtype)
     fuse(root)
-    use_costs(root, cached_costs())
+    measured = known_costs(costs)
+    use_costs(root, measured)
     if serves_batches(root, batches):
-        prepare_batches(root)
+        prepare_where_it_pays(root, measured)
     return root.eval()
 
 

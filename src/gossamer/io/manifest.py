@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,32 @@ class PackedLayer:
     nm: bool = False
 
 
+@dataclass(frozen=True)
+class Decided:
+    """What serves a layer, packed or dense, and why, as it was where the folder was written.
+
+    kernel: for up to 8 rows of input, None where the layer is dense. batches: for more. reason:
+    why it is dense. decided: what chose. predicted: seconds by kernel, where costs were measured.
+    """
+
+    shape: tuple[int, ...]
+    density: float
+    kernel: str | None
+    batches: str
+    reason: str | None
+    decided: str
+    predicted: dict[str, float]
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The checked content of gossamer.json; `layers` maps names to `PackedLayer`.
 
-    Raises FormatError for a missing, damaged or hostile file, or one of a newer version.
+    `decisions` maps names of layers, packed and dense, to `Decided`; it is empty
+    where the folder does not hold them. Raises FormatError for a missing, damaged or hostile file, or one of a newer version.
     """
     data = read_json(Path(folder), NAME)
-    _keys(data, {"format", "version", "layers", "method", "provenance"}, NAME)
+    common = {"format", "version", "layers", "method", "provenance"}
+    _keys(data, common | ({"decisions"} & set(data)), NAME)
     if data["format"] != "gossamer":
         raise FormatError(f"{NAME}: format is {_short(data['format'])}, not 'gossamer'")
     version = data["version"]
@@ -59,7 +78,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if data["method"] is not None and not isinstance(data["method"], str):
         raise FormatError(f"{NAME}: method is a text or null")
     layers = {name: _layer(name, value) for name, value in data["layers"].items()}
-    return {**data, "layers": layers}
+    decisions = data.get("decisions", {})
+    if not isinstance(decisions, dict):
+        raise FormatError(f"{NAME}: decisions is an object")
+    decided = {name: _decided(name, value) for name, value in decisions.items()}
+    return {**data, "layers": layers, "decisions": decided}
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -125,6 +148,27 @@ def _layer(name: str, value: Any) -> PackedLayer:
     if "kernel" in further:
         return replace(plain, kernel=_kernel(value["kernel"], where))
     return replace(plain, **_quantized(value, nnz, where)) if quantized else plain
+
+
+def _decided(name: str, value: Any) -> Decided:
+    where = f"{NAME}: decision on {_short(name)}"
+    if not isinstance(value, dict):
+        raise FormatError(f"{where}: not an object")
+    _keys(value, {field.name for field in fields(Decided)}, where)
+    shape, density, predicted = value["shape"], value["density"], value["predicted"]
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int for n in shape):
+        raise FormatError(f"{where}: shape is {_short(shape)}, not two whole numbers")
+    if type(density) not in (int, float) or not 0 <= density <= 1:
+        raise FormatError(f"{where}: density is outside [0, 1]")
+    if not isinstance(predicted, dict):
+        raise FormatError(f"{where}: predicted is an object")
+    texts = [value["batches"], value["decided"], *predicted]
+    texts += [value[key] for key in ("kernel", "reason") if value[key] is not None]
+    if not all(isinstance(text, str) and text.isprintable() for text in texts):
+        raise FormatError(f"{where}: holds something else than printable text")
+    if not all(type(n) in (int, float) and 0 <= n < 1e9 for n in predicted.values()):
+        raise FormatError(f"{where}: predicted holds something else than seconds")
+    return Decided(**{**value, "shape": tuple(shape)})
 
 
 def _kernel(value: Any, where: str) -> tuple[int, int]:

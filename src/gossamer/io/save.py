@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.core.result import CompressResult, PruneResult, unwrap
+from gossamer.core.files import write_safetensors
+from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwrap
 from gossamer.io.atomic import new_folder
-from gossamer.io.manifest import NAME, VERSION
+from gossamer.io.manifest import NAME, VERSION, Decided
 from gossamer.io.tensors import INDEX, SINGLE
-from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d, QuantizedLinear
+from gossamer.nn import NMLinear, PackedConv2d, QuantizedLinear
+from gossamer.nn.serving import Packed, serves
 
 SHARD = 4 << 30
 """Largest safetensors file, in bytes; more tensors go to further shards with an index."""
@@ -30,29 +33,46 @@ def save(
 ) -> Path:
     """Write `model` to a new folder, all of it or nothing, and return the folder.
 
-    A Hugging Face model brings its config.json, a tokenizer its own files. Raises UsageError when
+    A Hugging Face model brings its config.json, a tokenizer its own files. The result of `compress`
+    brings why each layer is packed or dense, which `gossamer inspect` shows. Raises UsageError when
     the folder is not empty and `overwrite` is not set, OSError when the disk is full.
     """
     target, root = Path(folder), unwrap(model)
+    records = model.layers if isinstance(model, CompressResult) else ()
     facts = dict(model.provenance) if isinstance(model, PruneResult) else {}
     facts.update(provenance or {})
     method = facts.pop("method", None)
+    packed = {name: module for name, module in root.named_modules() if isinstance(module, Packed)}
     with new_folder(target, overwrite) as place:
         write_config(root, place, tokenizer)
         write_tensors(distinct(root), place)
         manifest = {
             "format": "gossamer",
             "version": VERSION,
-            "layers": {
-                name: _describe(module)
-                for name, module in root.named_modules()
-                if isinstance(module, BitmapLinear | NMLinear | PackedConv2d | QuantizedLinear)
-            },
+            "layers": {name: _describe(module) for name, module in packed.items()},
+            "decisions": _decisions(packed, records),
             "method": None if method is None else str(method),
             "provenance": json.loads(json.dumps(facts, default=str)),
         }
         (place / NAME).write_text(json.dumps(manifest, indent=2) + "\n")
     return target
+
+
+def _decisions(packed: Mapping[str, Packed], records: Iterable[LayerRecord]) -> dict[str, Any]:
+    """By layer: what serves it here and, as far as `compress` recorded it, why."""
+    found = {}
+    for record in records:
+        kernel = record.kernel and record.kernel.partition(" + ")[0]
+        found[record.name] = Decided(
+            record.shape, record.density, kernel, record.batches, record.reason, record.decided,
+            dict(record.predicted),
+        )  # fmt: skip
+    for name, layer in packed.items():
+        kernel, batches = serves(layer)
+        shape = (layer.out_features, layer.in_features)
+        bare = Decided(shape, layer.density, kernel, batches, None, "", {})
+        found.setdefault(name, bare)
+    return {name: asdict(decided) for name, decided in found.items()}
 
 
 def write_config(model: nn.Module, folder: Path, tokenizer: Any) -> None:
@@ -84,8 +104,6 @@ def distinct(model: nn.Module) -> dict[str, Tensor]:
 
 def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """One safetensors file, or shards of at most `SHARD` bytes with Hugging Face's index."""
-    from safetensors.torch import save_file
-
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
     for name, tensor in tensors.items():
@@ -96,12 +114,12 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
         shards[-1][name] = tensor.contiguous()
         size, total = size + width, total + width
     if len(shards) == 1:
-        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
+        write_safetensors(shards[0], folder / SINGLE, {"format": "pt"})
         return
     places = {}
     for index, shard in enumerate(shards, 1):
         name = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        write_safetensors(shard, folder / name, {"format": "pt"})
         places.update(dict.fromkeys(shard, name))
     content = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
@@ -112,7 +130,7 @@ def _shares(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
 
 
-def _describe(layer: BitmapLinear | NMLinear | PackedConv2d | QuantizedLinear) -> dict[str, Any]:
+def _describe(layer: Packed) -> dict[str, Any]:
     if isinstance(layer, QuantizedLinear):
         return _describe_quantized(layer)
     further = {"kernel": list(layer.window.kernel)} if isinstance(layer, PackedConv2d) else {}

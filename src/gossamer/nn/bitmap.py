@@ -27,6 +27,7 @@ class BitmapLinear(nn.Module):
     than 8 rows of input fastest: blocks for a block pattern whose blocks are whole, else groups of
     columns. Without it such batches are unpacked piece by piece for a dense product, or multiplied
     row by row: from `unpack_from` rows on, or where that is None from 30% density on.
+    `batches_decided` says why `compress` or `load` prepared the form or not; empty: not asked.
     """
 
     values: Tensor
@@ -55,6 +56,7 @@ class BitmapLinear(nn.Module):
         offsets = ops.row_offsets(values, bitmap, in_features)
         self.register_buffer("row_ptr", offsets, persistent=False)
         self._batches: tuple[int, BatchForm] | None = None
+        self.batches_decided = ""
         self.unpack_from: int | None = None
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
@@ -119,7 +121,8 @@ class BitmapLinear(nn.Module):
         """Shape, density and kernel."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"density={self.density:.3f}, bias={self.bias is not None}, dtype={self.values.dtype}"
+            f"density={self.density:.3f}, bias={self.bias is not None}, dtype={self.values.dtype}, "
+            f"batches={self.batch_kernel}"
         )
 
 

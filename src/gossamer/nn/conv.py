@@ -69,6 +69,11 @@ class PackedConv2d(nn.Module):
             x, window = x[..., :: window.stride[0], :: window.stride[1]], Window()
         return ops.conv(x, self._built[1], window, Ends(bias, *FREE))
 
+    def keep_form(self) -> None:
+        """Take the form that is there for that of the values as they are: of a copy it is."""
+        if self._built is not None:
+            self._built = (_version(self.values), self._built[1])
+
     def extra_repr(self) -> str:
         """Shape, density and window."""
         taps = self.window.kernel[0] * self.window.kernel[1]

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -64,6 +65,13 @@ def cached_costs() -> Costs | None:
     except (OSError, FormatError, RuntimeError):  # RuntimeError: there is no home folder
         return None
     return costs if dict(costs.machine) == machine() else None
+
+
+def known_costs(costs: Costs | Literal["rule"] | None) -> Costs | None:
+    """What an argument `costs` stands for; None: the rule decides, asked for or for want of any."""
+    if costs is None:
+        return cached_costs()
+    return None if isinstance(costs, str) else costs
 
 
 def store_costs(costs: Costs) -> Path:

@@ -24,7 +24,8 @@ class NMLinear(nn.Module):
     pattern that is not N:M with M in 2, 4, 8, 16, 32.
 
     `prepare_batches` adds a second copy of the weights, never saved, that serves more than 8 rows
-    of input fastest. Without it such batches are unpacked piece by piece.
+    of input fastest. Without it such batches are unpacked piece by piece. `batches_decided` says
+    why a model's layer has it or not.
     """
 
     values: Tensor
@@ -52,6 +53,7 @@ class NMLinear(nn.Module):
         self.register_buffer("values", values.detach().contiguous())
         self.register_buffer("codes", codes.contiguous())
         self._batches: tuple[int, Sell] | None = None
+        self.batches_decided = ""
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
@@ -118,7 +120,8 @@ class NMLinear(nn.Module):
         """Shape, pattern and dtype."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"pattern={self.pattern}, bias={self.bias is not None}, dtype={self.values.dtype}"
+            f"pattern={self.pattern}, bias={self.bias is not None}, dtype={self.values.dtype}, "
+            f"batches={self.batch_kernel}"
         )
 
 

@@ -11,11 +11,11 @@ def headline(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     quality, size, work = result["quality"], result["bytes"], result["flops"]
     speed = result["speed"]
     return [
-        _row(f"{quality['metric']} ({better(quality)} is better)", quality, "{:.4f}"),
-        ("bytes of the pruned layers", human(size["dense"]), human(size["sparse"]), _ratio(size)),
-        ("FLOPs per token", human(work["dense"]), human(work["sparse"]), _ratio(work)),
-        _row(f"speed, {speed['unit']}", speed, "{:.1f}"),
-        *_same_loop(speed),
+        row(f"{quality['metric']} ({better(quality)} is better)", quality, ".4f"),
+        ("bytes of the pruned layers", human(size["dense"]), human(size["sparse"]), ratio(size)),
+        ("FLOPs per token", human(work["dense"]), human(work["sparse"]), ratio(work)),
+        row(f"speed, {speed['unit']}", speed, ".1f"),
+        *same_loop(speed),
     ]
 
 
@@ -24,12 +24,12 @@ def better(quality: Mapping[str, Any]) -> str:
     return str(quality.get("better", "lower"))
 
 
-def _same_loop(speed: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+def same_loop(speed: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """The dense model under our compiled loop: what the loop gives, apart from the zeros."""
     if not speed.get("dense_compiled"):
         return []
     pair = {"dense": speed["dense_compiled"], "sparse": speed["sparse"]}
-    return [_row(f"the same, dense in our compiled loop too, {speed['unit']}", pair, "{:.1f}")]
+    return [row(f"the same, dense in our compiled loop too, {speed['unit']}", pair, ".1f")]
 
 
 def human(number: float) -> str:
@@ -40,9 +40,11 @@ def human(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _row(name: str, pair: Mapping[str, Any], form: str) -> tuple[str, str, str, str]:
-    return name, form.format(pair["dense"]), form.format(pair["sparse"]), _ratio(pair)
+def row(name: str, pair: Mapping[str, Any], form: str) -> tuple[str, str, str, str]:
+    """Cells of a pair of numbers, in a format such as `.4f`."""
+    return name, format(pair["dense"], form), format(pair["sparse"], form), ratio(pair)
 
 
-def _ratio(pair: Mapping[str, Any]) -> str:
+def ratio(pair: Mapping[str, Any]) -> str:
+    """Sparse over dense, as 0.56x."""
     return f"{pair['sparse'] / pair['dense']:.2f}x" if pair["dense"] else "-"

@@ -15,7 +15,16 @@ from gossamer.ops.bitmap import row_offsets
 from gossamer.ops.quantized import native, reference
 from gossamer.ops.quantized.reference import BITS, quantize
 
-__all__ = ["BITS", "QuantizedMatrix", "kernel_name", "linear", "pack", "quantize", "unpack"]
+__all__ = [
+    "BITS",
+    "QuantizedMatrix",
+    "batch_kernel_name",
+    "kernel_name",
+    "linear",
+    "pack",
+    "quantize",
+    "unpack",
+]
 
 Outliers = tuple[Tensor, Tensor, Tensor]
 
@@ -159,10 +168,16 @@ def _take_outliers(matrix: Tensor, mask: Tensor, share: float) -> tuple[Outliers
 def kernel_name(bits: int) -> str:
     """The kernel that serves one row of input here, such as `int4-matvec/avx512`."""
     name = _dispatch.isa()
-    module = _dispatch.kernels()
-    if name == "avx512" and module is not None and not module.has_vnni():
-        name = "avx2"  # byte dot products are missing
+    if name == "avx512" and not native.has_byte_products():
+        name = "avx2"
     return f"int{bits}-matvec/{name}"
+
+
+def batch_kernel_name(bits: int) -> str:
+    """The kernel that serves more than 8 rows here: integers, or floats unpacked piece by piece."""
+    name = _dispatch.isa()
+    kind = "matmul" if name == "avx512" and native.has_byte_products() else "unpack"
+    return f"int{bits}-{kind}/{name}"
 
 
 def unpack(m: QuantizedMatrix) -> Tensor:

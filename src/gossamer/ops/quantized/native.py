@@ -50,7 +50,7 @@ def linear(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
     if rows <= MATVEC_ROWS and x.dtype in (torch.float32, torch.bfloat16):
         return _matvec(x.contiguous(), m, bias, rows)
     flat = x.reshape(-1, m.shape[1]).float().contiguous()
-    if ISAS[isa_index()] == "avx512" and _module().has_vnni():
+    if ISAS[isa_index()] == "avx512" and has_byte_products():
         result = _matmul(flat, m, bias)
     else:
         result = _unpacked(flat, m, bias)
@@ -62,6 +62,12 @@ def unpack(m: QuantizedMatrix) -> Tensor:
     matrix = torch.empty(m.shape)
     _rows(m, 0, m.shape[0], matrix)
     return matrix
+
+
+def has_byte_products() -> bool:
+    """Whether the processor multiplies bytes into 32-bit sums (AVX-512 VNNI)."""
+    module = kernels()
+    return module is not None and bool(module.has_vnni())
 
 
 def _matvec(x: Tensor, m: QuantizedMatrix, bias: Tensor | None, rows: int) -> Tensor:

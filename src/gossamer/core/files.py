@@ -1,0 +1,34 @@
+"""Tensors on disk, readable by whom the user's umask lets."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path, facts: Mapping[str, str]) -> None:
+    """One safetensors file with `facts` as its metadata, of the mode that any new file gets here.
+
+    safetensors by itself leaves files that only their owner reads, whatever the umask. Raises
+    OSError where the disk is full.
+    """
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), path, dict(facts))
+    path.chmod(_new_mode(path.parent))
+
+
+def _new_mode(folder: Path) -> int:
+    """The mode of a file that is made in the folder: asking for the umask would first change it,
+    for all threads, and not know of access lists."""
+    probe = folder / f".mode-{secrets.token_hex(8)}"
+    handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        return os.fstat(handle).st_mode & 0o777
+    finally:
+        os.close(handle)
+        probe.unlink()

@@ -1,0 +1,150 @@
+"""Choosing what serves a layer by measured costs: the dense product or one of the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from gossamer.core.costs import Costs, Work
+from gossamer.core.errors import PatternError
+from gossamer.core.matrix import as_matrix
+from gossamer.core.pattern import Block, parse_pattern
+from gossamer.core.result import LayerRecord
+from gossamer.nn.bitmap import BitmapLinear
+from gossamer.nn.nm import NMLinear
+from gossamer.ops.blocks import HEIGHTS
+from gossamer.ops.conv import sharing, suits_tiles
+
+BATCH = 128
+"""Rows of input for which layers of a model that sees batches are chosen."""
+PIXELS = 196
+"""Pixels for which a convolution is chosen: 14 x 14, the middle of a usual network."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The fastest, `dense` or a kernel, and the seconds predicted of each for `rows` of input."""
+
+    chosen: str
+    predicted: dict[str, float]
+    rows: int
+    unit: str = "row"
+
+    def __str__(self) -> str:
+        """`bitmap-matvec 0.22 ms, dense 0.41 ms for 1 row`: the fastest first."""
+        order = sorted(self.predicted.items(), key=lambda item: item[1])
+        times = ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in order)
+        return f"predicted {times} for {self.rows} {self.unit}{'s' if self.rows > 1 else ''}"
+
+
+def decide(
+    module: nn.Module, record: LayerRecord, costs: Costs, batches: bool, calls: bool = True
+) -> Decision | None:
+    """The fastest for one linear layer or convolution; None where it was not measured.
+
+    Models that generate text are judged by one row, others by `BATCH` rows, convolutions by
+    `PIXELS`. calls: whether one row costs a call, which the compiled loop does not make.
+    """
+    if isinstance(module, nn.Conv2d):
+        return _decide_convolution(module, record, costs)
+    rows = BATCH if batches else 1
+    if batches:
+        names = ["dense", "sell-spmm", "bitmap-unpack", "bitmap-spmm"]
+    else:
+        names = ["dense", "bitmap-matvec"]
+    out, inputs = record.shape[0], record.shape[1]
+    high = block_height(record.pattern, out, inputs)
+    if batches and high:
+        names = ["dense", "block-spmm", "bitmap-unpack", "bitmap-spmm"]
+    work = Work(out, inputs, record.density)
+    predicted = _predict(costs, names, module.weight.dtype, rows, work, high, calls or rows > 1)
+    return _fastest(predicted, rows, "row")
+
+
+def _decide_convolution(conv: nn.Conv2d, record: LayerRecord, costs: Costs) -> Decision | None:
+    """By the form that its zeros would get, and its family of kernel and stride."""
+    family = convolution_family(conv.kernel_size, conv.stride)
+    shared = sharing(matrix := as_matrix(conv))
+    kernel = "tiled-conv" if suits_tiles(matrix) else "sparse-conv"
+    work = Work(record.shape[0], record.shape[1], record.density)
+    if kernel == "tiled-conv":
+        work = replace(work, high=shared)
+    dtype = str(conv.weight.dtype).removeprefix("torch.")
+    predicted = {}
+    for name in ("dense-conv", kernel):
+        seconds = costs.seconds(name + family, dtype, PIXELS, work)
+        if seconds is not None:
+            predicted[name.replace("dense-conv", "dense")] = seconds
+    return _fastest(predicted, PIXELS, "pixel")
+
+
+def convolution_family(kernel: tuple[int, ...], stride: tuple[int, ...]) -> str:
+    """What the costs of a convolution are called behind its kernel: 1x1 ones, and all others.
+
+    Others were measured at 3x3 with stride 1 and 2; larger kernels differ in their inputs alone.
+    """
+    if tuple(kernel) == (1, 1):
+        return "" if max(stride) == 1 or stride[1] > 2 else "-1x1s2"
+    return "-3x3" if max(stride) == 1 else "-3x3s2"
+
+
+def _fastest(predicted: dict[str, float], rows: int, unit: str) -> Decision | None:
+    if "dense" not in predicted or len(predicted) < 2:
+        return None
+    return Decision(min(predicted, key=lambda name: predicted[name]), predicted, rows, unit)
+
+
+def _predict(
+    costs: Costs, names: list[str], dtype: Any, rows: int, work: Work, high: int, calls: bool = True
+) -> dict[str, float]:
+    """Seconds of every named kernel that was measured; blocks have `high` rows."""
+    predicted = {}
+    for name in names:
+        amount = replace(work, high=high) if name == "block-spmm" else work
+        seconds = costs.seconds(name, str(dtype).removeprefix("torch."), rows, amount, calls)
+        if seconds is not None:
+            predicted[name] = seconds
+    return predicted
+
+
+def prepare_where_it_pays(model: nn.Module, costs: Costs | None) -> None:
+    """`prepare` for every packed linear layer of a model."""
+    for module in model.modules():
+        if isinstance(module, BitmapLinear | NMLinear):
+            prepare(module, costs)
+
+
+def prepare(layer: BitmapLinear | NMLinear, costs: Costs | None) -> bool:
+    """Build a packed layer's form for batches where that is predicted to be the fastest.
+
+    Judged by `BATCH` rows against what serves the layer without the form; costs None, or costs
+    that lack these kernels: always. The layer's `batches_decided` says what was done and why.
+    """
+    high = block_height(layer.pattern, layer.out_features, layer.in_features)
+    form = "block-spmm" if high and isinstance(layer, BitmapLinear) else "sell-spmm"
+    names = [form, "bitmap-unpack"] + ["bitmap-spmm"] * isinstance(layer, BitmapLinear)
+    predicted: dict[str, float] = {}
+    if costs is not None:
+        work = Work(layer.out_features, layer.in_features, layer.density)
+        predicted = _predict(costs, names, layer.values.dtype, BATCH, work, high)
+    wins, why = True, "by rule"
+    if form in predicted and len(predicted) > 1:
+        decision = Decision(min(predicted, key=lambda name: predicted[name]), predicted, BATCH)
+        wins, why = decision.chosen == form, f"by measured costs: {decision}"
+    if wins:
+        layer.prepare_batches()
+    layer.batches_decided = f"{'prepared' if wins else 'not prepared'} {why}"
+    return wins
+
+
+def block_height(pattern: str, out: int, inputs: int) -> int:
+    """Rows of a block where the pattern is one of whole blocks that a kernel serves, else 0."""
+    try:
+        parsed = parse_pattern(pattern)
+    except PatternError:
+        return 0
+    if not isinstance(parsed, Block) or out % parsed.rows or inputs % parsed.cols:
+        return 0
+    return parsed.rows if parsed.rows in HEIGHTS else 0

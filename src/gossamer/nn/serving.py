@@ -1,0 +1,44 @@
+"""Which kernels serve a packed layer here, in the words of records and tables."""
+
+from __future__ import annotations
+
+from gossamer.nn.bitmap import BitmapLinear
+from gossamer.nn.conv import PackedConv2d
+from gossamer.nn.nm import NMLinear
+from gossamer.nn.quantized import QuantizedLinear
+from gossamer.ops import _dispatch
+from gossamer.ops.bitmap import kernel_name
+from gossamer.ops.bitmap.native import MATVEC_ROWS, UNPACK_DENSITY
+from gossamer.ops.nm import kernel_name as nm_kernel_name
+from gossamer.ops.quantized import batch_kernel_name as quantized_batch_kernel_name
+from gossamer.ops.quantized import kernel_name as quantized_kernel_name
+
+Packed = BitmapLinear | NMLinear | QuantizedLinear | PackedConv2d
+
+
+def serves(layer: Packed) -> tuple[str, str]:
+    """What serves up to 8 rows of input, and what serves more; of a convolution twice the same.
+
+    Names are a kernel and its instructions, such as `bitmap-matvec/avx512`.
+    """
+    if isinstance(layer, PackedConv2d):
+        return layer.kernel, layer.kernel
+    if isinstance(layer, QuantizedLinear):
+        return quantized_kernel_name(layer.bits), quantized_batch_kernel_name(layer.bits)
+    if isinstance(layer, NMLinear):
+        return nm_kernel_name(), layer.batch_kernel or f"nm-unpack/{_dispatch.isa()}"
+    return kernel_name(), layer.batch_kernel or _unprepared(layer)
+
+
+def _unprepared(layer: BitmapLinear) -> str:
+    """What `ops.bitmap` does with batches by itself."""
+    unpacked, straight = f"bitmap-unpack/{_dispatch.isa()}", kernel_name(MATVEC_ROWS + 1)
+    if _dispatch.isa_index() < 0:
+        return straight
+    if layer.unpack_from is None:
+        return unpacked if layer.density > UNPACK_DENSITY else straight
+    if layer.unpack_from <= MATVEC_ROWS + 1:
+        return unpacked
+    if layer.unpack_from > 1 << 30:
+        return straight
+    return f"{straight}, {unpacked} from {layer.unpack_from} rows on"

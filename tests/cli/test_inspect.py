@@ -1,0 +1,130 @@
+"""gossamer inspect: what serves each layer, and why others stay dense."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import gossamer as gs
+from gossamer.cli import main
+from gossamer.core.costs import Costs
+from gossamer.nn.costs import machine
+from gossamer.nn.serving import serves
+
+TERMS = {
+    "dense float32": {1: (0.0, 0.0, 1e-8, 0.0, 0.0)},
+    "bitmap-matvec float32": {1: (0.0, 0.0, 0.0, 2e-8, 0.0)},
+}
+"""Packed wins below half density: 64 x 64 dense is predicted to take 0.041 ms."""
+
+
+def net():
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    for layer, density in zip(layers, (0.2, 0.8), strict=False):
+        layer.weight.data[torch.rand(64, 64) > density] = 0
+    return layers
+
+
+@pytest.fixture
+def saved(tmp_path):
+    result = gs.compress(net(), costs=Costs(machine(), TERMS), batches=False)
+    gs.save(result, tmp_path / "out")
+    return result, tmp_path / "out"
+
+
+def shown(folder, capsys, *flags):
+    main(["inspect", f"--model={folder}", *flags])
+    return capsys.readouterr()
+
+
+def test_kernels_and_reasons_are_those_of_the_result(saved, capsys, monkeypatch):
+    result, folder = saved
+    decisions = json.loads(shown(folder, capsys, "--json").out)["decisions"]
+    assert list(decisions) == ["0", "1", "2"]
+    one, many = serves(result.model[0])
+    assert (decisions["0"]["kernel"], decisions["0"]["batches"]) == (one, many)
+    assert decisions["0"]["decided"] == result.layers[0].decided
+    assert decisions["1"]["kernel"] is None
+    assert decisions["1"]["reason"].startswith("no kernel wins: predicted dense 0.041 ms")
+    assert decisions["1"]["predicted"] == dict(result.layers[1].predicted)
+    assert decisions["2"]["reason"] == "no zeros"
+    monkeypatch.setenv("COLUMNS", "200")
+    text = shown(folder, capsys)
+    assert one in text.out and many in text.out and text.err == ""
+    assert f"stays dense: 1 ({result.layers[1].reason})" in text.out
+    assert "stays dense: 2 (no zeros)" in text.out
+
+
+def test_batches_that_are_prepared_and_integers(tmp_path, capsys):
+    gs.save(gs.compress(net(), costs="rule", batches=True), tmp_path / "sell")
+    gs.save(gs.compress(net(), bits=4), tmp_path / "int4")
+    decisions = json.loads(shown(tmp_path / "sell", capsys, "--json").out)["decisions"]
+    assert decisions["0"]["kernel"].startswith("bitmap-matvec/")
+    assert decisions["0"]["batches"].startswith("sell-") and decisions["0"]["decided"] == "by rule"
+    decisions = json.loads(shown(tmp_path / "int4", capsys, "--json").out)["decisions"]
+    assert decisions["2"]["kernel"].startswith("int4-matvec/")
+    assert decisions["2"]["batches"].startswith("int4-")
+
+
+def test_a_bare_model_is_known_by_its_kernels_alone(saved, tmp_path, capsys, monkeypatch):
+    result, _ = saved
+    gs.save(result.model, tmp_path / "bare")
+    decisions = json.loads(shown(tmp_path / "bare", capsys, "--json").out)["decisions"]
+    assert list(decisions) == ["0"] and decisions["0"]["kernel"] == serves(result.model[0])[0]
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "does not say why" in shown(tmp_path / "bare", capsys).err
+
+
+def test_folders_without_decisions_load_and_are_shown(saved, capsys):
+    result, folder = saved
+    data = json.loads((folder / "gossamer.json").read_text())
+    del data["decisions"]
+    (folder / "gossamer.json").write_text(json.dumps(data))
+    again = gs.load(folder, model=net())
+    assert torch.equal(again[0].to_matrix(), result.model[0].to_matrix())
+    assert json.loads(shown(folder, capsys, "--json").out)["decisions"] == {}
+    text = shown(folder, capsys)
+    assert "64 x 64" in text.out and "does not say why" in text.err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kernel": "\x1b[2J"}, {"reason": 3}, {"batches": None}, {"shape": [64]}, {"density": 2},
+        {"predicted": {"dense": "fast"}}, {"predicted": {"dense": -1}}, {"predicted": []},
+        {"predicted": {"dense": True}}, {"extra": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_damaged_decisions_are_one_clear_error(change, saved, capsys):
+    _, folder = saved
+    data = json.loads((folder / "gossamer.json").read_text())
+    data["decisions"]["1"].update(change)
+    (folder / "gossamer.json").write_text(json.dumps(data))
+    with pytest.raises(gs.FormatError, match="decision on '1'"):
+        gs.load(folder, model=net())
+    with pytest.raises(SystemExit) as caught:
+        main(["inspect", f"--model={folder}"])
+    assert caught.value.code == 2 and capsys.readouterr().out == ""
+
+
+def test_a_name_from_a_stranger_does_not_steer_the_terminal(saved, capsys):
+    _, folder = saved
+    data = json.loads((folder / "gossamer.json").read_text())
+    data["decisions"]["\x1b[31mred"] = data["decisions"].pop("2")
+    (folder / "gossamer.json").write_text(json.dumps(data))
+    assert "\x1b[31m" not in shown(folder, capsys).out
+
+
+def test_serves_says_what_unprepared_layers_do_with_batches(saved):
+    result, _ = saved
+    layer = result.model[0]
+    layer.unpack_from = 1 << 62
+    assert "unpack" not in serves(layer)[1]
+    assert dataclasses.asdict(result.layers[0])["batches"].split("/")[0] in (
+        "bitmap-spmm",
+        "bitmap-unpack",
+    )
