@@ -7,6 +7,8 @@
 #pragma once
 #include <cstdint>
 
+#include "word.hpp"
+
 namespace gossamer {
 
 struct Bitmap {

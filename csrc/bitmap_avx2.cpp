@@ -40,7 +40,7 @@ inline float sum8(__m256 v) {
 }
 
 template <class T, int B>
-void row_dot(const uint64_t* bits, int64_t words, const T* values, const T* end, const float* x,
+void row_dot(const Word* bits, int64_t words, const T* values, const T* end, const float* x,
              int64_t x_stride, float* out) {
   __m256 sums[B];
   float rest[B] = {};
@@ -75,7 +75,7 @@ void row_dot(const uint64_t* bits, int64_t words, const T* values, const T* end,
 }
 
 template <class T>
-void pair_dot(const uint64_t* bits_a, const uint64_t* bits_b, int64_t words, const T* a, const T* b,
+void pair_dot(const Word* bits_a, const Word* bits_b, int64_t words, const T* a, const T* b,
               const T* end_a, const T* end_b, const float* x, float* out) {
   row_dot<T, 1>(bits_a, words, a, end_a, x, 0, out);
   row_dot<T, 1>(bits_b, words, b, end_b, x, 0, out + 1);
@@ -88,7 +88,7 @@ void expand_word(uint64_t word, const T* values, float* out) {
 }
 
 template <class T, int NV>
-const T* row_axpy(const uint64_t* bits, int64_t words, const T* values, const float* xt,
+const T* row_axpy(const Word* bits, int64_t words, const T* values, const float* xt,
                   float* y) {
   constexpr int vectors = 2 * NV;
   __m256 sums[vectors];

@@ -26,7 +26,7 @@ inline __m512 load16(const uint16_t* p, int count) {
 }
 
 template <class T, int B>
-void row_dot(const uint64_t* bits, int64_t words, const T* values, const T* end, const float* x,
+void row_dot(const Word* bits, int64_t words, const T* values, const T* end, const float* x,
              int64_t x_stride, float* out) {
   constexpr int kChains = B == 1 ? 2 : B == 2 ? 4 : 1;  // independent sums hide the latency of fused multiply-add
   __m512 sums[B][kChains];
@@ -73,7 +73,7 @@ void row_dot(const uint64_t* bits, int64_t words, const T* values, const T* end,
 // The expand masks of a word's four parts. A mask loaded from memory takes a turn of port 5, which
 // widening and expanding keep busy; one made of sign bits takes two turns of port 0. Two of each
 // are fastest; where more rows of x keep port 0 busy, none of these.
-inline void load_masks(const uint64_t* word, __mmask16 (&masks)[4]) {
+inline void load_masks(const Word* word, __mmask16 (&masks)[4]) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   int32_t half;
   __builtin_memcpy(&half, word, sizeof half);
@@ -91,7 +91,7 @@ inline void load_masks(const uint64_t* word, __mmask16 (&masks)[4]) {
 // Adds a word's columns to the sums; returns where the next word's values are. Reads 64 values and
 // one whole vector beyond, whatever the word keeps.
 template <class T>
-__attribute__((always_inline)) inline const T* add_word(const uint64_t* bits, const T* values,
+__attribute__((always_inline)) inline const T* add_word(const Word* bits, const T* values,
                                                         const float* x, __m512 (&sums)[2]) {
   const uint64_t word = *bits;
   __mmask16 masks[4];
@@ -129,7 +129,7 @@ inline int64_t safe_words(int64_t left, int64_t words) {
 // Two rows at once, from two places of the matrix: twice as many streams from memory are in flight.
 // Adds in the order of row_dot<T, 1>, bit for bit.
 template <class T>
-void pair_dot(const uint64_t* bits_a, const uint64_t* bits_b, int64_t words, const T* a, const T* b,
+void pair_dot(const Word* bits_a, const Word* bits_b, int64_t words, const T* a, const T* b,
               const T* end_a, const T* end_b, const float* x, float* out) {
   __m512 sums_a[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   __m512 sums_b[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -162,7 +162,7 @@ void expand_word(uint64_t word, const T* values, float* out) {
 }
 
 template <class T, int NV>
-const T* row_axpy(const uint64_t* bits, int64_t words, const T* values, const float* xt,
+const T* row_axpy(const Word* bits, int64_t words, const T* values, const float* xt,
                   float* y) {
   constexpr int64_t width = 16 * NV;
   __m512 even[NV], odd[NV];  // two sets of sums, for the latency of fused multiply-add

@@ -1,10 +1,10 @@
 // Loops over rows, tiles and threads, shared by the instruction sets. The including file defines,
 // in an anonymous namespace:
-//   template <class T, int B> void row_dot(const uint64_t* bits, int64_t words, const T* values,
+//   template <class T, int B> void row_dot(const Word* bits, int64_t words, const T* values,
 //       const T* end, const float* x, int64_t x_stride, float* out);
 //   template <class T> void pair_dot(...): two rows, of one matrix or of two, at once
 //   template <class T> void expand_word(uint64_t word, const T* values, float* out);
-//   template <class T, int NV> const T* row_axpy(const uint64_t* bits, int64_t words,
+//   template <class T, int NV> const T* row_axpy(const Word* bits, int64_t words,
 //       const T* values, const float* xt, float* y);
 // where `end` is the end of the whole value array: nothing at or past it may be read.
 #pragma once
@@ -35,7 +35,7 @@ void matvec_rows(const Bitmap& m, const float* x, float* y, const float* bias, i
   const int64_t x_stride = m.stride * 8;
   for (int64_t r = from; r < to; ++r) {
     float sums[B];
-    const auto* bits = reinterpret_cast<const uint64_t*>(m.bits + r * m.stride);
+    const Word* bits = reinterpret_cast<const Word*>(m.bits + r * m.stride);
     row_dot<T, B>(bits, m.stride / 8, values + m.row_ptr[r], values + m.nnz, x, x_stride, sums);
     for (int b = 0; b < B; ++b) y[b * m.rows + r] = sums[b] + (bias ? bias[r] : 0.0f);
   }
@@ -45,8 +45,8 @@ void matvec_rows(const Bitmap& m, const float* x, float* y, const float* bias, i
 template <class T>
 void two_rows(const Bitmap& m, int64_t a, const Bitmap& n, int64_t b, const float* x, float* out) {
   const T *first = static_cast<const T*>(m.values), *second = static_cast<const T*>(n.values);
-  pair_dot<T>(reinterpret_cast<const uint64_t*>(m.bits + a * m.stride),
-              reinterpret_cast<const uint64_t*>(n.bits + b * n.stride), m.stride / 8,
+  pair_dot<T>(reinterpret_cast<const Word*>(m.bits + a * m.stride),
+              reinterpret_cast<const Word*>(n.bits + b * n.stride), m.stride / 8,
               first + m.row_ptr[a], second + n.row_ptr[b], first + m.nnz, second + n.nnz, x, out);
 }
 
@@ -105,7 +105,7 @@ void spmm_rows(const Bitmap& m, const float* xt, int64_t tiles, float* yt, const
     for (int64_t w = 0; w < words; w += kColumnWords) {
       const int64_t count = words - w < kColumnWords ? words - w : kColumnWords;
       for (int64_t r = from; r < to; ++r) {
-        const auto* bits = reinterpret_cast<const uint64_t*>(m.bits + r * m.stride) + w;
+        const Word* bits = reinterpret_cast<const Word*>(m.bits + r * m.stride) + w;
         const T* stop = row_axpy<T, NV>(bits, count, values + cursor[r], x + w * 64 * width,
                                         y + r * width);
         cursor[r] = stop - values;
@@ -139,7 +139,7 @@ inline void run_spmm(const Bitmap& m, const float* xt, int64_t tiles, int64_t wi
 template <class T>
 void unpack_row(const Bitmap& m, int64_t cols, int64_t row, float* out) {
   const T* values = static_cast<const T*>(m.values) + m.row_ptr[row];
-  const auto* bits = reinterpret_cast<const uint64_t*>(m.bits + row * m.stride);
+  const Word* bits = reinterpret_cast<const Word*>(m.bits + row * m.stride);
   int64_t j = 0;
   for (; j + 64 <= cols; j += 64) {
     expand_word<T>(bits[j / 64], values, out + j);

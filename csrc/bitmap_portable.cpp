@@ -10,7 +10,7 @@ inline float widen(float value);
 inline float widen(uint16_t value);
 
 template <class T, int B>
-void row_dot(const uint64_t* bits, int64_t words, const T* values, const T*, const float* x,
+void row_dot(const Word* bits, int64_t words, const T* values, const T*, const float* x,
              int64_t x_stride, float* out) {
   float sums[B] = {};
   for (int64_t w = 0; w < words; ++w) {
@@ -24,7 +24,7 @@ void row_dot(const uint64_t* bits, int64_t words, const T* values, const T*, con
 }
 
 template <class T>
-void pair_dot(const uint64_t* bits_a, const uint64_t* bits_b, int64_t words, const T* a, const T* b,
+void pair_dot(const Word* bits_a, const Word* bits_b, int64_t words, const T* a, const T* b,
               const T* end_a, const T* end_b, const float* x, float* out) {
   row_dot<T, 1>(bits_a, words, a, end_a, x, 0, out);
   row_dot<T, 1>(bits_b, words, b, end_b, x, 0, out + 1);
@@ -37,7 +37,7 @@ void expand_word(uint64_t word, const T* values, float* out) {
 }
 
 template <class T, int NV>
-const T* row_axpy(const uint64_t* bits, int64_t words, const T* values, const float* xt,
+const T* row_axpy(const Word* bits, int64_t words, const T* values, const float* xt,
                   float* y) {
   constexpr int width = 16 * NV;
   float sums[width];

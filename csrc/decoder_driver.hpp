@@ -44,7 +44,7 @@ float row_product(const Linear& m, int64_t r, const float* x) {
   const T* values = static_cast<const T*>(m.packed.values);
   if (m.dense) return dense_dot(values + r * m.cols, x, m.cols);
   float sum;
-  const auto* bits = reinterpret_cast<const uint64_t*>(m.packed.bits + r * m.packed.stride);
+  const Word* bits = reinterpret_cast<const Word*>(m.packed.bits + r * m.packed.stride);
   row_dot<T, 1>(bits, m.packed.stride / 8, values + m.packed.row_ptr[r], values + m.packed.nnz, x,
                 0, &sum);
   return sum;

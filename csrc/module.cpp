@@ -58,7 +58,7 @@ void offsets(uintptr_t bits, int64_t rows, int64_t cols, int64_t stride, uintptr
   auto* row_ptr = reinterpret_cast<int64_t*>(out);
   row_ptr[0] = 0;
   for (int64_t r = 0; r < rows; ++r) {
-    const auto* words = reinterpret_cast<const uint64_t*>(byte + r * stride);
+    const Word* words = reinterpret_cast<const Word*>(byte + r * stride);
     int64_t count = 0;
     for (int64_t w = 0; w < stride / 8; ++w) {
       const int64_t left = cols - w * 64;

@@ -110,6 +110,7 @@ void unpack(const NmArgs& matrix, int64_t from, int64_t to, uintptr_t out, int t
   const Nm m = nm_view(matrix);
   if (from < 0 || to < from || to > m.rows || threads < 1)
     throw std::invalid_argument("nm: bad rows");
+  if (from == to || matrix[3] == 0) return;  // nowhere to write
   NmUnpack run = nm_unpack_portable;
 #if defined(__x86_64__)
   if (isa == kAvx512) run = nm_unpack_avx512;

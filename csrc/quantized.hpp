@@ -6,6 +6,8 @@
 #pragma once
 #include <cstdint>
 
+#include "word.hpp"
+
 namespace gossamer {
 
 constexpr int64_t kSlack = 16;  // bytes behind the last integer that kernels may read
@@ -13,7 +15,7 @@ constexpr int64_t kSlack = 16;  // bytes behind the last integer that kernels ma
 struct Quantized {
   const uint8_t* values;
   const int64_t* offsets;   // of each row (8 bits) or pair of rows (4 bits) in values, and the end
-  const uint64_t* bitmap;   // (rows, words), or null: every column kept, rows padded to 64
+  const Word* bitmap;       // (rows, words), or null: every column kept, rows padded to 64
   const uint16_t* scales;   // bfloat16 (rows, groups)
   const uint8_t* zeros;     // (rows, groups), or null: half the range
   const int64_t* outlier_ptr;  // rows + 1, or null: further weights, held exactly

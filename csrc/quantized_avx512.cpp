@@ -70,7 +70,7 @@ inline __m512 both_scales(const Quantized& m, int64_t row, int64_t first, int64_
 // ROWS rows, which share their bytes if they are two, at some word.
 template <int ROWS>
 struct Walk {
-  const uint64_t* bitmap[ROWS];
+  const Word* bitmap[ROWS];
   const uint8_t* from[ROWS];
   __m512i own[ROWS];  // which bits of a byte are a row's own
   __m512i rest;       // the zero points, of both rows

@@ -111,7 +111,7 @@ Quantized quantized_view(const QuantizedArgs& a) {
   Quantized m{};
   m.values = reinterpret_cast<const uint8_t*>(a[0]);
   m.offsets = reinterpret_cast<const int64_t*>(a[1]);
-  m.bitmap = reinterpret_cast<const uint64_t*>(a[2]);
+  m.bitmap = reinterpret_cast<const Word*>(a[2]);
   m.scales = reinterpret_cast<const uint16_t*>(a[3]);
   m.zeros = reinterpret_cast<const uint8_t*>(a[4]);
   m.outlier_ptr = reinterpret_cast<const int64_t*>(a[5]);

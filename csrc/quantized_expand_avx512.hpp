@@ -62,7 +62,7 @@ constexpr uint32_t count_of(uint32_t bits) {
 // Where every RUN columns keep exactly RUN / 2: where in its lane of `spread` each column's integer
 // lies.
 template <int RUN>
-inline __m512i even_places(const uint64_t* kept) {
+inline __m512i even_places(const Word* kept) {
   static_assert(RUN == 4 || RUN == 8, "");
   const auto* halves = reinterpret_cast<const char*>(kept);
   int low, high;

@@ -11,7 +11,7 @@ namespace {
 // How one row lies in the values: its first byte, and which bits of a byte are its own.
 struct Row {
   const uint8_t* values;
-  const uint64_t* bitmap;  // null: dense
+  const Word* bitmap;  // null: dense
   uint8_t mask;
   int lift;                // integers are read times 1 << lift
 

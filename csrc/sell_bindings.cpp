@@ -168,13 +168,13 @@ void fill_all(const Bits& bits, const T* values, const int64_t* row_ptr, int64_t
           static_cast<int32_t>(sum += bits.block(row, block - 1).count());
   for_all(bits, chunk, [&](int64_t at, const std::vector<Kept>& all, const std::vector<Four>& fours) {
     const int64_t* from = offsets + 4 * at;
-    uint16_t *sizes = groups + 3 * from[0] - 3, *row_at = rows + from[1];
+    uint16_t *sizes = groups + 3 * from[0], *row_at = rows + from[1];
     uint8_t* column_at = columns + from[2];
     T* value_at = kept + from[3];
     for (size_t i = 0; i < fours.size(); ++i) {
       const Four& four = fours[i];
       if (i == 0 || fours[i - 1] < four) {
-        sizes += 3;
+        if (i > 0) sizes += 3;
         sizes[0] = four.shared, sizes[1] = four.length - four.shared, sizes[2] = 0;
       }
       ++sizes[2];

@@ -3,6 +3,7 @@
 FUZZ_SECONDS (3 by default) is the time for each fuzzer; FUZZ_SEED repeats a run.
 """
 
+import copy
 import json
 import os
 import random
@@ -14,9 +15,12 @@ import torch
 
 import gossamer as gs
 from gossamer.core.errors import FormatError, UsageError
-from gossamer.nn import BitmapLinear, QuantizedLinear, prepare_batches
+from gossamer.core.matrix import as_matrix
+from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d, QuantizedLinear, prepare_batches
 from gossamer.ops import bitmap as ops
-from gossamer.ops import quantized
+from gossamer.ops import nm, quantized
+from gossamer.ops.bitmap import reference as bitmap_reference
+from gossamer.ops.nm import reference as nm_reference
 from gossamer.ops.quantized import QuantizedMatrix, reference
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "3"))
@@ -29,19 +33,11 @@ def model():
     return torch.nn.Sequential(*layers).eval()
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fuzz") / "model"
-    network = model()
-    gs.prune(network, gs.Magnitude(), density=0.4)
-    gs.save(gs.compress(network), folder)
-    return folder
-
-
 def rounds(shared=1):
-    """Seeds until the time is over, shared by so many; the failing one is in the assertion."""
+    """Seeds until the time is over, shared by so many, ten at least; the failing one is in the
+    assertion."""
     start, index = time.monotonic(), SEED
-    while time.monotonic() - start < SECONDS / shared:
+    while time.monotonic() - start < SECONDS / shared or index < SEED + 10:
         yield index, random.Random(index)
         index += 1
 
@@ -68,53 +64,40 @@ def damage(data, rng):
     return bytes(data)
 
 
-def test_damaged_folders_end_in_one_error_or_a_model_that_runs(saved, tmp_path):
-    refused = 0
-    for seed, rng in rounds():
-        copy = tmp_path / "copy"
-        shutil.copytree(saved, copy)
-        files = sorted(p for p in copy.iterdir() if p.is_file())
-        victim = rng.choice(files)
-        victim.write_bytes(damage(victim.read_bytes(), rng))
-        start = time.monotonic()
-        try:
-            found = gs.load(copy, model=model())
-        except (FormatError, UsageError) as error:
-            refused += 1
-            assert str(error) and "\n" not in str(error), f"FUZZ_SEED={seed}"
-        else:
-            assert found(torch.randn(12, 40)).shape == (12, 70), f"FUZZ_SEED={seed}"
-        assert time.monotonic() - start < 5, f"FUZZ_SEED={seed}"
-        shutil.rmtree(copy)
-    assert refused > 0
+WIDTHS = {1: ["U8", "I8", "BOOL"], 2: ["BF16", "F16", "U16", "I16"], 4: ["F32", "U32", "I32"],
+          8: ["F64", "U64", "I64"]}  # fmt: skip
+"""safetensors' names of dtypes by their bytes."""
 
 
-def test_random_manifests(saved, tmp_path):
-    words = ["values", "bitmap", "", "0", "..", "a/b", "\0", "é" * 300]
-    for seed, rng in rounds():
+def lie(data, rng):
+    """One tensor of a safetensors file with other numbers, another dtype or another shape, which
+    the file's own checks cannot notice."""
+    size = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + size]), bytearray(data[8 + size :])
+    entry = header[rng.choice([name for name in header if name != "__metadata__"])]
+    width = next(n for n, names in WIDTHS.items() if entry["dtype"] in names)
+    (begin, end), shape = entry["data_offsets"], entry["shape"]
+    count, kind = (end - begin) // width, rng.randrange(4)
+    if kind == 0:
+        entry["dtype"] = rng.choice(WIDTHS[width])
+    elif kind == 1:
+        entry["shape"] = rng.choice([shape[::-1], [count], [1, *shape], [*shape, 1], [count, 1]])
+    else:
+        top = 1 << 8 * width - 1
+        first = rng.randrange(count)
+        for at in range(first, min(count, first + rng.choice([1, 1, 2, 3]))):
+            number = rng.choice([0, 1, 2, top - 1, top, 2 * top - 2, 2 * top - 1])
+            place = begin + at * width
+            body[place : place + width] = number.to_bytes(width, "little")
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(body)
 
-        def value(depth, rng=rng):
-            if depth > 3:
-                return rng.choice([0, -1, 2**63, 1e400, None, True, *words])
-            if rng.random() < 0.5:
-                return [value(depth + 1) for _ in range(rng.randrange(4))]
-            return {rng.choice(words): value(depth + 1) for _ in range(rng.randrange(4))}
 
-        copy = tmp_path / "copy"
-        shutil.copytree(saved, copy)
-        facts = json.loads((copy / "gossamer.json").read_text())
-        place = rng.choice(["layers", "version", "format", "provenance", "method", "0"])
-        if place == "0" and facts["layers"]:
-            layer = facts["layers"][rng.choice(list(facts["layers"]))]
-            layer[rng.choice(list(layer))] = value(0)
-        else:
-            facts[place] = value(0)
-        (copy / "gossamer.json").write_text(json.dumps(facts))
-        try:
-            gs.load(copy, model=model())
-        except (FormatError, UsageError) as error:
-            assert str(error), f"FUZZ_SEED={seed}"
-        shutil.rmtree(copy)
+def hurt(file, rng):
+    """Damage of either kind."""
+    data = file.read_bytes()
+    hidden = file.suffix == ".safetensors" and rng.random() < 0.5
+    file.write_bytes(lie(data, rng) if hidden else damage(data, rng))
 
 
 def test_random_bitmaps_are_refused_or_multiply_right():
@@ -145,11 +128,15 @@ INTEGERS = [(4, True, 0.0), (4, False, 0.05), (8, True, 0.1), (8, False, 0.0)]
 """Bits, symmetric, outliers."""
 
 
-@pytest.fixture(scope="module", params=INTEGERS, ids=str)
-def saved_integers(request, tmp_path_factory):
-    """A folder of integer layers, one sparse and one dense, and what the model gives."""
-    bits, symmetric, outliers = request.param
-    network, x = model(), torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
+def bitmaps():
+    network = model()
+    gs.prune(network, gs.Magnitude(), density=0.4)
+    return gs.compress(network).model, model
+
+
+def integers(bits, symmetric, outliers):
+    """Integer layers, one sparse and one dense, and the same model with nothing in it."""
+    network = model()
     gs.prune(network, gs.Magnitude(), density=0.4, exclude=("2",))
     for name in "02":
         layer = network.get_submodule(name)
@@ -157,49 +144,186 @@ def saved_integers(request, tmp_path_factory):
             layer.weight, layer.bias, bits=bits, group=64, symmetric=symmetric, outliers=outliers
         )
         network.set_submodule(name, packed)
-    folder = tmp_path_factory.mktemp("integers") / "model"
+    return network, model
+
+
+def nm_layers(keep, group, dtype):
+    """Both layers N:M, though a bitmap might be smaller."""
+    network, pattern = model().to(dtype), f"{keep}:{group}"
+    gs.prune(network, gs.Magnitude(), pattern=gs.NM(keep, group))
+    for name in "02":
+        layer = network.get_submodule(name)
+        network.set_submodule(name, NMLinear.from_matrix(layer.weight, layer.bias, pattern))
+    return network, model
+
+
+def convolutions():
+    """With and without stride, padding, larger kernels and a bias; one depthwise between."""
+
+    def empty():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(3, 16, 3, 2, 1), torch.nn.ReLU(), torch.nn.Conv2d(16, 24, 1),
+            torch.nn.Conv2d(24, 24, 3, 1, 1, groups=24),
+            torch.nn.Conv2d(24, 10, (3, 2), (1, 2), bias=False),
+        ).eval()  # fmt: skip
+
+    network = empty()
+    for name in "024":
+        conv = network.get_submodule(name)
+        conv.weight.data[torch.rand_like(conv.weight) > 0.2] = 0
+        packed = BitmapLinear.from_matrix(as_matrix(conv), conv.bias)
+        network.set_submodule(name, PackedConv2d.from_conv(conv, packed))
+    return network, empty
+
+
+STORED = {
+    "bitmap": bitmaps,
+    **{f"int{b} {s} {o}": lambda k=(b, s, o): integers(*k) for b, s, o in INTEGERS},
+    "2:4": lambda: nm_layers(2, 4, torch.float32),
+    "3:8": lambda: nm_layers(3, 8, torch.bfloat16),
+    "convolutions": convolutions,
+}
+
+
+@pytest.fixture(scope="module", params=STORED, ids=str)
+def stored(request, tmp_path_factory):
+    """A folder, the function that makes the empty model, and what the saved one gives for x."""
+    network, empty = STORED[request.param]()
+    generator = torch.Generator().manual_seed(1)
+    shape = (2, 3, 9, 11) if request.param == "convolutions" else (3, 40)
+    x = torch.randn(shape, generator=generator)
+    folder = tmp_path_factory.mktemp("stored") / "model"
     gs.save(network, folder)
-    return folder, x, network(x)
+    with torch.inference_mode():
+        return folder, empty, x, gs.load(folder, model=empty())(x)
 
 
-def test_damaged_integers_end_in_one_error_or_a_model_that_runs(saved_integers, tmp_path):
+def test_damaged_folders_end_in_one_error_or_a_model_that_runs(stored, tmp_path):
     """Damage to the file is refused, or it changed numbers only: then the kernel must give what
     the plain decoder gives for the numbers that are there now."""
-    folder, x, right = saved_integers
+    folder, empty, x, right = stored
     refused = 0
-    for seed, rng in rounds(len(INTEGERS)):
-        copy = tmp_path / "copy"
-        shutil.copytree(folder, copy)
-        victim = rng.choice([copy / "model.safetensors"] * 3 + [copy / "gossamer.json"])
+    for seed, rng in rounds(len(STORED)):
+        place = tmp_path / "copy"
+        shutil.copytree(folder, place)
+        victim = rng.choice([place / "model.safetensors"] * 3 + [place / "gossamer.json"])
         before = victim.read_bytes()
-        victim.write_bytes(damage(before, rng))
+        hurt(victim, rng)
+        start = time.process_time()
         try:
-            found = gs.load(copy, model=model())
+            found = gs.load(place, model=empty())
         except (FormatError, UsageError) as error:
             refused += 1
             assert str(error) and "\n" not in str(error), f"FUZZ_SEED={seed}"
         else:
-            for layer in (found[0], found[2]):
-                check_integers(layer, seed)
+            for layer in found:
+                check(layer, seed)
+            with torch.inference_mode():
+                y = found(x)
+            assert y.shape == right.shape, f"FUZZ_SEED={seed}"
             if victim.read_bytes() == before:
-                assert torch.equal(found(x), right), f"FUZZ_SEED={seed}"
-        shutil.rmtree(copy)
+                assert torch.equal(y, right), f"FUZZ_SEED={seed}"
+        assert time.process_time() - start < 5, f"FUZZ_SEED={seed}"
+        shutil.rmtree(place)
     assert refused > 0
 
 
+SCALARS = [0, -1, 1, 2, 40, 64, 1 << 20, 2**31 - 1, 2**31, 2**63, 0.5, 1e400, None, True, False]
+WORDS = ["values", "bitmap", "nm", "2:4", "31:32", "block:16x40", "block:999999x1", "int4", "int8",
+         "float32", "bfloat16", "", "0", "..", "a/b", "\0", "é" * 300]  # fmt: skip
+
+
+def anything(rng, depth=0):
+    """A number or word, or lists and objects of such."""
+    if depth > 3 or rng.random() < 0.4:
+        return rng.choice([*SCALARS, *WORDS])
+    if rng.random() < 0.5:
+        return [anything(rng, depth + 1) for _ in range(rng.randrange(4))]
+    return {rng.choice(WORDS): anything(rng, depth + 1) for _ in range(rng.randrange(4))}
+
+
+def test_manifests_that_say_anything(stored, tmp_path):
+    """Nothing is allocated by what a manifest says before the files agree with it."""
+    folder, empty, x, right = stored
+    facts = json.loads((folder / "gossamer.json").read_text())
+    shutil.copytree(folder, tmp_path / "copy")
+    for seed, rng in rounds(len(STORED)):
+        said = copy.deepcopy(facts)
+        layer = said["layers"][rng.choice(list(said["layers"]))]
+        place = rng.choice([said, layer, layer, layer, layer["shape"], layer["shape"]])
+        key = rng.randrange(2) if isinstance(place, list) else rng.choice([*place, "storage"])
+        place[key] = anything(rng, 3 * rng.randrange(2))
+        (tmp_path / "copy" / "gossamer.json").write_text(json.dumps(said))
+        try:
+            found = gs.load(tmp_path / "copy", model=empty())
+        except (FormatError, UsageError) as error:
+            assert str(error) and "\n" not in str(error), f"FUZZ_SEED={seed}"
+        else:
+            with torch.inference_mode():
+                assert torch.equal(found(x), right), f"FUZZ_SEED={seed}"
+
+
+def check(layer, seed):
+    """Whatever the numbers are, the kernels give what plain arithmetic gives."""
+    if isinstance(layer, BitmapLinear):
+        check_bitmap(layer, seed)
+    elif isinstance(layer, QuantizedLinear):
+        check_integers(layer, seed)
+    elif isinstance(layer, NMLinear):
+        check_nm(layer, seed)
+    elif isinstance(layer, PackedConv2d):
+        check_convolution(layer, seed)
+
+
+def check_bitmap(layer, seed):
+    parts = (layer.values, layer.bitmap, layer.bias, layer.in_features)
+    for rows in (3, 12):
+        x = torch.randn(rows, layer.in_features)
+        plain = bitmap_reference.linear(x, *parts)
+        compare(layer(x), plain, x, (layer.values,), layer.bias, seed)
+
+
+def check_nm(layer, seed):
+    parts = (layer.values, layer.codes)
+    dense, found = nm_reference.unpack(*parts, layer.layout), layer.to_matrix()
+    torch.testing.assert_close(found, dense, rtol=0, atol=0, equal_nan=True, msg=f"{seed}")
+    for rows in (3, 12):  # the kernels of one row and of many
+        x = torch.randn(rows, layer.in_features)
+        plain = nm_reference.linear(x, *parts, layer.bias, layer.layout)
+        compare(layer(x), plain, x, (dense,), layer.bias, seed)
+
+
+def check_convolution(layer, seed):
+    high, wide = layer.window.kernel
+    dense = layer.to_matrix().float()
+    weight = dense.reshape(dense.shape[0], high, wide, -1).permute(0, 3, 1, 2)
+    x = torch.randn(1, weight.shape[1], 7, 6)
+    bias = None if layer.bias is None else layer.bias.float()
+    plain = torch.nn.functional.conv2d(x, weight, bias, layer.window.stride, layer.window.padding)
+    compare(layer(x), plain, x.reshape(1, -1), (dense,), bias, seed)
+
+
 def check_integers(layer, seed):
-    """Whatever the numbers are, the kernels give what the plain decoder gives."""
     m, x = layer.matrix, torch.randn(3, layer.in_features)
     parts = (m.values, m.bitmap, m.scales, m.zeros, layer.in_features, m.group, m.bits)
     dense = reference.unpack(*parts, m.outliers)
     found = layer.to_matrix()
     torch.testing.assert_close(found, dense, rtol=1e-6, atol=0, equal_nan=True, msg=f"{seed}")
-    assert layer(x).shape == (3, layer.out_features), f"FUZZ_SEED={seed}"
-    if dense.numel() and not float(dense.abs().max()) < 1e18:  # sums may overflow in one only
+    plain = reference.linear(x, dense, m.outliers, layer.bias)
+    largest = m.scales.float() * 2**m.bits  # kernels add and take away what a group could hold
+    compare(layer(x), plain, x, (dense, largest), layer.bias, seed)
+
+
+def compare(found, expected, x, factors, bias, seed):
+    """Equal to the rounding of sums of so large factors times x, whatever their order; where sums
+    may overflow, the shape alone."""
+    assert found.shape == expected.shape, f"FUZZ_SEED={seed}"
+    reach = sum(float(part.abs().max()) for part in factors if part.numel())
+    size = reach * float(x.abs().sum(1).max()) + (0 if bias is None else float(bias.abs().max()))
+    if not size < 1e30:
         return
-    expected = reference.linear(x, dense, m.outliers, layer.bias)
-    scale = float(expected.detach().abs().max()) if expected.numel() else 0.0
-    torch.testing.assert_close(layer(x), expected, rtol=1e-3, atol=1e-3 * scale, msg=f"{seed}")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * size, msg=f"FUZZ_SEED={seed}")
 
 
 def test_random_integers_are_refused_or_multiply_right():
@@ -232,4 +356,34 @@ def test_random_integers_are_refused_or_multiply_right():
             refused += 1
             continue
         check_integers(QuantizedLinear(found), seed)
+    assert refused > 0
+
+
+def test_random_nm_is_refused_or_multiplies_right():
+    """Any codes and values, straight into the layer that checks them."""
+    refused = 0
+    for seed, rng in rounds():
+        generator = torch.Generator().manual_seed(seed)
+        group = rng.choice(nm.GROUPS)
+        keep, out, width = rng.randrange(1, group), rng.randrange(1, 20), rng.randrange(1, 300)
+        matrix = torch.randn(out, width, generator=generator)
+        matrix[:, torch.arange(width) % group >= keep] = 0
+        matrix = matrix.to(rng.choice([torch.float32, torch.bfloat16]))
+        values, codes = nm.pack(matrix, keep, group)
+        part = rng.choice([codes, codes, values])
+        kind = rng.randrange(4)
+        if kind == 1:
+            part.view(torch.uint8).view(-1)[rng.randrange(part.nbytes)] = rng.randrange(256)
+        elif kind == 2:
+            codes.random_(0, 256, generator=generator)
+        width += rng.choice([0, 0, 0, 1, -1, group])
+        pattern = f"{keep}:{group}" if kind != 3 else rng.choice(["2:4", "4:8", "1:32", "5:7"])
+        try:
+            layer = NMLinear(values, codes, width, out, None, pattern)
+        except (FormatError, UsageError):
+            refused += 1
+            continue
+        if rng.random() < 0.5:
+            prepare_batches(layer)
+        check_nm(layer, seed)
     assert refused > 0

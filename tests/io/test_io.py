@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import gossamer as gs
@@ -148,6 +149,33 @@ def test_damaged_nm_layers_get_one_clear_error(change, tmp_path):
         gs.load(tmp_path / "out", model=empty)
     assert "\n" not in str(caught.value)
     assert all(torch.equal(empty.state_dict()[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint32, torch.int32, torch.complex64, torch.float64])
+def test_nm_values_of_another_dtype_get_one_clear_error(dtype, tmp_path):
+    fast, empty = nm_parts()
+    gs.save(fast, tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["0.values"] = tensors["0.values"].to(dtype)
+    save_file(tensors, path)
+    with pytest.raises(FormatError):
+        gs.load(tmp_path / "out", model=empty)
+
+
+@pytest.mark.parametrize("more", range(8))
+def test_tensors_begin_where_their_numbers_may_whatever_the_header(more, tmp_path):
+    fast, empty = quantised_parts(False, 0.05, False, 4)
+    gs.save(fast, tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    start = struct.pack("<Q", size + more) + data[8 : 8 + size] + b" " * more
+    path.write_bytes(start + data[8 + size :])
+    again = gs.load(tmp_path / "out", model=empty)
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, fast.state_dict()[name])
+        assert tensor.data_ptr() % tensor.element_size() == 0
 
 
 @pytest.mark.parametrize("seed", range(20))

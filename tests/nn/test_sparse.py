@@ -114,6 +114,7 @@ def test_state_dicts_bring_their_topology_along():
         ("columns", lambda t: t.long(), "int32"),
         ("row_ptr", lambda t: t + 1, "rows"),
         ("row_ptr", lambda t: t[1:], "rows"),
+        ("row_ptr", lambda t: torch.cat([t[:1], torch.tensor([2**63 - 1, -2]), t[3:]]), "rows"),
         ("values", lambda t: t[1:], "values for"),
     ],
 )

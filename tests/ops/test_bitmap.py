@@ -99,6 +99,24 @@ def test_matvec_reads_nothing_past_the_end(isa, dtype, density, shape, monkeypat
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_bitmaps_may_lie_anywhere(isa, monkeypatch):
+    """Where a file puts them; what reads them as words is seen by `make sanitize`."""
+    monkeypatch.setenv("GOSSAMER_ISA", isa)
+    matrix = sparse(9, 130)
+    values, bitmap = ops.pack(matrix)
+    room = torch.zeros(bitmap.numel() + 8, dtype=torch.uint8)
+    odd = room[-room.data_ptr() % 8 + 1 :][: bitmap.numel()].view_as(bitmap).copy_(bitmap)
+    layer, plain = BitmapLinear(values, odd, 130, 9), BitmapLinear(values, bitmap, 130, 9)
+    assert layer.bitmap.data_ptr() % 8 == 1 and torch.equal(layer.to_matrix(), matrix)
+    for prepared in (False, True):
+        for batch in (1, 3, 20):
+            x = torch.randn(batch, 130)
+            assert torch.equal(layer(x), plain(x))
+        if not prepared:
+            assert layer.prepare_batches() == plain.prepare_batches()
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_do_not_change_the_result(isa, dtype, threads, monkeypatch):

@@ -131,6 +131,28 @@ def test_size_is_what_the_format_says():
     assert ops.pack(torch.randn(8, 64), 4).bitmap is None  # nothing to gain from a bitmap
 
 
+def at_odd_address(part):
+    room = torch.zeros(part.numel() + 8, dtype=torch.uint8)
+    return room[-room.data_ptr() % 8 + 1 :][: part.numel()].view_as(part).copy_(part)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_parts_may_lie_anywhere(isa, bits, monkeypatch):
+    """Where a file puts them; what reads bitmaps as words is seen by `make sanitize`."""
+    monkeypatch.setenv("GOSSAMER_ISA", isa)
+    halves = torch.randn(5, 128) * (torch.arange(128) % 4 < 2)  # of every 4, which has its kernel
+    for matrix in (sparse(9, 130), halves):
+        m = ops.pack(matrix, bits, 64)
+        odd = [at_odd_address(part) for part in (m.values, m.bitmap)]
+        again = QuantizedMatrix.of(*odd, m.scales, m.zeros, None, m.shape, bits, 64)
+        assert again.bitmap.data_ptr() % 8 == 1 and again.run == m.run
+        assert torch.equal(ops.unpack(again), ops.unpack(m))
+        for rows in (1, 5, 20):
+            x = torch.randn(rows, matrix.shape[1])
+            assert torch.equal(ops.linear(x, again, None), ops.linear(x, m, None))
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("density", [0.5, 1.0])
 def test_outliers_are_exact(isa, density, monkeypatch):
@@ -221,6 +243,10 @@ def damaged(**changes):
     return QuantizedMatrix.of(**parts)
 
 
+def offsets(*numbers):
+    return torch.tensor(numbers)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -239,6 +265,8 @@ def damaged(**changes):
         {"shape": lambda s: (s[0], s[1] + 64)},
         {"outliers": lambda o: (o[0] + 1, o[1], o[2])},
         {"outliers": lambda o: (o[0].flip(0), o[1], o[2])},
+        {"outliers": lambda o: (offsets(0, 2**63 - 1, -2, *o[0][3:].tolist()), o[1], o[2])},
+        {"outliers": lambda o: (offsets(0, 99, *o[0][2:].tolist()), o[1], o[2])},
         {"outliers": lambda o: (o[0], o[1] + 200, o[2])},
         {"outliers": lambda o: (o[0], o[1] - 300, o[2])},
         {"outliers": lambda o: (o[0], o[1], o[2].double())},

@@ -49,9 +49,16 @@ def _read_file(folder: Path, name: str) -> dict[str, Tensor]:
     path = regular_file(folder, name)
     check_header(path)
     try:
-        return load_file(path)
+        found = load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise FormatError(f"{name}: {_one_line(error)}") from None
+    return {key: _in_place(tensor) for key, tensor in found.items()}
+
+
+def _in_place(tensor: Tensor) -> Tensor:
+    """The tensor, copied where a header of odd length puts its numbers between addresses that are
+    theirs: neither torch nor the kernels expect that."""
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
 def check_header(path: Path) -> dict[str, Any]:

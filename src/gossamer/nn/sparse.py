@@ -335,10 +335,9 @@ def _positions(columns: Tensor, row_ptr: Tensor, shape: tuple[int, int]) -> Tens
     """Of stored parts; raises UsageError where they contradict each other."""
     if columns.dtype != torch.int32 or row_ptr.dtype != torch.int64 or columns.dim() != 1:
         raise UsageError("columns are int32 and row_ptr int64, in one dimension")
-    counts = row_ptr.diff()
-    ends = row_ptr.shape == (shape[0] + 1,) and bool((counts >= 0).all())
-    if not ends or int(row_ptr[0]) != 0 or int(row_ptr[-1]) != columns.numel():
+    rising = row_ptr.shape == (shape[0] + 1,) and bool((row_ptr[1:] >= row_ptr[:-1]).all())
+    if not rising or int(row_ptr[0]) != 0 or int(row_ptr[-1]) != columns.numel():
         raise UsageError("row_ptr does not divide the columns into rows")
     if columns.numel() and not 0 <= int(columns.min()) <= int(columns.max()) < shape[1]:
         raise UsageError("a column lies outside the matrix")
-    return torch.repeat_interleave(counts) * shape[1] + columns
+    return torch.repeat_interleave(row_ptr.diff()) * shape[1] + columns

@@ -70,6 +70,8 @@ class QuantizedMatrix:
         groups = (shape[0], reference.groups_of(shape[1], group))
         if scales.dtype != torch.bfloat16 or scales.shape != groups:  # bounds what follows
             raise FormatError(f"scales are not bfloat16 of shape {groups}")
+        if not bool(scales.isfinite().all()):
+            raise FormatError("a scale is not finite")
         counts = _counts(bitmap, shape)
         offsets = reference.offsets_of(counts, bits)
         size = int(offsets[-1]) + reference.SLACK
@@ -110,8 +112,8 @@ def _check_outliers(outliers: Outliers, shape: tuple[int, int]) -> None:
         raise FormatError(f"outlier offsets are not int64 ({shape[0] + 1},)")
     if cols.dtype != torch.int32 or values.dtype != torch.float32 or cols.shape != values.shape:
         raise FormatError("outlier columns and values are not int32 and float32 of one length")
-    steps = row_ptr.diff()
-    if int(row_ptr[0]) or int(row_ptr[-1]) != cols.numel() or bool((steps < 0).any()):
+    ends, rising = (int(row_ptr[0]), int(row_ptr[-1])), bool((row_ptr[1:] >= row_ptr[:-1]).all())
+    if ends != (0, cols.numel()) or not rising:  # compared, since differences may wrap round
         raise FormatError("outlier offsets do not rise from 0 to their number")
     if cols.numel() and (int(cols.min()) < 0 or int(cols.max()) >= shape[1]):
         raise FormatError(f"an outlier's column is outside 0..{shape[1] - 1}")

@@ -57,7 +57,7 @@ def linear(
     chunk, blocks = chunk_rows(out), -(-in_features // COLUMNS)
     threads = 1 if values.numel() * batch < _SMALL else torch.get_num_threads()
     width = min(BATCH, -(-batch // 16) * 16)
-    xt = torch.empty(max(1, blocks * (COLUMNS + 1) * width))
+    xt = torch.empty(max(16, blocks * (COLUMNS + 1) * width))
     yt = torch.empty(threads * (chunk + 1) * BATCH)
     _module().sell_linear(
         groups.data_ptr(),
