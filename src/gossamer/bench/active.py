@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gossamer.bench import peers
-from gossamer.bench.measure import Limits, interleaved
+from gossamer.bench.measure import Limits, Rounds, interleaved
 from gossamer.core.errors import GossamerError
 from gossamer.ops import active
 
@@ -49,7 +49,7 @@ def cases() -> list[Case]:
     return columns + mlps
 
 
-def measure(case: Case, limits: Limits, repeats: int = 7) -> dict[str, Any]:
+def measure(case: Case, limits: Limits, rounds: Rounds | int = 7) -> dict[str, Any]:
     """Times of ours and of dense engines; raises GossamerError where a result is wrong."""
     build = _columns if case.name.startswith("columns") else _mlp
     calls, expected, nbytes = build(case)
@@ -60,7 +60,7 @@ def measure(case: Case, limits: Limits, repeats: int = 7) -> dict[str, Any]:
         if "dense" not in name and not error < allowed:
             raise GossamerError(f"{name} is wrong on {case}: relative error {error:.1e}")
     with torch.inference_mode():
-        seconds = interleaved(calls, repeats)
+        seconds = interleaved(calls, rounds)
     dense = {name: taken for name, taken in seconds.items() if "dense" in name}
     best = min(dense, key=lambda name: dense[name])
     least, binds = limits.seconds(nbytes, 0)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.bench.measure import Limits, interleaved
+from gossamer.bench.measure import Limits, Rounds, interleaved
 from gossamer.core.errors import GossamerError
 from gossamer.core.matrix import as_matrix, write_matrix
 from gossamer.core.pattern import Unstructured
@@ -90,7 +90,7 @@ def prune(model: nn.Sequential, density: float) -> nn.Sequential:
     return model
 
 
-def measure(case: Case, limits: Limits, repeats: int = 7) -> dict[str, Any]:
+def measure(case: Case, limits: Limits, rounds: Rounds | int = 7) -> dict[str, Any]:
     """Whole forward passes; raises GossamerError where ours differs from torch's.
 
     `served`: whether `compress` puts kernels there; a single layer is measured with its kernel in
@@ -112,7 +112,7 @@ def measure(case: Case, limits: Limits, repeats: int = 7) -> dict[str, Any]:
             error = float((call() - expected).norm() / expected.norm())
             if not error < 1e-3:
                 raise GossamerError(f"{name} is wrong on {case}: relative error {error:.1e}")
-        seconds = interleaved(calls, repeats)
+        seconds = interleaved(calls, rounds)
     dense = {name: taken for name, taken in seconds.items() if "dense" in name}
     best = min(dense, key=lambda name: dense[name])
     torch_best = min(taken for name, taken in dense.items() if name.startswith("torch"))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gossamer.bench import integer_peers, peers
-from gossamer.bench.measure import Limits, interleaved
+from gossamer.bench.measure import Limits, Rounds, interleaved
 from gossamer.core.errors import GossamerError
 from gossamer.nn import BitmapLinear, QuantizedLinear
 from gossamer.ops.quantized.reference import quantize_input
@@ -70,7 +70,7 @@ def cases() -> list[Case]:
     return decode + integers + batches + blocks
 
 
-def measure(case: Case, limits: Limits, repeats: int = 7) -> dict[str, Any]:
+def measure(case: Case, limits: Limits, rounds: Rounds | int = 7) -> dict[str, Any]:
     """Times of ours and every peer present; raises GossamerError where a result is wrong."""
     matrix = _matrix(case)
     width = matrix.element_size()
@@ -85,7 +85,7 @@ def measure(case: Case, limits: Limits, repeats: int = 7) -> dict[str, Any]:
     calls = _calls([matrix] * copies, layers, x)
     _check(case, calls, matrix, x, first)
     with torch.inference_mode():
-        seconds = interleaved(calls, repeats)
+        seconds = interleaved(calls, rounds)
     ours = seconds["gossamer"]
     dense = {name: taken for name, taken in seconds.items() if "dense" in name}
     best = min(dense, key=lambda name: dense[name])

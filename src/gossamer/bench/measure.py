@@ -18,19 +18,41 @@ _PAUSE, _BURST = 0.06, 0.02
 _CALM, _TRIES = 0.85, 3
 
 
-def interleaved(calls: Mapping[str, Call], repeats: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class Rounds:
+    """How many turns every engine takes, and how long to wait for rounds that nobody disturbs.
+
+    peak: flops per second that all threads reach on an idle machine, as far as known.
+    """
+
+    count: int
+    patience: float = 0.0
+    peak: float = 0.0
+
+
+def interleaved(calls: Mapping[str, Call], rounds: Rounds | int) -> dict[str, float]:
     """Median seconds of each call; all take turns, after one untimed turn each.
 
     A turn is a pause, in which another engine's idle threads stop spinning, one untimed call, which
-    wakes this engine's, and then calls for about 20 ms, whose mean counts.
+    wakes this engine's, and then calls for about 20 ms, whose mean counts. With patience, rounds
+    before or after which the machine was not calm do not count, whatever they say, as long as the
+    patience lasts; if too few are left then, the calmest count.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(repeats + 1):
-        for name, call in calls.items():
-            taken = _turn(call)
-            if repeat:
-                times[name].append(taken)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+    rounds = Rounds(rounds) if isinstance(rounds, int) else rounds
+    for call in calls.values():
+        _turn(call)
+    end = time.monotonic() + rounds.patience
+    found: list[tuple[float, dict[str, float]]] = []
+    wanted, before = rounds.count, calm(rounds.peak) if rounds.patience else 1.0
+    while wanted:
+        times = {name: _turn(call) for name, call in calls.items()}
+        after = calm(rounds.peak) if rounds.patience else 1.0
+        found.append((min(before, after), times))
+        wanted -= found[-1][0] >= _CALM or time.monotonic() >= end
+        before = after
+    found.sort(key=lambda one: -min(one[0], _CALM))
+    chosen = [times for _, times in found[: rounds.count]]
+    return {name: statistics.median(times[name] for times in chosen) for name in calls}
 
 
 def _turn(call: Call) -> float:
@@ -78,28 +100,30 @@ def measure_limits(megabytes: int = 256) -> Limits:
     return Limits(data.nbytes / best["read"], flops / best["flops"], threads)
 
 
-def calm() -> float:
-    """How much of the machine is ours: flops of all threads over those of one, times their number.
+def calm(peak: float = 0.0) -> float:
+    """How much of the machine is ours: flops of all threads over what they could be.
 
-    1 on an idle machine; 0.5 where two threads share a core or wait for others' work. Takes about
-    50 ms; with one thread there is nothing to compare and it is 1.
+    That is those of one thread times their number, or `peak` flops per second where it is more: 0.5
+    where two threads share a core or wait for others' work. Takes some 20 ms.
     """
     module, threads = kernels(), torch.get_num_threads()
-    if module is None or isa_index() < 0 or threads == 1:
+    if module is None or isa_index() < 0:
         return 1.0
 
-    def least(count: int) -> float:
-        times = []
+    def rate(count: int) -> float:
+        steps, times = 1_000_000, []
         for _ in range(3):
             start = time.perf_counter()
-            module.multiply(200_000, count, isa_index())
+            module.multiply(steps, count, isa_index())
             times.append(time.perf_counter() - start)
-        return statistics.median(times)
+        return float(count * steps * module.FLOPS_PER_STEP) / statistics.median(times)
 
-    return min(1.0, least(1) / least(threads))
+    return min(1.0, rate(threads) / max(peak, threads * rate(1)))
 
 
-def when_calm(measure: Callable[[], dict[str, Any]], patience: float) -> dict[str, Any]:
+def when_calm(
+    measure: Callable[[], dict[str, Any]], patience: float, peak: float = 0.0
+) -> dict[str, Any]:
     """The result of `measure`, taken while nobody else used the machine, with `calm` in it.
 
     Waits for such a moment, for `patience` seconds in all, and measures again, at most three times,
@@ -109,9 +133,9 @@ def when_calm(measure: Callable[[], dict[str, Any]], patience: float) -> dict[st
     found: list[dict[str, Any]] = []
     end = time.monotonic() + patience
     while True:
-        while (before := calm()) < _CALM and time.monotonic() < end:
+        while (before := calm(peak)) < _CALM and time.monotonic() < end:
             time.sleep(0.5)
         result = measure()
-        found.append({**result, "calm": round(min(before, calm()), 3)})
+        found.append({**result, "calm": round(min(before, calm(peak)), 3)})
         if found[-1]["calm"] >= _CALM or len(found) == _TRIES or time.monotonic() >= end:
             return max(found, key=lambda one: float(one["calm"]))

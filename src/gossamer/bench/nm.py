@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.bench import peers
-from gossamer.bench.measure import Limits, interleaved
+from gossamer.bench.measure import Limits, Rounds, interleaved
 from gossamer.core.errors import GossamerError
 from gossamer.core.pattern import NM, parse_pattern
 from gossamer.core.select import select
@@ -50,7 +50,7 @@ def cases() -> list[Case]:
     ]
 
 
-def measure(case: Case, limits: Limits, repeats: int = 7) -> dict[str, Any]:
+def measure(case: Case, limits: Limits, rounds: Rounds | int = 7) -> dict[str, Any]:
     """Times of ours, of the bitmap form and of dense engines; GossamerError for a wrong result."""
     matrix = _matrix(case)
     layer = NMLinear.from_matrix(matrix, None, case.pattern)
@@ -71,7 +71,7 @@ def measure(case: Case, limits: Limits, repeats: int = 7) -> dict[str, Any]:
     calls = {name: call for name, call in found.items() if call is not None}
     _check(case, calls, inputs.double() @ matrix.double().t())
     with torch.inference_mode():
-        seconds = interleaved(calls, repeats)
+        seconds = interleaved(calls, rounds)
     ours = seconds["gossamer"]
     dense = {name: taken for name, taken in seconds.items() if "dense" in name}
     best = min(dense, key=lambda name: dense[name])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.bench.measure import Limits, interleaved
+from gossamer.bench.measure import Limits, Rounds, interleaved
 from gossamer.core.errors import GossamerError, MissingExtra
 from gossamer.ops import spgemm
 
@@ -36,7 +36,7 @@ def cases() -> list[Case]:
     ]
 
 
-def measure(case: Case, limits: Limits, repeats: int = 7) -> dict[str, Any]:
+def measure(case: Case, limits: Limits, rounds: Rounds | int = 7) -> dict[str, Any]:
     """Times of ours and the peers; raises GossamerError where a result is wrong.
 
     The limit counts the bytes of both factors and the result once each: a bound that no row-wise
@@ -67,7 +67,7 @@ def measure(case: Case, limits: Limits, repeats: int = 7) -> dict[str, Any]:
     }
     result = spgemm.multiply(*parts, *parts, case.nodes, case.sort)
     _check(case, result, theirs)
-    seconds = interleaved(calls, repeats)
+    seconds = interleaved(calls, rounds)
     best = min(("scipy csr", "torch csr"), key=lambda name: seconds[name])
     nbytes = sum(part.nbytes for part in (*parts, *parts, *result))
     least, binds = limits.seconds(nbytes, 0)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gossamer.bench import active, conv, decode, kernels, llama_cpp, nm, spgemm, training
-from gossamer.bench.measure import Limits, measure_limits, when_calm
+from gossamer.bench.measure import Limits, Rounds, measure_limits, when_calm
 from gossamer.cli.output import note, print_json, print_table
 from gossamer.core.errors import UsageError
 from gossamer.engine.journal import write_whole
@@ -69,9 +69,12 @@ class Bench:
             if label in [one["label"] for one in record["cases"]]:
                 continue
             note(f"{index} of {len(wanted)}: {label}")
-            record["cases"].append({"label": label, **when_calm(timed, self.patience)})
+            record["cases"].append({"label": label, **timed()})
             if self.out:
                 write_whole(Path(self.out), functools.partial(_write, record))
+        _improve(record, measure_limits())
+        if self.out:
+            write_whole(Path(self.out), functools.partial(_write, record))
         if self.json:
             print_json(record)
         else:
@@ -114,8 +117,9 @@ class Bench:
         chosen = [case for case in suite.cases() if self.only in describe(vars(case))]
         if not chosen:
             raise UsageError(f"--only {self.only!r} leaves no case")
+        rounds = Rounds(self.repeats, self.patience, limits.flops)
         return [
-            (describe(vars(case)), functools.partial(suite.measure, case, limits, self.repeats))
+            (describe(vars(case)), functools.partial(suite.measure, case, limits, rounds))
             for case in chosen
         ]
 
@@ -123,20 +127,27 @@ class Bench:
         label = f"{self.geometry} at density 0.5"
         alone = functools.partial(decode.measure, self.geometry, 0.5, limits, self.repeats)
         wanted: list[tuple[str, Timed]] = [(label, alone)]
-        if (absent := llama_cpp.missing()) is not None:
+        if (absent := llama_cpp.missing()) is None:
+            wanted += self._peers(limits)
+        else:
             note(absent)
-            return wanted
+        return [
+            (label, functools.partial(when_calm, timed, self.patience, limits.flops))
+            for label, timed in wanted
+        ]
+
+    def _peers(self, limits: Limits) -> list[tuple[str, Timed]]:
         folder = (Path(self.work) if self.work else cache_folder() / "bench") / self.geometry
         note(f"models for llama.cpp: {folder}")
         llama_cpp.prepare(folder, self.geometry)
         repeats = min(self.repeats, 5)
-        for each in llama_cpp.CLASSES:
-            label = f"{self.geometry} against llama.cpp {each.peer}, {each.folder}"
-            timed = functools.partial(
-                llama_cpp.measure, folder, self.geometry, each, limits, repeats
+        return [
+            (
+                f"{self.geometry} against llama.cpp {each.peer}, {each.folder}",
+                functools.partial(llama_cpp.measure, folder, self.geometry, each, limits, repeats),
             )
-            wanted.append((label, timed))
-        return wanted
+            for each in llama_cpp.CLASSES
+        ]
 
     def _print(self, results: list[dict[str, Any]]) -> None:
         rows = []
@@ -152,6 +163,17 @@ class Bench:
         unit = "tokens/s" if self.suite == "decode" else "ms"
         header = ("case", f"ours, {unit}", "ratio", f"best peer and others, {unit}", "of the limit")
         print_table(f"gossamer bench --suite {self.suite}", header, rows)
+
+
+def _improve(record: dict[str, Any], limits: Limits) -> None:
+    """Let the better of two measurements of the limits count: a disturbed one flatters every case."""
+    for kind, binds in (("read", "bytes"), ("flops", "flops")):
+        old, new = record["limits"][kind], getattr(limits, kind)
+        if new > old:
+            record["limits"][kind] = new
+            for case in record["cases"]:
+                if case.get("limit") == binds:
+                    case["fraction_of_limit"] *= old / new
 
 
 def _write(record: dict[str, Any], path: Path) -> None:
