@@ -8,7 +8,7 @@ import torch
 
 from gossamer.bench import active, conv, decode, kernels, llama_cpp, measure, nm, spgemm, training
 from gossamer.bench.measure import Limits, interleaved, measure_limits
-from gossamer.cli import main
+from gossamer.cli import bench, main
 from gossamer.cli.bench import _improve, describe
 from gossamer.core.errors import GossamerError
 from gossamer.engine import decoder
@@ -291,6 +291,28 @@ def test_a_stopped_run_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
     assert seen == ["2:4 case 0", "2:4 case 1", "2:4 case 2", "2:4 case 2"]
     assert [one["label"] for one in record["cases"]] == [describe(vars(case)) for case in cases]
     assert [path.name for path in tmp_path.iterdir()] == ["nm.json"]
+
+
+@pytest.mark.parametrize("before", [LIMITS.read / 2, LIMITS.read * 2])
+def test_cases_of_two_runs_are_judged_by_the_same_limits(before, monkeypatch, tmp_path):
+    """Both cases take one second for 1e9 bytes: whichever run measured more bandwidth counts."""
+    monkeypatch.setattr(
+        nm, "cases", lambda: [nm.Case(f"case {k}", 48, 192, "2:4", "bfloat16", 1) for k in (0, 1)]
+    )
+
+    def timed(case, limits, rounds):
+        share = 1e9 / limits.read
+        return {"case": vars(case), "ratio": 1.0, "limit": "bytes", "fraction_of_limit": share}
+
+    monkeypatch.setattr(nm, "measure", timed)
+    out = tmp_path / "nm.json"
+    argv = ["bench", "--suite=nm", "--patience=0", f"--out={out}", "--json"]
+    for limits, only in ((before, "case 0"), (LIMITS.read, "case")):
+        found = Limits(limits, LIMITS.flops, LIMITS.threads)
+        monkeypatch.setattr(bench, "measure_limits", lambda found=found: found)
+        main([*argv, f"--only={only}", "--resume"])
+    shares = [case["fraction_of_limit"] for case in json.loads(out.read_text())["cases"]]
+    assert shares == pytest.approx([1e9 / max(before, LIMITS.read)] * 2)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import gossamer as gs
+from gossamer.core.errors import UsageError
 from gossamer.nn import BitmapLinear, NMLinear
 
 
@@ -89,3 +90,16 @@ def test_a_pattern_that_the_zeros_break_is_stored_as_a_bitmap():
         net[0].weight[0, :4] = 1.0
     gs.compress(pruned)
     assert isinstance(net[0], BitmapLinear)
+
+
+def test_a_refusal_changes_nothing():
+    """strict is heard before the first layer is replaced, though only the last one cannot be."""
+    model = nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 64), nn.Linear(64, 32))
+    gs.prune(model, gs.Magnitude(), density=0.3)
+    model[2].double()
+    with pytest.raises(UsageError, match="2 stays dense"):
+        gs.compress(model, costs="rule", strict=True)
+    assert [type(layer) for layer in model] == [nn.Linear] * 3
+    with pytest.raises(UsageError, match="Sequential"):
+        gs.compress(model[0], costs="rule")
+    assert isinstance(gs.compress(model, costs="rule").model[0], BitmapLinear)

@@ -65,6 +65,8 @@ class Bench:
         limits = measure_limits()
         note(f"limits: {limits.read / 1e9:.1f} GB/s read, {limits.flops / 1e9:.0f} GFLOP/s float32")
         record = self._start(limits)
+        _improve(record, limits)
+        limits = Limits(**record["limits"])
         for index, (label, timed) in enumerate(wanted := self._wanted(limits), 1):
             if label in [one["label"] for one in record["cases"]]:
                 continue
@@ -81,8 +83,8 @@ class Bench:
             self._print(record["cases"])
 
     def _start(self, limits: Limits) -> dict[str, Any]:
-        """An empty record, or with --resume the one in --out; its limits stay what they were."""
-        record = {
+        """An empty record, or with --resume the one in --out, with the limits measured then."""
+        record: dict[str, Any] = {
             "suite": self.suite,
             "limits": dataclasses.asdict(limits),
             "kernels": _dispatch.describe(),
@@ -95,15 +97,20 @@ class Bench:
             raise UsageError("--resume continues the file that --out names; name it")
         try:
             old = json.loads(Path(self.out).read_text())
-            [one["label"] for one in old["cases"]]
+            if not all("label" in case for case in old["cases"]):
+                raise KeyError("label")
         except FileNotFoundError:
             return record
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{self.out} is no record that can be continued: {error!r}") from error
-        for key in ("suite", "kernels", "versions"):
-            if old.get(key) != record[key]:
+        for key in ("suite", "kernels", "versions", "threads"):
+            before, now = (
+                one.get("limits", {}).get(key) if key == "threads" else one.get(key)
+                for one in (old, record)
+            )
+            if before != now:
                 raise UsageError(
-                    f"{self.out} was measured with {key} {old.get(key)}, here it is {record[key]}; "
+                    f"{self.out} was measured with {key} {before}, here it is {now}; "
                     "measure anew without --resume"
                 )
         return dict(old)

@@ -19,10 +19,10 @@ from torch import nn
 
 from gossamer.cli.train_result import layers_of, log_step, quality
 from gossamer.cli.train_tasks import Images, Text
-from gossamer.core.errors import FormatError, UsageError
+from gossamer.core.errors import FormatError
 from gossamer.core.pattern import format_pattern
 from gossamer.engine.fit import Fit, Recipe
-from gossamer.engine.journal import write_whole
+from gossamer.engine.journal import check_same_run, write_whole
 from gossamer.engine.progress import track
 from gossamer.engine.protocols import Rounds, Trainer
 from gossamer.engine.rounds import Part, RoundsResult, parts_of, train_rounds
@@ -122,15 +122,11 @@ class RoundsRun:
             return
         try:
             state = json.loads(self._file.read_text())
-            old, self._figures = state["fingerprint"], state["trainings"]
-            changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
-        except (KeyError, TypeError, ValueError, AttributeError):
+            old, self._figures = dict(state["fingerprint"]), state["trainings"]
+        except (KeyError, TypeError, ValueError):
             raise FormatError(f"{self._file}: damaged; delete its folder and start again") from None
-        if changed:
-            raise UsageError(
-                f"{self.folder} belongs to another run: {', '.join(changed)} changed; repeat that "
-                "run's command, delete the folder, or choose another --out"
-            )
+        remedy = "repeat that run's command, delete the folder, or choose another --out"
+        check_same_run(str(self.folder), old, new, remedy)
 
     def _write(self) -> None:
         body = {"fingerprint": self.fingerprint, "trainings": self._figures}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -67,43 +68,79 @@ def compress(
     Rounding is to the nearest; measure what it costs.
     """
     root = unwrap(model)
+    if is_prunable(root):
+        raise UsageError("the model is itself one layer; wrap it in torch.nn.Sequential")
     if bits is not None and (bits not in BITS or head_bits not in BITS):
         raise UsageError(f"bits and head_bits are 4 or 8, not {bits} and {head_bits}")
     if group < 64 or group & (group - 1):
         raise UsageError(f"group is a power of two from 64 on, not {group}")
-    measured = known_costs(costs)
-    head, calls = _head(root), type(root).__name__ not in FAMILIES
-    batches = serves_batches(root, batches)
+    call = _Call(
+        root, max_density, serves_batches(root, batches), bits, group, head_bits,
+        known_costs(costs), _head(root), type(root).__name__ not in FAMILIES, _uses(root),
+    )  # fmt: skip
     requested = {r.name: r for r in model.layers} if isinstance(model, PruneResult) else {}
-    uses = Counter(
-        id(parameter) for module in root.modules() for parameter in module.parameters(recurse=False)
-    )
-    records = []
-    for name, module in list(root.named_modules()):
-        if not is_prunable(module) or _untouched_embedding(module):
-            continue
-        asked = requested.get(name)
-        record = _record(name, module, asked)
-        wanted = head_bits if bits is not None and module is head else bits
-        if isinstance(module, nn.Conv2d):
-            wanted = None
-        reason = _refusal(module, record, uses, max_density, wanted)
-        decision = None
-        if reason is None and wanted is None:
-            if measured is not None:
-                decision = decide(module, record, measured, batches, calls)
-            record, reason = _decide(module, record, decision)
-        if reason is None and wanted is not None:
-            record = _quantize(root, name, module, record, wanted, group)
-        elif reason is None:
-            record = _swap(root, name, module, record, batches, measured)
-        elif strict and record.density < 1.0:
-            raise UsageError(f"{name} stays dense: {reason}")
-        else:
-            record = _with_reason(record, reason)
-        records.append(record)
+    plans = [
+        (module, *_decide(name, module, requested.get(name), call))
+        for name, module in root.named_modules()
+        if is_prunable(module) and not _untouched_embedding(module)
+    ]
+    for _, record, reason in plans if strict else ():
+        if reason is not None and record.density < 1.0:
+            raise UsageError(f"{record.name} stays dense: {reason}")
+    records = [_serve(module, record, reason, call) for module, record, reason in plans]
     records += [_depthwise_record(root, name) for name in fuse(root)]
     return CompressResult(root, tuple(records), _dispatch.isa(), torch.get_num_threads())
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call of `compress` wants of every layer, and what it knows of the whole model."""
+
+    root: nn.Module
+    max_density: float | None
+    batches: bool
+    bits: int | None
+    group: int
+    head_bits: int
+    costs: Costs | None
+    head: nn.Module | None
+    calls: bool
+    uses: Counter[int]
+
+    def bits_of(self, module: nn.Module) -> int | None:
+        """The width of the integers that the layer's weights become."""
+        if self.bits is None or isinstance(module, nn.Conv2d):
+            return None
+        return self.head_bits if module is self.head else self.bits
+
+
+def _uses(root: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter, by its id."""
+    modules = root.modules()
+    return Counter(id(p) for module in modules for p in module.parameters(recurse=False))
+
+
+def _decide(
+    name: str, module: nn.Module, asked: LayerRecord | None, call: _Call
+) -> tuple[LayerRecord, str | None]:
+    """The layer's record with what decided, and the reason to leave it dense, if any."""
+    record, bits = _record(name, module, asked), call.bits_of(module)
+    reason = _refusal(module, record, call, bits)
+    if reason is not None or bits is not None:
+        return record, reason
+    if call.costs is not None:
+        decision = decide(module, record, call.costs, call.batches, call.calls)
+        if decision is not None:
+            return _by_costs(record, decision)
+    return _by_rule(module, record)
+
+
+def _serve(module: nn.Module, record: LayerRecord, reason: str | None, call: _Call) -> LayerRecord:
+    """Replace one layer, unless there is a reason to leave it dense."""
+    if reason is not None:
+        return LayerRecord(**{**vars(record), "reason": reason, "sparse_bytes": record.dense_bytes})
+    bits = call.bits_of(module)
+    return _swap(module, record, call) if bits is None else _quantize(module, record, bits, call)
 
 
 def _head(root: nn.Module) -> nn.Module | None:
@@ -144,8 +181,7 @@ def _record(name: str, module: nn.Module, asked: LayerRecord | None) -> LayerRec
 def _refusal(
     module: nn.Module,
     record: LayerRecord,
-    uses: Counter[int],
-    max_density: float | None,
+    call: _Call,
     bits: int | None,
 ) -> str | None:
     weight = module.weight
@@ -158,23 +194,22 @@ def _refusal(
         return f"the kernels run on the CPU, the weight is on {weight.device.type}"
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"no kernel for {weight.dtype}"
-    if uses[id(weight)] > 1:
+    if call.uses[id(weight)] > 1:
         return "its weight is tied to another module"
     if bits is not None:
         return None
-    if max_density is not None and record.density > max_density:
-        return f"density {record.density:.2f} is above {max_density:.2f}"
+    if call.max_density is not None and record.density > call.max_density:
+        return f"density {record.density:.2f} is above {call.max_density:.2f}"
     return why_not(module, 0.0) if isinstance(module, nn.Conv2d) else None
 
 
-def _decide(
-    module: nn.Module, record: LayerRecord, decision: Decision | None
-) -> tuple[LayerRecord, str | None]:
-    """The record with what decided, and the reason to stay dense: by measured costs or by rule."""
-    if decision is not None:
-        facts = {"decided": f"by measured costs: {decision}", "predicted": decision.predicted}
-        reason = f"no kernel wins: {decision}" if decision.chosen == "dense" else None
-        return LayerRecord(**{**vars(record), **facts}), reason
+def _by_costs(record: LayerRecord, decision: Decision) -> tuple[LayerRecord, str | None]:
+    facts = {"decided": f"by measured costs: {decision}", "predicted": decision.predicted}
+    reason = f"no kernel wins: {decision}" if decision.chosen == "dense" else None
+    return LayerRecord(**{**vars(record), **facts}), reason
+
+
+def _by_rule(module: nn.Module, record: LayerRecord) -> tuple[LayerRecord, str | None]:
     share = record.sparse_bytes / max(1, record.dense_bytes)
     if isinstance(module, nn.Conv2d):
         reason = why_not(module, record.density)
@@ -184,31 +219,22 @@ def _decide(
     return LayerRecord(**{**vars(record), "decided": "by rule"}), reason
 
 
-def _swap(
-    root: nn.Module,
-    name: str,
-    module: nn.Module,
-    record: LayerRecord,
-    batches: bool,
-    costs: Costs | None,
-) -> LayerRecord:
+def _swap(module: nn.Module, record: LayerRecord, call: _Call) -> LayerRecord:
     bias, matrix = getattr(module, "bias", None), as_matrix(module)
     exact = not isinstance(module, nn.Conv2d) and pays_as_nm(matrix, record.pattern)
     packed: BitmapLinear | NMLinear
     packed = (NMLinear if exact else BitmapLinear).from_matrix(matrix, bias, record.pattern)
     packed.density_requested = record.requested
     packed.train(module.training)
-    if not name:
-        raise UsageError("the model is itself one layer; wrap it in torch.nn.Sequential")
     if isinstance(module, nn.Conv2d) and isinstance(packed, BitmapLinear):
         conv = PackedConv2d.from_conv(module, packed)
-        root.set_submodule(name, conv.train(module.training))
+        call.root.set_submodule(record.name, conv.train(module.training))
         kernel, many = serves(conv)
         return LayerRecord(**{**vars(record), "kernel": kernel, "batches": many})
     if isinstance(packed, BitmapLinear):
-        choose_unpacking(packed, costs)
-    prepared = batches and prepare(packed, costs)
-    root.set_submodule(name, packed)
+        choose_unpacking(packed, call.costs)
+    prepared = call.batches and prepare(packed, call.costs)
+    call.root.set_submodule(record.name, packed)
     kernel, many = serves(packed)
     kernel += f" + {many}" if prepared else ""
     size = packed.nbytes if isinstance(packed, NMLinear) else record.sparse_bytes
@@ -216,22 +242,12 @@ def _swap(
     return LayerRecord(**{**vars(record), **facts})
 
 
-def _quantize(
-    root: nn.Module, name: str, module: nn.Module, record: LayerRecord, bits: int, group: int
-) -> LayerRecord:
-    if not name:
-        raise UsageError("the model is itself one layer; wrap it in torch.nn.Sequential")
-    bias = getattr(module, "bias", None)
-    packed = QuantizedLinear.from_matrix(
-        as_matrix(module), bias, record.pattern, bits=bits, group=group
-    )
+def _quantize(module: nn.Module, record: LayerRecord, bits: int, call: _Call) -> LayerRecord:
+    bias, matrix = getattr(module, "bias", None), as_matrix(module)
+    packed = QuantizedLinear.from_matrix(matrix, bias, record.pattern, bits=bits, group=call.group)
     packed.density_requested = record.requested
     packed.train(module.training)
-    root.set_submodule(name, packed)
+    call.root.set_submodule(record.name, packed)
     kernel, many = serves(packed)
     facts = {"kernel": kernel, "batches": many, "sparse_bytes": packed.matrix.nbytes}
     return LayerRecord(**{**vars(record), **facts, "decided": "asked for"})
-
-
-def _with_reason(record: LayerRecord, reason: str) -> LayerRecord:
-    return LayerRecord(**{**vars(record), "reason": reason, "sparse_bytes": record.dense_bytes})

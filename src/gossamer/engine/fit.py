@@ -17,6 +17,7 @@ from gossamer.core.errors import FormatError, NonFiniteError, UsageError
 from gossamer.engine.checkpoint import random_state, read_state, set_random_state, write_state
 from gossamer.engine.data import digest_model
 from gossamer.engine.flops import Meter, forward_work
+from gossamer.engine.journal import check_same_run
 from gossamer.engine.protocols import Trainer
 from gossamer.engine.train import SparseRun, sparse_training
 
@@ -195,13 +196,9 @@ class Fit:
             return None
         state = read_state(checkpoint)
         try:
-            old, new = json.loads(state["fingerprint"]), json.loads(fingerprint)
-            changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
-        except (KeyError, TypeError, ValueError, AttributeError):
+            old = dict(json.loads(state["fingerprint"]))
+        except (KeyError, TypeError, ValueError):
             raise FormatError(f"{checkpoint}: damaged; delete it and start again") from None
-        if changed:
-            raise UsageError(
-                f"{checkpoint} belongs to another run: {', '.join(changed)} changed; repeat that "
-                "run's command, delete the file, or choose another --out"
-            )
+        remedy = "repeat that run's command, delete the file, or choose another --out"
+        check_same_run(str(checkpoint), old, json.loads(fingerprint), remedy)
         return state

@@ -124,19 +124,22 @@ class Journal:
             raise FormatError(f"{path}: damaged; {_REMEDY}") from None
         if not known or not isinstance(run, dict):
             raise FormatError(f"{path}: not a journal of version {VERSION}; {_REMEDY}")
-        keys = sorted(set(run) | set(self.fingerprint))
-        changed = [key for key in keys if run.get(key) != self.fingerprint.get(key)]
-        if changed:
-            raise UsageError(
-                f"journal {self.folder} belongs to another run: {', '.join(changed)} changed; "
-                "repeat that run's command with the dense model, or name another folder"
-            )
+        remedy = "repeat that run's command with the dense model, or name another folder"
+        check_same_run(f"journal {self.folder}", run, self.fingerprint, remedy)
 
     def _path(self, unit: int) -> Path:
         return self.folder / f"unit-{unit:05d}.safetensors"
 
 
 _REMEDY = "delete the journal folder and start again"
+
+
+def check_same_run(place: str, old: Mapping[str, Any], new: Mapping[str, Any], remedy: str) -> None:
+    """Raise UsageError, naming what changed, unless a place's fingerprint is this run's."""
+    changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    if changed:
+        changes = ", ".join(changed)
+        raise UsageError(f"{place} belongs to another run: {changes} changed; {remedy}")
 
 
 def weight_of(module: nn.Module) -> Tensor:
