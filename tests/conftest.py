@@ -1,10 +1,46 @@
-"""No test reads or writes the costs that this user has measured."""
+"""What tests of several folders share."""
 
 import pytest
+import torch
 
 
 @pytest.fixture(autouse=True, scope="session")
 def no_cached_costs(tmp_path_factory):
+    """No test reads or writes the costs that this user has measured."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def over_threads():
+    """over_threads(call, counts): what the call returns under each number of torch's threads."""
+
+    def run(call, counts=(1, 2, 3)):
+        before, results = torch.get_num_threads(), []
+        try:
+            for count in counts:
+                torch.set_num_threads(count)
+                results.append(call())
+        finally:
+            torch.set_num_threads(before)
+        return results
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_llama():
+    """tiny_llama(width, layers, positions): random weights for bytes, from a fixed seed."""
+    transformers = pytest.importorskip("transformers")
+
+    def build(width=64, layers=2, positions=512):
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=256, hidden_size=width, intermediate_size=2 * width,
+            num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=positions, bos_token_id=None, eos_token_id=None,
+        )  # fmt: skip
+        return transformers.LlamaForCausalLM(config).eval()
+
+    return build

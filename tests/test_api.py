@@ -15,15 +15,8 @@ TEXT = "".join(f"line {n}: the quick brown fox jumps over {n * n} dogs\n" for n 
 
 
 @pytest.fixture(scope="module")
-def pair():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-        bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    dense = transformers.LlamaForCausalLM(config).eval()
+def pair(tiny_llama):
+    dense = tiny_llama(layers=1, positions=128)
     pruned = gs.prune(copy.deepcopy(dense), gs.Magnitude(), density=0.3)
     return dense, gs.compress(pruned, costs="rule")
 

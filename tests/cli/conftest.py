@@ -1,4 +1,10 @@
-"""Commands find costs that say what the rules say, so that no test measures any."""
+"""What tests of the commands share."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -8,6 +14,7 @@ from gossamer.nn.costs import machine, store_costs
 
 @pytest.fixture(autouse=True, scope="module")
 def costs_like_the_rules(no_cached_costs, tmp_path_factory):
+    """Commands find costs that say what the rules say, so that no test measures any."""
     dense = {1: (0.0, 0.0, 1e-9, 0.0, 0.0)}
     sparse = {1: (0.0, 0.0, 0.0, 1.1e-9, 0.0)}
     terms = {}
@@ -18,3 +25,20 @@ def costs_like_the_rules(no_cached_costs, tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("costs")))
         store_costs(Costs(machine(), terms))
         yield
+
+
+@pytest.fixture(scope="session")
+def kill_at():
+    """kill_at(file, argv): runs the command with one thread, killed as soon as the file is there."""
+
+    def run(file, argv):
+        command = [sys.executable, "-m", "gossamer", *argv]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        killed = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+        limit = time.monotonic() + 100
+        while not file.exists() and time.monotonic() < limit:
+            time.sleep(0.001)
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+
+    return run

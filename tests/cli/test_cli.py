@@ -22,15 +22,9 @@ TEXT = "".join(f"line {n}: the quick brown fox jumps over {n * n} dogs\n" for n 
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(tmp_path_factory, tiny_llama):
     folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tiny_llama().save_pretrained(folder / "model")
     (folder / "text.txt").write_text(TEXT)
     (folder / "empty.txt").write_text("  \n")
     (folder / "short.txt").write_text("too short")
@@ -292,7 +286,7 @@ def start(command, environment, journals):
     return process
 
 
-def test_killed_and_interrupted_runs_resume_to_the_same_bytes(tiny, tmp_path):
+def test_killed_and_interrupted_runs_resume_to_the_same_bytes(tiny, over_threads, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     environment["OMP_NUM_THREADS"] = "1"
     flags = {"sweep": 0.3, "allocation": "uniform"}
@@ -309,12 +303,7 @@ def test_killed_and_interrupted_runs_resume_to_the_same_bytes(tiny, tmp_path):
         assert list(out.parent.glob(".out.journal*")) and not out.exists()
         subprocess.run(command, check=True, env=environment, capture_output=True)
     clean = tmp_path / "a" / "out"
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        main(["compress", *options(tiny, clean, **flags)])
-    finally:
-        torch.set_num_threads(before)
+    over_threads(lambda: main(["compress", *options(tiny, clean, **flags)]), (1,))
     one, two = (folder / "model.safetensors" for folder in (clean, out))
     assert one.read_bytes() == two.read_bytes() and not list(out.parent.glob(".out*"))
     results = [json.loads((folder / "result.json").read_text()) for folder in (clean, out)]

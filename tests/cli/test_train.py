@@ -2,13 +2,8 @@
 
 import gzip
 import json
-import os
 import re
-import signal
 import struct
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,16 +19,10 @@ TEXT = "".join(f"line {n}: the quick brown fox jumps over {n * n} dogs\n" for n 
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, tiny_llama):
     """Inputs of every kind: a tiny language model, text, idx files, images."""
     folder = tmp_path_factory.mktemp("train")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "lm")
+    tiny_llama(width=32, positions=64).save_pretrained(folder / "lm")
     (folder / "text.txt").write_text(TEXT)
     (folder / "short.txt").write_text("too short")
     (folder / "full").mkdir()
@@ -87,30 +76,16 @@ def test_digits_end_to_end(tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "out"]
 
 
-def test_a_killed_run_resumes_bitwise(tmp_path):
+def test_a_killed_run_resumes_bitwise(tmp_path, kill_at, over_threads):
     def argv(out):
         options = json.dumps({"every": 7})
         return flags(data="digits", method="set", density=0.2, steps=60, save_every=10, lr=0.002,
                      optimizer="adamw", options=options, out=tmp_path / out)  # fmt: skip
 
-    killed = subprocess.Popen(
-        [sys.executable, "-m", "gossamer", *argv("cut")],
-        stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
     checkpoint = tmp_path / ".cut.train" / "checkpoint.safetensors"
-    limit = time.monotonic() + 100
-    while not checkpoint.exists() and time.monotonic() < limit:
-        time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    kill_at(checkpoint, argv("cut"))
     assert checkpoint.exists() and not (tmp_path / "cut").exists()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        main(argv("whole"))
-        main(argv("cut"))
-    finally:
-        torch.set_num_threads(threads)
+    over_threads(lambda: (main(argv("whole")), main(argv("cut"))), (1,))
     one, two = result(tmp_path / "whole"), result(tmp_path / "cut")
     for key in ("quality", "loss", "topology", "flops", "layers"):
         assert one[key] == two[key], key

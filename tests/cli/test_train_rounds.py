@@ -1,14 +1,8 @@
 """gossamer train with rounds: what is reported, a kill inside a round, comparisons, bad input."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from gossamer.cli import main
@@ -57,30 +51,16 @@ def test_imp_reports_all_rounds_together(tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "out"]
 
 
-def test_a_run_killed_inside_a_round_resumes_bitwise(tmp_path):
+def test_a_run_killed_inside_a_round_resumes_bitwise(tmp_path, kill_at, over_threads):
     def argv(name):
         options = json.dumps({"rounds": 2, "members": 2})
         return flags(tmp_path / name, model="cnn", method="sparsemodelsoups", density=0.2, steps=12,
                      save_every=3, options=options, batch=32)  # fmt: skip
 
-    killed = subprocess.Popen(
-        [sys.executable, "-m", "gossamer", *argv("cut")],
-        stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
     folder = tmp_path / ".cut.train" / "checkpoint"
-    limit = time.monotonic() + 100
-    while not (folder / "part-2.safetensors").exists() and time.monotonic() < limit:
-        time.sleep(0.001)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    kill_at(folder / "part-2.safetensors", argv("cut"))
     assert (folder / "rounds.safetensors").exists() and not (tmp_path / "cut").exists()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        main(argv("whole"))
-        main(argv("cut"))
-    finally:
-        torch.set_num_threads(threads)
+    over_threads(lambda: (main(argv("whole")), main(argv("cut"))), (1,))
     one, two = result(tmp_path / "whole"), result(tmp_path / "cut")
     for key in ("quality", "loss", "topology", "flops", "layers", "densities", "steps_together"):
         assert one[key] == two[key], key

@@ -379,19 +379,18 @@ def test_points_of_a_convolution_say_what_was_timed(monkeypatch):
     assert found[2][2].high == pytest.approx(4.0) and found[1][2].high == 1
 
 
-def test_threads_that_wait_for_others_end_the_calibration(cache, monkeypatch):
+def test_threads_that_wait_for_others_end_the_calibration(cache, over_threads, monkeypatch):
     if isa_index() < 0:
         pytest.skip("the kernels are not built")
-    before = torch.get_num_threads()
     times = {1: 1e-6, 2: 9e-6}
     monkeypatch.setattr(measure_costs, "_usual", lambda *_: times[torch.get_num_threads()])
-    try:
-        torch.set_num_threads(2)
+
+    def calibrate():
         with pytest.raises(DisturbedError, match="2 threads took 9 us where one took 1"):
             gs.calibrate_costs()
         assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+
+    over_threads(calibrate, (2,))
     assert cached_costs() is None
 
 

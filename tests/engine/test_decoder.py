@@ -149,7 +149,7 @@ def test_capacity_and_token_range():
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_quantised_layers_decode_like_their_dense_weights(bits, threads):
+def test_quantised_layers_decode_like_their_dense_weights(bits, threads, over_threads):
     """Against the same weights dense: what is left is the rounding of inputs to 8 bits."""
     model = build(attention_bias=True)
     gs.prune(model, gs.Magnitude(), density=0.5)
@@ -159,34 +159,31 @@ def test_quantised_layers_decode_like_their_dense_weights(bits, threads):
         if isinstance(module, QuantizedLinear):
             plain.get_submodule(name).weight.data = module.to_matrix()
     ids = prompt()
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+
+    @torch.inference_mode()
+    def compare():
         ours, theirs = Decoder(model, 40), Decoder(plain, 40)
-        with torch.inference_mode():
-            ours.prefill(ids), theirs.prefill(ids)
-            for token in range(20):
-                found, expected = ours.step(token).clone(), theirs.step(token)
-                assert (found - expected).norm() < 0.03 * expected.norm()
-    finally:
-        torch.set_num_threads(before)
+        ours.prefill(ids), theirs.prefill(ids)
+        for token in range(20):
+            found, expected = ours.step(token).clone(), theirs.step(token)
+            assert (found - expected).norm() < 0.03 * expected.norm()
+
+    over_threads(compare, (threads,))
 
 
-def test_quantised_decoding_does_not_depend_on_threads():
+def test_quantised_decoding_does_not_depend_on_threads(over_threads):
     model = build()
     gs.prune(model, gs.Magnitude(), density=0.5)
     gs.compress(model, bits=8)
-    before, runs = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 2, 3, 2):
-            torch.set_num_threads(threads)
-            decoder = Decoder(model, 60)
-            with torch.inference_mode():
-                decoder.prefill(prompt())
-                runs.append(torch.stack([decoder.step(t).clone() for t in range(40)]))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(runs[0], run) for run in runs)
+
+    @torch.inference_mode()
+    def run():
+        decoder = Decoder(model, 60)
+        decoder.prefill(prompt())
+        return torch.stack([decoder.step(t).clone() for t in range(40)])
+
+    one, *others = over_threads(run, (1, 2, 2, 3, 2))
+    assert all(torch.equal(one, other) for other in others)
 
 
 def test_layers_of_several_kinds_decode_together():

@@ -133,20 +133,18 @@ def test_inactive_columns_are_not_read_and_odd_inputs_are_seen(isa, monkeypatch)
 
 
 @pytest.mark.parametrize("isa", ISAS[:-1])
-def test_threads_do_not_change_the_result(isa, monkeypatch):
+def test_threads_do_not_change_the_result(isa, over_threads, monkeypatch):
     monkeypatch.setenv("GOSSAMER_ISA", isa)
     lines, x = ops.store(random(700, 300), torch.int8), random(700, seed=1)
     turned = ops.store(random(700, 300, seed=3))
     down = ops.store(random(700, 130, seed=4))
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 9, 17):
-            torch.set_num_threads(threads)
-            y = ops.linear(x, lines, threshold=0.5)
-            results.append(torch.cat([y, ops.gated_mlp(y, turned, turned, down, k=50)]))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(results[0], other) for other in results[1:])
+
+    def run():
+        y = ops.linear(x, lines, threshold=0.5)
+        return torch.cat([y, ops.gated_mlp(y, turned, turned, down, k=50)])
+
+    one, *others = over_threads(run, (1, 2, 3, 9, 17))
+    assert all(torch.equal(one, other) for other in others)
 
 
 def test_statistical_top_k():

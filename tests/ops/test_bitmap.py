@@ -118,19 +118,13 @@ def test_bitmaps_may_lie_anywhere(isa, monkeypatch):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_do_not_change_the_result(isa, dtype, threads, monkeypatch):
+def test_threads_do_not_change_the_result(isa, dtype, over_threads, monkeypatch):
     monkeypatch.setenv("GOSSAMER_ISA", isa)
     layer = BitmapLinear.from_matrix(sparse(700, 300, dtype=dtype))
     x, many = torch.randn(1, 300), torch.randn(70, 300)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = layer(x), layer(many)
-        torch.set_num_threads(threads)
-        assert torch.equal(layer(x), one[0]) and torch.equal(layer(many), one[1])
-    finally:
-        torch.set_num_threads(before)
+    one, *others = over_threads(lambda: (layer(x), layer(many)))
+    for other in others:
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
 @pytest.mark.parametrize("isa", [*ISAS, "reference"])

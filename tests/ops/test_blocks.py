@@ -54,18 +54,12 @@ def test_blocks_that_are_not_kept_touch_nothing(isa, monkeypatch):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_threads_do_not_change_the_result_and_rows_may_be_empty(isa, monkeypatch):
+def test_threads_do_not_change_the_result_and_rows_may_be_empty(isa, over_threads, monkeypatch):
     monkeypatch.setenv("GOSSAMER_ISA", isa)
     matrix, mask = blocky(160, 300, (8, 1))
     matrix[40:96], mask[40:96] = 0, False
     form, x = ops.build(matrix, mask, (8, 1)), torch.randn(150, 300)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(ops.linear(x, form))
-    finally:
-        torch.set_num_threads(before)
+    results = over_threads(lambda: ops.linear(x, form))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     assert not results[0][:, 40:96].any()
     empty = ops.build(torch.zeros(16, 32), torch.zeros(16, 32, dtype=torch.bool), (16, 1))

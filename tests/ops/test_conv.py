@@ -35,17 +35,6 @@ def as_weight(matrix, kernel):
     return matrix.reshape(matrix.shape[0], *kernel, -1).permute(0, 3, 1, 2)
 
 
-def with_threads(call):
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 11):
-            torch.set_num_threads(threads)
-            results.append(call())
-    finally:
-        torch.set_num_threads(before)
-    return results
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from([0, 1, 3, 4, 130]),
@@ -149,7 +138,7 @@ def test_dropped_channels_never_touch_an_output_and_kept_ones_do(isa, tiled):
     assert torch.isnan(found).flatten(2).sum(dim=2).tolist() == [[1, 1, 1, 1]]
 
 
-def test_threads_do_not_change_the_result(isa):
+def test_threads_do_not_change_the_result(isa, over_threads):
     form, x = ops.build(sparse(300, 200)), torch.randn(2, 200, 9, 9)
     three, taps = ops.build(sparse(40, 1800)), Window((3, 3), (2, 2), (1, 1))
     before = Before(torch.randn(200, 1, 3, 3), 2, ops.NO_END)
@@ -159,8 +148,8 @@ def test_threads_do_not_change_the_result(isa):
         lambda: ops.conv(x, form, before=before),
         lambda: ops.depthwise(x, before),
     ):
-        results = with_threads(call)
-        assert all(torch.equal(results[0], other) for other in results[1:])
+        one, *others = over_threads(call, (1, 2, 3, 11))
+        assert all(torch.equal(one, other) for other in others)
 
 
 def test_a_chain_equals_its_stages_and_keeps_no_result(isa):

@@ -116,20 +116,18 @@ def test_weights_that_are_not_kept_touch_nothing(isa, monkeypatch):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_threads_do_not_change_the_result(isa, monkeypatch):
+def test_threads_do_not_change_the_result(isa, over_threads, monkeypatch):
     monkeypatch.setenv("GOSSAMER_ISA", isa)
     index, values, _ = sparse(150, 1200)
     x, dy = torch.randn(70, 1200), torch.randn(70, 150)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            grad = native.linear(dy, values, index.places, index.rows, index.column_splits, None)
-            results.append((ops.linear(x, values, index), grad, ops.sampled(x, dy, index)))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def run():
+        grad = native.linear(dy, values, index.places, index.rows, index.column_splits, None)
+        return ops.linear(x, values, index), grad, ops.sampled(x, dy, index)
+
+    one, *others = over_threads(run)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0), (3, 2000)], ids=str)

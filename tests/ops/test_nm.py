@@ -87,20 +87,13 @@ def test_nan_touches_only_rows_that_store_the_column(isa, pattern, batch, monkey
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_threads_do_not_change_the_result(isa, monkeypatch):
+def test_threads_do_not_change_the_result(isa, over_threads, monkeypatch):
     monkeypatch.setenv("GOSSAMER_ISA", isa)
     layers = [NMLinear.from_matrix(sparse(701, 300, n, m), None, f"{n}:{m}") for n, m in PATTERNS]
-    before = torch.get_num_threads()
     inputs = [torch.randn(rows, 300) for rows in (1, 3, 8)]
-    try:
-        torch.set_num_threads(1)
-        one = [layer(x) for layer in layers for x in inputs]
-        for threads in (2, 3):
-            torch.set_num_threads(threads)
-            found = [layer(x) for layer in layers for x in inputs]
-            assert all(torch.equal(a, b) for a, b in zip(one, found, strict=True))
-    finally:
-        torch.set_num_threads(before)
+    one, *others = over_threads(lambda: [layer(x) for layer in layers for x in inputs])
+    for found in others:
+        assert all(torch.equal(a, b) for a, b in zip(one, found, strict=True))
 
 
 @pytest.mark.parametrize("isa", [*ISAS, "reference"])

@@ -170,22 +170,15 @@ def test_outliers_are_exact(isa, density, monkeypatch):
 
 
 @pytest.mark.parametrize("isa", [*ISAS, "reference"])
-def test_threads_batches_and_dtypes(isa, monkeypatch):
+def test_threads_batches_and_dtypes(isa, over_threads, monkeypatch):
     monkeypatch.setenv("GOSSAMER_ISA", isa)
     packed = ops.pack(sparse(301, 520), 4)
     x = torch.randn(2, 6, 520)
     many = ops.linear(x, packed, None)
     few = torch.cat([ops.linear(x[0], packed, None), ops.linear(x[1], packed, None)])
     assert torch.allclose(many.flatten(0, 1), few, rtol=1e-4, atol=1e-4)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(ops.linear(x[0, :2], packed, None))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(results[0], other) for other in results)
+    one, *others = over_threads(lambda: ops.linear(x[0, :2], packed, None))
+    assert all(torch.equal(one, other) for other in others)
     half = ops.linear(x[0, :1].bfloat16(), packed, None)
     wide = ops.linear(x[0, :1].bfloat16().float(), packed, None)
     assert half.dtype == torch.bfloat16 and torch.equal(half, wide.bfloat16())

@@ -92,17 +92,12 @@ def test_graphs_against_scipy(seed):
         )
 
 
-def test_threads_do_not_change_the_result():
+def test_threads_do_not_change_the_result(over_threads):
     a = random(700, 300, 0.1)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            results.append(ops.multiply(*parts(a), *parts(a.t().contiguous()), 700, False))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+    b = parts(a.t().contiguous())
+    one, *others = over_threads(lambda: ops.multiply(*parts(a), *b, 700, False), (1, 2, 3, 7))
+    for other in others:
+        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
 
 def test_colliding_columns_and_odd_values():

@@ -62,7 +62,7 @@ class Bench:
             raise UsageError(f"--repeats is at least 1, not {self.repeats}")
         if not 0 <= self.patience < float("inf"):
             raise UsageError(f"--patience is in seconds, 0 or more, not {self.patience}")
-        limits = measure_limits()
+        limits = measure_limits(patience=self.patience)
         note(f"limits: {limits.read / 1e9:.1f} GB/s read, {limits.flops / 1e9:.0f} GFLOP/s float32")
         record = self._start(limits)
         _improve(record, limits)
