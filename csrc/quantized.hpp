@@ -54,6 +54,10 @@ using QuantizedRows = void (*)(const Quantized&, const QuantInput& x, int64_t fr
 using QuantizedUnpack = void (*)(const Quantized&, int64_t from, int64_t to, float* out,
                                  int threads);
 
+// The integers of a sparse matrix as a dense one holds them, the zero point where none is kept: rows
+// (8 bits) or pairs of rows (4 bits) of words * 64 bytes.
+using QuantizedFill = void (*)(const Quantized&, uint8_t* out, int threads);
+
 // y (batch, rows) = x W^T + bias, x (batch, cols) rounded to integers on the way, for many rows of x.
 void quantized_matmul_avx512(const Quantized&, const float* x, int64_t batch, float* y,
                              const float* bias, int threads);
@@ -63,7 +67,8 @@ void quantized_matmul_avx512(const Quantized&, const float* x, int64_t batch, fl
   void quantized_matvec_##isa(const Quantized&, const QuantInput*, int64_t, float*, const float*, \
                               int);                                                              \
   void quantized_rows_##isa(const Quantized&, const QuantInput&, int64_t, int64_t, float*);      \
-  void quantized_unpack_##isa(const Quantized&, int64_t, int64_t, float*, int);
+  void quantized_unpack_##isa(const Quantized&, int64_t, int64_t, float*, int);                  \
+  void quantized_fill_##isa(const Quantized&, uint8_t*, int);
 GOSSAMER_QUANTIZED(portable)
 GOSSAMER_QUANTIZED(avx2)
 GOSSAMER_QUANTIZED(avx512)

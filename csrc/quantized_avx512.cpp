@@ -100,6 +100,7 @@ inline void next_word(Walk<ROWS>& walk, int64_t k, __m512i* integers) {
   } else {
     for (int r = 0; r < ROWS; ++r) {
       const uint64_t kept = walk.bitmap[r][k];
+      if (r) _mm_prefetch(reinterpret_cast<const char*>(walk.from[r]) + kAhead, _MM_HINT_T0);
       integers[r] = _mm512_and_si512(expand_any(walk.from[r], kept, walk.rest), walk.own[r]);
       walk.from[r] += __builtin_popcountll(kept);
     }

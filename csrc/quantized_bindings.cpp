@@ -91,6 +91,16 @@ void unpack(const QuantizedArgs& args, int64_t from, int64_t to, uintptr_t out, 
   GOSSAMER_PICK(quantized_unpack, isa)(m, from, to, reinterpret_cast<float*>(out), threads);
 }
 
+// out: bytes of the dense integers, as many as rows and words ask for.
+void fill(const QuantizedArgs& args, uintptr_t out, int64_t bytes, int threads, int isa) {
+  check_isa(isa);
+  const Quantized m = quantized_view(args);
+  const int64_t shared = m.bits == 4 ? (m.rows + 1) / 2 : m.rows;
+  if (bytes != shared * m.words * 64 || threads < 1)
+    throw std::invalid_argument("quantized: bad number of bytes to fill");
+  GOSSAMER_PICK(quantized_fill, isa)(m, reinterpret_cast<uint8_t*>(out), threads);
+}
+
 // x (batch, cols) and y (batch, rows), float32; bias float32 or 0. Only where `has_vnni`.
 void matmul(const QuantizedArgs& args, uintptr_t x, int64_t batch, uintptr_t y, uintptr_t bias,
             int threads) {
@@ -140,6 +150,7 @@ void bind_quantized(nb::module_& m) {
   m.def("quantized_matvec", &matvec, nb::call_guard<nb::gil_scoped_release>());
   m.def("quantized_matmul", &matmul, nb::call_guard<nb::gil_scoped_release>());
   m.def("quantized_unpack", &unpack, nb::call_guard<nb::gil_scoped_release>());
+  m.def("quantized_fill", &fill, nb::call_guard<nb::gil_scoped_release>());
   m.def("has_vnni", &has_vnni);
 }
 

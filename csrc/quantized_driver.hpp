@@ -8,7 +8,7 @@
 namespace gossamer {
 namespace {
 
-// ROWS rows from `row` on times B inputs into out (ROWS, B); two rows share their bytes.
+// ROWS rows from `row` on times B inputs into out (ROWS, B).
 template <bool DENSE, int ROWS, int B>
 void rows_dot(const Quantized& m, int64_t row, const QuantInput* x, float* out);
 
@@ -45,7 +45,8 @@ template <bool DENSE>
 void some_rows(const Quantized& m, const QuantInput* x, int64_t batch, float* y, const float* bias,
                int64_t from, int64_t to) {
   int64_t r = from;
-  if (m.bits == 4)
+  // Two rows at once: they share their bytes, or the loads of inputs where these are what is left.
+  if (m.bits == 4 || (!DENSE && !m.run && !m.zeros))
     for (; r + 2 <= to; r += 2) rows_of_all<DENSE, 2>(m, x, batch, y, bias, r);
   for (; r < to; ++r) rows_of_all<DENSE, 1>(m, x, batch, y, bias, r);
 }
@@ -69,6 +70,30 @@ inline void unpack_row(const Quantized& m, int64_t row, float* out) {
   if (!m.outlier_ptr) return;
   for (int64_t k = m.outlier_ptr[row]; k < m.outlier_ptr[row + 1]; ++k)
     out[m.outlier_cols[k]] += m.outlier_values[k];
+}
+
+// A row's integers over the bytes that it shares, which are 0 where they are its own.
+inline void fill_row(const Quantized& m, int64_t row, uint8_t* out) {
+  const Row place(m, row);
+  const uint8_t* from = place.values;
+  for (int64_t w = 0; w < m.words; ++w) {
+    const uint64_t kept = place.bitmap ? place.bitmap[w] : ~uint64_t{0};
+    const uint8_t zero = static_cast<uint8_t>(zero_of(m, row, w) << place.lift);
+    uint8_t integers[64];
+    word_integers(place, from, kept, integers);
+    from += __builtin_popcountll(kept);
+    for (int j = 0; j < 64; ++j) out[w * 64 + j] |= kept >> j & 1 ? integers[j] : zero;
+  }
+}
+
+inline void run_quantized_fill(const Quantized& m, uint8_t* out, int threads) {
+  const int64_t high = m.bits == 4 ? 2 : 1, width = m.words * 64;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t first = 0; first < m.rows; first += high) {
+    uint8_t* bytes = out + first / high * width;
+    std::memset(bytes, 0, width);
+    for (int64_t r = first; r < first + high && r < m.rows; ++r) fill_row(m, r, bytes);
+  }
 }
 
 // First row of share i of n, by bytes; even, so that no two threads read the same ones.
@@ -124,6 +149,9 @@ inline void run_quantized_unpack(const Quantized& m, int64_t from, int64_t to, f
   void quantized_unpack_##isa(const Quantized& m, int64_t from, int64_t to, float* out,           \
                               int threads) {                                                      \
     run_quantized_unpack(m, from, to, out, threads);                                              \
+  }                                                                                               \
+  void quantized_fill_##isa(const Quantized& m, uint8_t* out, int threads) {                      \
+    run_quantized_fill(m, out, threads);                                                          \
   }
 
 }  // namespace gossamer

@@ -15,6 +15,7 @@ from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d
 from gossamer.nn.costs import cache_file, cached_costs, machine, read_costs, store_costs
 from gossamer.ops._dispatch import isa_index
 from gossamer.ops.bitmap import native
+from gossamer.ops.quantized.native import has_byte_products
 
 BYTE = 1e-9
 
@@ -123,13 +124,13 @@ def test_batches_choose_among_all_forms():
     assert chosen(layer(density=0.9), batches=True).kernel is None
 
 
-SLOW_GROUPS = {128: terms(0, 0, 400 * BYTE)}
+SLOW_FORM = {128: terms(0, 0, 400 * BYTE)}
 """Every other way to serve batches is predicted to beat the form for them."""
 
 
-@pytest.mark.parametrize("grouped", [None, SLOW_GROUPS], ids=["pays", "does not"])
-def test_load_prepares_where_compress_does(grouped, tmp_path):
-    known = costs() if grouped is None else costs(sell_spmm=grouped)
+@pytest.mark.parametrize("slow", [None, SLOW_FORM], ids=["pays", "does not"])
+def test_load_prepares_where_compress_does(slow, tmp_path):
+    known = costs() if slow is None else costs(sell_spmm=slow)
     net = nn.Sequential(layer(density=0.3)[0], layer(512, 256, density=0.2)[0])
     records = gs.compress(net, costs=known, batches=True).layers
     gs.save(net, tmp_path / "out")
@@ -141,8 +142,8 @@ def test_load_prepares_where_compress_does(grouped, tmp_path):
     x = torch.randn(40, 512)
     for loaded, packed, record in zip(found, net, records, strict=True):
         assert loaded.batch_kernel == packed.batch_kernel
-        assert (loaded.batch_kernel is not None) == (grouped is None)
-        verdict = "prepared" if grouped is None else "not prepared"
+        assert (loaded.batch_kernel is not None) == (slow is None)
+        verdict = "prepared" if slow is None else "not prepared"
         assert loaded.batches_decided.startswith(f"{verdict} by measured costs: predicted ")
         assert packed.batches_decided == loaded.batches_decided
         for name, seconds in record.predicted.items():
@@ -160,7 +161,7 @@ def test_load_goes_by_what_is_stored_and_without_it_by_rule(cache, tmp_path):
     gs.save(gs.compress(layer(density=0.3), costs=costs(), batches=False), tmp_path / "out")
     found = gs.load(tmp_path / "out", model=layer(), batches=True)[0]
     assert found.batches_decided == "prepared by rule" and found.batch_kernel
-    store_costs(costs(sell_spmm=SLOW_GROUPS))
+    store_costs(costs(sell_spmm=SLOW_FORM))
     found = gs.load(tmp_path / "out", model=layer(), batches=True)[0]
     assert found.batch_kernel is None and found.batches_decided.startswith("not prepared")
 
@@ -171,7 +172,7 @@ def test_nm_layers_are_judged_against_unpacking_which_is_what_they_do(tmp_path):
     fast = gs.compress(pruned, costs=costs(), batches=False).model
     assert isinstance(fast[0], NMLinear)
     gs.save(fast, tmp_path / "out")
-    for each, wins in ((costs(), True), (costs(sell_spmm=SLOW_GROUPS), False)):
+    for each, wins in ((costs(), True), (costs(sell_spmm=SLOW_FORM), False)):
         empty = nn.Sequential(nn.Linear(640, 64))
         found = gs.load(tmp_path / "out", model=empty, batches=True, costs=each)[0]
         assert (found.batch_kernel is not None) == wins
@@ -185,6 +186,51 @@ def test_blocks_are_judged_by_their_kernel():
     assert "block-spmm" in record.kernel
     kept = 0.5 * 256 * 512
     assert record.predicted["block-spmm"] == pytest.approx(5e-5 + (10 + 2.5) * kept * BYTE)
+
+
+def integers(**seconds):
+    """Seconds per 1e9 positions of one row, 1 unless told; with 128 rows slow forms are fast."""
+    names = {"bitmap_matvec": 1.0, "dense": 1.0, **seconds}
+    known = {
+        f"{name.replace('_', '-')} int4": {
+            1: terms(0, each * BYTE),
+            128: terms(0, 99 * BYTE / each),
+        }
+        for name, each in names.items()
+    }
+    return Costs(machine(), known)
+
+
+def test_integers_are_held_in_the_faster_form(tmp_path):
+    """The faster by costs for the rows that the model sees, dense or not as files hold it."""
+    for dense, batches, form in ((0.5, False, "dense"), (2.0, False, "sparse"),
+                                 (0.5, True, "sparse"), (2.0, True, "dense")):  # fmt: skip
+        known = integers(dense=dense)
+        record = gs.compress(net := layer(), bits=4, costs=known, batches=batches).layers[0]
+        assert net[0].sparse and (net[0].bitmap is None) == (form == "dense")
+        told = f"asked for; {form} integers in memory by measured costs: predicted "
+        assert record.decided.startswith(told)
+        assert record.sparse_bytes == net[0].stored.nbytes < record.dense_bytes / 4
+        kind = "int4-dense" if form == "dense" else "int4-matvec"
+        assert record.kernel.startswith(kind) and kind in str(record)
+        gs.save(net, tmp_path / "out", overwrite=True)
+        again = gs.load(tmp_path / "out", model=layer(), costs=known, batches=batches)[0]
+        assert again.form_decided == net[0].form_decided and again.kept == net[0].kept
+        x = torch.randn(3, 512)
+        torch.testing.assert_close(again(x), net[0](x))
+
+
+def test_integers_by_rule(monkeypatch):
+    if isa_index() < 1:
+        pytest.skip("the rule is about vectors")
+    held = {bits: gs.compress(layer(), bits=bits, costs="rule").model[0] for bits in (4, 8)}
+    assert held[4].bitmap is None and held[4].form_decided == "dense integers in memory by rule"
+    assert (held[8].bitmap is None) == (not has_byte_products())
+    even = gs.prune(layer(density=1.0), gs.Magnitude(), pattern=gs.NM(2, 4))
+    if has_byte_products():
+        assert gs.compress(even, bits=4, costs=integers(dense=0.1)).model[0].bitmap is not None
+    monkeypatch.setenv("GOSSAMER_ISA", "portable")
+    assert gs.compress(layer(), bits=4, costs="rule").model[0].bitmap is not None
 
 
 def convolution(density, group=1, **shape):
@@ -244,9 +290,9 @@ def test_convolutions_without_measured_costs_go_by_rule():
     terms_ = {name: by for name, by in few.terms.items() if "3x3" not in name}
     record = gs.compress(convolution(0.1), costs=dataclasses.replace(few, terms=terms_)).layers[0]
     assert record.decided == "by rule" and record.kernel
-    grouped = nn.Sequential(nn.Conv2d(64, 64, 3, dilation=2))
-    grouped[0].weight.data[torch.rand_like(grouped[0].weight) > 0.1] = 0
-    assert "no kernel" in gs.compress(grouped, costs=few).layers[0].reason
+    dilated = nn.Sequential(nn.Conv2d(64, 64, 3, dilation=2))
+    dilated[0].weight.data[torch.rand_like(dilated[0].weight) > 0.1] = 0
+    assert "no kernel" in gs.compress(dilated, costs=few).layers[0].reason
 
 
 def test_unpacking_starts_where_the_costs_cross(monkeypatch):
@@ -341,6 +387,7 @@ def test_calibration_measures_every_kernel(cache, monkeypatch):
     assert cached_costs() == found and dict(found.machine) == machine()
     kernels = {"dense", "bitmap-matvec", "bitmap-unpack", "bitmap-spmm", "sell-spmm"}
     names = {f"{k} {d}" for k in (*kernels, "block-spmm") for d in ("float32", "bfloat16")}
+    names |= {f"{k} {d}" for k in ("dense", "bitmap-matvec") for d in ("int4", "int8")}
     kinds = ("dense-conv", "sparse-conv", "tiled-conv")
     families = ("", "-3x3", "-3x3s2", "-1x1s2")
     assert set(found.terms) == names | {f"{k}{f} float32" for k in kinds for f in families}

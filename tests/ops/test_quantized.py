@@ -123,12 +123,61 @@ def test_integers_come_back_exactly():
 
 def test_size_is_what_the_format_says():
     matrix = sparse(512, 1024)
-    nnz = int((matrix != 0).sum())
     eight, four = ops.pack(matrix, 8), ops.pack(matrix, 4)
-    assert eight.values.numel() == nnz + 16
-    assert nnz / 2 + 16 <= four.values.numel() <= 0.55 * nnz + 16
+    for packed in (eight, four):  # what rounds to 0 is not kept
+        assert packed.kept == int((ops.unpack(packed) != 0).sum()) < int((matrix != 0).sum())
+    assert eight.values.numel() == eight.kept + 16
+    assert four.kept / 2 + 16 <= four.values.numel() <= 0.55 * four.kept + 16
     assert eight.bitmap.nbytes == 512 * 1024 / 8 and eight.scales.nbytes == 512 * 8 * 2
     assert ops.pack(torch.randn(8, 64), 4).bitmap is None  # nothing to gain from a bitmap
+
+
+@pytest.mark.parametrize("isa", [*ISAS, "reference"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_filling_changes_no_weight_and_thinning_undoes_it(isa, bits, shape, monkeypatch):
+    monkeypatch.setenv("GOSSAMER_ISA", isa)
+    for density, symmetric, outliers in itertools.product((0.1, 0.5), (True, False), (0.0, 0.1)):
+        m = ops.pack(sparse(*shape, density), bits, 64, symmetric, outliers)
+        if m.bitmap is None:
+            continue
+        filled = ops.fill(m)
+        twin = reference.fill(m.values, m.bitmap, m.zeros, m.shape, m.bits, m.group)
+        assert torch.equal(filled.values, twin) and filled.bitmap is None
+        assert torch.equal(ops.unpack(filled), ops.unpack(m)) and filled.nonzero == m.kept
+        thinned = ops.thin(filled)
+        assert torch.equal(thinned.values, m.values) and torch.equal(thinned.bitmap, m.bitmap)
+        x = torch.randn(3, shape[1])
+        found, expected = ops.linear(x, filled, None), ops.linear(x, m, None)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_even_patterns_keep_what_rounds_to_zero():
+    matrix = torch.randn(8, 256) * (torch.arange(256) % 4 < 2)
+    matrix[:, ::8] *= 1e-3
+    m = ops.pack(matrix, 4)
+    assert m.run == 4 and m.kept == 8 * 128 > int((ops.unpack(m) != 0).sum())
+
+
+def test_a_filled_layer_is_sparse_in_state_dicts():
+    layer = QuantizedLinear.from_matrix(sparse(33, 150), torch.randn(33), bits=4)
+    x = torch.randn(5, 150)
+    before = {name: part.clone() for name, part in layer.state_dict().items()}
+    kept, expected = layer.kept, layer(x)
+    layer.fill()
+    layer.fill()
+    assert layer.bitmap is None and layer.matrix.nbytes > layer.stored.nbytes
+    assert layer.kept == kept and layer.sparse
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    after = layer.state_dict()
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], part) for name, part in before.items())
+    layer.bfloat16().float().load_state_dict(before)
+    assert layer.bitmap is not None and torch.equal(layer(x), expected)
+    dense = QuantizedLinear.from_matrix(torch.randn(33, 150), bits=4)
+    dense.fill()
+    dense.thin()
+    assert dense.bitmap is None and not dense.sparse and dense.density == 1.0
 
 
 def at_odd_address(part):
@@ -279,5 +328,5 @@ def test_a_module_keeps_its_integers_through_dtypes():
     assert layer.scales.dtype == torch.bfloat16 and torch.equal(layer(x), before)
     assert layer.bfloat16().bias.dtype == torch.bfloat16
     again = QuantizedLinear.from_matrix(sparse(20, 130, seed=1), torch.zeros(20), bits=4)
-    assert layer.kept == int((sparse(20, 130) != 0).sum())
+    assert layer.kept == int((layer.to_matrix() != 0).sum())
     assert set(again.state_dict()) == set(layer.state_dict())

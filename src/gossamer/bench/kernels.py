@@ -15,6 +15,7 @@ from gossamer.bench import integer_peers, peers
 from gossamer.bench.measure import Limits, Rounds, interleaved
 from gossamer.core.errors import GossamerError
 from gossamer.nn import BitmapLinear, QuantizedLinear
+from gossamer.nn.dispatch import choose_form
 from gossamer.ops.quantized.reference import quantize_input
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -27,9 +28,13 @@ _ROUNDED = {"int8": 0.03, "int4": 0.25}
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: the layer (out, in), dtype of its values, density and rows of input; the
-    block that is kept or dropped whole, such as 16x1, or the even pattern, such as 2:4. Integers have a scale per 128
-    columns; their peers get the weights in bfloat16, integer engines round them in their own ways."""
+    """One measurement: the layer (out, in), dtype of its values, density and rows of input.
+
+    block: what is kept or dropped whole, such as 16x1, or the even pattern, such as 2:4. Integers
+    have a scale per 128 columns; their peers get the weights in bfloat16, integer engines round
+    them in their own ways. form: "sparse" for integers held by their bitmap in memory; else
+    as layers are by rule.
+    """
 
     out: int
     inputs: int
@@ -37,6 +42,7 @@ class Case:
     density: float
     batch: int
     block: str = ""
+    form: str = ""
 
 
 def cases() -> list[Case]:
@@ -64,6 +70,7 @@ def cases() -> list[Case]:
         for dtype in BITS
         for density in (0.5, 0.2, 1.0)
     ]
+    integers += [Case(4096, 11008, "int4", density, 1, form="sparse") for density in (0.5, 0.2)]
     integers += [
         Case(4096, 11008, dtype, 0.5, 1, even) for dtype in BITS for even in ("2:4", "4:8")
     ]
@@ -110,7 +117,10 @@ Layer = BitmapLinear | QuantizedLinear
 
 def _layer(case: Case, matrix: Tensor) -> Layer:
     if case.dtype in BITS:
-        return QuantizedLinear.from_matrix(matrix, bits=BITS[case.dtype])
+        layer = QuantizedLinear.from_matrix(matrix, bits=BITS[case.dtype])
+        if not case.form:
+            choose_form(layer, None, batches=False)
+        return layer
     pattern = f"block:{case.block}" if case.block else ""
     return BitmapLinear.from_matrix(matrix, pattern=pattern)
 

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from gossamer.engine.compress import compress
 from gossamer.engine.decoder import Decoder
 from gossamer.io import load, save
 from gossamer.nn import BitmapLinear, QuantizedLinear
+from gossamer.nn.serving import serves
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,14 @@ def measure(
         },
         "fraction_of_limit": limits.seconds(_bytes(model), 0.0)[0] / our_step,
         "limit": "bytes",
+        "kernel": _kernel(model),
     }
+
+
+def _kernel(model: nn.Module) -> str:
+    """What serves most layers."""
+    packed = (m for m in model.modules() if isinstance(m, BitmapLinear | QuantizedLinear))
+    return Counter(serves(layer)[0] for layer in packed).most_common(1)[0][0]
 
 
 def _check(model: nn.Module, prompt: torch.Tensor, name: str) -> None:

@@ -207,6 +207,7 @@ def describe(case: dict[str, Any]) -> str:
             f"density {case['density']:g} batch {case['batch']}"
         )
     block = f" block {case['block']}" if case.get("block") else ""
+    block += f" held {case['form']}" if case.get("form") else ""
     return (
         f"{case['out']}x{case['inputs']} {case['dtype']} density {case['density']:g} "
         f"batch {case['batch']}{block}"

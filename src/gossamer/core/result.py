@@ -17,8 +17,9 @@ class LayerRecord:
     """One layer. Bytes count the weight alone; kernel is None where the layer stays dense.
 
     kernel: what serves up to 8 rows of input, or images, and behind a `+` what a form prepared for
-    batches. batches: what serves more than 8 rows, prepared or not; empty where dense. decided: what chose, the measured costs with what they predict or a rule. predicted: seconds by
-    kernel, `dense` among them, where costs were measured.
+    batches. batches: what serves more than 8 rows, prepared or not; empty where dense. decided:
+    what chose, the measured costs with what they predict or a rule. predicted: seconds by kernel,
+    `dense` among them, where costs were measured. Of integers, density is that after rounding.
     """
 
     name: str

@@ -18,7 +18,7 @@ from gossamer.nn.bitmap import BitmapLinear, serves_batches
 from gossamer.nn.chain import fuse
 from gossamer.nn.conv import PackedConv2d, why_not
 from gossamer.nn.costs import choose_unpacking, known_costs
-from gossamer.nn.dispatch import Decision, decide, prepare
+from gossamer.nn.dispatch import Decision, choose_form, decide, prepare
 from gossamer.nn.nm import NMLinear, pays_as_nm
 from gossamer.nn.quantized import QuantizedLinear
 from gossamer.nn.serving import serves
@@ -247,7 +247,12 @@ def _quantize(module: nn.Module, record: LayerRecord, bits: int, call: _Call) ->
     packed = QuantizedLinear.from_matrix(matrix, bias, record.pattern, bits=bits, group=call.group)
     packed.density_requested = record.requested
     packed.train(module.training)
+    size, density = packed.matrix.nbytes, packed.density
+    choose_form(packed, call.costs, call.batches)
     call.root.set_submodule(record.name, packed)
     kernel, many = serves(packed)
-    facts = {"kernel": kernel, "batches": many, "sparse_bytes": packed.matrix.nbytes}
-    return LayerRecord(**{**vars(record), **facts, "decided": "asked for"})
+    facts = {
+        "kernel": kernel, "batches": many, "sparse_bytes": size, "density": density,
+        "decided": f"asked for; {packed.form_decided}".removesuffix("; "),
+    }  # fmt: skip
+    return LayerRecord(**{**vars(record), **facts})

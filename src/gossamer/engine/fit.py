@@ -112,8 +112,8 @@ class Fit:
         """Train to the end, from `checkpoint` if that exists; written every `save_every` steps.
 
         report: called after each step. Raises UsageError where the checkpoint is of another run
-        (another fingerprint, initial model or torch), NonFiniteError for a loss that is not a number, the last checkpoint
-        unharmed.
+        (another fingerprint, initial model or torch), NonFiniteError for a loss that is not a
+        number, the last checkpoint unharmed.
         """
         facts = {**(fingerprint or {}), "initial weights": self._model, "torch": torch.__version__}
         name = json.dumps(facts, sort_keys=True, default=str)

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from gossamer.core.costs import Costs, Work, fit
 from gossamer.core.errors import DisturbedError, UsageError
 from gossamer.engine.progress import track
-from gossamer.nn import BitmapLinear, PackedConv2d
+from gossamer.nn import BitmapLinear, PackedConv2d, QuantizedLinear
 from gossamer.nn.costs import machine, store_costs
 from gossamer.nn.dispatch import convolution_family
 from gossamer.ops import _dispatch
 from gossamer.ops.conv import sharing
+from gossamer.ops.quantized import BITS
 
 SHAPES = ((192, 192), (256, 1024), (1024, 1024), (3072, 768), (1536, 2048))
 """Of the layers (out, in) that are timed, from one that stays in cache to some megabytes."""
@@ -32,6 +33,9 @@ STRIDES = ((3, 1), (3, 2), (1, 2))
 ZEROS = ((0.04, 1), (0.1, 1), (0.3, 1), (0.1, 4), (0.3, 4))
 """Density of convolutions, and how many neighbouring outputs keep the same weights."""
 DENSITIES = (0.08, 0.3, 0.7)
+INTEGERS = (0.2, 0.6)
+"""Densities of integers; those of 4 and 8 bits are held dense or by a bitmap."""
+INTEGER_ROWS = (1, 128)
 ROWS = {"dense": (1, 16, 128), "bitmap-matvec": (1, 8)}
 _BATCHES = (16, 128)
 PIXELS = (7, 14)
@@ -54,11 +58,12 @@ def calibrate_costs(*, store: bool = True, progress: bool = False) -> Costs:
     if _dispatch.isa_index() < 0:
         raise UsageError("costs are those of compiled kernels, and none run here")
     points: dict[str, dict[int, list[tuple[Work, float]]]] = {}
-    total = len(_DTYPES) * len(SHAPES) + len(CONVOLUTIONS) + len(WINDOWS) * len(STRIDES)
+    total = (len(_DTYPES) + len(BITS)) * len(SHAPES)
+    total += len(CONVOLUTIONS) + len(WINDOWS) * len(STRIDES)
     state = torch.random.get_rng_state()
     try:
         with track(total, progress, "measuring kernels") as step, torch.inference_mode():
-            for label, found in itertools.chain(_linears(), _convolutions()):
+            for label, found in itertools.chain(_linears(), _integers(), _convolutions()):
                 check_quiet()
                 for name, rows, work, seconds in found:
                     points.setdefault(name, {}).setdefault(rows, []).append((work, seconds))
@@ -168,6 +173,31 @@ def measure_blocks(
         x = torch.randn(count, inputs).to(dtype)
         work = Work(out, inputs, layer.density, high)
         yield f"block-spmm {_name(dtype)}", count, work, _seconds(layers, x)
+
+
+def _integers() -> Iterator[tuple[str, list[Point]]]:
+    for bits, (out, inputs) in itertools.product(BITS, SHAPES):
+        found = list(measure_integers(out, inputs, bits, INTEGERS, INTEGER_ROWS))
+        yield f"{out}x{inputs} int{bits}", found
+
+
+def measure_integers(
+    out: int, inputs: int, bits: int, densities: tuple[float, ...], rows: tuple[int, ...]
+) -> Iterator[Point]:
+    """Integers held sparse at every density, and dense."""
+    for density in densities:
+        layer = QuantizedLinear.from_matrix(_matrix(out, inputs, density), bits=bits)
+        if layer.bitmap is None:
+            continue
+        layers, work = _copies(layer), Work(out, inputs, layer.density)
+        for count in rows:
+            x = torch.randn(count, inputs)
+            yield f"bitmap-matvec int{bits}", count, work, _seconds(layers, x)
+    layer.fill()
+    layers = _copies(layer)
+    for count in rows:
+        x = torch.randn(count, inputs)
+        yield f"dense int{bits}", count, Work(out, inputs), _seconds(layers, x)
 
 
 def _convolutions() -> Iterator[tuple[str, list[Point]]]:

@@ -24,7 +24,7 @@ from gossamer.nn import (
 from gossamer.nn.chain import fuse
 from gossamer.nn.conv import no_kernel
 from gossamer.nn.costs import known_costs, use_costs
-from gossamer.nn.dispatch import prepare_where_it_pays
+from gossamer.nn.dispatch import fill_where_it_pays, prepare_where_it_pays
 from gossamer.ops.quantized import QuantizedMatrix
 
 
@@ -70,7 +70,9 @@ def load(
     fuse(root)
     measured = known_costs(costs)
     use_costs(root, measured)
-    if serves_batches(root, batches):
+    batches = serves_batches(root, batches)
+    fill_where_it_pays(root, measured, batches)
+    if batches:
         prepare_where_it_pays(root, measured)
     return root.eval()
 

@@ -60,8 +60,9 @@ class Decided:
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The checked content of gossamer.json; `layers` maps names to `PackedLayer`.
 
-    `decisions` maps names of layers, packed and dense, to `Decided`; it is empty
-    where the folder does not hold them. Raises FormatError for a missing, damaged or hostile file, or one of a newer version.
+    `decisions` maps names of layers, packed and dense, to `Decided`; it is empty where the folder
+    does not hold them. Raises FormatError for a missing, damaged or hostile file, or one of a newer
+    version.
     """
     data = read_json(Path(folder), NAME)
     common = {"format", "version", "layers", "method", "provenance"}

@@ -147,7 +147,7 @@ def _describe(layer: Packed) -> dict[str, Any]:
 
 
 def _describe_quantized(layer: QuantizedLinear) -> dict[str, Any]:
-    matrix, kept = layer.matrix, layer.kept
+    matrix = layer.matrix
     return {
         "shape": [layer.out_features, layer.in_features],
         "pattern": layer.pattern,
@@ -155,9 +155,9 @@ def _describe_quantized(layer: QuantizedLinear) -> dict[str, Any]:
         "requested": layer.density_requested,
         "dtype": f"int{layer.bits}",
         "bias": layer.bias is not None,
-        "nnz": kept,
+        "nnz": layer.kept,
         "group": layer.group,
         "zeros": matrix.zeros is not None,
-        "sparse": matrix.bitmap is not None,
+        "sparse": layer.sparse,
         "outliers": 0 if matrix.outliers is None else matrix.outliers[1].numel(),
     }

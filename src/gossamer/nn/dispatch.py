@@ -14,8 +14,11 @@ from gossamer.core.pattern import Block, parse_pattern
 from gossamer.core.result import LayerRecord
 from gossamer.nn.bitmap import BitmapLinear
 from gossamer.nn.nm import NMLinear
+from gossamer.nn.quantized import QuantizedLinear
+from gossamer.ops import _dispatch
 from gossamer.ops.blocks import HEIGHTS
 from gossamer.ops.conv import sharing, suits_tiles
+from gossamer.ops.quantized.native import has_byte_products
 
 BATCH = 128
 """Rows of input for which layers of a model that sees batches are chosen."""
@@ -137,6 +140,40 @@ def prepare(layer: BitmapLinear | NMLinear, costs: Costs | None) -> bool:
         layer.prepare_batches()
     layer.batches_decided = f"{'prepared' if wins else 'not prepared'} {why}"
     return wins
+
+
+def fill_where_it_pays(model: nn.Module, costs: Costs | None, batches: bool) -> None:
+    """`choose_form` for every quantised layer of a model."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            choose_form(module, costs, batches)
+
+
+def choose_form(layer: QuantizedLinear, costs: Costs | None, batches: bool) -> None:
+    """Fill a sparse quantised layer where dense integers are predicted to be faster.
+
+    Judged by one row of input, or by `BATCH` rows. Without costs of them by rule: 4 bits, and where
+    bytes cannot be multiplied into 32-bit sums 8 bits too, take longer to put in their places than
+    dense ones to read, except where every 4 or 8 columns keep half. Portable kernels multiply what
+    is kept alone. The layer's `form_decided` says what was done and why.
+    """
+    if layer.bitmap is None or layer.matrix.run:
+        return
+    rows, dtype = (BATCH if batches else 1), f"int{layer.bits}"
+    work = Work(layer.out_features, layer.in_features, layer.density)
+    predicted: dict[str, float] = {}
+    if costs is not None:
+        for name in ("bitmap-matvec", "dense"):
+            seconds = costs.seconds(name, dtype, rows, work)
+            predicted |= {} if seconds is None else {name: seconds}
+    vectors = _dispatch.isa() in ("avx2", "avx512")
+    fills, why = vectors and (layer.bits == 4 or not has_byte_products()), "by rule"
+    if len(predicted) == 2:
+        decision = Decision(min(predicted, key=lambda name: predicted[name]), predicted, rows)
+        fills, why = decision.chosen == "dense", f"by measured costs: {decision}"
+    if fills:
+        layer.fill()
+    layer.form_decided = f"{'dense' if fills else 'sparse'} integers in memory {why}"
 
 
 def block_height(pattern: str, out: int, inputs: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gossamer.ops import quantized as ops
@@ -22,6 +21,7 @@ class QuantizedLinear(nn.Module):
 
     values: Tensor
     scales: Tensor
+    bitmap: Tensor | None
 
     def __init__(
         self,
@@ -34,6 +34,9 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = matrix.shape
         self.bits, self.group, self._run = matrix.bits, matrix.group, matrix.run
         self.pattern, self.density_requested = pattern, density_requested
+        self._filled = False
+        self.form_decided = ""
+        """Why the layer was filled or not, where `nn.dispatch` decided."""
         row_ptr, cols, exact = matrix.outliers or (None, None, None)
         self.register_buffer("values", matrix.values)
         self.register_buffer("bitmap", matrix.bitmap)
@@ -73,19 +76,40 @@ class QuantizedLinear(nn.Module):
             self.bits, self.group, parts["offsets"], self._run,
         )  # fmt: skip
 
+    @property
+    def stored(self) -> QuantizedMatrix:
+        """What files hold: `matrix`, or of a filled layer the sparse one. O(out * in)."""
+        return ops.thin(self.matrix) if self._filled else self.matrix
+
+    def fill(self) -> None:
+        """Hold dense integers in memory, which may be faster; files and state dicts stay sparse."""
+        if self.bitmap is not None:
+            self._hold(ops.fill(self.matrix))
+            self._filled = True
+
+    def thin(self) -> None:
+        """Undo `fill`: hold the kept integers and their bitmap again, which take less memory."""
+        if self._filled:
+            self._hold(self.stored)
+            self._filled = False
+
+    def _hold(self, matrix: QuantizedMatrix) -> None:
+        self.values, self.bitmap, self.offsets = matrix.values, matrix.bitmap, matrix.offsets
+        self._run = matrix.run
+
     def to_matrix(self) -> Tensor:
         """The dense weight (out, in) in float32."""
         return ops.unpack(self.matrix)
 
     @property
     def kept(self) -> int:
-        """How many weights are stored, outliers among them."""
-        matrix = self.matrix
-        exact = 0 if matrix.outliers is None else matrix.outliers[1].numel()
-        if matrix.bitmap is None:
-            return self.in_features * self.out_features
-        shifts = torch.arange(8, dtype=torch.uint8)
-        return exact + int((matrix.bitmap.unsqueeze(-1) >> shifts & 1).sum())
+        """How many weights files hold, outliers among them."""
+        return self.matrix.nonzero if self._filled else self.matrix.kept
+
+    @property
+    def sparse(self) -> bool:
+        """Whether files hold a bitmap."""
+        return self._filled or self.bitmap is not None
 
     @property
     def density(self) -> float:
@@ -95,6 +119,19 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), in x's dtype."""
         return ops.linear(x, self.matrix, self.bias)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._filled:
+            stored = self.stored
+            destination[prefix + "values"] = stored.values
+            destination[prefix + "bitmap"] = stored.bitmap
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.thin()
+        super()._load_from_state_dict(*args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
@@ -109,6 +146,6 @@ class QuantizedLinear(nn.Module):
         """Shape, width and group."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
-            f"group={self.group}, sparse={self.matrix.bitmap is not None}, "
+            f"group={self.group}, sparse={self.sparse}, filled={self._filled}, "
             f"bias={self.bias is not None}"
         )

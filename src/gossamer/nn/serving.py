@@ -24,7 +24,8 @@ def serves(layer: Packed) -> tuple[str, str]:
     if isinstance(layer, PackedConv2d):
         return layer.kernel, layer.kernel
     if isinstance(layer, QuantizedLinear):
-        return quantized_kernel_name(layer.bits), quantized_batch_kernel_name(layer.bits)
+        matvec = quantized_kernel_name(layer.bits, dense=layer.bitmap is None)
+        return matvec, quantized_batch_kernel_name(layer.bits)
     if isinstance(layer, NMLinear):
         return nm_kernel_name(), layer.batch_kernel or f"nm-unpack/{_dispatch.isa()}"
     return kernel_name(), layer.batch_kernel or _unprepared(layer)

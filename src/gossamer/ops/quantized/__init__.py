@@ -19,10 +19,12 @@ __all__ = [
     "BITS",
     "QuantizedMatrix",
     "batch_kernel_name",
+    "fill",
     "kernel_name",
     "linear",
     "pack",
     "quantize",
+    "thin",
     "unpack",
 ]
 
@@ -90,6 +92,23 @@ class QuantizedMatrix:
         )  # fmt: skip
 
     @property
+    def kept(self) -> int:
+        """How many weights are stored, outliers among them; of a dense matrix all."""
+        if self.bitmap is None:
+            return self.shape[0] * self.shape[1]
+        shifts = torch.arange(8, dtype=torch.uint8)
+        exact = 0 if self.outliers is None else self.outliers[1].numel()
+        return exact + int((self.bitmap.unsqueeze(-1) >> shifts & 1).sum())
+
+    @property
+    def nonzero(self) -> int:
+        """How many weights of a dense matrix are not 0, outliers among them."""
+        points = reference.zero_points(self.zeros, self.shape, self.bits, self.group)
+        found = reference.dense_integers(self.values, self.shape, self.bits) != points
+        exact = 0 if self.outliers is None else self.outliers[1].numel()
+        return exact + int(found[:, : self.shape[1]].sum())
+
+    @property
     def nbytes(self) -> int:
         """Of what is stored: integers, bitmap, scales, zeros and outliers."""
         parts = (self.values, self.bitmap, self.scales, self.zeros, *(self.outliers or ()))
@@ -126,6 +145,7 @@ def pack(
 ) -> QuantizedMatrix:
     """Quantise the non-zeros of a matrix (out, in), or all of it where a bitmap would not pay.
 
+    What rounds to 0 is not kept, except in an N:M pattern that the kernels use.
     outliers: fraction of the kept weights, the largest of each row, that are held exactly beside
     the integers (SpQR: A Sparse-Quantized Representation for Near-Lossless LLM Weight
     Compression, 2023, chooses them by their error; here their size decides). Raises UsageError
@@ -144,14 +164,49 @@ def pack(
     sparse = float(mask.sum()) * bits + mask.numel() < mask.numel() * bits
     kept = mask if sparse else torch.ones_like(mask)
     integers, scales, zeros = quantize(matrix, kept, bits, group, symmetric)
-    bitmap = bitmaps.pack(matrix, kept)[1] if sparse else None
     shape = (matrix.shape[0], matrix.shape[1])
-    if not sparse:
-        fill = reference.padded_width(shape[1]) - shape[1]
-        integers = torch.nn.functional.pad(integers, (0, fill))
-        kept = torch.nn.functional.pad(kept, (0, fill), value=True)
-    values = reference.pack(integers[kept], kept.sum(dim=1), bits)
-    return QuantizedMatrix.of(values, bitmap, scales, zeros, exact, shape, bits, group)
+    points = reference.zero_points(zeros, shape, bits, group)
+    points[:, : shape[1]][kept] = integers[kept]
+    return _packed(points, kept if sparse else None, scales, zeros, exact, shape, bits, group)
+
+
+def _packed(
+    integers: Tensor, mask: Tensor | None, scales: Tensor, zeros: Tensor | None,
+    outliers: Outliers | None, shape: tuple[int, int], bits: int, group: int,
+) -> QuantizedMatrix:  # fmt: skip
+    """Of integers (out, padded in): all, or those of the mask (out, in) that are not 0."""
+    if mask is None:
+        counts = torch.full((shape[0],), integers.shape[1])
+        values, bitmap = reference.pack(integers.flatten(), counts, bits), None
+    else:
+        integers = integers[:, : shape[1]]
+        kept, bitmap = bitmaps.pack(integers, mask)
+        if not reference.run_of(bitmap, shape[1]):
+            points = reference.zero_points(zeros, shape, bits, group)
+            mask = mask & (integers != points[:, : shape[1]])
+            kept, bitmap = bitmaps.pack(integers, mask)
+        values = reference.pack(kept, mask.sum(dim=1), bits)
+    return QuantizedMatrix.of(values, bitmap, scales, zeros, outliers, shape, bits, group)
+
+
+def fill(m: QuantizedMatrix) -> QuantizedMatrix:
+    """The same weights with every column kept, others than before as exact zeros. O(out * in)."""
+    if m.bitmap is None:
+        return m
+    if _dispatch.isa_index() < 0:
+        values = reference.fill(m.values, m.bitmap, m.zeros, m.shape, m.bits, m.group)
+    else:
+        values = native.fill(m)
+    return QuantizedMatrix.of(values, None, m.scales, m.zeros, m.outliers, m.shape, m.bits, m.group)
+
+
+def thin(m: QuantizedMatrix) -> QuantizedMatrix:
+    """The same weights with a bitmap that keeps what is not 0: undoes `fill`. O(out * in)."""
+    if m.bitmap is not None:
+        return m
+    integers = reference.dense_integers(m.values, m.shape, m.bits)
+    every = torch.ones(m.shape, dtype=torch.bool)
+    return _packed(integers, every, m.scales, m.zeros, m.outliers, m.shape, m.bits, m.group)
 
 
 def _take_outliers(matrix: Tensor, mask: Tensor, share: float) -> tuple[Outliers, Tensor]:
@@ -165,12 +220,12 @@ def _take_outliers(matrix: Tensor, mask: Tensor, share: float) -> tuple[Outliers
     return (row_ptr, cols, matrix[taken].contiguous()), taken
 
 
-def kernel_name(bits: int) -> str:
+def kernel_name(bits: int, dense: bool) -> str:
     """The kernel that serves one row of input here, such as `int4-matvec/avx512`."""
     name = _dispatch.isa()
     if name == "avx512" and not native.has_byte_products():
         name = "avx2"
-    return f"int{bits}-matvec/{name}"
+    return f"int{bits}-{'dense' if dense else 'matvec'}/{name}"
 
 
 def batch_kernel_name(bits: int) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gossamer.core.errors import UsageError
 from gossamer.ops._dispatch import ISAS, isa_index, kernels
-from gossamer.ops.quantized.reference import outlier_matrix, quantize_input
+from gossamer.ops.quantized.reference import SLACK, outlier_matrix, padded_width, quantize_input
 
 if TYPE_CHECKING:
     from gossamer.ops.quantized import QuantizedMatrix
@@ -62,6 +62,17 @@ def unpack(m: QuantizedMatrix) -> Tensor:
     matrix = torch.empty(m.shape)
     _rows(m, 0, m.shape[0], matrix)
     return matrix
+
+
+def fill(m: QuantizedMatrix) -> Tensor:
+    """The values of the same matrix dense: the zero point where nothing is kept."""
+    rows = -(-m.shape[0] // 2) if m.bits == 4 else m.shape[0]
+    values = torch.empty(rows * padded_width(m.shape[1]) + SLACK, dtype=torch.uint8)
+    values[-SLACK:] = 0
+    threads = 1 if values.numel() < _SMALL else torch.get_num_threads()
+    count = values.numel() - SLACK
+    _module().quantized_fill(arguments(m), values.data_ptr(), count, threads, isa_index())
+    return values
 
 
 def has_byte_products() -> bool:

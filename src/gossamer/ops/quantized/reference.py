@@ -149,6 +149,32 @@ def integers_of(values: Tensor, counts: Tensor, bits: int) -> Tensor:
     return found if bits == 8 else torch.where(rows % 2 == 0, found & 15, found >> 4)
 
 
+def zero_points(zeros: Tensor | None, shape: tuple[int, int], bits: int, group: int) -> Tensor:
+    """uint8 (out, padded in): the integer that stands for 0 at every position."""
+    if zeros is None:
+        return torch.full((shape[0], padded_width(shape[1])), 1 << bits - 1, dtype=torch.uint8)
+    return zeros[:, torch.arange(padded_width(shape[1])) // group]
+
+
+def fill(
+    values: Tensor, bitmap: Tensor, zeros: Tensor | None, shape: tuple[int, int], bits: int,
+    group: int,
+) -> Tensor:  # fmt: skip
+    """The values of the same matrix dense: the zero point where nothing is kept."""
+    integers = zero_points(zeros, shape, bits, group)
+    mask = bitmaps.unpack_mask(bitmap, shape[1])
+    integers[:, : shape[1]][mask] = integers_of(values, mask.sum(dim=1), bits)
+    return pack(integers.flatten(), torch.full((shape[0],), integers.shape[1]), bits)
+
+
+def dense_integers(values: Tensor, shape: tuple[int, int], bits: int) -> Tensor:
+    """The integers, uint8 (out, padded in), of a matrix without a bitmap."""
+    whole = values[: len(values) - SLACK].reshape(-1, padded_width(shape[1]))
+    if bits == 8:
+        return whole
+    return torch.stack([whole & 15, whole >> 4], dim=1).flatten(0, 1)[: shape[0]]
+
+
 def _places(counts: Tensor, offsets: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Row of every kept weight and the byte that holds it."""
     rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
@@ -204,9 +230,7 @@ def unpack(
     columns = torch.arange(in_features) // group
     if bitmap is None:
         mask = torch.ones(rows, in_features, dtype=torch.bool)
-        counts = torch.full((rows,), padded_width(in_features))
-        found = integers_of(values, counts, bits)
-        integers = found.reshape(rows, -1)[:, :in_features].float()
+        integers = dense_integers(values, (rows, in_features), bits)[:, :in_features].float()
     else:
         mask = bitmaps.unpack_mask(bitmap, in_features)
         kept = integers_of(values, mask.sum(dim=1), bits).float()

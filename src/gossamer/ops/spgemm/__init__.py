@@ -1,9 +1,9 @@
 """Sparse times sparse, row by row with a hash table as accumulator: see csrc/spgemm.hpp.
 
-A first pass counts the columns of every row, a second fills them. A row's accumulator is a hash table
-of four slots per column of the row, or one slot per column of the right matrix where these fit the
-second-level cache. Memory is that of the result (row-wise SpGEMM after Gustavson, "Two fast algorithms for sparse matrices", 1978; the hash
-accumulator as in SMASH's software form, 2021).
+A first pass counts the columns of every row, a second fills them. A row's accumulator is a hash
+table of four slots per column of the row, or one slot per column of the right matrix where these
+fit the second-level cache. Memory is that of the result (row-wise SpGEMM after Gustavson, "Two fast
+algorithms for sparse matrices", 1978; the hash accumulator as in SMASH's software form, 2021).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _INT32 = (1 << 31) - 1
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a (m, k) times b (k, n), both torch CSR of the same dtype, float32 or float64; CSR (m, n).
 
-    Columns ascending, indices int32 (int64 from 2^31 entries on). Entries that cancel to zero stay stored, as in
-    scipy. O(multiplications). Not differentiable. Raises UsageError for other layouts or dtypes.
+    Columns ascending, indices int32 (int64 from 2^31 entries on). Entries that cancel to zero stay
+    stored, as in scipy. O(multiplications). Not differentiable. Raises UsageError for other layouts or dtypes.
     """
     for matrix in (a, b):
         if matrix.layout != torch.sparse_csr or matrix.dim() != 2:

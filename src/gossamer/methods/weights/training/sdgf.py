@@ -53,8 +53,8 @@ class SdGf(Fixed):
         "the paper leaves them open.",
         notes="Masked gradients are what the paper explains its gain by; the released code passes "
         "the whole gradient on, which is gradient='straight'. M over N must be a power of two, and "
-        "geometric frames need M of at most 4 and rows of whole groups of 8M. Costs more per step than SR-STE while "
-        "the structure is loose. Decay of the mask (MdGf) is another method.",
+        "geometric frames need M of at most 4 and rows of whole groups of 8M. Costs more per step "
+        "than SR-STE while the structure is loose. Decay of the mask (MdGf) is another method.",
     )
 
     def __post_init__(self) -> None:
