@@ -18,11 +18,13 @@ struct Bitmap {
   int64_t rows, stride;     // stride: bytes per row, a multiple of 8
   int64_t nnz;
   bool bf16;
+  const uint16_t* columns = nullptr;  // of every value, or null; matvec reads them in place of bits
 };
 
 // y (batch, rows) = x (batch, stride * 8) W^T + bias, batch 1 to 8, float32,
 // x on a 64-byte boundary.
-// Columns that a row does not keep never touch its result, even where x is NaN or infinite.
+// Columns that a row does not keep never touch its result, even where x is NaN or infinite. With
+// `columns` inputs are picked, which costs by the weights that are kept, not by all positions.
 using Matvec = void (*)(const Bitmap&, const float* x, int64_t batch, float* y, const float* bias,
                         int threads);
 

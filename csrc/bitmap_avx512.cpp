@@ -199,6 +199,7 @@ const T* row_axpy(const Word* bits, int64_t words, const T* values, const float*
 }  // namespace
 }  // namespace gossamer
 
+#include "bitmap_columns.hpp"
 #include "decoder_driver.hpp"
 
 namespace gossamer {

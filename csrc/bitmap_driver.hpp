@@ -2,6 +2,8 @@
 // in an anonymous namespace:
 //   template <class T, int B> void row_dot(const Word* bits, int64_t words, const T* values,
 //       const T* end, const float* x, int64_t x_stride, float* out);
+//   template <class T, int B> void picked_dot(const uint16_t* columns, const T* values,
+//       int64_t count, const float* x, int64_t x_stride, float* out): the same by columns
 //   template <class T> void pair_dot(...): two rows, of one matrix or of two, at once
 //   template <class T> void expand_word(uint64_t word, const T* values, float* out);
 //   template <class T, int NV> const T* row_axpy(const Word* bits, int64_t words,
@@ -28,15 +30,23 @@ inline int64_t split_rows(const Bitmap& m, int i, int n) {
   return i == n ? m.rows : low;
 }
 
+// Row r times B inputs.
+template <class T, int B>
+void one_row(const Bitmap& m, int64_t r, const float* x, int64_t x_stride, float* out) {
+  const T *all = static_cast<const T*>(m.values), *values = all + m.row_ptr[r];
+  if (m.columns)
+    return picked_dot<T, B>(m.columns + m.row_ptr[r], values, m.row_ptr[r + 1] - m.row_ptr[r], x,
+                              x_stride, out);
+  const Word* bits = reinterpret_cast<const Word*>(m.bits + r * m.stride);
+  row_dot<T, B>(bits, m.stride / 8, values, all + m.nnz, x, x_stride, out);
+}
+
 template <class T, int B>
 void matvec_rows(const Bitmap& m, const float* x, float* y, const float* bias, int64_t from,
                  int64_t to) {
-  const T* values = static_cast<const T*>(m.values);
-  const int64_t x_stride = m.stride * 8;
   for (int64_t r = from; r < to; ++r) {
     float sums[B];
-    const Word* bits = reinterpret_cast<const Word*>(m.bits + r * m.stride);
-    row_dot<T, B>(bits, m.stride / 8, values + m.row_ptr[r], values + m.nnz, x, x_stride, sums);
+    one_row<T, B>(m, r, x, m.stride * 8, sums);
     for (int b = 0; b < B; ++b) y[b * m.rows + r] = sums[b] + (bias ? bias[r] : 0.0f);
   }
 }
@@ -44,6 +54,10 @@ void matvec_rows(const Bitmap& m, const float* x, float* y, const float* bias, i
 // Row a of matrix m and row b of matrix n (as many columns) times x, into out[0] and out[1].
 template <class T>
 void two_rows(const Bitmap& m, int64_t a, const Bitmap& n, int64_t b, const float* x, float* out) {
+  if (m.columns || n.columns) {
+    one_row<T, 1>(m, a, x, 0, out);
+    return one_row<T, 1>(n, b, x, 0, out + 1);
+  }
   const T *first = static_cast<const T*>(m.values), *second = static_cast<const T*>(n.values);
   pair_dot<T>(reinterpret_cast<const Word*>(m.bits + a * m.stride),
               reinterpret_cast<const Word*>(n.bits + b * n.stride), m.stride / 8,

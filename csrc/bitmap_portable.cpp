@@ -23,6 +23,16 @@ void row_dot(const Word* bits, int64_t words, const T* values, const T*, const f
   for (int b = 0; b < B; ++b) out[b] = sums[b];
 }
 
+template <class T, int B>
+void picked_dot(const uint16_t* columns, const T* values, int64_t count, const float* x,
+                  int64_t x_stride, float* out) {
+  for (int b = 0; b < B; ++b) out[b] = 0.0f;
+  for (int64_t k = 0; k < count; ++k) {
+    const float value = widen(values[k]);
+    for (int b = 0; b < B; ++b) out[b] += value * x[b * x_stride + columns[k]];
+  }
+}
+
 template <class T>
 void pair_dot(const Word* bits_a, const Word* bits_b, int64_t words, const T* a, const T* b,
               const T* end_a, const T* end_b, const float* x, float* out) {

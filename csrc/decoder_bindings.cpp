@@ -53,8 +53,8 @@ Linear linear(const LinearArgs& a, int64_t rows, int64_t cols, const char* name,
     return m;
   }
   NmArgs places;
-  if (a.size() == places.size() + 2) {
-    std::copy(a.begin(), a.end() - 2, places.begin());
+  if (a.size() == places.size() + 1) {
+    std::copy(a.begin(), a.end() - 1, places.begin());
     kept.nm.push_back(nm_view(places));
     if (places[2] != rows || places[3] != cols)
       throw std::invalid_argument(std::string("decoder: ") + name + " has the wrong shape");
@@ -63,7 +63,7 @@ Linear linear(const LinearArgs& a, int64_t rows, int64_t cols, const char* name,
     m.bias = floats(a[places.size()]);
     return m;
   }
-  if (a.size() != 10) throw std::invalid_argument("decoder: a layer of no known kind");
+  if (a.size() != 11) throw std::invalid_argument("decoder: a layer of no known kind");
   if (a[3] != rows || a[4] != cols)
     throw std::invalid_argument(std::string("decoder: ") + name + " has the wrong shape");
   m.packed.values = reinterpret_cast<const void*>(a[0]);
@@ -76,6 +76,7 @@ Linear linear(const LinearArgs& a, int64_t rows, int64_t cols, const char* name,
   m.dense = a[8] != 0;
   m.cols = cols;
   m.bias = floats(a[9]);
+  m.packed.columns = reinterpret_cast<const uint16_t*>(a[10]);
   if (m.dense) return m;
   if (m.packed.stride != (cols + 63) / 64 * 8 || m.packed.row_ptr[0] != 0 ||
       m.packed.row_ptr[rows] != m.packed.nnz)

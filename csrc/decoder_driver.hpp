@@ -44,9 +44,7 @@ float row_product(const Linear& m, int64_t r, const float* x) {
   const T* values = static_cast<const T*>(m.packed.values);
   if (m.dense) return dense_dot(values + r * m.cols, x, m.cols);
   float sum;
-  const Word* bits = reinterpret_cast<const Word*>(m.packed.bits + r * m.packed.stride);
-  row_dot<T, 1>(bits, m.packed.stride / 8, values + m.packed.row_ptr[r], values + m.packed.nnz, x,
-                0, &sum);
+  one_row<T, 1>(m.packed, r, x, 0, &sum);
   return sum;
 }
 

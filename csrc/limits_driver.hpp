@@ -1,7 +1,7 @@
 // The loops of limits.hpp, compiled once per instruction set.
 #pragma once
-#include "sell_driver.hpp"
 #include "limits.hpp"
+#include "sell_driver.hpp"
 
 namespace gossamer {
 namespace {

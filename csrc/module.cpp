@@ -26,14 +26,14 @@ using namespace gossamer;
 namespace {
 
 Bitmap view(uintptr_t bits, uintptr_t values, uintptr_t row_ptr, int64_t rows, int64_t stride,
-            int64_t nnz, bool bf16) {
+            int64_t nnz, bool bf16, uintptr_t columns = 0) {
   if (rows < 0 || stride < 0 || stride % 8 || nnz < 0)
     throw std::invalid_argument("bitmap: negative or misaligned size");
   const auto* offsets = reinterpret_cast<const int64_t*>(row_ptr);
   if (offsets[0] != 0 || offsets[rows] != nnz)
     throw std::invalid_argument("bitmap: row offsets do not end at the number of values");
   return {reinterpret_cast<const uint8_t*>(bits), reinterpret_cast<const void*>(values), offsets,
-          rows, stride, nnz, bf16};
+          rows, stride, nnz, bf16, reinterpret_cast<const uint16_t*>(columns)};
 }
 
 Matvec pick_matvec(int isa) {
@@ -70,6 +70,20 @@ void offsets(uintptr_t bits, int64_t rows, int64_t cols, int64_t stride, uintptr
   }
 }
 
+// The column of every value, from the bitmap; stride is of at most 65536 columns.
+void columns(uintptr_t bits, uintptr_t row_ptr, int64_t rows, int64_t stride, int64_t nnz,
+             uintptr_t out) {
+  if (stride > 65536 / 8) throw std::invalid_argument("bitmap: too many columns for 16 bits");
+  const Bitmap m = view(bits, 0, row_ptr, rows, stride, nnz, false);
+  for (int64_t r = 0; r < rows; ++r) {
+    auto* column = reinterpret_cast<uint16_t*>(out) + m.row_ptr[r];
+    const Word* words = reinterpret_cast<const Word*>(m.bits + r * stride);
+    for (int64_t w = 0; w < stride / 8; ++w)
+      for (uint64_t left = words[w]; left; left &= left - 1)
+        *column++ = static_cast<uint16_t>(w * 64 + __builtin_ctzll(left));
+  }
+}
+
 float from_bf16(uint16_t value) {
   const uint32_t bits = static_cast<uint32_t>(value) << 16;
   float result;
@@ -89,12 +103,12 @@ uint16_t to_bf16(float value) {
 // pads here, because small layers are called so often that every tensor operation around the
 // kernel would cost more than the kernel.
 void matvec(uintptr_t bits, uintptr_t values, uintptr_t row_ptr, int64_t rows, int64_t stride,
-            int64_t nnz, bool bf16, uintptr_t x, int64_t cols, int64_t batch, bool x_bf16,
-            uintptr_t y, uintptr_t bias, int threads, int isa) {
+            int64_t nnz, bool bf16, uintptr_t columns, uintptr_t x, int64_t cols, int64_t batch,
+            bool x_bf16, uintptr_t y, uintptr_t bias, int threads, int isa) {
   check_isa(isa);
   if (batch < 1 || batch > 8 || threads < 1 || cols < 0 || cols > stride * 8)
     throw std::invalid_argument("bitmap: bad batch");
-  const Bitmap m = view(bits, values, row_ptr, rows, stride, nnz, bf16);
+  const Bitmap m = view(bits, values, row_ptr, rows, stride, nnz, bf16, columns);
   const int64_t padded = stride * 8;
   const auto* input = reinterpret_cast<const float*>(x);
   auto* output = reinterpret_cast<float*>(y);
@@ -173,6 +187,7 @@ NB_MODULE(_kernels, m) {
   m.doc() = "Compiled kernels; call them through gossamer.ops.";
   m.def("best_isa", &best_isa);
   m.def("bitmap_offsets", &offsets, nb::call_guard<nb::gil_scoped_release>());
+  m.def("bitmap_columns", &columns, nb::call_guard<nb::gil_scoped_release>());
   m.def("bitmap_matvec", &matvec, nb::call_guard<nb::gil_scoped_release>());
   bind_decoder(m);
   bind_sell(m);

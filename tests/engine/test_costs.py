@@ -13,7 +13,7 @@ from gossamer.core.errors import DisturbedError
 from gossamer.engine import measure_costs
 from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d
 from gossamer.nn.costs import cache_file, cached_costs, machine, read_costs, store_costs
-from gossamer.ops._dispatch import isa_index
+from gossamer.ops._dispatch import ISAS, isa_index
 from gossamer.ops.bitmap import native
 from gossamer.ops.quantized.native import has_byte_products
 
@@ -220,6 +220,31 @@ def test_integers_are_held_in_the_faster_form(tmp_path):
         torch.testing.assert_close(again(x), net[0](x))
 
 
+def test_columns_are_read_where_that_is_faster(monkeypatch, tmp_path):
+    """By costs at any density, by rule at low ones; never for models that see batches."""
+    cheap = costs(columns_matvec={1: terms(0, 0, 0.5 * BYTE)})
+    record = chosen(net := layer(density=0.4), costs=cheap)
+    assert record.kernel.startswith("columns-matvec") and "columns-matvec" in record.predicted
+    assert net[0].rows_decided.startswith("columns read by measured costs: predicted ")
+    gs.save(net, tmp_path / "out")
+    again = gs.load(tmp_path / "out", model=layer(), costs=cheap, batches=False)[0]
+    assert torch.equal(again.columns, net[0].columns)
+    dear = costs(columns_matvec={1: terms(0, 0, 5 * BYTE)})
+    record = chosen(net := layer(density=0.05), costs=dear)
+    assert record.kernel.startswith("bitmap-matvec") and net[0].columns is None
+    chosen(net := layer(density=0.05), costs=cheap, batches=True)
+    assert net[0].columns is None and net[0].rows_decided == ""
+    for isa, density, reads in (("avx512", 0.08, True), ("avx512", 0.2, False),
+                                ("avx2", 0.2, True), ("portable", 0.02, False)):  # fmt: skip
+        if ISAS.index(isa) > isa_index():
+            continue
+        monkeypatch.setenv("GOSSAMER_ISA", isa)
+        chosen(net := layer(density=density), costs="rule")
+        monkeypatch.delenv("GOSSAMER_ISA")
+        assert (net[0].columns is not None) == reads
+        assert net[0].rows_decided == f"{'columns' if reads else 'bitmap'} read by rule"
+
+
 def test_integers_by_rule(monkeypatch):
     if isa_index() < 1:
         pytest.skip("the rule is about vectors")
@@ -386,6 +411,7 @@ def test_calibration_measures_every_kernel(cache, monkeypatch):
     assert torch.equal(state, torch.random.get_rng_state())
     assert cached_costs() == found and dict(found.machine) == machine()
     kernels = {"dense", "bitmap-matvec", "bitmap-unpack", "bitmap-spmm", "sell-spmm"}
+    kernels.add("columns-matvec")
     names = {f"{k} {d}" for k in (*kernels, "block-spmm") for d in ("float32", "bfloat16")}
     names |= {f"{k} {d}" for k in ("dense", "bitmap-matvec") for d in ("int4", "int8")}
     kinds = ("dense-conv", "sparse-conv", "tiled-conv")

@@ -67,7 +67,8 @@ CASES = [
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("family", "other"), CASES)
-def test_every_logit_is_that_of_transformers(family, other, isa, monkeypatch):
+@pytest.mark.parametrize("by_columns", ["", "up_proj", "_proj"])
+def test_every_logit_is_that_of_transformers(family, other, isa, by_columns, monkeypatch):
     if ISAS.index(isa) > kernels().best_isa():
         pytest.skip(f"this processor lacks {isa}")
     monkeypatch.setitem(os.environ, "GOSSAMER_ISA", isa)
@@ -76,6 +77,9 @@ def test_every_logit_is_that_of_transformers(family, other, isa, monkeypatch):
     with torch.inference_mode():
         expected = model(input_ids=torch.cat([ids, prompt(20)], dim=1)).logits[0, 6:]
     gs.compress(model)
+    for name, module in model.named_modules():
+        if by_columns and by_columns in name:
+            module.prepare_columns()
     with torch.inference_mode():
         decoder = Decoder(model, 27)
         found = [decoder.prefill(ids)] + [decoder.step(int(t)).clone() for t in prompt(20)[0]]

@@ -53,10 +53,32 @@ def test_kernels_equal_the_reference(isa, dtype, shape, monkeypatch):
     bias = torch.randn(shape[0])
     layer = BitmapLinear.from_matrix(matrix, bias)
     assert ops.kernel_name() == f"bitmap-matvec/{isa}"
+    assert ops.kernel_name(columns=True) == f"columns-matvec/{isa}"
+    by_columns = BitmapLinear.from_matrix(matrix, bias)
+    assert by_columns.prepare_columns() == 2 * layer.values.numel()
     for batch in BATCHES:
         x = torch.randn(batch, shape[1])
         expected = x.double() @ matrix.double().t() + bias.double()
-        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=2e-5)
+        for each in (layer, by_columns):
+            torch.testing.assert_close(each(x).double(), expected, rtol=1e-5, atol=2e-5)
+
+
+def test_columns_are_those_of_the_bitmap():
+    for rows, cols in SHAPES:
+        matrix = sparse(rows, cols)
+        values, bitmap = ops.pack(matrix)
+        found = ops.columns_of(bitmap, ops.row_offsets(values, bitmap, cols), cols)
+        assert found.dtype == torch.uint16
+        assert torch.equal(found.long(), matrix.nonzero()[:, 1])
+    matrix = torch.zeros(2, 1 << 16)
+    matrix[1, -1] = 1
+    layer = BitmapLinear.from_matrix(matrix)
+    layer.prepare_columns()
+    x = torch.randn(1, 1 << 16)
+    assert layer(x)[0].tolist() == [0, x[0, -1]]
+    assert "columns" not in layer.state_dict() and "columns=True" in repr(layer)
+    with pytest.raises(UsageError, match="16 bits"):
+        BitmapLinear.from_matrix(torch.ones(2, (1 << 16) + 1)).prepare_columns()
 
 
 def at_page_end(tensor):
@@ -77,7 +99,8 @@ def at_page_end(tensor):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("density", [0.5, 0.3, 0.2, 0.05])
 @pytest.mark.parametrize("shape", [(1, 2565), (9, 515), (24, 1000)], ids=str)
-def test_matvec_reads_nothing_past_the_end(isa, dtype, density, shape, monkeypatch):
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_matvec_reads_nothing_past_the_end(isa, dtype, density, shape, by_columns, monkeypatch):
     """Empty rows among others, tails of any length, NaN and infinity in columns that some keep."""
     monkeypatch.setenv("GOSSAMER_ISA", isa)
     matrix = sparse(*shape, density, dtype)
@@ -85,14 +108,16 @@ def test_matvec_reads_nothing_past_the_end(isa, dtype, density, shape, monkeypat
     values, bitmap = ops.pack(matrix)
     offsets = ops.row_offsets(values, bitmap, shape[1])
     guarded = at_page_end(values), at_page_end(bitmap)
+    columns = ops.columns_of(bitmap, offsets, shape[1])
+    ends = (*guarded, offsets, None, shape[1], None, at_page_end(columns) if by_columns else None)
     for batch in (1, 2, 3, 4, 8):
         x = torch.randn(batch, shape[1])
-        found = ops.linear(x, *guarded, offsets, None, shape[1])
+        found = ops.linear(x, *ends)
         torch.testing.assert_close(
             found.double(), x.double() @ matrix.double().t(), rtol=1e-5, atol=5e-5
         )
         x[0, 70], x[0, -1] = float("nan"), float("inf")
-        strange = ops.linear(x, *guarded, offsets, None, shape[1])
+        strange = ops.linear(x, *ends)
         touched = (matrix[:, 70] != 0) | (matrix[:, -1] != 0)
         assert torch.equal(~torch.isfinite(strange[0]), touched)
         assert torch.equal(strange[1:], found[1:])
@@ -121,10 +146,12 @@ def test_bitmaps_may_lie_anywhere(isa, monkeypatch):
 def test_threads_do_not_change_the_result(isa, dtype, over_threads, monkeypatch):
     monkeypatch.setenv("GOSSAMER_ISA", isa)
     layer = BitmapLinear.from_matrix(sparse(700, 300, dtype=dtype))
+    by_columns = BitmapLinear.from_matrix(sparse(700, 300, 0.1, dtype=dtype))
+    by_columns.prepare_columns()
     x, many = torch.randn(1, 300), torch.randn(70, 300)
-    one, *others = over_threads(lambda: (layer(x), layer(many)))
+    one, *others = over_threads(lambda: (layer(x), layer(many), by_columns(x)))
     for other in others:
-        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("isa", [*ISAS, "reference"])
@@ -171,6 +198,11 @@ def test_gradients_and_opcheck():
     torch.testing.assert_close(bias.grad, grad.sum(0))
     torch.library.opcheck(
         torch.ops.gossamer.bitmap_linear.default, (x, values, bitmap, offsets, bias, 30)
+    )
+    columns = ops.columns_of(bitmap, offsets, 30)
+    torch.library.opcheck(
+        torch.ops.gossamer.bitmap_linear.default,
+        (x, values, bitmap, offsets, bias, 30, None, columns),
     )
 
 

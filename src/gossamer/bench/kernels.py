@@ -15,7 +15,8 @@ from gossamer.bench import integer_peers, peers
 from gossamer.bench.measure import Limits, Rounds, interleaved
 from gossamer.core.errors import GossamerError
 from gossamer.nn import BitmapLinear, QuantizedLinear
-from gossamer.nn.dispatch import choose_form
+from gossamer.nn.dispatch import choose_columns, choose_form
+from gossamer.ops.bitmap.native import MATVEC_ROWS
 from gossamer.ops.quantized.reference import quantize_input
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -51,7 +52,7 @@ def cases() -> list[Case]:
         Case(out, inputs, dtype, density, 1)
         for out, inputs in ((4096, 11008), (4096, 4096))
         for dtype in DTYPES
-        for density in (0.5, 0.3, 0.2)
+        for density in (0.5, 0.3, 0.2, 0.1, 0.05)
     ]
     batches = [
         Case(4096, 4096, dtype, density, batch)
@@ -121,15 +122,18 @@ def _layer(case: Case, matrix: Tensor) -> Layer:
         if not case.form:
             choose_form(layer, None, batches=False)
         return layer
-    pattern = f"block:{case.block}" if case.block else ""
-    return BitmapLinear.from_matrix(matrix, pattern=pattern)
+    packed = BitmapLinear.from_matrix(matrix, pattern=f"block:{case.block}" if case.block else "")
+    if case.batch <= MATVEC_ROWS:
+        choose_columns(packed, None)
+    return packed
 
 
 def _size(layer: Layer) -> tuple[int, int]:
     """Kept weights, and the bytes that a product reads."""
     if isinstance(layer, QuantizedLinear):
         return layer.kept, layer.matrix.nbytes
-    return layer.values.numel(), layer.values.nbytes + layer.bitmap.nbytes
+    index = layer.bitmap if layer.columns is None else layer.columns
+    return layer.values.numel(), layer.values.nbytes + index.nbytes
 
 
 def _matrix(case: Case) -> Tensor:

@@ -74,6 +74,8 @@ class Bench:
             record["cases"].append({"label": label, **timed()})
             if self.out:
                 write_whole(Path(self.out), functools.partial(_write, record))
+        order = {label: index for index, (label, _) in enumerate(wanted)}
+        record["cases"].sort(key=lambda case: order.get(case["label"], len(order)))
         _improve(record, measure_limits())
         if self.out:
             write_whole(Path(self.out), functools.partial(_write, record))

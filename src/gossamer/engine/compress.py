@@ -18,7 +18,7 @@ from gossamer.nn.bitmap import BitmapLinear, serves_batches
 from gossamer.nn.chain import fuse
 from gossamer.nn.conv import PackedConv2d, why_not
 from gossamer.nn.costs import choose_unpacking, known_costs
-from gossamer.nn.dispatch import Decision, choose_form, decide, prepare
+from gossamer.nn.dispatch import Decision, choose_columns, choose_form, decide, prepare
 from gossamer.nn.nm import NMLinear, pays_as_nm
 from gossamer.nn.quantized import QuantizedLinear
 from gossamer.nn.serving import serves
@@ -233,6 +233,8 @@ def _swap(module: nn.Module, record: LayerRecord, call: _Call) -> LayerRecord:
         return LayerRecord(**{**vars(record), "kernel": kernel, "batches": many})
     if isinstance(packed, BitmapLinear):
         choose_unpacking(packed, call.costs)
+        if not call.batches:
+            choose_columns(packed, call.costs)
     prepared = call.batches and prepare(packed, call.costs)
     call.root.set_submodule(record.name, packed)
     kernel, many = serves(packed)

@@ -91,9 +91,11 @@ class _Kept:
             return [*arguments(matrix), bias]
         if isinstance(part, NMLinear):
             self.tensors.extend([part.values, part.codes])
-            return [*nm_arguments(part.values, part.codes, part.layout), bias, 0]
+            return [*nm_arguments(part.values, part.codes, part.layout), bias]
+        columns = 0
         if isinstance(part, BitmapLinear):
             values, bits = part.values, part.bitmap
+            columns = 0 if part.columns is None else self.address(part.columns)
             addresses = [self.address(t) for t in (values, bits, part.row_ptr)]
             shape, stride, nnz = (part.out_features, part.in_features), bits.shape[1], len(values)
         else:
@@ -102,7 +104,7 @@ class _Kept:
             shape = (values.shape[0], values.shape[1])
         dense = not isinstance(part, BitmapLinear)
         bf16 = values.dtype == torch.bfloat16
-        return [*addresses, *shape, stride, nnz, int(bf16), int(dense), bias]
+        return [*addresses, *shape, stride, nnz, int(bf16), int(dense), bias, columns]
 
 
 class Decoder:

@@ -153,6 +153,11 @@ def measure_sparse(
         for rows in many:
             x = torch.randn(rows, inputs).to(dtype)
             yield f"{kernel} {_name(dtype)}", rows, work, _seconds(layers, x)
+    layer.prepare_columns()
+    layers = _copies(layer)
+    for rows in few:
+        x = torch.randn(rows, inputs).to(dtype)
+        yield f"columns-matvec {_name(dtype)}", rows, work, _seconds(layers, x)
     layer.prepare_batches()
     layers = _copies(layer)
     for rows in many:

@@ -24,7 +24,7 @@ from gossamer.nn import (
 from gossamer.nn.chain import fuse
 from gossamer.nn.conv import no_kernel
 from gossamer.nn.costs import known_costs, use_costs
-from gossamer.nn.dispatch import fill_where_it_pays, prepare_where_it_pays
+from gossamer.nn.dispatch import choose_forms, prepare_where_it_pays
 from gossamer.ops.quantized import QuantizedMatrix
 
 
@@ -71,7 +71,7 @@ def load(
     measured = known_costs(costs)
     use_costs(root, measured)
     batches = serves_batches(root, batches)
-    fill_where_it_pays(root, measured, batches)
+    choose_forms(root, measured, batches)
     if batches:
         prepare_where_it_pays(root, measured)
     return root.eval()

@@ -27,12 +27,15 @@ class BitmapLinear(nn.Module):
     than 8 rows of input fastest: blocks for a block pattern whose blocks are whole, else groups of
     columns. Without it such batches are unpacked piece by piece for a dense product, or multiplied
     row by row: from `unpack_from` rows on, or where that is None from 30% density on.
-    `batches_decided` says why `compress` or `load` prepared the form or not; empty: not asked.
+    `prepare_columns` holds the column of every kept weight too, which serves up to 8 rows.
+    `rows_decided` and `batches_decided` say why `compress` or `load` prepared these forms or not;
+    empty: not asked.
     """
 
     values: Tensor
     bitmap: Tensor
     row_ptr: Tensor
+    columns: Tensor | None
 
     def __init__(
         self,
@@ -55,6 +58,8 @@ class BitmapLinear(nn.Module):
         self.register_buffer("bitmap", bitmap.contiguous())
         offsets = ops.row_offsets(values, bitmap, in_features)
         self.register_buffer("row_ptr", offsets, persistent=False)
+        self.register_buffer("columns", None, persistent=False)
+        self.rows_decided = ""
         self._batches: tuple[int, BatchForm] | None = None
         self.batches_decided = ""
         self.unpack_from: int | None = None
@@ -76,6 +81,14 @@ class BitmapLinear(nn.Module):
     def density(self) -> float:
         """The fraction of weights stored."""
         return self.values.numel() / max(1, self.in_features * self.out_features)
+
+    def prepare_columns(self) -> int:
+        """Hold the column of every kept weight, never saved; returns the bytes. O(out * in / 64).
+
+        Up to 8 rows of input then take time by the kept weights: less where they are few.
+        """
+        self.columns = ops.columns_of(self.bitmap, self.row_ptr, self.in_features)
+        return self.columns.nbytes
 
     def prepare_batches(self) -> int:
         """Build the form for batches; returns its bytes. O(out * in / 64 + nnz)."""
@@ -115,14 +128,14 @@ class BitmapLinear(nn.Module):
                 return blocks.linear(x, form, self.bias)
             return sell.linear(x, form, self.bias)
         parts = (self.values, self.bitmap, self.row_ptr, self.bias, self.in_features)
-        return ops.linear(x, *parts, self.unpack_from)
+        return ops.linear(x, *parts, self.unpack_from, self.columns)
 
     def extra_repr(self) -> str:
         """Shape, density and kernel."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"density={self.density:.3f}, bias={self.bias is not None}, dtype={self.values.dtype}, "
-            f"batches={self.batch_kernel}"
+            f"columns={self.columns is not None}, batches={self.batch_kernel}"
         )
 
 

@@ -16,12 +16,15 @@ from gossamer.nn.bitmap import BitmapLinear
 from gossamer.nn.nm import NMLinear
 from gossamer.nn.quantized import QuantizedLinear
 from gossamer.ops import _dispatch
+from gossamer.ops.bitmap import WIDEST
 from gossamer.ops.blocks import HEIGHTS
 from gossamer.ops.conv import sharing, suits_tiles
 from gossamer.ops.quantized.native import has_byte_products
 
 BATCH = 128
 """Rows of input for which layers of a model that sees batches are chosen."""
+COLUMNS_UP_TO = {"avx512": 0.1, "avx2": 0.3}
+"""Densities up to which reading columns beats expanding bitmaps, by instructions."""
 PIXELS = 196
 """Pixels for which a convolution is chosen: 14 x 14, the middle of a usual network."""
 
@@ -56,7 +59,7 @@ def decide(
     if batches:
         names = ["dense", "sell-spmm", "bitmap-unpack", "bitmap-spmm"]
     else:
-        names = ["dense", "bitmap-matvec"]
+        names = ["dense", "bitmap-matvec", "columns-matvec"]
     out, inputs = record.shape[0], record.shape[1]
     high = block_height(record.pattern, out, inputs)
     if batches and high:
@@ -87,6 +90,7 @@ def convolution_family(kernel: tuple[int, ...], stride: tuple[int, ...]) -> str:
     """What the costs of a convolution are called behind its kernel: 1x1 ones, and all others.
 
     Others were measured at 3x3 with stride 1 and 2; larger kernels differ in their inputs alone.
+    A 1x1 one with a horizontal stride above 2 picks its pixels first and is a plain one then.
     """
     if tuple(kernel) == (1, 1):
         return "" if max(stride) == 1 or stride[1] > 2 else "-1x1s2"
@@ -142,11 +146,34 @@ def prepare(layer: BitmapLinear | NMLinear, costs: Costs | None) -> bool:
     return wins
 
 
-def fill_where_it_pays(model: nn.Module, costs: Costs | None, batches: bool) -> None:
-    """`choose_form` for every quantised layer of a model."""
+def choose_forms(model: nn.Module, costs: Costs | None, batches: bool) -> None:
+    """`choose_form` for every quantised layer, and unless for batches `choose_columns` for others."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             choose_form(module, costs, batches)
+        elif isinstance(module, BitmapLinear) and not batches:
+            choose_columns(module, costs)
+
+
+def choose_columns(layer: BitmapLinear, costs: Costs | None) -> None:
+    """Hold the columns of kept weights where that is predicted to be faster for one row of input.
+
+    It costs 2 more bytes for each. Without costs of it by rule: up to a density that depends on the
+    instructions. The layer's `rows_decided` says what was done and why.
+    """
+    if layer.in_features > WIDEST:
+        return
+    dtype = str(layer.values.dtype).removeprefix("torch.")
+    work = Work(layer.out_features, layer.in_features, layer.density)
+    names = ["bitmap-matvec", "columns-matvec"]
+    predicted = {} if costs is None else _predict(costs, names, dtype, 1, work, 0)
+    holds, why = layer.density <= COLUMNS_UP_TO.get(_dispatch.isa(), 0.0), "by rule"
+    if len(predicted) == 2:
+        decision = Decision(min(predicted, key=lambda name: predicted[name]), predicted, 1)
+        holds, why = decision.chosen == "columns-matvec", f"by measured costs: {decision}"
+    if holds:
+        layer.prepare_columns()
+    layer.rows_decided = f"{'columns' if holds else 'bitmap'} read {why}"
 
 
 def choose_form(layer: QuantizedLinear, costs: Costs | None, batches: bool) -> None:

@@ -8,7 +8,7 @@ from gossamer.nn.nm import NMLinear
 from gossamer.nn.quantized import QuantizedLinear
 from gossamer.ops import _dispatch
 from gossamer.ops.bitmap import kernel_name
-from gossamer.ops.bitmap.native import MATVEC_ROWS, UNPACK_DENSITY
+from gossamer.ops.bitmap.native import MATVEC_ROWS, unpacks
 from gossamer.ops.nm import kernel_name as nm_kernel_name
 from gossamer.ops.quantized import batch_kernel_name as quantized_batch_kernel_name
 from gossamer.ops.quantized import kernel_name as quantized_kernel_name
@@ -28,7 +28,8 @@ def serves(layer: Packed) -> tuple[str, str]:
         return matvec, quantized_batch_kernel_name(layer.bits)
     if isinstance(layer, NMLinear):
         return nm_kernel_name(), layer.batch_kernel or f"nm-unpack/{_dispatch.isa()}"
-    return kernel_name(), layer.batch_kernel or _unprepared(layer)
+    few = kernel_name(columns=layer.columns is not None)
+    return few, layer.batch_kernel or _unprepared(layer)
 
 
 def _unprepared(layer: BitmapLinear) -> str:
@@ -36,10 +37,9 @@ def _unprepared(layer: BitmapLinear) -> str:
     unpacked, straight = f"bitmap-unpack/{_dispatch.isa()}", kernel_name(MATVEC_ROWS + 1)
     if _dispatch.isa_index() < 0:
         return straight
-    if layer.unpack_from is None:
-        return unpacked if layer.density > UNPACK_DENSITY else straight
-    if layer.unpack_from <= MATVEC_ROWS + 1:
-        return unpacked
-    if layer.unpack_from > 1 << 30:
-        return straight
+    few, many = (
+        unpacks(rows, layer.density, layer.unpack_from) for rows in (MATVEC_ROWS + 1, 1 << 30)
+    )
+    if few == many:
+        return unpacked if few else straight
     return f"{straight}, {unpacked} from {layer.unpack_from} rows on"

@@ -5,18 +5,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gossamer.core.errors import FormatError
+from gossamer.core.errors import FormatError, UsageError
 from gossamer.ops import _dispatch
 from gossamer.ops.bitmap import native, reference
 from gossamer.ops.bitmap.reference import bitmap_bytes, pack, unpack, unpack_mask
 
-__all__ = ["bitmap_bytes", "kernel_name", "linear", "pack", "row_offsets", "unpack", "unpack_mask"]
+__all__ = [
+    "bitmap_bytes",
+    "columns_of",
+    "kernel_name",
+    "linear",
+    "pack",
+    "row_offsets",
+    "unpack",
+    "unpack_mask",
+]
+WIDEST = 1 << 16
+"""Inputs whose columns fit 16 bits."""
 
 
-def kernel_name(rows: int = 1) -> str:
+def kernel_name(rows: int = 1, columns: bool = False) -> str:
     """The kernel that serves `rows` rows of input here, such as `bitmap-matvec/avx512`."""
+    if rows <= native.MATVEC_ROWS and columns:
+        return f"columns-matvec/{_dispatch.isa()}"
     kind = "matvec" if rows <= native.MATVEC_ROWS else "spmm"
     return f"bitmap-{kind}/{_dispatch.isa()}"
+
+
+def columns_of(bitmap: Tensor, row_ptr: Tensor, in_features: int) -> Tensor:
+    """uint16 (nnz,): the column of every kept weight, for `linear`; at most `WIDEST` inputs."""
+    if in_features > WIDEST:
+        raise UsageError(f"columns of {in_features} inputs do not fit 16 bits")
+    if _dispatch.kernels() is None:
+        return unpack_mask(bitmap, in_features).nonzero()[:, 1].to(torch.uint16)
+    return native.columns_of(bitmap.contiguous(), row_ptr)
 
 
 def row_offsets(values: Tensor | None, bitmap: Tensor, in_features: int) -> Tensor:
@@ -49,6 +71,7 @@ def linear(
     bias: Tensor | None,
     in_features: int,
     unpack_from: int | None = None,
+    columns: Tensor | None = None,
 ) -> Tensor:
     """x (..., in) times the packed matrix transposed, plus bias (out,).
 
@@ -56,11 +79,12 @@ def linear(
     up to 8 rows, the tiled one more. Differentiable in x and bias, at the memory of one dense
     weight. Columns that a row does not keep never touch its result, even where x is NaN. Without
     `unpack_from`, the rows from which unpacking for a dense product pays, the density decides.
+    With `columns` of the kept weights, up to 8 rows take time by these alone, not by all positions.
     """
     eager = not torch.compiler.is_compiling()
     if eager and not (torch.is_grad_enabled() and _any_grad(x, bias)):
-        return _forward(x, values, bitmap, row_ptr, bias, in_features, unpack_from)
-    return _bitmap_linear(x, values, bitmap, row_ptr, bias, in_features, unpack_from)
+        return _forward(x, values, bitmap, row_ptr, bias, in_features, unpack_from, columns)
+    return _bitmap_linear(x, values, bitmap, row_ptr, bias, in_features, unpack_from, columns)
 
 
 def _any_grad(x: Tensor, bias: Tensor | None) -> bool:
@@ -75,10 +99,11 @@ def _forward(
     bias: Tensor | None,
     in_features: int,
     unpack_from: int | None = None,
+    columns: Tensor | None = None,
 ) -> Tensor:
     if _dispatch.isa_index() < 0:
         return reference.linear(x, values, bitmap, bias, in_features)
-    return native.linear(x, values, bitmap, row_ptr, bias, in_features, unpack_from)
+    return native.linear(x, values, bitmap, row_ptr, bias, in_features, unpack_from, columns)
 
 
 @torch.library.custom_op("gossamer::bitmap_linear", mutates_args=())
@@ -90,8 +115,9 @@ def _bitmap_linear(
     bias: Tensor | None,
     in_features: int,
     unpack_from: int | None = None,
+    columns: Tensor | None = None,
 ) -> Tensor:
-    return _forward(x, values, bitmap, row_ptr, bias, in_features, unpack_from)
+    return _forward(x, values, bitmap, row_ptr, bias, in_features, unpack_from, columns)
 
 
 @_bitmap_linear.register_fake
@@ -103,6 +129,7 @@ def _(
     bias: Tensor | None,
     in_features: int,
     unpack_from: int | None = None,
+    columns: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], bitmap.shape[0])
 
@@ -119,7 +146,7 @@ def _(grad: Tensor, values: Tensor, bitmap: Tensor, in_features: int) -> Tensor:
 
 
 def _setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
-    _, values, bitmap, _, bias, in_features, _ = inputs
+    _, values, bitmap, _, bias, in_features, _, _ = inputs
     ctx.save_for_backward(values, bitmap)  # type: ignore[attr-defined]
     ctx.in_features = in_features  # type: ignore[attr-defined]
     ctx.has_bias = bias is not None  # type: ignore[attr-defined]
@@ -130,7 +157,7 @@ def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
     in_features, has_bias = ctx.in_features, ctx.has_bias  # type: ignore[attr-defined]
     grad_x = _grad_x(grad, values, bitmap, in_features)
     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if has_bias else None
-    return grad_x, None, None, None, grad_bias, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None
 
 
 _bitmap_linear.register_autograd(_backward, setup_context=_setup)

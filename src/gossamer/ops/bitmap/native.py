@@ -45,21 +45,22 @@ def linear(
     bias: Tensor | None,
     in_features: int,
     unpack_from: int | None = None,
+    columns: Tensor | None = None,
 ) -> Tensor:
     """x (..., in) times the matrix transposed plus bias; accumulates in float32.
 
-    values float32 or bfloat16, contiguous; row_ptr from `row_offsets`. O(rows of x * nnz).
+    values float32 or bfloat16, contiguous; row_ptr from `row_offsets`, columns from `columns_of`.
+    O(rows of x * nnz), for up to 8 rows without columns O(out * in).
     """
     _check(x, values, bitmap, row_ptr, bias, in_features)
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.detach().float()
     rows = x.numel() // max(1, in_features)
     if rows <= MATVEC_ROWS and x.dtype in (torch.float32, torch.bfloat16):
-        return _matvec(x, values, bitmap, row_ptr, bias, rows)
+        return _matvec(x, values, bitmap, row_ptr, bias, rows, columns)
     inputs = x.reshape(-1, in_features).float()
-    dense = values.numel() > UNPACK_DENSITY * bitmap.shape[0] * in_features
-    if unpack_from is not None:
-        dense = rows >= unpack_from
+    density = values.numel() / max(1, bitmap.shape[0] * in_features)
+    dense = unpacks(rows, density, unpack_from)
     if dense and math.isfinite(inputs.sum().item()):  # 0 * NaN would reach rows that keep nothing
         result = _unpacked(inputs, values, bitmap, row_ptr, bias)
         return result.to(x.dtype).reshape(*x.shape[:-1], bitmap.shape[0])
@@ -69,9 +70,24 @@ def linear(
     return result.to(x.dtype).reshape(*x.shape[:-1], bitmap.shape[0])
 
 
+def unpacks(rows: int, density: float, unpack_from: int | None) -> bool:
+    """Whether so many rows of input, more than `MATVEC_ROWS`, are multiplied by unpacked weights."""
+    return density > UNPACK_DENSITY if unpack_from is None else rows >= unpack_from
+
+
+def columns_of(bitmap: Tensor, row_ptr: Tensor) -> Tensor:
+    """uint16 (nnz,): the column of every kept weight. O(out * in / 64 + nnz)."""
+    columns = torch.empty(int(row_ptr[-1]), dtype=torch.uint16)
+    _module().bitmap_columns(
+        bitmap.data_ptr(), row_ptr.data_ptr(), *bitmap.shape, columns.numel(), columns.data_ptr()
+    )
+    return columns
+
+
 def _matvec(
-    x: Tensor, values: Tensor, bitmap: Tensor, row_ptr: Tensor, bias: Tensor | None, rows: int
-) -> Tensor:
+    x: Tensor, values: Tensor, bitmap: Tensor, row_ptr: Tensor, bias: Tensor | None, rows: int,
+    columns: Tensor | None,
+) -> Tensor:  # fmt: skip
     """One call does it all: no tensor operation around the kernel, for the sake of small layers."""
     if not x.is_contiguous():
         x = x.contiguous()
@@ -79,6 +95,7 @@ def _matvec(
     if y.numel():
         _module().bitmap_matvec(
             *_matrix(values, bitmap, row_ptr),
+            0 if columns is None else columns.data_ptr(),
             x.data_ptr(),
             x.shape[-1],
             rows,
