@@ -88,11 +88,14 @@ def roofline() -> None:
     seen = set()
     for case in record["cases"]:
         facts = case["case"]
-        if "x" in facts.get("block", ""):
+        if "x" in facts.get("block", "") or facts.get("form"):
             continue
         positions = facts["out"] * facts["inputs"]
         kept = facts["density"] * positions
-        nbytes = kept * WIDTHS[facts["dtype"]] + (positions / 8 if facts["density"] < 1 else 0)
+        if case["limit"] == "bytes":  # of the form that served
+            nbytes = case["fraction_of_limit"] * 1e-3 * case["milliseconds"]["gossamer"] * read_rate
+        else:
+            nbytes = kept * WIDTHS[facts["dtype"]] + (positions / 8 if facts["density"] < 1 else 0)
         flops = 2 * kept * facts["batch"]
         rate = flops / (1e-3 * case["milliseconds"]["gossamer"])
         label = (facts["dtype"], facts["batch"])

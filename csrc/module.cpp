@@ -78,6 +78,10 @@ void columns(uintptr_t bits, uintptr_t row_ptr, int64_t rows, int64_t stride, in
   for (int64_t r = 0; r < rows; ++r) {
     auto* column = reinterpret_cast<uint16_t*>(out) + m.row_ptr[r];
     const Word* words = reinterpret_cast<const Word*>(m.bits + r * stride);
+    int64_t count = 0;
+    for (int64_t w = 0; w < stride / 8; ++w) count += __builtin_popcountll(words[w]);
+    if (m.row_ptr[r] + count != m.row_ptr[r + 1])
+      throw std::invalid_argument("bitmap: row offsets are of another bitmap");
     for (int64_t w = 0; w < stride / 8; ++w)
       for (uint64_t left = words[w]; left; left &= left - 1)
         *column++ = static_cast<uint16_t>(w * 64 + __builtin_ctzll(left));

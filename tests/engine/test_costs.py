@@ -222,14 +222,14 @@ def test_integers_are_held_in_the_faster_form(tmp_path):
 
 def test_columns_are_read_where_that_is_faster(monkeypatch, tmp_path):
     """By costs at any density, by rule at low ones; never for models that see batches."""
-    cheap = costs(columns_matvec={1: terms(0, 0, 0.5 * BYTE)})
+    cheap = costs(csr_matvec={1: terms(0, 0, 0.5 * BYTE)})
     record = chosen(net := layer(density=0.4), costs=cheap)
-    assert record.kernel.startswith("columns-matvec") and "columns-matvec" in record.predicted
+    assert record.kernel.startswith("csr-matvec") and "csr-matvec" in record.predicted
     assert net[0].rows_decided.startswith("columns read by measured costs: predicted ")
     gs.save(net, tmp_path / "out")
     again = gs.load(tmp_path / "out", model=layer(), costs=cheap, batches=False)[0]
     assert torch.equal(again.columns, net[0].columns)
-    dear = costs(columns_matvec={1: terms(0, 0, 5 * BYTE)})
+    dear = costs(csr_matvec={1: terms(0, 0, 5 * BYTE)})
     record = chosen(net := layer(density=0.05), costs=dear)
     assert record.kernel.startswith("bitmap-matvec") and net[0].columns is None
     chosen(net := layer(density=0.05), costs=cheap, batches=True)
@@ -411,7 +411,7 @@ def test_calibration_measures_every_kernel(cache, monkeypatch):
     assert torch.equal(state, torch.random.get_rng_state())
     assert cached_costs() == found and dict(found.machine) == machine()
     kernels = {"dense", "bitmap-matvec", "bitmap-unpack", "bitmap-spmm", "sell-spmm"}
-    kernels.add("columns-matvec")
+    kernels.add("csr-matvec")
     names = {f"{k} {d}" for k in (*kernels, "block-spmm") for d in ("float32", "bfloat16")}
     names |= {f"{k} {d}" for k in ("dense", "bitmap-matvec") for d in ("int4", "int8")}
     kinds = ("dense-conv", "sparse-conv", "tiled-conv")

@@ -53,7 +53,7 @@ def test_kernels_equal_the_reference(isa, dtype, shape, monkeypatch):
     bias = torch.randn(shape[0])
     layer = BitmapLinear.from_matrix(matrix, bias)
     assert ops.kernel_name() == f"bitmap-matvec/{isa}"
-    assert ops.kernel_name(columns=True) == f"columns-matvec/{isa}"
+    assert ops.kernel_name(columns=True) == f"csr-matvec/{isa}"
     by_columns = BitmapLinear.from_matrix(matrix, bias)
     assert by_columns.prepare_columns() == 2 * layer.values.numel()
     for batch in BATCHES:
@@ -223,6 +223,25 @@ def test_what_contradicts_itself_is_refused():
     layer = BitmapLinear(values, bitmap, 100, 8)
     with pytest.raises(UsageError, match="width 100"):
         layer(torch.randn(2, 99))
+
+
+def test_other_zeros_may_be_loaded_into_a_layer():
+    """As many, elsewhere: what follows from the bitmap follows, and what contradicts it changes nothing."""
+    matrix = sparse(40, 90)
+    for prepare in ("", "prepare_columns", "prepare_batches"):
+        one = BitmapLinear.from_matrix(matrix)
+        other = BitmapLinear.from_matrix(matrix.flip(0).contiguous())
+        if prepare:
+            getattr(one, prepare)()
+        one.load_state_dict(other.state_dict())
+        for batch in (1, 30):
+            x = torch.randn(batch, 90)
+            torch.testing.assert_close(one(x), other(x))
+    state = {**other.state_dict(), "bitmap": torch.zeros_like(other.bitmap)}
+    before = {name: part.clone() for name, part in one.state_dict().items()}
+    with pytest.raises(FormatError, match="holds"):
+        one.load_state_dict(state)
+    assert all(torch.equal(one.state_dict()[name], part) for name, part in before.items())
 
 
 def test_forced_isa(monkeypatch):

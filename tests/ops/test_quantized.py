@@ -180,6 +180,24 @@ def test_a_filled_layer_is_sparse_in_state_dicts():
     assert dense.bitmap is None and not dense.sparse and dense.density == 1.0
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("outliers", [0.0, 0.1])
+def test_other_zeros_may_be_loaded_into_a_layer(bits, outliers):
+    matrix = sparse(34, 150)
+    one, other = (
+        QuantizedLinear.from_matrix(each, bits=bits, outliers=outliers, symmetric=False)
+        for each in (matrix, matrix.reshape(17, 2, 150).flip(0).reshape(34, 150).contiguous())
+    )
+    one.fill()
+    x = torch.randn(3, 150)
+    one.load_state_dict(other.state_dict())
+    torch.testing.assert_close(one(x), other(x))
+    before = {name: part.clone() for name, part in one.state_dict().items()}
+    with pytest.raises(FormatError):
+        one.load_state_dict({**before, "bitmap": torch.zeros_like(one.bitmap)})
+    assert all(torch.equal(one.state_dict()[name], part) for name, part in before.items())
+
+
 def at_odd_address(part):
     room = torch.zeros(part.numel() + 8, dtype=torch.uint8)
     return room[-room.data_ptr() % 8 + 1 :][: part.numel()].view_as(part).copy_(part)

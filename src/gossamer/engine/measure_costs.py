@@ -157,7 +157,7 @@ def measure_sparse(
     layers = _copies(layer)
     for rows in few:
         x = torch.randn(rows, inputs).to(dtype)
-        yield f"columns-matvec {_name(dtype)}", rows, work, _seconds(layers, x)
+        yield f"csr-matvec {_name(dtype)}", rows, work, _seconds(layers, x)
     layer.prepare_batches()
     layers = _copies(layer)
     for rows in many:

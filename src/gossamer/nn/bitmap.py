@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -129,6 +131,15 @@ class BitmapLinear(nn.Module):
             return sell.linear(x, form, self.bias)
         parts = (self.values, self.bitmap, self.row_ptr, self.bias, self.in_features)
         return ops.linear(x, *parts, self.unpack_from, self.columns)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        values, bitmap = state.get(prefix + "values"), state.get(prefix + "bitmap")
+        if getattr(values, "shape", None) == self.values.shape and bitmap is not None:
+            # other zeros, other offsets: checked before anything is written
+            self.row_ptr = ops.row_offsets(values, bitmap, self.in_features)
+        super()._load_from_state_dict(state, prefix, *args)
+        if self.columns is not None:
+            self.prepare_columns()
 
     def extra_repr(self) -> str:
         """Shape, density and kernel."""

@@ -23,7 +23,7 @@ from gossamer.ops.quantized.native import has_byte_products
 
 BATCH = 128
 """Rows of input for which layers of a model that sees batches are chosen."""
-COLUMNS_UP_TO = {"avx512": 0.1, "avx2": 0.3}
+COLUMNS_UP_TO = {"avx512": 0.12, "avx2": 0.3}
 """Densities up to which reading columns beats expanding bitmaps, by instructions."""
 PIXELS = 196
 """Pixels for which a convolution is chosen: 14 x 14, the middle of a usual network."""
@@ -59,7 +59,7 @@ def decide(
     if batches:
         names = ["dense", "sell-spmm", "bitmap-unpack", "bitmap-spmm"]
     else:
-        names = ["dense", "bitmap-matvec", "columns-matvec"]
+        names = ["dense", "bitmap-matvec", "csr-matvec"]
     out, inputs = record.shape[0], record.shape[1]
     high = block_height(record.pattern, out, inputs)
     if batches and high:
@@ -165,12 +165,12 @@ def choose_columns(layer: BitmapLinear, costs: Costs | None) -> None:
         return
     dtype = str(layer.values.dtype).removeprefix("torch.")
     work = Work(layer.out_features, layer.in_features, layer.density)
-    names = ["bitmap-matvec", "columns-matvec"]
+    names = ["bitmap-matvec", "csr-matvec"]
     predicted = {} if costs is None else _predict(costs, names, dtype, 1, work, 0)
     holds, why = layer.density <= COLUMNS_UP_TO.get(_dispatch.isa(), 0.0), "by rule"
     if len(predicted) == 2:
         decision = Decision(min(predicted, key=lambda name: predicted[name]), predicted, 1)
-        holds, why = decision.chosen == "columns-matvec", f"by measured costs: {decision}"
+        holds, why = decision.chosen == "csr-matvec", f"by measured costs: {decision}"
     if holds:
         layer.prepare_columns()
     layer.rows_decided = f"{'columns' if holds else 'bitmap'} read {why}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -129,9 +129,26 @@ class QuantizedLinear(nn.Module):
             destination[prefix + "values"] = stored.values
             destination[prefix + "bitmap"] = stored.bitmap
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         self.thin()
-        super()._load_from_state_dict(*args)
+        old = {name: b for name, b in self._buffers.items() if b is not None and name != "offsets"}
+        new = {name: state.get(prefix + name) for name in old}
+        if all(getattr(new[name], "shape", None) == old[name].shape for name in old):
+            # other zeros, other offsets: checked before anything is written
+            matrix = QuantizedLinear._from_parts(new, self)
+            self.offsets, self._run = matrix.offsets, matrix.run
+        super()._load_from_state_dict(state, prefix, *args)
+
+    @staticmethod
+    def _from_parts(parts: Mapping[str, Any], like: QuantizedLinear) -> QuantizedMatrix:
+        """Checked; raises FormatError."""
+        outliers = None
+        if parts.get("outlier_ptr") is not None:
+            outliers = tuple(parts[f"outlier_{part}"] for part in ("ptr", "cols", "values"))
+        return QuantizedMatrix.of(
+            parts["values"], parts.get("bitmap"), parts["scales"], parts.get("zeros"),
+            outliers, (like.out_features, like.in_features), like.bits, like.group,
+        )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}

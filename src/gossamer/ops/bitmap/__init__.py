@@ -27,7 +27,7 @@ WIDEST = 1 << 16
 def kernel_name(rows: int = 1, columns: bool = False) -> str:
     """The kernel that serves `rows` rows of input here, such as `bitmap-matvec/avx512`."""
     if rows <= native.MATVEC_ROWS and columns:
-        return f"columns-matvec/{_dispatch.isa()}"
+        return f"csr-matvec/{_dispatch.isa()}"
     kind = "matvec" if rows <= native.MATVEC_ROWS else "spmm"
     return f"bitmap-{kind}/{_dispatch.isa()}"
 
