@@ -16,7 +16,8 @@ class QuantizedLinear(nn.Module):
 
     Buffers as in `ops.quantized.QuantizedMatrix`; what a layer does not have is None. Moving the
     module to another floating dtype changes the bias alone. Other devices than the CPU are refused
-    when called.
+    when called. `fill` holds a sparse matrix dense in memory; `form_decided` says why `compress` or
+    `load` did so or not, empty: not asked.
     """
 
     values: Tensor
@@ -36,7 +37,6 @@ class QuantizedLinear(nn.Module):
         self.pattern, self.density_requested = pattern, density_requested
         self._filled = False
         self.form_decided = ""
-        """Why the layer was filled or not, where `nn.dispatch` decided."""
         row_ptr, cols, exact = matrix.outliers or (None, None, None)
         self.register_buffer("values", matrix.values)
         self.register_buffer("bitmap", matrix.bitmap)
@@ -67,13 +67,10 @@ class QuantizedLinear(nn.Module):
     def matrix(self) -> QuantizedMatrix:
         """The stored parts."""
         parts: Any = self._buffers
-        outliers = None
-        if parts["outlier_ptr"] is not None:
-            outliers = tuple(parts[f"outlier_{part}"] for part in ("ptr", "cols", "values"))
         shape = (self.out_features, self.in_features)
         return QuantizedMatrix(
-            parts["values"], parts["bitmap"], parts["scales"], parts["zeros"], outliers, shape,
-            self.bits, self.group, parts["offsets"], self._run,
+            parts["values"], parts["bitmap"], parts["scales"], parts["zeros"], _outliers(parts),
+            shape, self.bits, self.group, parts["offsets"], self._run,
         )  # fmt: skip
 
     @property
@@ -135,20 +132,13 @@ class QuantizedLinear(nn.Module):
         new = {name: state.get(prefix + name) for name in old}
         if all(getattr(new[name], "shape", None) == old[name].shape for name in old):
             # other zeros, other offsets: checked before anything is written
-            matrix = QuantizedLinear._from_parts(new, self)
+            parts: Any = new
+            matrix = QuantizedMatrix.of(
+                parts["values"], parts.get("bitmap"), parts["scales"], parts.get("zeros"),
+                _outliers(parts), (self.out_features, self.in_features), self.bits, self.group,
+            )  # fmt: skip
             self.offsets, self._run = matrix.offsets, matrix.run
         super()._load_from_state_dict(state, prefix, *args)
-
-    @staticmethod
-    def _from_parts(parts: Mapping[str, Any], like: QuantizedLinear) -> QuantizedMatrix:
-        """Checked; raises FormatError."""
-        outliers = None
-        if parts.get("outlier_ptr") is not None:
-            outliers = tuple(parts[f"outlier_{part}"] for part in ("ptr", "cols", "values"))
-        return QuantizedMatrix.of(
-            parts["values"], parts.get("bitmap"), parts["scales"], parts.get("zeros"),
-            outliers, (like.out_features, like.in_features), like.bits, like.group,
-        )  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
@@ -166,3 +156,9 @@ class QuantizedLinear(nn.Module):
             f"group={self.group}, sparse={self.sparse}, filled={self._filled}, "
             f"bias={self.bias is not None}"
         )
+
+
+def _outliers(parts: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor] | None:
+    if parts.get("outlier_ptr") is None:
+        return None
+    return parts["outlier_ptr"], parts["outlier_cols"], parts["outlier_values"]
