@@ -233,8 +233,7 @@ def _swap(module: nn.Module, record: LayerRecord, call: _Call) -> LayerRecord:
         return LayerRecord(**{**vars(record), "kernel": kernel, "batches": many})
     if isinstance(packed, BitmapLinear):
         choose_unpacking(packed, call.costs)
-        if not call.batches:
-            choose_columns(packed, call.costs)
+        choose_columns(packed, call.costs)
     prepared = call.batches and prepare(packed, call.costs)
     call.root.set_submodule(record.name, packed)
     kernel, many = serves(packed)

@@ -147,11 +147,11 @@ def prepare(layer: BitmapLinear | NMLinear, costs: Costs | None) -> bool:
 
 
 def choose_forms(model: nn.Module, costs: Costs | None, batches: bool) -> None:
-    """`choose_form` for every quantised layer, and unless for batches `choose_columns` for others."""
+    """`choose_form` for every quantised layer of a model, `choose_columns` for those with bitmaps."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             choose_form(module, costs, batches)
-        elif isinstance(module, BitmapLinear) and not batches:
+        elif isinstance(module, BitmapLinear):
             choose_columns(module, costs)
 
 
