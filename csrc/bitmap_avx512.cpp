@@ -234,4 +234,8 @@ void unpack_avx512(const Bitmap& m, int64_t cols, int64_t from, int64_t to, floa
 }
 float read_avx512(const float* data, int64_t n, int threads) { return run_read(data, n, threads); }
 float multiply_avx512(int64_t steps, int threads) { return run_multiply(steps, threads); }
+void dense_matvec_avx512(const uint16_t* w, const float* x, int64_t rows, int64_t cols, float* y,
+                         int threads) {
+  run_dense_matvec(w, x, rows, cols, y, threads);
+}
 }  // namespace gossamer

@@ -100,4 +100,8 @@ void unpack_portable(const Bitmap& m, int64_t cols, int64_t from, int64_t to, fl
 }
 float read_portable(const float* data, int64_t n, int threads) { return run_read(data, n, threads); }
 float multiply_portable(int64_t steps, int threads) { return run_multiply(steps, threads); }
+void dense_matvec_portable(const uint16_t* w, const float* x, int64_t rows, int64_t cols, float* y,
+                         int threads) {
+  run_dense_matvec(w, x, rows, cols, y, threads);
+}
 }  // namespace gossamer

@@ -185,6 +185,20 @@ float multiply(int64_t steps, int threads, int isa) {
   return multiply_portable(steps, threads);
 }
 
+void dense_matvec(uintptr_t w, uintptr_t x, int64_t rows, int64_t cols, uintptr_t y, int threads,
+                  int isa) {
+  check_isa(isa);
+  if (rows < 0 || cols < 0 || cols % 64 || threads < 1)
+    throw std::invalid_argument("limits: bad size");
+  auto run = dense_matvec_portable;
+#if defined(__x86_64__)
+  if (isa == kAvx512) run = dense_matvec_avx512;
+  if (isa == kAvx2) run = dense_matvec_avx2;
+#endif
+  run(reinterpret_cast<const uint16_t*>(w), reinterpret_cast<const float*>(x), rows, cols,
+      reinterpret_cast<float*>(y), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -205,6 +219,7 @@ NB_MODULE(_kernels, m) {
   bind_statistics(m);
   m.def("bitmap_unpack", &unpack, nb::call_guard<nb::gil_scoped_release>());
   m.def("read_floats", &read_floats, nb::call_guard<nb::gil_scoped_release>());
+  m.def("dense_matvec", &dense_matvec, nb::call_guard<nb::gil_scoped_release>());
   m.def("multiply", &multiply, nb::call_guard<nb::gil_scoped_release>());
   m.attr("FLOPS_PER_STEP") = kFlopsPerStep;
   m.def("bitmap_spmm", &spmm, nb::call_guard<nb::gil_scoped_release>());

@@ -6,7 +6,18 @@ import json
 import pytest
 import torch
 
-from gossamer.bench import active, conv, decode, kernels, llama_cpp, measure, nm, spgemm, training
+from gossamer.bench import (
+    active,
+    conv,
+    decode,
+    kernels,
+    llama_cpp,
+    measure,
+    nm,
+    peers,
+    spgemm,
+    training,
+)
 from gossamer.bench.measure import Limits, interleaved, measure_limits
 from gossamer.cli import bench, main
 from gossamer.cli.bench import _improve, describe
@@ -14,6 +25,7 @@ from gossamer.core.errors import GossamerError
 from gossamer.engine import decoder
 from gossamer.engine.compress import compress
 from gossamer.nn import BitmapLinear, NMLinear, QuantizedLinear
+from gossamer.ops._dispatch import ISAS
 from gossamer.ops._dispatch import kernels as compiled
 
 if compiled() is None:
@@ -362,3 +374,17 @@ def test_limits_of_a_disturbed_machine_are_measured_again(monkeypatch):
     monkeypatch.setattr(measure.time, "sleep", lambda seconds: None)
     assert measure_limits(patience=60) == Limits(9.0, 96.0, 2)
     assert next(rates, None) is None
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("rows", [1, 2, 7, 64])
+def test_our_own_dense_product_is_right(isa, rows, monkeypatch):
+    if ISAS.index(isa) > compiled().best_isa():
+        pytest.skip(f"this processor lacks {isa}")
+    monkeypatch.setenv("GOSSAMER_ISA", isa)
+    weights, x = [torch.randn(rows, 192).bfloat16() for _ in range(2)], torch.randn(1, 192)
+    run = peers.own_dense_bfloat16(weights, x)
+    for weight in (*weights, weights[0]):
+        torch.testing.assert_close(run(), x @ weight.float().t(), rtol=1e-4, atol=1e-4)
+    assert peers.own_dense_bfloat16(weights, torch.randn(2, 192)) is None
+    assert peers.torch_bsr(weights, x, "16x1") is None

@@ -90,7 +90,7 @@ def measure(case: Case, limits: Limits, rounds: Rounds | int = 7) -> dict[str, A
     for layer in layers:
         if case.batch > 8 and isinstance(layer, BitmapLinear):
             layer.prepare_batches()
-    calls = _calls([matrix] * copies, layers, x)
+    calls = _calls([matrix] * copies, layers, x, case.block)
     _check(case, calls, matrix, x, first)
     with torch.inference_mode():
         seconds = interleaved(calls, rounds)
@@ -106,7 +106,7 @@ def measure(case: Case, limits: Limits, rounds: Rounds | int = 7) -> dict[str, A
         "ratio": dense[best] / ours,
         "ratios": {name: taken / ours for name, taken in seconds.items() if name != "gossamer"},
         "ratio_to_sparse_peers": {
-            name: taken / ours for name, taken in seconds.items() if "csr" in name
+            name: taken / ours for name, taken in seconds.items() if "csr" in name or "bsr" in name
         },
         "fraction_of_limit": least / ours,
         "limit": binds,
@@ -151,7 +151,7 @@ def _matrix(case: Case) -> Tensor:
 
 
 def _calls(
-    weights: list[Tensor], layers: Sequence[Layer], x: Tensor
+    weights: list[Tensor], layers: Sequence[Layer], x: Tensor, block: str = ""
 ) -> dict[str, Callable[[], Tensor]]:
     turn, inputs = itertools.cycle(layers), x.to(weights[0].dtype)
     found: dict[str, Callable[[], Tensor] | None] = {
@@ -160,9 +160,12 @@ def _calls(
         "torch dense bfloat16": peers.torch_dense(weights, x, torch.bfloat16),
         "numpy dense float32": peers.numpy_dense(weights, x),
         "onnxruntime dense float32": peers.onnx_dense(weights[:2], x),
+        "gossamer dense bfloat16": peers.own_dense_bfloat16(weights, x),
         "torch csr float32": peers.torch_csr(weights[:2], x),
         "scipy csr float32": peers.scipy_csr(weights[:2], x),
     }
+    if "x" in block:
+        found["torch bsr float32"] = peers.torch_bsr(weights[:1], x, block)
     if isinstance(layers[0], QuantizedLinear):
         found |= {
             "torch dense int8 fbgemm": integer_peers.torch_int8(weights, x, "fbgemm"),

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gossamer.ops._dispatch import isa_index, kernels
+
 Run = Callable[[], Tensor]
 
 
@@ -24,6 +26,26 @@ def torch_dense(weights: list[Tensor], x: Tensor, dtype: torch.dtype) -> Run:
     copies = itertools.cycle([w.to(dtype).clone() for w in weights])
     inputs = x.to(dtype)
     return lambda: functional.linear(inputs, next(copies))
+
+
+def own_dense_bfloat16(weights: list[Tensor], x: Tensor) -> Run | None:
+    """A product of our own for one row of input, where torch's bfloat16 may be slow."""
+    module: Any = kernels()
+    rows, cols = weights[0].shape
+    if module is None or x.shape[0] != 1 or cols % 64:
+        return None
+    copies = itertools.cycle([w.to(torch.bfloat16).clone() for w in weights])
+    inputs = x.float().contiguous()
+
+    def run() -> Tensor:
+        weight, y = next(copies), torch.empty(1, rows)
+        module.dense_matvec(
+            weight.data_ptr(), inputs.data_ptr(), rows, cols, y.data_ptr(),
+            torch.get_num_threads(), isa_index(),
+        )  # fmt: skip
+        return y
+
+    return run
 
 
 def numpy_dense(weights: list[Tensor], x: Tensor) -> Run:
@@ -62,6 +84,18 @@ def torch_csr(weights: list[Tensor], x: Tensor) -> Run:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that its CSR is in beta
         copies = itertools.cycle([w.float().to_sparse_csr() for w in weights])
+    inputs = x.t().contiguous()
+    return lambda: torch.mm(next(copies), inputs).t()
+
+
+def torch_bsr(weights: list[Tensor], x: Tensor, block: str) -> Run | None:
+    """torch's compressed sparse rows of blocks, which MKL serves where these are square."""
+    high, wide = map(int, block.split("x"))
+    if high != wide:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that its BSR is in beta
+        copies = itertools.cycle([w.float().to_sparse_bsr((high, wide)) for w in weights])
     inputs = x.t().contiguous()
     return lambda: torch.mm(next(copies), inputs).t()
 
