@@ -385,6 +385,7 @@ def test_our_own_dense_product_is_right(isa, rows, monkeypatch):
     weights, x = [torch.randn(rows, 192).bfloat16() for _ in range(2)], torch.randn(1, 192)
     run = peers.own_dense_bfloat16(weights, x)
     for weight in (*weights, weights[0]):
-        torch.testing.assert_close(run(), x @ weight.float().t(), rtol=1e-4, atol=1e-4)
+        expected = (x @ weight.float().t()).bfloat16()
+        torch.testing.assert_close(run(), expected, rtol=1e-2, atol=1e-2)
     assert peers.own_dense_bfloat16(weights, torch.randn(2, 192)) is None
     assert peers.torch_bsr(weights, x, "16x1") is None

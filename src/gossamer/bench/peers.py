@@ -43,7 +43,7 @@ def own_dense_bfloat16(weights: list[Tensor], x: Tensor) -> Run | None:
             weight.data_ptr(), inputs.data_ptr(), rows, cols, y.data_ptr(),
             torch.get_num_threads(), isa_index(),
         )  # fmt: skip
-        return y
+        return y.bfloat16()
 
     return run
 
