@@ -144,7 +144,7 @@ void unpack_avx2(const Bitmap& m, int64_t cols, int64_t from, int64_t to, float*
 float read_avx2(const float* data, int64_t n, int threads) { return run_read(data, n, threads); }
 float multiply_avx2(int64_t steps, int threads) { return run_multiply(steps, threads); }
 void dense_matvec_avx2(const uint16_t* w, const float* x, int64_t rows, int64_t cols, float* y,
-                         int threads) {
+                       int threads) {
   run_dense_matvec(w, x, rows, cols, y, threads);
 }
 }  // namespace gossamer

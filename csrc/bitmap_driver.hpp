@@ -36,7 +36,7 @@ void one_row(const Bitmap& m, int64_t r, const float* x, int64_t x_stride, float
   const T *all = static_cast<const T*>(m.values), *values = all + m.row_ptr[r];
   if (m.columns)
     return picked_dot<T, B>(m.columns + m.row_ptr[r], values, m.row_ptr[r + 1] - m.row_ptr[r], x,
-                              x_stride, out);
+                            x_stride, out);
   const Word* bits = reinterpret_cast<const Word*>(m.bits + r * m.stride);
   row_dot<T, B>(bits, m.stride / 8, values, all + m.nnz, x, x_stride, out);
 }

@@ -25,7 +25,7 @@ void row_dot(const Word* bits, int64_t words, const T* values, const T*, const f
 
 template <class T, int B>
 void picked_dot(const uint16_t* columns, const T* values, int64_t count, const float* x,
-                  int64_t x_stride, float* out) {
+                int64_t x_stride, float* out) {
   for (int b = 0; b < B; ++b) out[b] = 0.0f;
   for (int64_t k = 0; k < count; ++k) {
     const float value = widen(values[k]);
@@ -101,7 +101,7 @@ void unpack_portable(const Bitmap& m, int64_t cols, int64_t from, int64_t to, fl
 float read_portable(const float* data, int64_t n, int threads) { return run_read(data, n, threads); }
 float multiply_portable(int64_t steps, int threads) { return run_multiply(steps, threads); }
 void dense_matvec_portable(const uint16_t* w, const float* x, int64_t rows, int64_t cols, float* y,
-                         int threads) {
+                           int threads) {
   run_dense_matvec(w, x, rows, cols, y, threads);
 }
 }  // namespace gossamer

@@ -59,7 +59,7 @@ def decide(
     if batches:
         names = ["dense", "sell-spmm", "bitmap-unpack", "bitmap-spmm"]
     else:
-        names = ["dense", "bitmap-matvec", "csr-matvec"]
+        names = ["dense", "bitmap-matvec"] + ["csr-matvec"] * (record.shape[1] <= WIDEST)
     out, inputs = record.shape[0], record.shape[1]
     high = block_height(record.pattern, out, inputs)
     if batches and high:
@@ -103,11 +103,22 @@ def _fastest(predicted: dict[str, float], rows: int, unit: str) -> Decision | No
     return Decision(min(predicted, key=lambda name: predicted[name]), predicted, rows, unit)
 
 
+def _wins(name: str, predicted: dict[str, float], rows: int, rule: bool) -> tuple[bool, str]:
+    """Whether a kernel is predicted to be the fastest, and why; `rule` where that is not known."""
+    if name not in predicted or len(predicted) < 2:
+        return rule, "by rule"
+    decision = Decision(min(predicted, key=lambda each: predicted[each]), predicted, rows)
+    return decision.chosen == name, f"by measured costs: {decision}"
+
+
 def _predict(
-    costs: Costs, names: list[str], dtype: Any, rows: int, work: Work, high: int, calls: bool = True
-) -> dict[str, float]:
+    costs: Costs | None, names: list[str], dtype: Any, rows: int, work: Work, high: int,
+    calls: bool = True,
+) -> dict[str, float]:  # fmt: skip
     """Seconds of every named kernel that was measured; blocks have `high` rows."""
-    predicted = {}
+    predicted: dict[str, float] = {}
+    if costs is None:
+        return predicted
     for name in names:
         amount = replace(work, high=high) if name == "block-spmm" else work
         seconds = costs.seconds(name, str(dtype).removeprefix("torch."), rows, amount, calls)
@@ -132,14 +143,9 @@ def prepare(layer: BitmapLinear | NMLinear, costs: Costs | None) -> bool:
     high = block_height(layer.pattern, layer.out_features, layer.in_features)
     form = "block-spmm" if high and isinstance(layer, BitmapLinear) else "sell-spmm"
     names = [form, "bitmap-unpack"] + ["bitmap-spmm"] * isinstance(layer, BitmapLinear)
-    predicted: dict[str, float] = {}
-    if costs is not None:
-        work = Work(layer.out_features, layer.in_features, layer.density)
-        predicted = _predict(costs, names, layer.values.dtype, BATCH, work, high)
-    wins, why = True, "by rule"
-    if form in predicted and len(predicted) > 1:
-        decision = Decision(min(predicted, key=lambda name: predicted[name]), predicted, BATCH)
-        wins, why = decision.chosen == form, f"by measured costs: {decision}"
+    work = Work(layer.out_features, layer.in_features, layer.density)
+    predicted = _predict(costs, names, layer.values.dtype, BATCH, work, high)
+    wins, why = _wins(form, predicted, BATCH, rule=True)
     if wins:
         layer.prepare_batches()
     layer.batches_decided = f"{'prepared' if wins else 'not prepared'} {why}"
@@ -163,14 +169,10 @@ def choose_columns(layer: BitmapLinear, costs: Costs | None) -> None:
     """
     if layer.in_features > WIDEST:
         return
-    dtype = str(layer.values.dtype).removeprefix("torch.")
     work = Work(layer.out_features, layer.in_features, layer.density)
-    names = ["bitmap-matvec", "csr-matvec"]
-    predicted = {} if costs is None else _predict(costs, names, dtype, 1, work, 0)
-    holds, why = layer.density <= COLUMNS_UP_TO.get(_dispatch.isa(), 0.0), "by rule"
-    if len(predicted) == 2:
-        decision = Decision(min(predicted, key=lambda name: predicted[name]), predicted, 1)
-        holds, why = decision.chosen == "csr-matvec", f"by measured costs: {decision}"
+    predicted = _predict(costs, ["bitmap-matvec", "csr-matvec"], layer.values.dtype, 1, work, 0)
+    rule = layer.density <= COLUMNS_UP_TO.get(_dispatch.isa(), 0.0)
+    holds, why = _wins("csr-matvec", predicted, 1, rule)
     if holds:
         layer.prepare_columns()
     layer.rows_decided = f"{'columns' if holds else 'bitmap'} read {why}"
@@ -186,18 +188,14 @@ def choose_form(layer: QuantizedLinear, costs: Costs | None, batches: bool) -> N
     """
     if layer.bitmap is None or layer.matrix.run:
         return
-    rows, dtype = (BATCH if batches else 1), f"int{layer.bits}"
-    work = Work(layer.out_features, layer.in_features, layer.density)
-    predicted: dict[str, float] = {}
-    if costs is not None:
-        for name in ("bitmap-matvec", "dense"):
-            seconds = costs.seconds(name, dtype, rows, work)
-            predicted |= {} if seconds is None else {name: seconds}
+    rows, predicted = (BATCH if batches else 1), {}
+    if costs is not None:  # counting what is kept takes time
+        work = Work(layer.out_features, layer.in_features, layer.density)
+        names = ["bitmap-matvec", "dense"]
+        predicted = _predict(costs, names, f"int{layer.bits}", rows, work, 0)
     vectors = _dispatch.isa() in ("avx2", "avx512")
-    fills, why = vectors and (layer.bits == 4 or not has_byte_products()), "by rule"
-    if len(predicted) == 2:
-        decision = Decision(min(predicted, key=lambda name: predicted[name]), predicted, rows)
-        fills, why = decision.chosen == "dense", f"by measured costs: {decision}"
+    rule = vectors and (layer.bits == 4 or not has_byte_products())
+    fills, why = _wins("dense", predicted, rows, rule)
     if fills:
         layer.fill()
     layer.form_decided = f"{'dense' if fills else 'sparse'} integers in memory {why}"

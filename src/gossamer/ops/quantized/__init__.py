@@ -146,6 +146,7 @@ def pack(
     """Quantise the non-zeros of a matrix (out, in), or all of it where a bitmap would not pay.
 
     What rounds to 0 is not kept, except in an N:M pattern that the kernels use.
+
     outliers: fraction of the kept weights, the largest of each row, that are held exactly beside
     the integers (SpQR: A Sparse-Quantized Representation for Near-Lossless LLM Weight
     Compression, 2023, chooses them by their error; here their size decides). Raises UsageError

@@ -26,7 +26,8 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a (m, k) times b (k, n), both torch CSR of the same dtype, float32 or float64; CSR (m, n).
 
     Columns ascending, indices int32 (int64 from 2^31 entries on). Entries that cancel to zero stay
-    stored, as in scipy. O(multiplications). Not differentiable. Raises UsageError for other layouts or dtypes.
+    stored, as in scipy. O(multiplications). Not differentiable. Raises UsageError for other layouts
+    or dtypes.
     """
     for matrix in (a, b):
         if matrix.layout != torch.sparse_csr or matrix.dim() != 2:
