@@ -29,8 +29,8 @@ BITMAPS = (
 )
 UNPACK = (
     "Instructions: about 10 cycles for 64 columns to count where each kept integer goes, without the "
-    "byte-expand instructions of newer processors, where reading them takes 6; even patterns such as "
-    "2:4 need no counting."
+    "byte-expand instructions of newer processors, where reading them takes 6; 2:4 needs no counting "
+    "but a table, 4:8 two tables and a sum."
 )
 PROMPTS = "Products of a prompt are dense: weights are unpacked for them, so zeros save nothing."
 CONV = (
@@ -210,7 +210,7 @@ Written from `benchmarks/results/*.json` by `make docs`; the pictures by `python
 
 ![Speed over the best dense engine against density](../images/speed.png)
 
-The best dense engine is the fastest of torch in float32 and bfloat16, numpy, onnxruntime and, for one row of input, a dense bfloat16 product of our own, case by case. That product reads about as fast as memory allows, which torch's does not; the layer table names who was fastest. The rows of 2:4, 4:8 and 16x16 were measured earlier the same day, without it and without torch's BSR.
+The best dense engine is the fastest of torch in float32 and bfloat16, numpy, onnxruntime and, for one row of input, a dense bfloat16 product of our own, case by case. That product reads about as fast as memory allows, which torch's does not; the layer table names who was fastest.
 
 ![Our kernels under the machine's measured limits](../images/roofline.png)
 
