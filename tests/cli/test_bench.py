@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from gossamer.core.errors import GossamerError
 from gossamer.engine import decoder
 from gossamer.engine.compress import compress
 from gossamer.nn import BitmapLinear, NMLinear, QuantizedLinear
-from gossamer.ops._dispatch import ISAS
+from gossamer.ops._dispatch import ISAS, isa
 from gossamer.ops._dispatch import kernels as compiled
 
 if compiled() is None:
@@ -64,6 +65,22 @@ def test_a_case_of_blocks():
     assert set(tiles.unique().tolist()) == {0, 16}
     assert kernels.measure(case, LIMITS, rounds=1)["ratio"] > 0
     assert describe(vars(case)).endswith("batch 16 block 16x1")
+
+
+def test_our_kernels_for_older_processors_take_turns(monkeypatch):
+    if isa() != "avx512":
+        pytest.skip("this processor is one of them, or older")
+    seen, right = [], BitmapLinear.forward
+    monkeypatch.setattr(
+        BitmapLinear, "forward", lambda self, x: (seen.append(isa()), right(self, x))[1]
+    )
+    found = kernels.measure(kernels.Case(64, 64, "float32", 0.5, 16), LIMITS, rounds=1)
+    assert set(seen) == {"avx512", "avx2"} and isa() == "avx512"
+    assert "gossamer avx2" in found["milliseconds"] and "dense" in found["best_dense"]
+    with monkeypatch.context() as forced:
+        forced.setenv("GOSSAMER_ISA", "avx512")
+        kernels.measure(kernels.Case(64, 64, "float32", 0.5, 16), LIMITS, rounds=1)
+        assert os.environ["GOSSAMER_ISA"] == "avx512"
 
 
 def test_a_wrong_kernel_gets_no_speed(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from gossamer.bench.measure import Limits, Rounds, interleaved
 from gossamer.core.errors import GossamerError
 from gossamer.nn import BitmapLinear, QuantizedLinear
 from gossamer.nn.dispatch import choose_columns, choose_form
+from gossamer.ops._dispatch import isa
 from gossamer.ops.bitmap.native import MATVEC_ROWS
 from gossamer.ops.quantized.reference import quantize_input
 
@@ -154,8 +156,12 @@ def _calls(
     weights: list[Tensor], layers: Sequence[Layer], x: Tensor, block: str = ""
 ) -> dict[str, Callable[[], Tensor]]:
     turn, inputs = itertools.cycle(layers), x.to(weights[0].dtype)
+
+    def ours() -> Tensor:
+        return next(turn)(inputs)
+
     found: dict[str, Callable[[], Tensor] | None] = {
-        "gossamer": lambda: next(turn)(inputs),
+        "gossamer": ours,
         "torch dense float32": peers.torch_dense(weights, x, torch.float32),
         "torch dense bfloat16": peers.torch_dense(weights, x, torch.bfloat16),
         "numpy dense float32": peers.numpy_dense(weights, x),
@@ -164,6 +170,8 @@ def _calls(
         "torch csr float32": peers.torch_csr(weights[:2], x),
         "scipy csr float32": peers.scipy_csr(weights[:2], x),
     }
+    if len(inputs) > MATVEC_ROWS and isa() == "avx512":
+        found["gossamer avx2"] = lambda: _with_isa("avx2", ours)
     if "x" in block:
         found["torch bsr float32"] = peers.torch_bsr(weights[:1], x, block)
     if isinstance(layers[0], QuantizedLinear):
@@ -174,6 +182,18 @@ def _calls(
             "onnxruntime dense int4": integer_peers.onnx_int4(weights, x),
         }
     return {name: call for name, call in found.items() if call is not None}
+
+
+def _with_isa(name: str, call: Callable[[], Tensor]) -> Tensor:
+    """The result of kernels for other processors than this one, which are chosen by environment."""
+    before = os.environ.get("GOSSAMER_ISA")
+    os.environ["GOSSAMER_ISA"] = name
+    try:
+        return call()
+    finally:
+        os.environ.pop("GOSSAMER_ISA")
+        if before is not None:
+            os.environ["GOSSAMER_ISA"] = before
 
 
 def _check(

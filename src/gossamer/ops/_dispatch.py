@@ -9,6 +9,7 @@ import platform
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from gossamer.core.errors import UsageError
 
@@ -57,6 +58,17 @@ def isa_index() -> int:
         return _best()
     name = isa()
     return -1 if name == "reference" else ISAS.index(name)
+
+
+def direct(*inputs: Tensor | None) -> bool:
+    """Whether the registered operator can be left out, which costs 50 us a call.
+
+    It is there for gradients and for those who trace.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    wanted = any(part is not None and part.requires_grad for part in inputs)
+    return not (wanted and torch.is_grad_enabled())
 
 
 def describe() -> str:

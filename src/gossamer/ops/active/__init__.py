@@ -112,7 +112,7 @@ def above(x: Tensor, threshold: float) -> Tensor:
     """
     _check_vector(x)
     threshold = _checked(threshold)
-    return _home().above(x, threshold) if _plain(x) else _above(x, threshold)
+    return _home().above(x, threshold) if _dispatch.direct(x) else _above(x, threshold)
 
 
 def largest(x: Tensor, k: int) -> Tensor:
@@ -124,7 +124,7 @@ def largest(x: Tensor, k: int) -> Tensor:
     _check_vector(x)
     if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= x.numel():
         raise UsageError(f"k is a whole number from 0 to {x.numel()}, not {k!r}")
-    return _home().largest(x, k) if _plain(x) else _largest(x, k)
+    return _home().largest(x, k) if _dispatch.direct(x) else _largest(x, k)
 
 
 def statistical_threshold(x: Tensor, k: int) -> Tensor:
@@ -171,7 +171,7 @@ def linear(
     if index is not None:
         _check_index(index, columns.values.shape[0])
     parts = (columns.values, columns.scale, bias, index, threshold)
-    if _plain(x):
+    if _dispatch.direct(x):
         return _home().linear(x, *parts)
     return _active_linear(x, *parts)
 
@@ -208,16 +208,11 @@ def gated_mlp(
         raise UsageError(f"k is a whole number from 0 to {neurons}, not {k!r}")
     limit, top = (_checked(threshold), -1) if threshold is not None else (0.0, k)
     assert top is not None
-    if _plain(x):
+    if _dispatch.direct(x):
         lines = ((part.values, part.scale) for part in (gate, up, down))
         return _home().gated_mlp(x, *lines, limit, top, by == "gate")
     parts = (gate.values, gate.scale, up.values, up.scale, down.values, down.scale)
     return _active_gated_mlp(x, *parts, limit, top, by == "gate")
-
-
-def _plain(x: Tensor) -> bool:
-    """Whether the registered operator can be left out: it costs 50 us, an eighth of a product."""
-    return not (torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad))
 
 
 def _home() -> ModuleType:

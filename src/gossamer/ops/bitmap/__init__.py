@@ -81,14 +81,9 @@ def linear(
     `unpack_from`, the rows from which unpacking for a dense product pays, the density decides.
     With `columns` of the kept weights, up to 8 rows take time by these alone, not by all positions.
     """
-    eager = not torch.compiler.is_compiling()
-    if eager and not (torch.is_grad_enabled() and _any_grad(x, bias)):
+    if _dispatch.direct(x, bias):
         return _forward(x, values, bitmap, row_ptr, bias, in_features, unpack_from, columns)
     return _bitmap_linear(x, values, bitmap, row_ptr, bias, in_features, unpack_from, columns)
-
-
-def _any_grad(x: Tensor, bias: Tensor | None) -> bool:
-    return x.requires_grad or (bias is not None and bias.requires_grad)
 
 
 def _forward(

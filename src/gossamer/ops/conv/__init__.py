@@ -98,8 +98,7 @@ def conv(
     """
     window = Window() if window is None else window
     _check(x, form, window, ends, before)
-    eager = not torch.compiler.is_compiling()
-    if eager and not (torch.is_grad_enabled() and x.requires_grad):
+    if _dispatch.direct(x):
         return _run(x, form, window, ends, before)
     first = NO_END if before is None else before.ends
     return _sparse_conv(
@@ -122,8 +121,7 @@ def depthwise(x: Tensor, before: Before) -> Tensor:
     """
     _check_images(x, before.weight.shape[0])
     _check_before(before)
-    eager = not torch.compiler.is_compiling()
-    if eager and not (torch.is_grad_enabled() and x.requires_grad):
+    if _dispatch.direct(x):
         return _run_depthwise(x, before)
     ends = before.ends
     return _depthwise_conv(x, before.weight, ends.bias, before.stride, ends.low, ends.high)

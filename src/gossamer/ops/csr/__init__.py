@@ -106,11 +106,19 @@ def linear(x: Tensor, values: Tensor, index: Index, bias: Tensor | None = None) 
         raise UsageError("the kernels of sparse training run on the CPU only")
     if bias is not None and (bias.shape != (out,) or bias.dtype != values.dtype):
         raise UsageError(f"bias is {bias.dtype} {tuple(bias.shape)}, not {values.dtype} ({out},)")
-    i = index
-    y = _csr_linear(
-        x.to(values.dtype), values, bias, i.columns, i.splits, i.rows, i.column_splits, i.places
-    )
+    i, inputs = index, x.to(values.dtype)
+    if _dispatch.direct(x, values, bias):
+        return _forward(inputs, values, bias, i.columns, i.splits).to(x.dtype)
+    y = _csr_linear(inputs, values, bias, i.columns, i.splits, i.rows, i.column_splits, i.places)
     return y.to(x.dtype)
+
+
+def _forward(
+    x: Tensor, values: Tensor, bias: Tensor | None, columns: Tensor, splits: Tensor
+) -> Tensor:
+    if _compiled(values):
+        return native.linear(x, values, None, columns, splits, bias)
+    return reference.linear(x, values, columns, splits, bias)
 
 
 def sampled(x: Tensor, dy: Tensor, index: Index) -> Tensor:
@@ -143,9 +151,7 @@ def _csr_linear(
     column_splits: Tensor,
     places: Tensor,
 ) -> Tensor:
-    if _compiled(values):
-        return native.linear(x, values, None, columns, splits, bias)
-    return reference.linear(x, values, columns, splits, bias)
+    return _forward(x, values, bias, columns, splits)
 
 
 @_csr_linear.register_fake

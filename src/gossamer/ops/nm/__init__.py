@@ -70,8 +70,7 @@ def linear(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, layout
     never touch its result, even where x is NaN. O(rows of x * stored values) up to 8 rows of x,
     O(rows of x * out * in) for more.
     """
-    grad = x.requires_grad or (bias is not None and bias.requires_grad)
-    if not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and grad):
+    if _dispatch.direct(x, bias):
         return _forward(x, values, codes, bias, layout)
     return _nm_linear(x, values, codes, bias, layout.keep, layout.group, layout.cols)
 

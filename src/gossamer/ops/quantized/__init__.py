@@ -252,9 +252,7 @@ def linear(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
     that its 128 inputs reach NaN. Differentiable in x (as if nothing had been
     rounded) and bias, at the memory of one dense weight. O(rows of x * kept weights).
     """
-    eager = not torch.compiler.is_compiling()
-    needs_grad = x.requires_grad or (bias is not None and bias.requires_grad)
-    if eager and not (torch.is_grad_enabled() and needs_grad):
+    if _dispatch.direct(x, bias):
         return _forward(x, m, bias)
     return _quantized_linear(x, bias, *_flat(m))
 

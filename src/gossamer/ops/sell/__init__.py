@@ -10,6 +10,7 @@ weights for speed, made from the bitmap form and never stored: with bfloat16 val
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -73,7 +74,14 @@ def linear(x: Tensor, weight: Sell, bias: Tensor | None = None, relu: bool = Fal
     if bias is not None and bias.shape != (weight.shape[0],):
         raise UsageError(f"bias has shape {tuple(bias.shape)}, not ({weight.shape[0]},)")
     w = weight
-    return _sell_linear(x, w.values, w.columns, w.rows, w.groups, w.offsets, bias, relu, *w.shape)
+    parts = (w.values, w.columns, w.rows, w.groups, w.offsets)
+    if _dispatch.direct(x, bias):
+        return _home().linear(x, parts, w.shape, bias, relu)
+    return _sell_linear(x, *parts, bias, relu, *w.shape)
+
+
+def _home() -> ModuleType:
+    return reference if _dispatch.isa_index() < 0 else native
 
 
 @torch.library.custom_op("gossamer::sell_linear", mutates_args=())
@@ -90,9 +98,7 @@ def _sell_linear(
     in_features: int,
 ) -> Tensor:
     parts = (values, columns, rows, groups, offsets)
-    shape = (out_features, in_features)
-    home = reference if _dispatch.isa_index() < 0 else native
-    return home.linear(x, parts, shape, bias, relu)
+    return _home().linear(x, parts, (out_features, in_features), bias, relu)
 
 
 @_sell_linear.register_fake

@@ -70,9 +70,9 @@ def multiply(
         raise UsageError(f"columns are counted in 31 bits, not {cols}")
     left = _checked(a_ptr, a_columns, a_values, b_ptr.numel() - 1)
     right = _checked(b_ptr, b_columns, b_values, cols)
-    if torch.compiler.is_compiling() or a_values.requires_grad or b_values.requires_grad:
-        return _spgemm(*left, *right, cols, sort)
-    return _home().multiply(left, right, cols, sort)
+    if _dispatch.direct(a_values, b_values):
+        return _home().multiply(left, right, cols, sort)
+    return _spgemm(*left, *right, cols, sort)
 
 
 def _home() -> ModuleType:
