@@ -98,10 +98,11 @@ def targets() -> list[Row]:
             found = cases("kernels", dtype="float32", batch=batch, density=density, **square)
             label = f"float32, {batch} rows, {1 - density:.0%} zeros, over the best dense"
             rows.append((label, found, best, target, LOADS))
-    for density in (0.5, 0.3, 0.2, 0.1, 0.05):
-        found = cases("kernels", dtype="float32", batch=128, density=density, **square)
-        label = f"the same with AVX2 alone, {1 - density:.0%} zeros, of the speed with AVX-512"
-        rows.append((label, found, of_avx512, 0.5, LOADS))
+    for case in cases("kernels", dtype="float32", batch=128, **square):
+        if "gossamer avx2" in case["milliseconds"]:  # not on processors that have no more than it
+            zeros = 1 - case["case"]["density"]
+            label = f"the same with AVX2 alone, {zeros:.0%} zeros, of the speed with AVX-512"
+            rows.append((label, [case], of_avx512, 0.5, LOADS))
     for density, target in {0.5: 1.3, 0.2: 3.0}.items():
         found = cases("kernels", dtype="bfloat16", batch=128, density=density, **square)
         label = f"bfloat16, 128 rows, {1 - density:.0%} zeros, over the best dense bfloat16"
