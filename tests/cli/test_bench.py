@@ -216,6 +216,7 @@ def test_integer_cases(dtype, density, monkeypatch):
         for name, taken in times.items()
         if name != "gossamer"
     }
+    assert "torch dense int4" in times
     if importlib.util.find_spec("onnxruntime"):
         assert {"onnxruntime dense int8", "onnxruntime dense int4"} <= set(times)
     right = QuantizedLinear.forward

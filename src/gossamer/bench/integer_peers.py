@@ -19,7 +19,7 @@ from torch.nn import functional
 from gossamer.bench.peers import Run, onnx_options
 
 BLOCK = 128
-"""Inputs that share a scale in onnxruntime's 4-bit weights, as in ours."""
+"""Inputs that share a scale in other engines' 4-bit weights, as in ours."""
 
 
 def torch_int8(weights: list[Tensor], x: Tensor, engine: str) -> Run | None:
@@ -44,6 +44,39 @@ def _per_row(weight: Tensor) -> Tensor:
     return torch.quantize_per_channel(weight.float(), scales, zeros, 0, torch.qint8)
 
 
+def torch_int4(weights: list[Tensor], x: Tensor) -> Run | None:
+    """torch's product with 4-bit weights, a scale per `BLOCK` inputs; x in bfloat16, its fastest."""
+    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") or weights[0].shape[0] % 16:
+        return None
+    packed = []
+    for weight in weights:
+        rounded, scales = _four_bits(weight)
+        kept = torch.ops.aten._convert_weight_to_int4pack_for_cpu(rounded.flatten(1).int(), 1)
+        ends = torch.stack([scales.t(), torch.zeros_like(scales.t())], dim=-1)
+        packed.append((kept, ends.bfloat16().contiguous()))
+    copies, inputs = itertools.cycle(packed), _in_blocks(x).flatten(1).bfloat16()
+
+    def run() -> Tensor:
+        kept, ends = next(copies)
+        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(inputs, kept, BLOCK, ends)
+        return product
+
+    return run
+
+
+def _in_blocks(matrix: Tensor) -> Tensor:
+    """(rows, blocks, BLOCK), zeros beyond the columns."""
+    padded = functional.pad(matrix.float(), (0, -matrix.shape[1] % BLOCK))
+    return padded.reshape(matrix.shape[0], -1, BLOCK)
+
+
+def _four_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers of 0 to 15, 8 for 0, uint8 (out, blocks, BLOCK), and scales (out, blocks)."""
+    blocks = _in_blocks(weight)
+    scales = blocks.abs().amax(dim=-1).clamp_min(1e-12) / 7
+    return (torch.round(blocks / scales.unsqueeze(-1)) + 8).to(torch.uint8), scales
+
+
 def onnx_int8(weights: list[Tensor], x: Tensor) -> Run | None:
     """onnxruntime's DynamicQuantizeMatMul, one scale per row of the weight."""
     if not _installed():
@@ -63,9 +96,7 @@ def onnx_int4(weights: list[Tensor], x: Tensor) -> Run | None:
     parts = []
     out, inputs = weights[0].shape
     for weight in weights:
-        blocks = functional.pad(weight.float(), (0, -inputs % BLOCK)).reshape(out, -1, BLOCK)
-        scales = blocks.abs().amax(dim=-1).clamp_min(1e-12) / 7
-        rounded = (torch.round(blocks / scales.unsqueeze(-1)) + 8).to(torch.uint8)
+        rounded, scales = _four_bits(weight)
         packed = rounded[..., ::2] | rounded[..., 1::2] << 4
         parts.append({"w": packed, "scale": scales.flatten()})
     facts = {"K": inputs, "N": out, "bits": 4, "block_size": BLOCK, "accuracy_level": 4}

@@ -178,6 +178,7 @@ def _calls(
         found |= {
             "torch dense int8 fbgemm": integer_peers.torch_int8(weights, x, "fbgemm"),
             "torch dense int8 onednn": integer_peers.torch_int8(weights, x, "onednn"),
+            "torch dense int4": integer_peers.torch_int4(weights, x),
             "onnxruntime dense int8": integer_peers.onnx_int8(weights, x),
             "onnxruntime dense int4": integer_peers.onnx_int4(weights, x),
         }
