@@ -1,6 +1,7 @@
 """gossamer bench: limits that are real, no speed for a wrong kernel, JSON that says what it is."""
 
 import importlib.util
+import itertools
 import json
 import os
 
@@ -19,7 +20,7 @@ from gossamer.bench import (
     spgemm,
     training,
 )
-from gossamer.bench.measure import Limits, interleaved, measure_limits
+from gossamer.bench.measure import Limits, Turns, interleaved, measure_limits
 from gossamer.cli import bench, main
 from gossamer.cli.bench import _improve, describe
 from gossamer.core.errors import GossamerError
@@ -360,16 +361,55 @@ def test_resume_refuses_what_it_cannot_continue(content, message, tmp_path, caps
     assert "--out" in capsys.readouterr().err
 
 
+def test_a_record_says_how_calm_it_was():
+    turns = Turns({"gossamer": 1.0, "slow dense": 4.0, "fast dense": 2.0, "csr": 1.5}, 0.4)
+    case = training.Case(128, 2, 0.1, 20)
+    found = turns.record(case, (0.5, "bytes"))
+    assert (
+        found["calm"] == 0.4 and found["fraction_of_limit"] == 0.5 and found["case"] == vars(case)
+    )
+    assert (found["best_dense"], found["ratio"]) == ("fast dense", 2.0)
+    assert turns.record(case, (0.5, "bytes"), rivals="csr")["ratio"] == 1.5
+    assert "calm" not in Turns(turns.seconds, None).record(case, (0.5, "bytes"))
+
+
+def test_resume_measures_disturbed_cases_again(monkeypatch, tmp_path, capsys):
+    shares = {"a": iter([0.9]), "b": iter([0.3, 0.2, 0.95]), "c": iter([0.5, 0.7, 0.6])}
+    times = {label: itertools.count(1) for label in shares}
+    monkeypatch.setattr(bench, "measure_limits", lambda patience=0.0: LIMITS)
+
+    def measured(case, limits, rounds):
+        turns = Turns({"gossamer": next(times[case.name]), "dense": 9.0}, next(shares[case.name]))
+        return turns.record(case, (0.5, "bytes"))
+
+    monkeypatch.setattr(
+        active, "cases", lambda: [active.Case(n, 8, 8, "int8", 0.5) for n in shares]
+    )
+    monkeypatch.setattr(active, "measure", measured)
+    out = tmp_path / "active.json"
+
+    def calm():
+        main(["bench", "--suite=active", f"--out={out}", "--resume"])
+        found = json.loads(out.read_text())["cases"]
+        return {c["label"]: (c["calm"], c["milliseconds"]["gossamer"] / 1e3) for c in found}
+
+    assert calm() == {"a": (0.9, 1), "b": (0.3, 1), "c": (0.5, 1)}
+    assert "2 of 3 cases" in capsys.readouterr().err
+    assert calm() == {"a": (0.9, 1), "b": (0.3, 1), "c": (0.7, 2)}
+    assert calm() == {"a": (0.9, 1), "b": (0.95, 3), "c": (0.7, 2)}
+    assert "1 of 3 cases" in capsys.readouterr().err
+
+
 def test_disturbed_rounds_do_not_count_whatever_they_say(monkeypatch):
     states = iter([1.0, 0.9, 0.2, 0.9, 0.95])  # before the first round, then after each
     monkeypatch.setattr(measure, "calm", lambda peak: next(states))
     times = iter([9.0, 1.0, 0.1, 7.0, 3.0])  # warm-up, calm, disturbed twice, calm
     monkeypatch.setattr(measure, "_turn", lambda call: next(times))
-    assert interleaved({"one": str}, measure.Rounds(2, patience=60)) == {"one": 2.0}
+    assert interleaved({"one": str}, measure.Rounds(2, patience=60)) == Turns({"one": 2.0}, 0.9)
     states, times = iter([0.1, 0.2, 0.6, 0.7]), iter([9.0, 1.0, 2.0, 3.0])
     clock = iter([0.0, 1.0, 2.0, 99.0, 100.0])  # patience ends with the third round
     monkeypatch.setattr(measure.time, "monotonic", lambda: next(clock))
-    assert interleaved({"one": str}, measure.Rounds(1, patience=60)) == {"one": 3.0}
+    assert interleaved({"one": str}, measure.Rounds(1, patience=60)) == Turns({"one": 3.0}, 0.6)
 
 
 def test_the_better_limits_count():

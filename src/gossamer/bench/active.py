@@ -60,18 +60,8 @@ def measure(case: Case, limits: Limits, rounds: Rounds | int = 7) -> dict[str, A
         if "dense" not in name and not error < allowed:
             raise GossamerError(f"{name} is wrong on {case}: relative error {error:.1e}")
     with torch.inference_mode():
-        seconds = interleaved(calls, rounds)
-    dense = {name: taken for name, taken in seconds.items() if "dense" in name}
-    best = min(dense, key=lambda name: dense[name])
-    least, binds = limits.seconds(nbytes, 0)
-    return {
-        "case": vars(case),
-        "milliseconds": {name: 1e3 * taken for name, taken in seconds.items()},
-        "best_dense": best,
-        "ratio": dense[best] / seconds["gossamer"],
-        "fraction_of_limit": least / seconds["gossamer"],
-        "limit": binds,
-    }
+        turns = interleaved(calls, rounds)
+    return turns.record(case, limits.seconds(nbytes, 0))
 
 
 Build = tuple[dict[str, Callable[[], Tensor]], Tensor, int]

@@ -112,20 +112,13 @@ def measure(case: Case, limits: Limits, rounds: Rounds | int = 7) -> dict[str, A
             error = float((call() - expected).norm() / expected.norm())
             if not error < 1e-3:
                 raise GossamerError(f"{name} is wrong on {case}: relative error {error:.1e}")
-        seconds = interleaved(calls, rounds)
-    dense = {name: taken for name, taken in seconds.items() if "dense" in name}
-    best = min(dense, key=lambda name: dense[name])
-    torch_best = min(taken for name, taken in dense.items() if name.startswith("torch"))
-    least, binds = limits.seconds(0, _flops(model, x))
+        turns = interleaved(calls, rounds)
+    times = turns.seconds
+    torch_best = min(taken for name, taken in times.items() if name.startswith("torch dense"))
     return {
-        "case": vars(case),
-        "milliseconds": {name: 1e3 * taken for name, taken in seconds.items()},
-        "best_dense": best,
-        "ratio": dense[best] / seconds["gossamer"],
-        "ratio_to_torch": torch_best / seconds["gossamer"],
+        **turns.record(case, limits.seconds(0, _flops(model, x))),
+        "ratio_to_torch": torch_best / times["gossamer"],
         "served": served,
-        "fraction_of_limit": least / seconds["gossamer"],
-        "limit": binds,
     }
 
 

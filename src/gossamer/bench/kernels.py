@@ -95,23 +95,16 @@ def measure(case: Case, limits: Limits, rounds: Rounds | int = 7) -> dict[str, A
     calls = _calls([matrix] * copies, layers, x, case.block)
     _check(case, calls, matrix, x, first)
     with torch.inference_mode():
-        seconds = interleaved(calls, rounds)
-    ours = seconds["gossamer"]
-    dense = {name: taken for name, taken in seconds.items() if "dense" in name}
-    best = min(dense, key=lambda name: dense[name])
+        turns = interleaved(calls, rounds)
     nnz, nbytes = _size(first)
-    least, binds = limits.seconds(nbytes, 2 * nnz * case.batch)
+    ours = turns.seconds["gossamer"]
+    ratios = {name: taken / ours for name, taken in turns.seconds.items() if name != "gossamer"}
     return {
-        "case": vars(case),
-        "milliseconds": {name: 1e3 * taken for name, taken in seconds.items()},
-        "best_dense": best,
-        "ratio": dense[best] / ours,
-        "ratios": {name: taken / ours for name, taken in seconds.items() if name != "gossamer"},
+        **turns.record(case, limits.seconds(nbytes, 2 * nnz * case.batch)),
+        "ratios": ratios,
         "ratio_to_sparse_peers": {
-            name: taken / ours for name, taken in seconds.items() if "csr" in name or "bsr" in name
+            name: ratio for name, ratio in ratios.items() if "csr" in name or "bsr" in name
         },
-        "fraction_of_limit": least / ours,
-        "limit": binds,
     }
 
 

@@ -15,7 +15,9 @@ from gossamer.ops._dispatch import isa_index, kernels
 
 Call = Callable[[], object]
 _PAUSE, _BURST = 0.06, 0.02
-_CALM, _TRIES = 0.85, 3
+_TRIES = 3
+CALM = 0.85
+"""The share of the machine below which a measurement was disturbed."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,38 @@ class Rounds:
     peak: float = 0.0
 
 
-def interleaved(calls: Mapping[str, Call], rounds: Rounds | int) -> dict[str, float]:
-    """Median seconds of each call; all take turns, after one untimed turn each.
+@dataclass(frozen=True)
+class Turns:
+    """Median seconds of each call, and the least that `calm` said of the rounds that count.
+
+    calm is None where nobody watched.
+    """
+
+    seconds: dict[str, float]
+    calm: float | None
+
+    def record(self, case: Any, bound: tuple[float, str], rivals: str = "dense") -> dict[str, Any]:
+        """What every suite reports of a case; `bound` from `Limits.seconds`.
+
+        The ratio is to the fastest engine with `rivals` in its name.
+        """
+        ours, (least, binds) = self.seconds["gossamer"], bound
+        others = {n: taken for n, taken in self.seconds.items() if rivals in n and n != "gossamer"}
+        best = min(others, key=lambda name: others[name])
+        watched = {} if self.calm is None else {"calm": round(self.calm, 3)}
+        return {
+            "case": vars(case),
+            "milliseconds": {name: 1e3 * taken for name, taken in self.seconds.items()},
+            "best_dense": best,
+            "ratio": others[best] / ours,
+            "fraction_of_limit": least / ours,
+            "limit": binds,
+            **watched,
+        }
+
+
+def interleaved(calls: Mapping[str, Call], rounds: Rounds | int) -> Turns:
+    """Times of the calls, which take turns, after one untimed turn each.
 
     A turn is a pause, in which another engine's idle threads stop spinning, one untimed call, which
     wakes this engine's, and then calls for about 20 ms, whose mean counts. With patience, rounds
@@ -48,11 +80,12 @@ def interleaved(calls: Mapping[str, Call], rounds: Rounds | int) -> dict[str, fl
         times = {name: _turn(call) for name, call in calls.items()}
         after = calm(rounds.peak) if rounds.patience else 1.0
         found.append((min(before, after), times))
-        wanted -= found[-1][0] >= _CALM or time.monotonic() >= end
+        wanted -= found[-1][0] >= CALM or time.monotonic() >= end
         before = after
-    found.sort(key=lambda one: -min(one[0], _CALM))
-    chosen = [times for _, times in found[: rounds.count]]
-    return {name: statistics.median(times[name] for times in chosen) for name in calls}
+    found.sort(key=lambda one: -min(one[0], CALM))  # stable: among calm rounds the first count
+    chosen = found[: rounds.count]
+    medians = {name: statistics.median(times[name] for _, times in chosen) for name in calls}
+    return Turns(medians, min(least for least, _ in chosen) if rounds.patience else None)
 
 
 def _turn(call: Call) -> float:
@@ -88,7 +121,7 @@ def measure_limits(megabytes: int = 256, patience: float = 0.0) -> Limits:
     """
     best, end = _best_of_five(megabytes), time.monotonic() + patience
     while time.monotonic() < end:
-        if calm(best.flops) >= _CALM and best.flops >= _CALM * best.threads * _rate(1):
+        if calm(best.flops) >= CALM and best.flops >= CALM * best.threads * _rate(1):
             break
         time.sleep(0.5)
         more = _best_of_five(megabytes)
@@ -108,7 +141,7 @@ def _best_of_five(megabytes: int) -> Limits:
         "flops": lambda: module.multiply(steps, threads, isa_index()),
     }
     best = {
-        name: min(interleaved({name: call}, 1)[name] for _ in range(5))
+        name: min(interleaved({name: call}, 1).seconds[name] for _ in range(5))
         for name, call in calls.items()
     }
     flops = threads * steps * module.FLOPS_PER_STEP
@@ -150,9 +183,9 @@ def when_calm(
     found: list[dict[str, Any]] = []
     end = time.monotonic() + patience
     while True:
-        while (before := calm(peak)) < _CALM and time.monotonic() < end:
+        while (before := calm(peak)) < CALM and time.monotonic() < end:
             time.sleep(0.5)
         result = measure()
         found.append({**result, "calm": round(min(before, calm(peak)), 3)})
-        if found[-1]["calm"] >= _CALM or len(found) == _TRIES or time.monotonic() >= end:
+        if found[-1]["calm"] >= CALM or len(found) == _TRIES or time.monotonic() >= end:
             return max(found, key=lambda one: float(one["calm"]))

@@ -71,25 +71,16 @@ def measure(case: Case, limits: Limits, rounds: Rounds | int = 7) -> dict[str, A
     calls = {name: call for name, call in found.items() if call is not None}
     _check(case, calls, inputs.double() @ matrix.double().t())
     with torch.inference_mode():
-        seconds = interleaved(calls, rounds)
-    ours = seconds["gossamer"]
-    dense = {name: taken for name, taken in seconds.items() if "dense" in name}
-    best = min(dense, key=lambda name: dense[name])
-    flops = 2 * layer.kept * case.batch
-    least, binds = limits.seconds(layer.nbytes, flops)
+        turns = interleaved(calls, rounds)
+    ours, flops = turns.seconds["gossamer"], 2 * layer.kept * case.batch
     return {
-        "case": vars(case),
-        "milliseconds": {name: 1e3 * taken for name, taken in seconds.items()},
-        "best_dense": best,
-        "ratio": dense[best] / ours,
-        "ratio_to_bitmap": seconds["gossamer bitmap"] / ours,
+        **turns.record(case, limits.seconds(layer.nbytes, flops)),
+        "ratio_to_bitmap": turns.seconds["gossamer bitmap"] / ours,
         "bytes": layer.nbytes,
         "bytes_of_bitmap": other.values.nbytes + other.bitmap.nbytes,
         "gigabytes_per_second": layer.nbytes / ours / 1e9,
         "gigaflops": flops / ours / 1e9,
         "kernel": layer.batch_kernel or "nm-matvec",
-        "fraction_of_limit": least / ours,
-        "limit": binds,
     }
 
 

@@ -67,18 +67,11 @@ def measure(case: Case, limits: Limits, rounds: Rounds | int = 7) -> dict[str, A
     }
     result = spgemm.multiply(*parts, *parts, case.nodes, case.sort)
     _check(case, result, theirs)
-    seconds = interleaved(calls, rounds)
-    best = min(("scipy csr", "torch csr"), key=lambda name: seconds[name])
+    turns = interleaved(calls, rounds)
     nbytes = sum(part.nbytes for part in (*parts, *parts, *result))
-    least, binds = limits.seconds(nbytes, 0)
-    return {
-        "case": {**vars(case), "edges": columns.numel(), "result": result[1].numel()},
-        "milliseconds": {name: 1e3 * taken for name, taken in seconds.items()},
-        "best_dense": best,
-        "ratio": seconds[best] / seconds["gossamer"],
-        "fraction_of_limit": least / seconds["gossamer"],
-        "limit": binds,
-    }
+    found = turns.record(case, limits.seconds(nbytes, 0), rivals="csr")
+    facts = {**found["case"], "edges": columns.numel(), "result": result[1].numel()}
+    return {**found, "case": facts}
 
 
 def edges(case: Case) -> tuple[Tensor, Tensor, Tensor]:

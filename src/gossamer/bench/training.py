@@ -46,20 +46,9 @@ def measure(case: Case, limits: Limits, rounds: Rounds | int = 7) -> dict[str, A
         "torch dense float32, new gradients": lambda: _step(dense, x, True),
         "torch dense float32, gradients in place": lambda: _step(dense, x, False),
     }
-    seconds = interleaved(calls, rounds)
-    ours = seconds["gossamer"]
-    rest = {name: taken for name, taken in seconds.items() if "dense" in name}
-    best = min(rest, key=lambda name: rest[name])
+    turns = interleaved(calls, rounds)
     nnz = sum(layer.numel() for layer in sparse.weights)
-    least, binds = limits.seconds(4 * nnz * (3 + 5), 6 * nnz * case.batch)
-    return {
-        "case": vars(case),
-        "milliseconds": {name: 1e3 * taken for name, taken in seconds.items()},
-        "best_dense": best,
-        "ratio": rest[best] / ours,
-        "fraction_of_limit": least / ours,
-        "limit": binds,
-    }
+    return turns.record(case, limits.seconds(4 * nnz * (3 + 5), 6 * nnz * case.batch))
 
 
 class _Sparse(nn.Module):
