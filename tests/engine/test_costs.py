@@ -479,8 +479,11 @@ def test_predictions_hold_for_layers_that_were_not_measured():
     """On an idle machine; half of the factors are far smaller."""
     if isa_index() < 0:
         pytest.skip("the kernels are not built")
-    model, factors = gs.calibrate_costs(store=False), []
-    points = []
+    try:
+        model = gs.calibrate_costs(store=False)
+    except DisturbedError as error:
+        pytest.skip(str(error))
+    points, factors = [], []
     zeros = ((0.06, 1), (0.2, 1), (0.2, 4))
     for out, inputs, kernel, stride in ((256, 512, 1, 1), (192, 96, 3, 1), (96, 192, 3, 2),
                                         (128, 64, 1, 2), (96, 64, 5, 1)):  # fmt: skip
