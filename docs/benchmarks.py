@@ -229,7 +229,7 @@ Written from `benchmarks/results/*.json` by `make docs`; the pictures by `python
 
 ![Speed over the best dense engine against density](../images/speed.png)
 
-The best dense engine is the fastest of torch in float32 and bfloat16, numpy, onnxruntime and, for one row of input, a dense bfloat16 product of our own, case by case; for integers the 8- and 4-bit engines of torch and onnxruntime too, so that 8 bits of ours may meet 4 of theirs. That product reads about as fast as memory allows, which torch's does not; the layer table names who was fastest.
+The best dense engine is the fastest of torch in float32 and bfloat16, numpy, onnxruntime and, for one row of input, a dense bfloat16 product of our own, case by case; for integers the 8- and 4-bit engines of torch and onnxruntime too, so that 8 bits of ours may meet 4 of theirs. Our dense product reads about as fast as memory allows, which torch's does not; the layer table names who was fastest.
 
 ![Our kernels under the machine's measured limits](../images/roofline.png)
 

@@ -228,7 +228,7 @@ def test_a_huge_claim_allocates_nothing(saved, tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
-def refused_whole(fast, empty, change, folder):
+def assert_refused_whole(fast, empty, change, folder):
     """One line says what is wrong with the changed entry, and the module to fill stays as it was."""
     gs.save(fast, folder)
     edit(folder, lambda data: layer_of(data).update(change))
@@ -251,7 +251,7 @@ def refused_whole(fast, empty, change, folder):
     ids=str,
 )  # fmt: skip
 def test_damaged_nm_layers_get_one_clear_error(change, nm_parts, tmp_path):
-    refused_whole(*nm_parts(), change, tmp_path / "out")
+    assert_refused_whole(*nm_parts(), change, tmp_path / "out")
 
 
 @pytest.mark.parametrize("dtype", [torch.uint32, torch.int32, torch.complex64, torch.float64])
@@ -308,4 +308,4 @@ def test_a_flipped_bit_in_codes_is_noticed_or_moves_one_value_at_most(seed, nm_p
     ids=str,
 )  # fmt: skip
 def test_damaged_quantised_layers_get_one_clear_error(change, quantised_parts, tmp_path):
-    refused_whole(*quantised_parts(False, 0.05, False, 4), change, tmp_path / "out")
+    assert_refused_whole(*quantised_parts(False, 0.05, False, 4), change, tmp_path / "out")

@@ -111,14 +111,26 @@ def _wins(name: str, predicted: dict[str, float], rows: int, rule: bool) -> tupl
     return decision.chosen == name, f"by measured costs: {decision}"
 
 
-def _predict(
-    costs: Costs | None, names: list[str], dtype: Any, rows: int, work: Work, high: int,
-    calls: bool = True,
-) -> dict[str, float]:  # fmt: skip
-    """Seconds of every named kernel that was measured; blocks have `high` rows."""
-    predicted: dict[str, float] = {}
+def _predict_layer(
+    costs: Costs | None,
+    names: list[str],
+    layer: BitmapLinear | NMLinear | QuantizedLinear,
+    dtype: Any,
+    rows: int,
+    high: int = 0,
+) -> dict[str, float]:
+    """`_predict` for what a layer keeps, which is counted only where there are costs."""
     if costs is None:
-        return predicted
+        return {}
+    work = Work(layer.out_features, layer.in_features, layer.density)
+    return _predict(costs, names, dtype, rows, work, high)
+
+
+def _predict(
+    costs: Costs, names: list[str], dtype: Any, rows: int, work: Work, high: int, calls: bool = True
+) -> dict[str, float]:
+    """Seconds of every named kernel that was measured; blocks have `high` rows."""
+    predicted = {}
     for name in names:
         amount = replace(work, high=high) if name == "block-spmm" else work
         seconds = costs.seconds(name, str(dtype).removeprefix("torch."), rows, amount, calls)
@@ -143,8 +155,7 @@ def prepare(layer: BitmapLinear | NMLinear, costs: Costs | None) -> bool:
     high = block_height(layer.pattern, layer.out_features, layer.in_features)
     form = "block-spmm" if high and isinstance(layer, BitmapLinear) else "sell-spmm"
     names = [form, "bitmap-unpack"] + ["bitmap-spmm"] * isinstance(layer, BitmapLinear)
-    work = Work(layer.out_features, layer.in_features, layer.density)
-    predicted = _predict(costs, names, layer.values.dtype, BATCH, work, high)
+    predicted = _predict_layer(costs, names, layer, layer.values.dtype, BATCH, high)
     wins, why = _wins(form, predicted, BATCH, rule=True)
     if wins:
         layer.prepare_batches()
@@ -169,8 +180,8 @@ def choose_columns(layer: BitmapLinear, costs: Costs | None) -> None:
     """
     if layer.in_features > WIDEST:
         return
-    work = Work(layer.out_features, layer.in_features, layer.density)
-    predicted = _predict(costs, ["bitmap-matvec", "csr-matvec"], layer.values.dtype, 1, work, 0)
+    names = ["bitmap-matvec", "csr-matvec"]
+    predicted = _predict_layer(costs, names, layer, layer.values.dtype, 1)
     rule = layer.density <= COLUMNS_UP_TO.get(_dispatch.isa(), 0.0)
     holds, why = _wins("csr-matvec", predicted, 1, rule)
     if holds:
@@ -188,11 +199,8 @@ def choose_form(layer: QuantizedLinear, costs: Costs | None, batches: bool) -> N
     """
     if layer.bitmap is None or layer.matrix.run:
         return
-    rows, predicted = (BATCH if batches else 1), {}
-    if costs is not None:  # counting what is kept takes time
-        work = Work(layer.out_features, layer.in_features, layer.density)
-        names = ["bitmap-matvec", "dense"]
-        predicted = _predict(costs, names, f"int{layer.bits}", rows, work, 0)
+    rows, names = (BATCH if batches else 1), ["bitmap-matvec", "dense"]
+    predicted = _predict_layer(costs, names, layer, f"int{layer.bits}", rows)
     vectors = _dispatch.isa() in ("avx2", "avx512")
     rule = vectors and (layer.bits == 4 or not has_byte_products())
     fills, why = _wins("dense", predicted, rows, rule)

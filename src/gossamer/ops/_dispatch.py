@@ -60,6 +60,11 @@ def isa_index() -> int:
     return -1 if name == "reference" else ISAS.index(name)
 
 
+def home(reference: ModuleType, native: ModuleType) -> ModuleType:
+    """Of an operation's two homes the one that serves here."""
+    return reference if isa_index() < 0 else native
+
+
 def direct(*inputs: Tensor | None) -> bool:
     """Whether the registered operator can be left out, which costs 50 us a call.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -112,7 +111,11 @@ def above(x: Tensor, threshold: float) -> Tensor:
     """
     _check_vector(x)
     threshold = _checked(threshold)
-    return _home().above(x, threshold) if _dispatch.direct(x) else _above(x, threshold)
+    return (
+        _dispatch.home(reference, native).above(x, threshold)
+        if _dispatch.direct(x)
+        else _above(x, threshold)
+    )
 
 
 def largest(x: Tensor, k: int) -> Tensor:
@@ -124,7 +127,9 @@ def largest(x: Tensor, k: int) -> Tensor:
     _check_vector(x)
     if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= x.numel():
         raise UsageError(f"k is a whole number from 0 to {x.numel()}, not {k!r}")
-    return _home().largest(x, k) if _dispatch.direct(x) else _largest(x, k)
+    return (
+        _dispatch.home(reference, native).largest(x, k) if _dispatch.direct(x) else _largest(x, k)
+    )
 
 
 def statistical_threshold(x: Tensor, k: int) -> Tensor:
@@ -172,7 +177,7 @@ def linear(
         _check_index(index, columns.values.shape[0])
     parts = (columns.values, columns.scale, bias, index, threshold)
     if _dispatch.direct(x):
-        return _home().linear(x, *parts)
+        return _dispatch.home(reference, native).linear(x, *parts)
     return _active_linear(x, *parts)
 
 
@@ -210,13 +215,9 @@ def gated_mlp(
     assert top is not None
     if _dispatch.direct(x):
         lines = ((part.values, part.scale) for part in (gate, up, down))
-        return _home().gated_mlp(x, *lines, limit, top, by == "gate")
+        return _dispatch.home(reference, native).gated_mlp(x, *lines, limit, top, by == "gate")
     parts = (gate.values, gate.scale, up.values, up.scale, down.values, down.scale)
     return _active_gated_mlp(x, *parts, limit, top, by == "gate")
-
-
-def _home() -> ModuleType:
-    return reference if _dispatch.isa_index() < 0 else native
 
 
 def _checked(threshold: float) -> float:
@@ -258,7 +259,7 @@ def _check_index(index: Tensor, lines: int) -> None:
 
 @torch.library.custom_op("gossamer::active_above", mutates_args=())
 def _above(x: Tensor, threshold: float) -> Tensor:
-    return _home().above(x, threshold)
+    return _dispatch.home(reference, native).above(x, threshold)
 
 
 @_above.register_fake
@@ -268,7 +269,7 @@ def _(x: Tensor, threshold: float) -> Tensor:
 
 @torch.library.custom_op("gossamer::active_largest", mutates_args=())
 def _largest(x: Tensor, k: int) -> Tensor:
-    return _home().largest(x, k)
+    return _dispatch.home(reference, native).largest(x, k)
 
 
 @_largest.register_fake
@@ -287,7 +288,7 @@ def _active_linear(
 ) -> Tensor:
     if index is not None:
         _check_index(index, values.shape[0])
-    return _home().linear(x, values, scale, bias, index, threshold)
+    return _dispatch.home(reference, native).linear(x, values, scale, bias, index, threshold)
 
 
 @_active_linear.register_fake
@@ -316,7 +317,7 @@ def _active_gated_mlp(
     by_gate: bool,
 ) -> Tensor:
     parts = ((gate, gate_scale), (up, up_scale), (down, down_scale))
-    return _home().gated_mlp(x, *parts, threshold, top, by_gate)
+    return _dispatch.home(reference, native).gated_mlp(x, *parts, threshold, top, by_gate)
 
 
 @_active_gated_mlp.register_fake

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -79,19 +78,15 @@ def linear(x: Tensor, weight: Blocks, bias: Tensor | None = None) -> Tensor:
         raise UsageError(f"bias has shape {tuple(bias.shape)}, not ({weight.shape[0]},)")
     parts = (weight.values, weight.columns, weight.splits)
     if _dispatch.direct(x, bias):
-        return _home().linear(x, *parts, bias)
+        return _dispatch.home(reference, native).linear(x, *parts, bias)
     return _blocks_linear(x, *parts, bias)
-
-
-def _home() -> ModuleType:
-    return reference if _dispatch.isa_index() < 0 else native
 
 
 @torch.library.custom_op("gossamer::blocks_linear", mutates_args=())
 def _blocks_linear(
     x: Tensor, values: Tensor, columns: Tensor, splits: Tensor, bias: Tensor | None
 ) -> Tensor:
-    return _home().linear(x, values, columns, splits, bias)
+    return _dispatch.home(reference, native).linear(x, values, columns, splits, bias)
 
 
 @_blocks_linear.register_fake

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -133,7 +132,7 @@ def chain(stages: list[Stage]) -> Callable[[Tensor], Tensor]:
     The call takes x (images, channels, height, width) as `conv` does and raises the same errors.
     What lies between stages stays in memory that the callable holds.
     """
-    home = _home()
+    home = _dispatch.home(reference, native)
     ready = [Stage(s.form, s.window, _ready(s.ends), _ready_before(s.before)) for s in stages]
     prepared, channels = home.Chain(ready), ready[0].channels[0]
 
@@ -145,16 +144,12 @@ def chain(stages: list[Stage]) -> Callable[[Tensor], Tensor]:
 
 
 def _run(x: Tensor, form: Form, window: Window, ends: Ends, before: Before | None) -> Tensor:
-    home = _home()
+    home = _dispatch.home(reference, native)
     return home.conv(x.contiguous(), form, window, _ready(ends), _ready_before(before))
 
 
-def _home() -> ModuleType:
-    return reference if _dispatch.isa_index() < 0 else native
-
-
 def _run_depthwise(x: Tensor, before: Before) -> Tensor:
-    return _home().depthwise(x.contiguous(), _ready_before(before))
+    return _dispatch.home(reference, native).depthwise(x.contiguous(), _ready_before(before))
 
 
 def _ready(ends: Ends) -> Ends:

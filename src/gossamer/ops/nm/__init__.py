@@ -78,8 +78,7 @@ def linear(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, layout
 def _forward(
     x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, layout: Layout
 ) -> Tensor:
-    home = reference if _dispatch.isa_index() < 0 else native
-    return home.linear(x, values, codes, bias, layout)
+    return _dispatch.home(reference, native).linear(x, values, codes, bias, layout)
 
 
 @torch.library.custom_op("gossamer::nm_linear", mutates_args=())

@@ -10,7 +10,6 @@ weights for speed, made from the bitmap form and never stored: with bfloat16 val
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -76,12 +75,8 @@ def linear(x: Tensor, weight: Sell, bias: Tensor | None = None, relu: bool = Fal
     w = weight
     parts = (w.values, w.columns, w.rows, w.groups, w.offsets)
     if _dispatch.direct(x, bias):
-        return _home().linear(x, parts, w.shape, bias, relu)
+        return _dispatch.home(reference, native).linear(x, parts, w.shape, bias, relu)
     return _sell_linear(x, *parts, bias, relu, *w.shape)
-
-
-def _home() -> ModuleType:
-    return reference if _dispatch.isa_index() < 0 else native
 
 
 @torch.library.custom_op("gossamer::sell_linear", mutates_args=())
@@ -98,7 +93,9 @@ def _sell_linear(
     in_features: int,
 ) -> Tensor:
     parts = (values, columns, rows, groups, offsets)
-    return _home().linear(x, parts, (out_features, in_features), bias, relu)
+    return _dispatch.home(reference, native).linear(
+        x, parts, (out_features, in_features), bias, relu
+    )
 
 
 @_sell_linear.register_fake

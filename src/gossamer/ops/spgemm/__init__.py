@@ -8,8 +8,6 @@ algorithms for sparse matrices", 1978; the hash accumulator as in SMASH's softwa
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
@@ -71,12 +69,8 @@ def multiply(
     left = _checked(a_ptr, a_columns, a_values, b_ptr.numel() - 1)
     right = _checked(b_ptr, b_columns, b_values, cols)
     if _dispatch.direct(a_values, b_values):
-        return _home().multiply(left, right, cols, sort)
+        return _dispatch.home(reference, native).multiply(left, right, cols, sort)
     return _spgemm(*left, *right, cols, sort)
-
-
-def _home() -> ModuleType:
-    return reference if _dispatch.isa_index() < 0 else native
 
 
 def _checked(
@@ -114,7 +108,7 @@ def _spgemm(
     sort: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     left, right = (a_ptr, a_columns, a_values), (b_ptr, b_columns, b_values)
-    return _home().multiply(left, right, cols, sort)
+    return _dispatch.home(reference, native).multiply(left, right, cols, sort)
 
 
 @_spgemm.register_fake
