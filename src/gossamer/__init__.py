@@ -1,6 +1,6 @@
 """Gossamer makes neural networks sparse, and makes sparse networks pay."""
 
-from gossamer.api import compare
+from gossamer.api import compare, prune
 from gossamer.core.allocation import ER, ERK, LAMP, OWL, Global, Uniform, UniformPlus
 from gossamer.core.card import Card
 from gossamer.core.costs import Costs
@@ -14,13 +14,12 @@ from gossamer.core.errors import (
     UsageError,
 )
 from gossamer.core.pattern import NM, Block, Channel, Unstructured, format_pattern, parse_pattern
-from gossamer.core.result import CompressResult, LayerRecord, PruneResult
+from gossamer.core.result import CompressResult, Coverage, LayerRecord, LeftOut, PruneResult
 from gossamer.core.select import select, select_global
 from gossamer.core.support import Support
 from gossamer.engine.compress import compress
 from gossamer.engine.generate import generate
 from gossamer.engine.measure_costs import calibrate_costs
-from gossamer.engine.prune import prune
 from gossamer.engine.rounds import Part, RoundsResult, train_rounds
 from gossamer.engine.structure import ShrinkResult, coupled_channels, shrink
 from gossamer.engine.train import SparseRun, sparse_training
@@ -48,11 +47,13 @@ __all__ = [
     "CompressResult",
     "Costs",
     "Coupled",
+    "Coverage",
     "FormatError",
     "Global",
     "GossamerError",
     "Keep",
     "LayerRecord",
+    "LeftOut",
     "MissingExtra",
     "NonFiniteError",
     "Part",

@@ -132,7 +132,7 @@ def nothing_to_prune(model: nn.Module, left: Mapping[str, str]) -> str:
             f"{said}: Gossamer prunes Linear, Conv1D, Bilinear, convolutions, the weights of "
             "MultiheadAttention and recurrent layers, and experts in 3-D parameters"
         )
-    name, reason = next(iter(left.items()))
+    name, reason = min(left.items(), key=lambda item: item[1] in EXPECTED.values())
     others = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
     return f"{said}: {name or 'the model itself'} is left out: {reason}{others}"
 
