@@ -22,7 +22,9 @@ def build(text: str, kinds: Mapping[str, type[Any]], what: str) -> Any:
     for word in filter(None, (word.strip() for word in rest.split(","))):
         option, equals, value = (part.strip() for part in word.partition("="))
         if not equals:
-            raise UsageError(f"{word!r} in {text!r} is not option=value, such as {_example(fields)}")
+            raise UsageError(
+                f"{word!r} in {text!r} is not option=value, such as {_example(fields)}"
+            )
         known(option, fields, f"option of {name.strip()}")
         options[option] = _value(value)
     try:
