@@ -92,13 +92,12 @@ def prune(
 
 
 def _pruner(text: str) -> Method:
-    method = methods.build(text)
-    if method.card.kind not in ("score", "solver"):
+    if methods.find(text.partition(":")[0]).card.kind not in ("score", "solver"):
         raise UsageError(
             f"method {text!r} chooses weights while a model trains; use gs.sparse_training in a "
             "training loop, or a method for trained models here (see gs.cards())"
         )
-    return method
+    return cast(Method, methods.build(text))
 
 
 def _density_of(sparsity: float, density: float | None) -> float:

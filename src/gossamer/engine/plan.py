@@ -316,7 +316,8 @@ def _units(
     blocks: Sequence[tuple[str, nn.Module]],
     order: Mapping[str, int] | None,
 ) -> list[Unit]:
-    """Blocks in order, and weights outside them as units of their own, where the model calls them.
+    """Blocks in order, and parameters outside them as units of their own, where the model calls
+    them; the matrices that one parameter stacks are a unit too.
 
     Without a call order (methods that need no data) the order of modules serves: it changes
     nothing in the result.
@@ -324,7 +325,8 @@ def _units(
     grouped: dict[str, Unit] = {}
     for name, weight in weights.items():
         block = placed[name]
-        label = name if block is None else blocks[block][0]
+        own = name if weight.part is None else name.rpartition(".")[0]
+        label = own if block is None else blocks[block][0]
         unit = grouped.setdefault(label, Unit(label, {}, block))
         unit.weights[name] = weight
     units = list(grouped.values())
