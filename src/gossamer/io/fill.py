@@ -111,7 +111,7 @@ def fill(root: nn.Module, content: Content, costs: Costs | None, batches: bool) 
         serve(root, name, layer, content.tensors, costs, batches)
     for name, facts in content.stored.items():
         weight = unpack(name, facts, *content.parts.pop(name))
-        if not (facts.served and _served(root, name, weight, content.tensors, costs, batches)):
+        if not (facts.served and serve_dense(root, name, weight, content.tensors, costs, batches)):
             content.tensors[name] = weight
     on_meta = any(t.is_meta for t in root.state_dict().values())
     root.load_state_dict(content.tensors, strict=False, assign=on_meta)
@@ -144,7 +144,7 @@ def serve(
         tensors[f"{name}.bias"] = layer.bias.detach()
 
 
-def _served(
+def serve_dense(
     root: nn.Module,
     name: str,
     weight: Tensor,
@@ -160,7 +160,8 @@ def _served(
     if not plain or not linear or weight.dtype not in (torch.float32, torch.bfloat16):
         return False
     matrix = weight.t().contiguous() if is_transposed(module) else weight
-    packed = BitmapLinear.from_matrix(matrix, tensors.get(f"{path}.bias"))
+    bias: Any = tensors.get(f"{path}.bias", module.bias)
+    packed = BitmapLinear.from_matrix(matrix, bias)
     serve(root, path, packed, {}, costs, batches)
     if root.get_submodule(path) is not packed:
         return False
@@ -188,5 +189,3 @@ def reasons_of(root: nn.Module) -> dict[str, str]:
     """The layers that `fill` left dense because that is faster here, each with the reason."""
     found = {name: getattr(module, "dense_reason", None) for name, module in root.named_modules()}
     return {name: reason for name, reason in found.items() if isinstance(reason, str)}
-
-

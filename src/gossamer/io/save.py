@@ -83,9 +83,9 @@ def save(
         "provenance": json.loads(json.dumps(facts, default=str)),
     }
     with new_folder(target, overwrite) as place:
-        write_config(root, place, tokenizer, packed=bool(packed or stored))
+        weights = write_tensors(tensors, place, PACKED if packed or stored else PLAIN)
+        write_config(root, place, tokenizer, weights if packed or stored else None)
         manifest["rebuild"] = _why_not_rebuilt(place, packed, present)
-        write_tensors(tensors, place, PACKED if packed or stored else PLAIN)
         write_manifest(manifest, place)
     if manifest["rebuild"] is not None:
         level = logging.WARNING if hasattr(root, "config") else logging.INFO
@@ -181,14 +181,16 @@ def _decisions(
     return {name: asdict(decided) for name, decided in found.items()}
 
 
-def write_config(model: nn.Module, folder: Path, tokenizer: Any, packed: bool = False) -> None:
+def write_config(
+    model: nn.Module, folder: Path, tokenizer: Any, weights: str | None = None
+) -> None:
     """config.json, generation_config.json and the tokenizer, as Hugging Face writes them.
 
-    packed: whether the weights are readable with Gossamer alone, which config.json then says.
+    weights: the file of weights that Gossamer alone can read, which config.json then says.
     """
     config: Any = getattr(model, "config", None)
     if config is not None and hasattr(config, "save_pretrained"):
-        _write_structure(model, copy.deepcopy(config), folder, packed)
+        _write_structure(model, copy.deepcopy(config), folder, weights)
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None and hasattr(generation, "to_json_string"):
         # not save_pretrained, which refuses values that many published models have
@@ -197,7 +199,7 @@ def write_config(model: nn.Module, folder: Path, tokenizer: Any, packed: bool = 
         tokenizer.save_pretrained(folder)
 
 
-def _write_structure(model: nn.Module, config: Any, folder: Path, packed: bool) -> None:
+def _write_structure(model: nn.Module, config: Any, folder: Path, weights: str | None) -> None:
     config.architectures = [type(model).__name__]
     config.dtype = next((p.dtype for p in model.parameters()), torch.float32)
     for name in ("quantization_config", "transformers_weights"):
@@ -208,9 +210,9 @@ def _write_structure(model: nn.Module, config: Any, folder: Path, packed: bool) 
     except Exception as error:  # what transformers will not write it may still read
         _LOG.warning("config.json is written unchecked: %s", _one_line(error))
         (folder / CONFIG).write_text(config.to_json_string())
-    if packed:
+    if weights is not None:
         facts = json.loads((folder / CONFIG).read_text())
-        facts["quantization_config"] = {"quant_method": METHOD}
+        facts["quantization_config"] = {"quant_method": METHOD, "weights": weights}
         facts["transformers_weights"] = UNKNOWN
         (folder / CONFIG).write_text(json.dumps(facts, indent=2) + "\n")
 
@@ -233,8 +235,11 @@ def distinct(model: nn.Module) -> dict[str, Tensor]:
     return result
 
 
-def write_tensors(tensors: Mapping[str, Tensor], folder: Path, name: str = PLAIN) -> None:
-    """One safetensors file, or shards of at most `LARGEST` bytes with Hugging Face's index."""
+def write_tensors(tensors: Mapping[str, Tensor], folder: Path, name: str = PLAIN) -> str:
+    """One safetensors file, or shards of at most `LARGEST` bytes with Hugging Face's index.
+
+    Returns the name of the file, or of the index.
+    """
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
     for key, tensor in tensors.items():
@@ -246,7 +251,7 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, name: str = PLAIN
         size, total = size + width, total + width
     if len(shards) == 1:
         write_safetensors(shards[0], folder / SINGLE.format(name), {"format": "pt"})
-        return
+        return SINGLE.format(name)
     places = {}
     for number, shard in enumerate(shards, 1):
         file = SHARD.format(name, number, len(shards))
@@ -254,6 +259,7 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, name: str = PLAIN
         places.update(dict.fromkeys(shard, file))
     content = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / INDEX.format(name)).write_text(json.dumps(content, indent=2) + "\n")
+    return INDEX.format(name)
 
 
 def _describe(layer: Packed) -> dict[str, Any]:

@@ -104,22 +104,30 @@ _LARGE = 1 << 24
 """Numbers from which `torch.empty` is taken for a parameter's, which needs no memory."""
 
 
-class _LargeOnMeta(TorchFunctionMode):
-    """Empty tensors of this size have no memory, where a system would not even promise it."""
+_FILLS = frozenset({
+    "normal_", "uniform_", "trunc_normal_", "zero_", "fill_", "constant_", "ones_", "zeros_",
+    "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_",
+})  # fmt: skip
+
+
+class _Unfilled(TorchFunctionMode):
+    """Large empty tensors get no memory, which a system might refuse, and meta ones no numbers."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _FILLS and args and getattr(args[0], "is_meta", False):
+            return args[0]
         if func is torch.empty and kwargs.get("device") is None:
-            outlined = func(*args, **{**kwargs, "device": "meta"})
-            if outlined.numel() >= _LARGE:
-                return outlined
+            drawn = func(*args, **{**kwargs, "device": "meta"})
+            if drawn.numel() >= _LARGE:
+                return drawn
         return func(*args, **kwargs)
 
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Modules that this thread builds inside keep buffers and lose the memory of parameters."""
-    with _LOCK, _LargeOnMeta():
+    with _LOCK, _Unfilled():
         register, thread = nn.Module.register_parameter, threading.get_ident()
 
         def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -128,6 +136,7 @@ def parameters_on_meta() -> Iterator[None]:
                 empty = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
                 vars(empty).update(vars(param))
                 torch.utils.swap_tensors(param, empty)  # the same object, as others may hold it
+                param._is_hf_initialized = True  # or transformers draws numbers for it
 
         nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
         try:
