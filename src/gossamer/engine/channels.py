@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from gossamer.core.coupling import Coupled
 from gossamer.core.errors import MissingExtra, UsageError
 from gossamer.engine.agreement import clone, fenced, tensors
 from gossamer.engine.hooks import observe_inputs
+
+_ROUNDS = 32
+"""How often a module may be met with other channels before a walk through the graph is given up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +56,7 @@ class _Trace:
     names: Mapping[int, str]
     calls: Mapping[str, int]
     shared: Mapping[int, list[str]]
-    is_output: Any
-    nodes: Mapping[Any, Any]
+    graph: Any
 
 
 def trace(model: nn.Module, example: Tensor) -> list[ChannelSet]:
@@ -84,22 +86,15 @@ def trace(model: nn.Module, example: Tensor) -> list[ChannelSet]:
                 output_transform=lambda out: [t for t in tensors(out) if t.grad_fn is not None],
                 verbose=False,
             )
-            groups = list(graph.get_all_groups(root_module_types=(nn.Conv2d, nn.Linear)))
     except Exception as error:
         text = " ".join(str(error).split())[:160]
         raise UsageError(
             f"torch-pruning cannot trace the model ({type(error).__name__}: {text}); give the part "
             "of it that can be traced, with an example of that part's input"
         ) from error
-    found = _Trace(
-        named,
-        {id(module): name for name, module in named.items()},
-        calls,
-        _owners(twin),
-        graph.is_out_channel_pruning_fn,
-        graph.module2node,
-    )
-    return [_set(group, found) for group in groups]
+    names = {id(module): name for name, module in named.items()}
+    found = _Trace(named, names, calls, _owners(twin), graph)
+    return list(_sets(found))
 
 
 def kind(module: nn.Module) -> str:
@@ -139,33 +134,101 @@ def obstacle(module: nn.Module) -> str:
     return ""
 
 
-def _set(group: Any, found: _Trace) -> ChannelSet:
+class _Index(NamedTuple):
+    """A channel where it is, and the channel of the root that it carries."""
+
+    idx: int
+    root_idx: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Item:
+    """What must go from one module when the root's channels go, of its outputs or its inputs."""
+
+    module: Any
+    writes: bool
+    index: list[int]
+    root: list[int]
+
+
+def _sets(found: _Trace) -> Iterator[ChannelSet]:
+    seen: set[int] = set()
+    for module in list(found.graph.module2node):
+        pruner = found.graph.get_pruner_of_module(module)
+        if not isinstance(module, nn.Conv2d | nn.Linear) or id(module) in seen or not pruner:
+            continue
+        items, tangled = _walk(module, pruner.prune_out_channels, found.graph)
+        seen |= {id(x.module) for x in items if x.writes}
+        yield _set(items, tangled, found)
+
+
+def _walk(module: Any, handler: Any, graph: Any) -> tuple[list[_Item], bool]:
+    """All that depends on the output channels of a module, the module itself first.
+
+    Also returns whether the walk was given up: slices and concatenations that torch-pruning misread
+    can shift the channels further at every round.
+    """
+    width = _outputs(module, 0)
+    root = tuple(_Index(i, i) for i in range(width))
+    seen: dict[Any, set[tuple[_Index, ...]]] = {(graph.module2node[module], handler): {root}}
+    stack = [(graph.module2node[module], handler, root)]
+    tangled = False
+    while stack:
+        node, trigger, index = stack.pop()
+        for dependency in node.dependencies:
+            if not dependency.is_triggered_by(trigger):
+                continue
+            mapped: Any = list(index)
+            for mapping in dependency.index_mapping:
+                mapped = mapping(mapped) if mapping is not None else mapped
+            key, one = (dependency.target, dependency.handler), tuple(map(_pair, mapped))
+            known = seen.setdefault(key, set())
+            if not one or one in known:
+                continue
+            tangled = tangled or len(known) >= _ROUNDS
+            if not tangled:
+                known.add(one)
+                stack.append((*key, one))
+    return [_item(node, handler, known, graph) for (node, handler), known in seen.items()], tangled
+
+
+def _pair(index: Any) -> _Index:
+    return _Index(int(index.idx), int(index.root_idx))
+
+
+def _item(node: Any, handler: Any, known: set[tuple[_Index, ...]], graph: Any) -> _Item:
+    merged: dict[int, int] = {}
+    for part in sorted(known):
+        for index in part:
+            merged.setdefault(*index)
+    writes = graph.is_out_channel_pruning_fn(handler)
+    return _Item(node.module, writes, list(merged), list(merged.values()))
+
+
+def _set(items: Sequence[_Item], tangled: bool, found: _Trace) -> ChannelSet:
     parts: dict[str, list[str]] = {"layers": [], "norm": [], "depthwise": [], "plain": []}
-    inputs: dict[str, tuple[list[int], list[int]]] = {}
-    reasons, passes = [], []
-    width = len(group[0].idxs)
-    for item in group:
-        module, index, root = item.dep.target.module, list(item.idxs), list(item.root_idxs)
+    inputs: dict[str, tuple[Tensor, Tensor]] = {}
+    reasons, passes = ["slices or concatenations tie them to one another"] if tangled else [], []
+    width = len(items[0].index)
+    for x in items:
+        module = x.module
         name = found.names.get(id(module))
         if name is None:
             passes.append(_operation(module))
             if isinstance(module, nn.Parameter):
                 reasons.append("a parameter of no known layer runs along them")
             continue
-        writes = found.is_output(item.dep.handler)
-        whole = index == root and len(index) == width == _outputs(module, width)
-        reasons.append(_member(name, module, found, whole or not writes))
+        whole = x.index == x.root and len(x.index) == width == _outputs(module, width)
+        reasons.append(_member(name, module, found, whole or not x.writes))
         which = kind(module)
-        if which in ("linear", "conv") and not writes:
-            known = inputs.setdefault(name, ([], []))
-            known[0].extend(index)
-            known[1].extend(root)
+        if which in ("linear", "conv") and not x.writes:
+            inputs[name] = (torch.tensor(x.index), torch.tensor(x.root))
         elif which in ("linear", "conv"):
             parts["layers"].append(name)
         elif which and whole:
             parts[which].append(name)
     if not parts["layers"]:  # the root is a layer that is not served
-        parts["layers"].append(found.names[id(group[0].dep.target.module)])
+        parts["layers"].append(found.names[id(items[0].module)])
     if not inputs:
         reasons.append("no Linear or Conv2d reads them: they reach the model's output")
     reasons += [_reader(name, index, found) for name, (index, _) in inputs.items()]
@@ -174,7 +237,7 @@ def _set(group: Any, found: _Trace) -> ChannelSet:
     return ChannelSet(
         Coupled(width, layers, norms, depthwise, readers),
         plain,
-        {name: (torch.tensor(i), torch.tensor(c)) for name, (i, c) in inputs.items()},
+        inputs,
         _after((*layers, *norms, *depthwise), {*norms, *depthwise}, {*plain}, found),
         tuple(dict.fromkeys(x for x in passes if x)),
         next((reason for reason in reasons if reason), ""),
@@ -215,10 +278,10 @@ def _outputs(module: nn.Module, width: int) -> int:
     return int(count)
 
 
-def _reader(name: str, index: Sequence[int], found: _Trace) -> str:
+def _reader(name: str, index: Tensor, found: _Trace) -> str:
     """Why the channels cannot be told apart in what a reader is given; empty where they can."""
     width = int(found.modules[name].weight.shape[1])  # type: ignore[index]
-    if max(index) < width:
+    if int(index.max()) < width:
         return ""
     return f"{name} reads {width} inputs, into which an operation on the way has merged them"
 
@@ -227,7 +290,9 @@ def _after(
     names: tuple[str, ...], gates: set[str], plain: set[str], found: _Trace
 ) -> dict[str, tuple[str | None, ...]]:
     """By name the gates that take its output, past what is plain or has no name; None for others."""
-    by_name = {found.names.get(id(module)): node for module, node in found.nodes.items()}
+    by_name = {
+        found.names.get(id(module)): node for module, node in found.graph.module2node.items()
+    }
 
     def takers(node: Any) -> Iterator[str | None]:
         stack, seen = list(node.outputs), set()

@@ -52,7 +52,9 @@ def dead(x: ChannelSet, model: nn.Module) -> Tensor:
 
     alive = ~everything
     for name in x.coupled.layers:
-        alive = alive | (_lets(modules[name]) & arrives(name))
+        lets = _lets(modules[name])
+        # A layer that writes other channels too belongs to no set that can be cut.
+        alive = alive | ((lets & arrives(name)) if len(lets) == len(alive) else everything)
     return ~alive
 
 
