@@ -22,7 +22,7 @@ from gossamer.engine.generate import generate
 from gossamer.engine.measure_costs import calibrate_costs
 from gossamer.engine.prune import prune
 from gossamer.engine.rounds import Part, RoundsResult, train_rounds
-from gossamer.engine.structure import ShrinkResult, coupled_channels, shrink
+from gossamer.engine.structure import ShrinkResult, coupled_channels, fixed_channels, shrink
 from gossamer.engine.train import SparseRun, sparse_training
 from gossamer.engine.true_sparse import TrueSparseRun, sparse_layers, true_sparse_training
 from gossamer.integrations.arrival import register_with_transformers
@@ -77,6 +77,7 @@ __all__ = [
     "coupled_channels",
     "export",
     "find",
+    "fixed_channels",
     "format_pattern",
     "from_semi_structured",
     "generate",
