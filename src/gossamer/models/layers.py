@@ -36,8 +36,8 @@ def prunable_layers(
     everywhere = not blocks or isinstance(model, nn.Sequential)
     layers = {name: module for name, module in model.named_modules() if is_prunable(module)}
     adapters = adapter_prefixes(model)
-    added = _matching(include, layers, model, "include")
-    removed = _matching(exclude, layers, model, "exclude")
+    added = matching(include, layers, model, "include")
+    removed = matching(exclude, layers, model, "exclude")
     chosen: dict[str, tuple[nn.Module, int | None]] = {}
     for name, module in layers.items():
         block = _block_of(name, blocks)
@@ -63,9 +63,10 @@ def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _matching(
+def matching(
     patterns: Sequence[str], layers: dict[str, nn.Module], model: nn.Module, what: str
 ) -> set[str]:
+    """Names of `layers` that match any pattern; UsageError, with near names, where one matches none."""
     if isinstance(patterns, str):
         raise UsageError(f"{what} is a sequence of patterns: write ({patterns!r},)")
     matched: set[str] = set()
