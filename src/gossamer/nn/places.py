@@ -49,7 +49,7 @@ def why_not_here(root: nn.Module, name: str, module: nn.Module) -> str | None:
     if _extra_names(module) & _RESERVED:
         return "it has a tensor or module of its own under a name that packed layers use"
     if (reader := who_reads(root, name)) is not None:
-        return f"its weight is read by {reader}, so its parent multiplies it itself"
+        return f"its parent multiplies or changes the weight itself, in {reader}"
     return None
 
 

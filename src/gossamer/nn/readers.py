@@ -65,20 +65,27 @@ def _mentions(code: CodeType) -> bool:
 
 
 def _layers(function: FunctionType) -> set[str]:
-    """Names of the layers whose weight a function reads; of one without source none are known."""
+    """Names of the layers whose weight a function reads and that it does not call as well.
+
+    One that does both, such as Mamba's, reads for a device that is not ours. Of a function without
+    source none are known.
+    """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, SyntaxError, TypeError):
         return set()
-    harmless = set()
+    harmless, called = set(), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in _FACTS:
             harmless.add(node.value)
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in _ASKED:
-            harmless.update(node.args)
+        elif isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Attribute):
+                called.add(node.func.attr)
+            elif getattr(node.func, "id", "") in _ASKED:
+                harmless.update(node.args)
     return {
         node.value.attr
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and node.attr == "weight" and node not in harmless
-        and isinstance(node.value, ast.Attribute)
+        and isinstance(node.value, ast.Attribute) and node.value.attr not in called
     }  # fmt: skip
