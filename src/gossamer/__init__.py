@@ -24,6 +24,7 @@ from gossamer.engine.rounds import Part, RoundsResult, train_rounds
 from gossamer.engine.structure import ShrinkResult, coupled_channels, fixed_channels, shrink
 from gossamer.engine.train import SparseRun, sparse_training
 from gossamer.engine.true_sparse import TrueSparseRun, sparse_layers, true_sparse_training
+from gossamer.engine.unpack import unpack
 from gossamer.integrations.arrival import register_with_transformers
 from gossamer.io import export, load, save
 from gossamer.methods import cards, find
@@ -94,5 +95,6 @@ __all__ = [
     "to_semi_structured",
     "train_rounds",
     "true_sparse_training",
+    "unpack",
 ]
 __all__ += [x.__name__ for x in CATALOGUE]

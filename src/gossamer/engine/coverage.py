@@ -67,6 +67,8 @@ def nonzeros(tensor: Tensor) -> int:
     """How many entries are not zero; of a dtype that cannot be compared, or without values, all."""
     if tensor.device.type == "meta":
         return tensor.numel()
+    if tensor.is_floating_point() and tensor.element_size() == 1:  # torch has no count of these
+        tensor = tensor.float()
     try:
         return int(torch.count_nonzero(tensor))
     except (NotImplementedError, RuntimeError):

@@ -58,8 +58,8 @@ def choose_weights(
     """
     weights = find_weights(model)
     names = _names(model, weights)
-    added = _matching(include, names, model, "include")
-    removed = _matching(exclude, names, model, "exclude")
+    added = matching(include, names, model, "include")
+    removed = matching(exclude, names, model, "exclude")
     blocks = _blocks_of(model, weights)
     ties = _ties(model, weights)
     expected = _expected(model, weights, blocks)
@@ -95,8 +95,8 @@ def prunable_layers(
     """
     weights = {name: weight for name, weight in find_weights(model).items() if weight.plain}
     names = _names(model, weights)
-    added = _matching(include, names, model, "include")
-    removed = _matching(exclude, names, model, "exclude")
+    added = matching(include, names, model, "include")
+    removed = matching(exclude, names, model, "exclude")
     blocks = _blocks_of(model, weights)
     expected = _expected(model, weights, blocks)
     chosen = {
@@ -265,9 +265,13 @@ def _blocks_of(model: nn.Module, weights: Mapping[str, Weight]) -> dict[str, int
     }
 
 
-def _matching(
+def matching(
     patterns: Sequence[str], names: Mapping[str, str], model: nn.Module, what: str
 ) -> set[str]:
+    """The names that patterns of `include` or `exclude` mean; `names` maps aliases to them.
+
+    Raises UsageError for a pattern that matches nothing, naming near ones.
+    """
     if isinstance(patterns, str):
         raise UsageError(f"{what} is a sequence of patterns: write ({patterns!r},)")
     matched: set[str] = set()
