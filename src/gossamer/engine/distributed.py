@@ -28,12 +28,16 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank, so that all raise an error or none does."""
+        return bool(self.largest(int(flag)))
+
+    def largest(self, number: int) -> int:
+        """The largest of a whole number over all ranks."""
         if not self.groups:
-            return flag
-        sent = torch.tensor([int(flag)], device=self._device())
+            return number
+        sent = torch.tensor([number], device=self._device())
         for group in self.groups:
             torch.distributed.all_reduce(sent, torch.distributed.ReduceOp.MAX, group=group)
-        return bool(sent)
+        return int(sent)
 
     def average(self, tensors: Iterable[Tensor]) -> None:
         """Each tensor becomes its mean over ranks, in place; what is equal already stays."""
@@ -72,9 +76,9 @@ class Ranks:
 def unwrapped(model: nn.Module, group: Any = None) -> tuple[nn.Module, Ranks]:
     """The model without the wrappers that rename its layers, and the ranks that train it.
 
-    Seen through: torch.compile, DistributedDataParallel. Recognised: the DTensors of FSDP2. group:
-    for a model whose gradients are averaged by other means. Raises UsageError for FSDP1, which
-    keeps no layer's weight whole or split by rows.
+    Seen through: torch.compile, DataParallel, DistributedDataParallel. Recognised: the DTensors
+    of FSDP2. group: for a model whose gradients are averaged by other means. Raises UsageError for
+    FSDP1, which keeps no layer's weight whole or split by rows.
     """
     groups = [] if group is None else [group]
     while True:
@@ -82,6 +86,8 @@ def unwrapped(model: nn.Module, group: Any = None) -> tuple[nn.Module, Ranks]:
             model = model._orig_mod  # type: ignore[assignment]
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             groups, model = [model.process_group], model.module
+        elif isinstance(model, nn.DataParallel):
+            model = model.module
         else:
             break
     for module in model.modules():

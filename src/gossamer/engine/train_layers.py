@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
 
 from gossamer.core.errors import NonFiniteError, UsageError
 from gossamer.core.matrix import is_transposed
 from gossamer.engine.distributed import Ranks, is_sharded, local, local_part, whole
+from gossamer.engine.optimizers import held_by
 from gossamer.models.layers import adapter_prefixes, prunable_layers
 
 
@@ -68,43 +70,59 @@ class TrainedLayer:
 
 def trained_layers(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
     include: Sequence[str],
     exclude: Sequence[str],
     scales: bool = False,
 ) -> list[TrainedLayer]:
     """The trainable prunable layers, or with `scales` the batch norms, one per distinct weight.
 
-    Raises UsageError when the optimizer holds parameters that the model lacks or lacks one that
-    would be masked, and when every layer is frozen.
+    Raises UsageError when every layer is frozen.
     """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if scales and include:
+        raise UsageError("a method that acts on batch norms takes all of them; narrow by exclude=")
+    return norm_layers(model, exclude) if scales else unfrozen_layers(model, include, exclude)
+
+
+def check_held(
+    model: nn.Module, optimizer: torch.optim.Optimizer, layers: Sequence[TrainedLayer]
+) -> None:
+    """Raise UsageError when the optimizer holds parameters that the model lacks, or lacks one that
+    would be masked."""
+    held = held_by(optimizer)
     foreign = held - {id(p) for p in model.parameters()}
     if foreign:
         raise UsageError(
             f"the optimizer holds {len(foreign)} parameters that are not the model's; construct it "
-            "from model.parameters() after the model is in its final form"
+            "from model.parameters() after the model is in its final form, without master copies "
+            "and not of an average of it"
         )
-    if scales and include:
-        raise UsageError("a method that acts on batch norms takes all of them; narrow by exclude=")
-    layers = norm_layers(model, exclude) if scales else unfrozen_layers(model, include, exclude)
     for layer in layers:
-        if not isinstance(layer.weight, nn.Parameter) or id(layer.weight) not in held:
+        if id(layer.weight) not in held:
             raise UsageError(
                 f"{layer.name}: its weight is not in the optimizer; freeze or exclude it"
             )
-    return layers
+
+
+def chosen_layers(
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str]
+) -> list[TrainedLayer]:
+    """The prunable layers, frozen or not, one per distinct weight.
+
+    Raises UsageError for a weight that is recomputed at every forward.
+    """
+    layers: dict[int, TrainedLayer] = {}
+    for name, (module, block) in prunable_layers(model, include, exclude, tied=True).items():
+        weight = own_parameter(name, module)
+        if id(weight) not in layers:
+            layers[id(weight)] = TrainedLayer(name, module, weight, block)
+    return list(layers.values())
 
 
 def unfrozen_layers(
     model: nn.Module, include: Sequence[str], exclude: Sequence[str]
 ) -> list[TrainedLayer]:
     """The trainable prunable layers, one per distinct weight; UsageError when all are frozen."""
-    layers: dict[int, TrainedLayer] = {}
-    for name, (module, block) in prunable_layers(model, include, exclude, tied=True).items():
-        weight = module.weight
-        if weight.requires_grad and id(weight) not in layers:
-            layers[id(weight)] = TrainedLayer(name, module, cast(nn.Parameter, weight), block)
+    layers = [x for x in chosen_layers(model, include, exclude) if x.weight.requires_grad]
     if not layers:
         hint = (
             "; adapters stay dense, and sparse_lora of gossamer.integrations.peft holds the zeros"
@@ -112,13 +130,39 @@ def unfrozen_layers(
         raise UsageError(
             "every layer that could be masked is frozen" + hint * bool(adapter_prefixes(model))
         )
-    return list(layers.values())
+    return layers
+
+
+def own_parameter(name: str, module: nn.Module, part: str = "weight") -> nn.Parameter:
+    """The parameter `part` of a module.
+
+    Raises UsageError, with the remedy, where it is computed from others at every forward: what is
+    written to it would be lost at the next.
+    """
+    parameter = vars(module).get("_parameters", {}).get(part)
+    if isinstance(parameter, nn.Parameter):
+        return parameter
+    place = f"model.get_submodule({name!r})"
+    if is_parametrized(module, part):
+        kinds = ", ".join(type(x).__name__ for x in module.parametrizations[part])  # type: ignore[index]
+        how = f"by {kinds}; first torch.nn.utils.parametrize.remove_parametrizations({place}, "
+        how += f"{part!r})"
+    elif any(isinstance(x, BasePruningMethod) for x in module._forward_pre_hooks.values()):
+        how = f"from a mask of torch.nn.utils.prune; first torch.nn.utils.prune.remove({place}, "
+        how += f"{part!r}): the zeros stay, and gs.Keep() holds them"
+    elif f"{part}_g" in module._parameters:
+        how = f"by weight_norm; first torch.nn.utils.remove_weight_norm({place})"
+    elif f"{part}_orig" in module._parameters:
+        how = f"by spectral_norm; first torch.nn.utils.remove_spectral_norm({place})"
+    else:
+        how = "or set by hand; make it a parameter of its own"
+    raise UsageError(f"{name}: its {part} is recomputed at every forward, {how}; or exclude it")
 
 
 def norm_layers(model: nn.Module, exclude: Sequence[str]) -> list[TrainedLayer]:
     """The batch norms with a trainable scale, less those that `exclude` names."""
     layers = [
-        TrainedLayer(name, module, module.weight, None)
+        TrainedLayer(name, module, own_parameter(name, module), None)
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm)
         and module.affine
@@ -169,6 +213,28 @@ def start_gradients(
                 f"{layer.name}: the loss of the first batch has no finite gradient"
             )
     return gradients
+
+
+def whole_gradients(layers: Sequence[TrainedLayer], method: str, ranks: Ranks) -> dict[str, Tensor]:
+    """The gradients of all weights by layer, the same on all ranks.
+
+    Those of DDP are averaged already, but not where a step was taken under no_sync.
+    """
+    missing = [x.name for x in layers if x.weight.grad is None]
+    if ranks.any(bool(missing)):
+        raise UsageError(
+            f"{missing[0] if missing else 'on another rank a layer'}: has no gradient, and "
+            f"{method} grows weights by it in this step; call backward() on a loss that was not "
+            "computed under no_grad"
+        )
+    found = {}
+    for layer in layers:
+        gradient = layer.weight.grad
+        assert gradient is not None
+        found[layer.name] = layer.matrix(gradient).clone()
+        if not is_sharded(gradient):
+            ranks.average([found[layer.name]])
+    return found
 
 
 def _gradients(
