@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from types import MethodType
 from typing import Any
 
@@ -133,9 +134,10 @@ def around_calls(
 
     For wrappers of optimizers, which have no hooks. What others put over it meanwhile stays.
     """
-    own, original = method in vars(thing), getattr(thing, method)
+    own, original = method in getattr(thing, "__dict__", {}), getattr(thing, method)
     closed = False
 
+    @wraps(original)  # with the marks that learning rate schedules leave
     def call(_: Any, *args: Any, **kwargs: Any) -> Any:
         if closed:
             return original(*args, **kwargs)
@@ -144,13 +146,13 @@ def around_calls(
         after()
         return result
 
-    bound = MethodType(call, thing)  # learning rate schedules want a method to wrap
+    bound = MethodType(call, thing)  # which they want to wrap in their turn
     setattr(thing, method, bound)
     try:
         yield
     finally:
         closed = True
-        if vars(thing).get(method) is bound:
+        if getattr(thing, method) is bound:
             if own:
                 setattr(thing, method, original)
             else:
