@@ -101,7 +101,7 @@ def test_recomputed_scales_of_norms_are_refused():
     parametrize.register_parametrization(model[1], "weight", Halved())
     with (
         pytest.raises(gs.UsageError, match=r"1: its weight is recomputed.*Halved"),
-        opened(model, sgd(model), gs.MaskSparsity(0.5, (gs.Coupled(8, ("0",), ("1",)),))),
+        opened(model, sgd(model), gs.MaskSparsity(0.5, (gs.Coupled(8, ("0",), ("1",), (), ()),))),
     ):
         pass
 
@@ -205,8 +205,11 @@ def test_a_replaced_parameter_is_an_error_and_replaced_data_is_not(method):
         run.after_step()
         old = model[0].weight
         model[0].weight = nn.Parameter(old.detach().clone())
+        optimizer.zero_grad()
+        for p in (old, *model.parameters()):
+            p.grad = torch.ones_like(p)
         with pytest.raises(gs.UsageError, match="0: its weight was replaced"):
-            advance(model, optimizer)
+            optimizer.step()
         model[0].weight = old
         advance(model, optimizer)
         assert_inside(run)
