@@ -17,6 +17,64 @@ def is_prunable(module: nn.Module) -> bool:
     return is_transposed(module)
 
 
+_PLAIN = {
+    nn.Linear: ("forward",),
+    nn.Conv2d: ("forward", "_conv_forward"),
+    nn.Embedding: ("forward",),
+}
+_PLAIN_BY_NAME = frozenset(
+    {
+        "transformers.pytorch_utils.Conv1D.forward",
+        "transformers.models.falcon.modeling_falcon.FalconLinear.forward",
+        "timm.layers.linear.Linear.forward",
+    }
+)
+"""Forwards that are the plain product of the stored weight, in libraries that core never imports."""
+
+
+def why_not_plain(module: nn.Module) -> str | None:
+    """Why a prunable module may compute something else than the product with its stored weight.
+
+    None where it is that product: its class's forward is the known one, and its weight is a
+    parameter of its own. Otherwise zeros in the stored weight need not be zeros in the forward, and
+    no other layer can take its place.
+    """
+    if "weight" not in module._parameters:
+        return _recomputed(module)
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance, so what it computes is unknown"
+    kind = next((kind for kind in _PLAIN if isinstance(module, kind)), None)
+    for method in _PLAIN.get(kind, ("forward",)):  # type: ignore[arg-type]
+        own = getattr(type(module), method)
+        known = kind is not None and own is getattr(kind, method)
+        if not known and f"{own.__module__}.{own.__qualname__}" not in _PLAIN_BY_NAME:
+            return (
+                f"{type(module).__name__} has a forward of its own, so what it computes is unknown"
+            )
+    return None
+
+
+def _recomputed(module: nn.Module) -> str:
+    """Why a weight that is no parameter cannot be written to, and how to make it one."""
+    if nn.utils.parametrize.is_parametrized(module, "weight"):
+        kinds = [type(each).__name__.lstrip("_") for each in module.parametrizations["weight"]]  # type: ignore[index]
+        return (
+            f"its weight is recomputed at every forward ({', '.join(kinds)}); call "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first"
+        )
+    if "weight_mask" in module._buffers:
+        return (
+            "its weight is recomputed at every forward from a mask of torch.nn.utils.prune; call "
+            "torch.nn.utils.prune.remove(layer, 'weight') first"
+        )
+    remedy = "make the weight an ordinary parameter first"
+    if "weight_g" in module._parameters:
+        remedy = "call torch.nn.utils.remove_weight_norm(layer) first"
+    if "weight_orig" in module._parameters:
+        remedy = "call torch.nn.utils.remove_spectral_norm(layer) first"
+    return f"its weight is recomputed at every forward; {remedy}"
+
+
 def is_transposed(module: nn.Module) -> bool:
     """transformers' Conv1D: a linear layer that stores (in, out). Known by name, so that core
     does not import transformers."""

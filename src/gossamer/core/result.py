@@ -37,6 +37,48 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Weights that stayed as they were, and why.
+
+    name: of the parameter, dotted. kind: of the module that holds it. count: how many weights.
+    """
+
+    name: str
+    kind: str
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a whole model was reached. Counts are of weights, shared ones counted once.
+
+    total: every parameter. matrices: those with two dimensions or more, embeddings included.
+    prunable: matrices that Gossamer can prune. pruned: those that this call chose. nonzero: weights
+    of the whole model that are not zero. packed: those behind a sparse kernel. left_out: every
+    matrix that was not pruned (or, after `compress`, that holds zeros and is not packed).
+    """
+
+    total: int = 0
+    matrices: int = 0
+    prunable: int = 0
+    pruned: int = 0
+    nonzero: int = 0
+    packed: int = 0
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def density(self) -> float:
+        """The fraction of all of the model's parameters that is not zero."""
+        return self.nonzero / self.total if self.total else 1.0
+
+    @property
+    def pruned_share(self) -> float:
+        """The fraction of the model's matrix weights that this call chose."""
+        return self.pruned / self.matrices if self.matrices else 0.0
+
+
+@dataclass(frozen=True)
 class PruneResult:
     """What `prune` did; `supports` maps a layer's name to its kept positions."""
 
@@ -48,6 +90,7 @@ class PruneResult:
     requested_density: float
     measured_density: float
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    coverage: Coverage = field(default_factory=Coverage)
 
 
 @dataclass(frozen=True)
@@ -58,6 +101,7 @@ class CompressResult:
     layers: tuple[LayerRecord, ...]
     isa: str
     threads: int
+    coverage: Coverage = field(default_factory=Coverage)
 
     def __str__(self) -> str:
         """A line for each layer: what serves it, or why it stays dense, and what decided."""
@@ -71,9 +115,23 @@ class CompressResult:
 
 
 def unwrap(model: nn.Module | PruneResult | CompressResult) -> nn.Module:
-    """The module inside a result, or the module itself."""
+    """The module itself: inside a result, and inside torch.compile, DataParallel or DDP.
+
+    Names of layers are then the same whether or not the model is wrapped.
+    """
     if isinstance(model, (PruneResult, CompressResult)):
-        return model.model
-    if isinstance(model, nn.Module):
-        return model
-    raise UsageError(f"expected a torch module or a Gossamer result, not {type(model).__name__}")
+        model = model.model
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"expected a torch module or a Gossamer result, not {type(model).__name__}"
+        )
+    while (inner := _wrapped(model)) is not None:
+        model = inner
+    return model
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    """What a wrapper of torch holds, None for a module that is none."""
+    kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    inner = model.module if isinstance(model, kinds) else model._modules.get("_orig_mod")
+    return inner if isinstance(inner, nn.Module) else None
