@@ -73,7 +73,7 @@ def sparse_training(
     Raises UsageError for a density that empties a layer, a pattern that does not divide, a weight
     that is recomputed at every forward, an optimizer that holds other parameters than the model's,
     a missing gradient, and for weights that changed outside the support or with no step seen;
-    NonFiniteError before a step with NaN or infinite gradients; on all ranks, or on none.
+    NonFiniteError before a step with NaN or infinite gradients; before steps on all ranks or none.
     """
     run = SparseRun(model, optimizer, trainer, total_steps, include, exclude, seed, group)
     with (

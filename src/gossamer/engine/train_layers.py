@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.parametrize import is_parametrized
-from torch.nn.utils.prune import BasePruningMethod
 
 from gossamer.core.errors import NonFiniteError, UsageError
-from gossamer.core.matrix import is_transposed
+from gossamer.core.matrix import is_transposed, why_not_plain
 from gossamer.engine.distributed import Ranks, is_sharded, local, local_part, whole
 from gossamer.engine.optimizers import held_by
 from gossamer.models.layers import adapter_prefixes, prunable_layers
@@ -133,30 +132,12 @@ def unfrozen_layers(
     return layers
 
 
-def own_parameter(name: str, module: nn.Module, part: str = "weight") -> nn.Parameter:
-    """The parameter `part` of a module.
-
-    Raises UsageError, with the remedy, where it is computed from others at every forward: what is
-    written to it would be lost at the next.
-    """
-    parameter = vars(module).get("_parameters", {}).get(part)
-    if isinstance(parameter, nn.Parameter):
-        return parameter
-    place = f"model.get_submodule({name!r})"
-    if is_parametrized(module, part):
-        kinds = ", ".join(type(x).__name__ for x in module.parametrizations[part])  # type: ignore[index]
-        how = f"by {kinds}; first torch.nn.utils.parametrize.remove_parametrizations({place}, "
-        how += f"{part!r})"
-    elif any(isinstance(x, BasePruningMethod) for x in module._forward_pre_hooks.values()):
-        how = f"from a mask of torch.nn.utils.prune; first torch.nn.utils.prune.remove({place}, "
-        how += f"{part!r}): the zeros stay, and gs.Keep() holds them"
-    elif f"{part}_g" in module._parameters:
-        how = f"by weight_norm; first torch.nn.utils.remove_weight_norm({place})"
-    elif f"{part}_orig" in module._parameters:
-        how = f"by spectral_norm; first torch.nn.utils.remove_spectral_norm({place})"
-    else:
-        how = "or set by hand; make it a parameter of its own"
-    raise UsageError(f"{name}: its {part} is recomputed at every forward, {how}; or exclude it")
+def own_parameter(name: str, module: nn.Module) -> nn.Parameter:
+    """The weight of a layer. Raises UsageError, with the remedy, where it is recomputed at every
+    forward: what is written to it would be lost at the next."""
+    if "weight" not in module._parameters:
+        raise UsageError(f"{name}: {why_not_plain(module)}; or exclude it")
+    return cast(nn.Parameter, module.weight)
 
 
 def norm_layers(model: nn.Module, exclude: Sequence[str]) -> list[TrainedLayer]:

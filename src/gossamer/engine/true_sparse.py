@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gossamer.core.allocation import LayerInfo
 from gossamer.core.errors import NonFiniteError, UsageError
+from gossamer.core.matrix import why_not_plain
 from gossamer.engine.distributed import unwrapped
 from gossamer.engine.hooks import around_ascents, around_steps, observe_gradients
 from gossamer.engine.optimizers import follow, held_by
@@ -122,9 +123,7 @@ class TrueSparseRun:
         model, _ = unwrapped(model)
         self.layers: dict[str, SparseLayer] = {}
         for name, module in model.named_modules():
-            if not isinstance(module, SparseLayer):
-                continue
-            if own_parameter(name, module, "values").requires_grad:
+            if isinstance(module, SparseLayer) and module.values.requires_grad:
                 self.layers[name] = module
         if not self.layers:
             raise UsageError("the model has no sparse layer to train; see sparse_layers")
@@ -289,14 +288,8 @@ def _check_trainer(trainer: Any) -> None:
 
 def _check_plain(model: nn.Module, name: str, module: nn.Module) -> None:
     """Raise UsageError for a layer whose work a sparse one would not do."""
-    kind = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
-    parts = ("forward", "_conv_forward", "__call__")
-    changed = any(getattr(type(module), x, None) is not getattr(kind, x, None) for x in parts)
-    if changed or "forward" in vars(module):
-        raise UsageError(
-            f"{name}: {type(module).__name__} has a forward of its own, which a sparse layer would "
-            "not run; exclude it"
-        )
+    if reason := why_not_plain(module):
+        raise UsageError(f"{name}: {reason}; exclude it, a sparse layer would do the plain product")
     if any(getattr(module, x) for x in _HOOKS):
         raise UsageError(
             f"{name}: hooks hang on it, which would be lost; remove them and add them to the "
