@@ -151,6 +151,42 @@ def test_names_are_those_of_the_model_inside(wrap, method):
         assert "0" in run.layers and "2" not in run.layers
 
 
+class Named(nn.Module):
+    """Has attributes that wrappers have too."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.module = build(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.module(self.model(x))
+
+
+def test_a_result_and_a_model_with_parts_called_model_are_seen_through():
+    compiled = torch.compile(Named(), backend="eager")
+    with opened(compiled, torch.optim.SGD(compiled.parameters(), lr=0.1), gs.SET(0.3)) as run:
+        assert "model.0" in run.masks
+    result = gs.prune(build(), gs.Magnitude(), density=0.3)
+    with opened(result, sgd(result.model), gs.Keep()) as run:
+        assert run.model is result.model and set(run.masks) == set(result.supports)
+    with pytest.raises(gs.UsageError, match="expected a torch module"), opened([], None, gs.Keep()):
+        pass
+
+
+def test_sparse_layers_that_thaw_are_an_error():
+    method = gs.SET(0.3)
+    model = gs.sparse_layers(build(), method)
+    model[2].values.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gs.true_sparse_training(model, optimizer, method, total_steps=4) as run:
+        assert "2" not in run.layers
+        model(torch.randn(4, 16)).sum().backward()
+        optimizer.step()
+        model[2].values.requires_grad_(True)
+        with pytest.raises(gs.UsageError, match="2: was frozen"):
+            optimizer.step()
+
+
 def test_rounds_of_a_wrapped_model_train_the_wrapper():
     model, given = nn.DataParallel(build()), []
 

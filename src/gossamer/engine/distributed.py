@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import UsageError
+from gossamer.core.result import unwrap
 
 
 class Ranks:
@@ -81,15 +82,14 @@ def unwrapped(model: nn.Module, group: Any = None) -> tuple[nn.Module, Ranks]:
     FSDP1, which keeps no layer's weight whole or split by rows.
     """
     groups = [] if group is None else [group]
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            groups, model = [model.process_group], model.module
-        elif isinstance(model, nn.DataParallel):
-            model = model.module
-        else:
-            break
+    inner = unwrap(model)
+    outer: Any = model if isinstance(model, nn.Module) else model.model
+    while outer is not inner:
+        if isinstance(outer, nn.parallel.DistributedDataParallel):
+            groups = [outer.process_group]
+        compiled = outer._modules.get("_orig_mod")
+        outer = outer.module if compiled is None else compiled
+    model = inner
     for module in model.modules():
         if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
             module.reshard()  # type: ignore[operator]  # an evaluation leaves the root gathered

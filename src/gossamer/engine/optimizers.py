@@ -23,10 +23,14 @@ _DEPTH = 5
 
 @dataclass(frozen=True)
 class Followed:
-    """The optimizer whose steps are followed, and what lies around it, outermost first."""
+    """The optimizer whose steps are followed, and what lies around it, outermost first.
+
+    parts: those inside it that hold some of its weights and their state, as each rank's does.
+    """
 
     optimizer: torch.optim.Optimizer
     wrappers: tuple[Any, ...] = ()
+    parts: tuple[torch.optim.Optimizer, ...] = ()
 
     @property
     def name(self) -> str:
@@ -36,7 +40,7 @@ class Followed:
     def states(self, weight: Tensor) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
         """(the state, key, value) of each tensor of the weight's shape that is kept for it."""
         seen: set[int] = set()
-        for holder in (self.optimizer, *self.wrappers):
+        for holder in (self.optimizer, *self.wrappers, *self.parts):
             states = getattr(holder, "state", None)
             if not isinstance(states, Mapping) or weight not in states:
                 continue
@@ -75,7 +79,9 @@ def follow(given: Any, weights: Collection[Tensor]) -> Followed:
     *wrappers, optimizer = max(whole, key=len)
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UsageError("LBFGS evaluates the loss many times a step; choose SGD, Adam or the like")
-    return Followed(optimizer, tuple(x for x in wrappers if not isinstance(x, list | tuple | dict)))
+    outer = tuple(x for x in wrappers if not isinstance(x, list | tuple | dict))
+    inner = tuple(path[-1] for path in real if any(x is optimizer for x in path[:-1]))
+    return Followed(optimizer, outer, inner)
 
 
 def held_by(optimizer: torch.optim.Optimizer) -> set[int]:

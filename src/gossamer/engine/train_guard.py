@@ -94,10 +94,7 @@ class Guard:
     def _thawed(self) -> UsageError | None:
         for layer in self.frozen:
             if layer.weight.requires_grad:
-                return UsageError(
-                    f"{layer.name}: was frozen when the run began and is trainable now, so it "
-                    "would train dense; exclude it, or unfreeze it before the run begins"
-                )
+                return thawed(layer.name)
         return None
 
     def _bad_gradient(self, gradients: Mapping[str, Tensor]) -> UsageError | None:
@@ -110,6 +107,14 @@ class Guard:
         return None
 
 
+def thawed(name: str) -> UsageError:
+    """The error for a layer that was left alone because it was frozen, and is trained now."""
+    return UsageError(
+        f"{name}: was frozen when the run began and is trainable now, so it would train without "
+        "the method; exclude it, or unfreeze it before the run begins"
+    )
+
+
 def _all_finite(tensor: Tensor) -> bool:
     # NaN and infinity make the sum one of them; a sum that overflows is looked into.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
@@ -119,7 +124,10 @@ def fingerprint(weights: Sequence[Tensor]) -> list[tuple[float, float]]:
     """The sum and the norm of each weight, or of this rank's part: what a step would change."""
     parts = [local(weight) for weight in weights]
     return [
-        (float(part.sum(dtype=torch.float64)), float(torch.linalg.vector_norm(part.double())))
+        (
+            float(part.sum(dtype=torch.float64)),
+            float(torch.linalg.vector_norm(part, dtype=torch.float64)),
+        )
         for part in parts
     ]
 

@@ -21,7 +21,7 @@ from gossamer.engine.distributed import unwrapped
 from gossamer.engine.hooks import around_ascents, around_steps, observe_gradients
 from gossamer.engine.optimizers import follow, held_by
 from gossamer.engine.protocols import Rewirer
-from gossamer.engine.train_guard import check_state, check_total, check_unmoved, fingerprint
+from gossamer.engine.train_guard import check_state, check_total, check_unmoved, fingerprint, thawed
 from gossamer.engine.train_layers import own_parameter
 from gossamer.models.layers import prunable_layers
 from gossamer.nn.sparse import SparseConv2d, SparseLayer, SparseLinear, carry, random_positions
@@ -121,10 +121,9 @@ class TrueSparseRun:
         check_total(total_steps)
         self.trainer, self.total_steps = trainer, total_steps
         model, _ = unwrapped(model)
-        self.layers: dict[str, SparseLayer] = {}
-        for name, module in model.named_modules():
-            if isinstance(module, SparseLayer) and module.values.requires_grad:
-                self.layers[name] = module
+        every = {n: m for n, m in model.named_modules() if isinstance(m, SparseLayer)}
+        self.layers = {n: m for n, m in every.items() if m.values.requires_grad}
+        self._frozen = {n: m for n, m in every.items() if n not in self.layers}
         if not self.layers:
             raise UsageError("the model has no sparse layer to train; see sparse_layers")
         self.followed = follow(optimizer, [x.values for x in self.layers.values()])
@@ -167,7 +166,10 @@ class TrueSparseRun:
         self._seen.setdefault(name, []).append(pair)
 
     def before_step(self) -> None:
-        """Check the gradients."""
+        """Check the gradients, and that frozen layers still are."""
+        for name, layer in self._frozen.items():
+            if layer.values.requires_grad:
+                raise thawed(name)
         for name, layer in self.layers.items():
             if self.wants_gradients() and name not in self._seen:
                 raise UsageError(
