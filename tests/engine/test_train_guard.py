@@ -353,3 +353,31 @@ def test_huge_finite_gradients_pass_and_infinite_ones_do_not():
         with pytest.raises(gs.NonFiniteError, match="2: its gradient"):
             optimizer.step()
         assert run.step == 1
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.rnn = nn.Linear(16, 16), nn.LSTM(16, 16, batch_first=True)
+        self.words, self.lm_head = nn.Embedding(200, 16, padding_idx=0), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.lm_head(self.rnn(self.body(x))[0])
+
+
+@pytest.mark.parametrize(
+    ("include", "match"),
+    [((), r"rnn\.weight_ih_l0: 50% .*freeze it"), (("lm_head",), r"(rnn|lm_head).*not hold")],
+)
+def test_keep_names_zeros_that_it_would_not_hold(include, match):
+    model = gs.prune(Mixed(), gs.Magnitude(), density=0.5, include=include).model
+    with pytest.raises(gs.UsageError, match=match), opened(model, sgd(model), gs.Keep()):
+        pass
+    model.rnn.requires_grad_(False)
+    for more in ({"include": include}, {"exclude": ("lm_head",)}):
+        with opened(model, sgd(model), gs.Keep(), **more) as run:
+            assert "body" in run.masks
+    if include:
+        with pytest.raises(gs.UsageError, match=r"lm_head.*include="):
+            opened(model, sgd(model), gs.Keep()).__enter__()

@@ -197,17 +197,18 @@ def _once(loss: Any) -> Callable[[], Any]:
 
 @contextmanager
 def adjust_outputs(
-    adjust: Sequence[tuple[nn.Module, Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]]],
+    adjust: Sequence[tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]],
+    check: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> Iterator[None]:
-    """While open, each module returns `function(its input, its output, its keyword arguments)`."""
+    """While open, each module returns `function(its input, its output)`; `check` is given its
+    keyword arguments and may raise."""
 
-    def watch(
-        function: Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor],
-    ) -> Callable[..., Tensor]:
+    def watch(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor:
-            return function(first_tensor(args, kwargs, type(module).__name__), output, kwargs)
+            check(kwargs)
+            return function(first_tensor(args, kwargs, type(module).__name__), output)
 
         return hook
 

@@ -30,7 +30,8 @@ from gossamer.engine.train_guard import Guard, check_state, check_total, mask_co
 from gossamer.engine.train_layers import (
     TrainedLayer,
     check_held,
-    chosen_layers,
+    check_kept,
+    frozen_layers,
     start_gradients,
     trained_layers,
     whole_gradients,
@@ -112,8 +113,8 @@ class SparseRun:
         self.followed = follow(optimizer, [x.weight for x in self.layers])
         self.optimizer = self.followed.optimizer
         check_held(self.model, self.optimizer, self.layers)
-        every = [] if trainer.scales else chosen_layers(self.model, include, exclude)
-        frozen = [x for x in every if not x.weight.requires_grad]
+        check_kept(self.model, self.layers, exclude, trainer.card.name)
+        frozen = frozen_layers(self.model, include, exclude, trainer.scales)
         self._guard = Guard(self.layers, frozen, self.followed.name)
         for layer in self.layers:
             check_pattern(trainer.pattern, layer.matrix_shape, layer.name)
@@ -170,8 +171,7 @@ class SparseRun:
         return seen / sum(mask.numel() for mask in self._ever.values())
 
     def check(self) -> None:
-        """Raise UsageError where weights outside the supports are not zero, or where weights
-        changed and no step was seen; of this rank's part. Costs a pass over the weights."""
+        """Raise UsageError for weights of this rank outside the supports, or changed unseen."""
         self._guard.check(self.step, self.masks)
 
     def apply_to(self, model: nn.Module) -> float:

@@ -16,6 +16,10 @@ from gossamer.core.matrix import is_transposed, why_not_plain
 from gossamer.engine.distributed import Ranks, is_sharded, local, local_part, whole
 from gossamer.engine.optimizers import held_by
 from gossamer.models.layers import adapter_prefixes, prunable_layers
+from gossamer.models.weights import find_weights
+
+_CHANCE = 0.01
+"""So many zeros a dense weight may have, of padding entries or by rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +106,32 @@ def check_held(
             )
 
 
+def check_kept(
+    model: nn.Module, layers: Sequence[TrainedLayer], exclude: Sequence[str], method: str
+) -> None:
+    """Raise UsageError for trainable weights with zeros that no mask of the run would hold.
+
+    For Keep, which promises to hold the zeros that are there. Weights that `exclude` names, and
+    those without or with nothing but zeros, are no matter.
+    """
+    if method != "keep":
+        return
+    held = {id(x.weight) for x in layers}
+    adapters = adapter_prefixes(model)
+    for name, weight in find_weights(model).items():
+        parameter = weight.module._parameters.get(weight.parameter)
+        named = any(fnmatchcase(name, pattern) for pattern in exclude)
+        if parameter is None or not parameter.requires_grad or id(parameter) in held or named:
+            continue
+        zeros = float((local(weight.tensor) == 0).float().mean())
+        if _CHANCE < zeros < 1 and not (adapters and name.startswith(adapters)):
+            remedy = "name it in include=" if weight.plain else "freeze it (requires_grad_(False))"
+            raise UsageError(
+                f"{name}: {zeros:.0%} of its weights are zero, and this run would not hold them; "
+                f"{remedy}"
+            )
+
+
 def chosen_layers(
     model: nn.Module, include: Sequence[str], exclude: Sequence[str]
 ) -> list[TrainedLayer]:
@@ -115,6 +145,14 @@ def chosen_layers(
         if id(weight) not in layers:
             layers[id(weight)] = TrainedLayer(name, module, weight, block)
     return list(layers.values())
+
+
+def frozen_layers(
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str], scales: bool = False
+) -> list[TrainedLayer]:
+    """The prunable layers that a run leaves alone because they are frozen."""
+    layers = [] if scales else chosen_layers(model, include, exclude)
+    return [x for x in layers if not x.weight.requires_grad]
 
 
 def unfrozen_layers(

@@ -74,7 +74,8 @@ def sparse_lora(model: PeftModel, masks: Masks | None = None) -> Iterator[dict[s
     for place in places.values():
         setattr(place.layer, _INSIDE, None)
     try:
-        with adjust_outputs([(place.layer, _inside(place)) for place in places.values()]):
+        adjust = [(place.layer, _inside(place)) for place in places.values()]
+        with adjust_outputs(adjust, _check_call):
             yield {name: place.mask for name, place in places.items()}
     finally:
         for place in places.values():
@@ -226,15 +227,18 @@ def _given_mask(name: str, base: nn.Module, given: Mapping[str, Tensor | Support
     return None
 
 
-def _inside(place: _Place) -> Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]:
+def _check_call(kwargs: Mapping[str, Any]) -> None:
+    if kwargs.get("adapter_names") is not None:
+        raise UsageError("sparse_lora cannot follow a batch that mixes adapters; run one adapter "
+                         "at a time")  # fmt: skip
+
+
+def _inside(place: _Place) -> Callable[[Tensor, Tensor], Tensor]:
     """Takes out of the layer's output what its adapters add outside the mask."""
     layer, base, mask = place.layer, place.base, place.mask
     leaks = bool(place.before.masked_fill(mask, 0).any())
 
-    def adjust(x: Tensor, output: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        if kwargs.get("adapter_names") is not None:
-            raise UsageError("sparse_lora cannot follow a batch that mixes adapters; run one "
-                             "adapter at a time")  # fmt: skip
+    def adjust(x: Tensor, output: Tensor) -> Tensor:
         adapters = [x for x in layer.active_adapters if x in layer.lora_A]
         if layer.disable_adapters or layer.merged or not adapters:
             return output
