@@ -386,3 +386,48 @@ def test_random_networks_with_random_dead_channels(names, residual, seed):
     same(result.model, model, 3, 3, 14, 14)
     same(result.model, model, 1, 3, 18, 16)
     copy.deepcopy(result.model).load_state_dict(result.model.state_dict())
+
+
+def test_layers_that_tracing_does_not_see_are_named():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = net(nn.ReLU, 8)
+
+        @torch.no_grad()
+        def forward(self, x):
+            return self.inner(x)
+
+    model = Frozen()
+    kill(model.inner[0], [1])
+    result = gs.shrink(model, IMAGE)
+    assert result.removed == {} and "tracing" in result.left_out["inner.0"]
+    assert set(gs.fixed_channels(model, IMAGE)) == {"inner.0", "inner.2"}
+
+
+def test_it_works_in_inference_mode_and_with_frozen_layers():
+    model = net(nn.ReLU, 8)
+    model.requires_grad_(False)
+    kill(model[0], [1, 2])
+    with torch.inference_mode():
+        assert gs.shrink(model, IMAGE).removed == {"0": 2}
+
+
+@pytest.mark.parametrize(
+    ("example", "word"),
+    [
+        ({"x": IMAGE}, "one tensor"),
+        (IMAGE[:0], "not empty"),
+        (torch.randn(2, 5, 9, 9), "fails on the example"),
+    ],
+)
+def test_examples_that_do_not_fit_are_refused(example, word):
+    model = net(nn.ReLU, 8)
+    for call in (gs.shrink, gs.coupled_channels, gs.fixed_channels):
+        with pytest.raises(gs.UsageError, match=word):
+            call(model, example)
+
+
+def test_scripted_models_are_refused():
+    with pytest.raises(gs.UsageError, match=r"torch\.jit"):
+        gs.shrink(torch.jit.trace(net(nn.ReLU, 8), IMAGE), IMAGE)
