@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 from torch import nn
@@ -37,8 +38,55 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Weights that stayed as they were, and why.
+
+    name: of the parameter, dotted. kind: of the module that holds it. count: how many weights.
+    """
+
+    name: str
+    kind: str
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a whole model was reached. Counts are of weights, shared ones counted once.
+
+    total: every parameter. matrices: those with two dimensions or more, embeddings included.
+    prunable: matrices that Gossamer can prune. pruned: those that this call chose. nonzero: weights
+    of the whole model that are not zero. packed: those behind a sparse kernel. left_out: every
+    matrix that was not pruned (or, after `compress`, that holds zeros and is not packed).
+    """
+
+    total: int = 0
+    matrices: int = 0
+    prunable: int = 0
+    pruned: int = 0
+    nonzero: int = 0
+    packed: int = 0
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def density(self) -> float:
+        """The fraction of all of the model's parameters that is not zero."""
+        return self.nonzero / self.total if self.total else 1.0
+
+    @property
+    def pruned_share(self) -> float:
+        """The fraction of the model's matrix weights that this call chose."""
+        return self.pruned / self.matrices if self.matrices else 0.0
+
+
+@dataclass(frozen=True, repr=False)
 class PruneResult:
-    """What `prune` did; `supports` maps a layer's name to its kept positions."""
+    """What `prune` did; `supports` maps a layer's name to its kept positions.
+
+    measured_density, and the density of each record, count the weights of the pruned layers that
+    are not zero after the call; a support has its own figure. coverage: of the whole model. notes:
+    what else a reader should know, such as where a mask could not be applied.
+    """
 
     model: nn.Module
     supports: Mapping[str, Support]
@@ -48,6 +96,54 @@ class PruneResult:
     requested_density: float
     measured_density: float
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    coverage: Coverage = field(default_factory=Coverage)
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """A few lines: what was done, how much of the model it reached, and what was left out."""
+        lines = [f"{what}: {value}" for what, value in self._facts()]
+        return "\n".join([f"{type(self.model).__name__} pruned", *lines, *self.notes])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """The same as a small table, for notebooks."""
+        rows = [*self._facts(), *(("note", note) for note in self.notes)]
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{escape(what)}</th>"
+            f"<td style='text-align:left'>{escape(value)}</td></tr>"
+            for what, value in rows
+        )
+        title = escape(type(self.model).__name__)
+        return f"<table><caption>{title} pruned</caption>{cells}</table>"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        cover = self.coverage
+        facts = [
+            ("method", f"{self.method}, {self.pattern}"),
+            (
+                "density",
+                f"{self.measured_density:.4f} of {len(self.layers)} pruned matrices, "
+                f"{cover.density:.4f} of the whole model",
+            ),
+            ("pruned", f"{cover.pruned_share:.1%} of {cover.matrices:,} matrix weights"),
+        ]
+        return facts + [("left dense", line) for line in _reasons(cover.left_out)[:4]]
+
+
+def _reasons(left_out: Iterable[LeftOut]) -> list[str]:
+    """What was left out, by reason, the most weights first."""
+    groups: dict[str, list[LeftOut]] = {}
+    for each in left_out:
+        groups.setdefault(each.reason, []).append(each)
+    sizes = {reason: sum(x.count for x in group) for reason, group in groups.items()}
+    lines = []
+    for reason in sorted(groups, key=lambda reason: -sizes[reason]):
+        kinds = ", ".join(dict.fromkeys(x.kind for x in groups[reason]))
+        first = groups[reason][0].name
+        more = f" and {len(groups[reason]) - 1} more" if len(groups[reason]) > 1 else ""
+        lines.append(f"{sizes[reason]:,} in {kinds}: {reason} ({first}{more})")
+    return lines
 
 
 @dataclass(frozen=True)
@@ -58,6 +154,7 @@ class CompressResult:
     layers: tuple[LayerRecord, ...]
     isa: str
     threads: int
+    coverage: Coverage = field(default_factory=Coverage)
 
     def __str__(self) -> str:
         """A line for each layer: what serves it, or why it stays dense, and what decided."""
@@ -71,9 +168,23 @@ class CompressResult:
 
 
 def unwrap(model: nn.Module | PruneResult | CompressResult) -> nn.Module:
-    """The module inside a result, or the module itself."""
+    """The module itself: inside a result, and inside torch.compile, DataParallel or DDP.
+
+    Names of layers are then the same whether or not the model is wrapped.
+    """
     if isinstance(model, (PruneResult, CompressResult)):
-        return model.model
-    if isinstance(model, nn.Module):
-        return model
-    raise UsageError(f"expected a torch module or a Gossamer result, not {type(model).__name__}")
+        model = model.model
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"expected a torch module or a Gossamer result, not {type(model).__name__}"
+        )
+    while (inner := _wrapped(model)) is not None:
+        model = inner
+    return model
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    """What a wrapper of torch holds, None for a module that is none."""
+    kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    inner = model.module if isinstance(model, kinds) else model._modules.get("_orig_mod")
+    return inner if isinstance(inner, nn.Module) else None

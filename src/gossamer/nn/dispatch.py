@@ -69,6 +69,25 @@ def decide(
     return _fastest(predicted, rows, "row")
 
 
+def why_dense(
+    layer: BitmapLinear | NMLinear, costs: Costs | None, batches: bool, calls: bool = True
+) -> str | None:
+    """Why the dense product is the faster one for a packed layer here; None where it is not.
+
+    What a file stores does not depend on it. Arguments as in `decide`.
+    """
+    if costs is None:
+        return None
+    rows = BATCH if batches else 1
+    names = ["dense"] + (["sell-spmm", "bitmap-unpack", "bitmap-spmm"] if batches else [
+        "bitmap-matvec", "csr-matvec"])  # fmt: skip
+    work = Work(layer.out_features, layer.in_features, layer.density)
+    predicted = _predict(costs, names, layer.values.dtype, rows, work, 0, calls or rows > 1)
+    decision = _fastest(predicted, rows, "row")
+    wins = decision is None or decision.chosen != "dense"
+    return None if wins else f"no kernel wins: {decision}"
+
+
 def _decide_convolution(conv: nn.Conv2d, record: LayerRecord, costs: Costs) -> Decision | None:
     """By the form that its zeros would get, and its family of kernel and stride."""
     family = convolution_family(conv.kernel_size, conv.stride)
