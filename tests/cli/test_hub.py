@@ -35,7 +35,7 @@ def test_the_cache_is_asked_first(cached):
 
 
 def test_an_incomplete_copy_is_fetched_without_code_or_pickles(cached):
-    folder, calls = cached
+    _, calls = cached
     with pytest.raises(gs.FormatError, match="no weights"):
         model_folder("org/name")
     (_, options) = calls[-1]
