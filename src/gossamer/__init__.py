@@ -5,7 +5,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gossamer.integrations.arrival import register_with_transformers
+
 __version__ = "0.1.0"
+
+register_with_transformers()
 
 
 def _started_as_command() -> bool:

@@ -14,7 +14,7 @@ from gossamer.core.errors import (
     UsageError,
 )
 from gossamer.core.pattern import NM, Block, Channel, Unstructured, format_pattern, parse_pattern
-from gossamer.core.result import CompressResult, LayerRecord, PruneResult
+from gossamer.core.result import CompressResult, Coverage, LayerRecord, LeftOut, PruneResult
 from gossamer.core.select import select, select_global
 from gossamer.core.support import Support
 from gossamer.core.text import text_batches
@@ -23,7 +23,7 @@ from gossamer.engine.generate import generate
 from gossamer.engine.measure_costs import calibrate_costs
 from gossamer.engine.prune import prune
 from gossamer.engine.rounds import Part, RoundsResult, train_rounds
-from gossamer.engine.structure import ShrinkResult, coupled_channels, shrink
+from gossamer.engine.structure import ShrinkResult, coupled_channels, fixed_channels, shrink
 from gossamer.engine.train import SparseRun, sparse_training
 from gossamer.engine.true_sparse import TrueSparseRun, sparse_layers, true_sparse_training
 from gossamer.io import export, load, save
@@ -47,11 +47,13 @@ __all__ = [
     "CompressResult",
     "Costs",
     "Coupled",
+    "Coverage",
     "FormatError",
     "Global",
     "GossamerError",
     "Keep",
     "LayerRecord",
+    "LeftOut",
     "MissingExtra",
     "NonFiniteError",
     "Part",
@@ -73,6 +75,7 @@ __all__ = [
     "coupled_channels",
     "export",
     "find",
+    "fixed_channels",
     "format_pattern",
     "from_semi_structured",
     "generate",

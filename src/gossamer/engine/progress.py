@@ -8,8 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
-Step = Callable[[str], None]
 LOG = logging.getLogger("gossamer")
 LOG.addHandler(logging.NullHandler())
 PAUSE = 10.0
@@ -18,9 +18,15 @@ _WORTH = 2.0
 """Seconds from which on a finished step is worth a line."""
 
 
+class Step(Protocol):
+    """Tells what was done: `advance` units more."""
+
+    def __call__(self, label: str, advance: int = 1, /) -> None: ...
+
+
 @contextmanager
 def track(total: int | None, enabled: bool, what: str = "pruning") -> Iterator[Step]:
-    """Yield `step(label)`, to be called after each finished unit, and show how far it is.
+    """Yield `step(label, advance=1)`, to be called as units are finished, or with 0 inside of one.
 
     On a terminal that is a bar, where rich is installed; elsewhere a line every ten seconds. Where
     it is not enabled, the lines go to the logger `gossamer` at level INFO. total: how many units;
@@ -31,9 +37,9 @@ def track(total: int | None, enabled: bool, what: str = "pruning") -> Iterator[S
     if bar is not None:
         with bar as step:
 
-            def both(label: str) -> None:
-                lines.count(label)
-                step(label)
+            def both(label: str, advance: int = 1, /) -> None:
+                lines.count(label, advance)
+                step(label, advance)
 
             yield both
         lines.finish()
@@ -54,13 +60,13 @@ class _Lines:
         self.start = self.last = time.monotonic()
         self.done, self.label = 0, ""
 
-    def count(self, label: str) -> None:
-        """One more unit is finished."""
-        self.done, self.label = self.done + 1, label
+    def count(self, label: str, advance: int = 1, /) -> None:
+        """So many more units are finished."""
+        self.done, self.label = self.done + advance, label
 
-    def step(self, label: str) -> None:
+    def step(self, label: str, advance: int = 1, /) -> None:
         """The same, with a line if the last one is long ago."""
-        self.count(label)
+        self.count(label, advance)
         if time.monotonic() - self.last >= PAUSE:
             self.show()
 
@@ -117,6 +123,6 @@ def _bar(total: int | None, what: str) -> AbstractContextManager[Step] | None:
         )  # fmt: skip
         with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("", total=total)
-            yield lambda label: bar.update(task, advance=1, description=label)
+            yield lambda label, advance=1: bar.update(task, advance=advance, description=label)
 
     return drawn()
