@@ -19,7 +19,7 @@ from gossamer.engine import prune as engine
 from gossamer.engine.data import Batch, read_batches
 from gossamer.engine.evaluate import Measurable
 from gossamer.engine.protocols import Allocation, Method
-from gossamer.engine.tasks import Outputs, Subject, Task, is_causal, task_of
+from gossamer.engine.tasks import Outputs, Subject, Task, is_causal, reads_text, task_of
 from gossamer.nn.costs import machine
 from gossamer.report.comparison import Comparison
 
@@ -116,6 +116,7 @@ def compare(
     *,
     tokenizer: Any = None,
     tokens: int = 64,
+    progress: bool = False,
 ) -> Comparison:
     """Measure two models side by side: quality, bytes, and speed in turns in one process.
 
@@ -123,7 +124,10 @@ def compare(
     and how fast it decodes, an encoder of transformers how similar the embeddings of its lines
     stay and how many it encodes per second; or batches, as for `prune`, on which any other model's
     outputs are compared. tokenizer: of text, as transformers gives it; None where a byte is a
-    token. tokens: to decode for the speed.
+    token. tokens: to decode for the speed. progress: show how far it is on stderr.
+
+    Speed is measured in rounds in which both models take turns; those in which others used the
+    machine are taken again for some seconds, and counted where they had to stay.
 
     Raises UsageError where the models are of different kinds, the text is too short, or `tokens`
     exceed the model's positions; NonFiniteError where the models give no numbers.
@@ -136,7 +140,7 @@ def compare(
         report.save("report.html")
     """
     first, second = unwrap(dense), unwrap(sparse)
-    task = _task(first, second, data, tokenizer, tokens)
+    task = _task(first, second, data, tokenizer, tokens, progress)
     quality = {
         "metric": task.metric,
         "better": task.better,
@@ -149,7 +153,7 @@ def compare(
 
 
 def _task(
-    dense: nn.Module, sparse: nn.Module, data: Any, tokenizer: Any, tokens: int
+    dense: nn.Module, sparse: nn.Module, data: Any, tokenizer: Any, tokens: int, progress: bool
 ) -> Task | Outputs:
     if tokens < 1:
         raise UsageError(f"tokens is at least 1, not {tokens}")
@@ -159,14 +163,16 @@ def _task(
     if not isinstance(data, bytes | str):
         if causal:
             raise UsageError("a language model is compared on text: give data as bytes or str")
-        return Outputs(tuple(read_batches(data)))
+        return Outputs(tuple(read_batches(data)), progress)
     if not causal and tokenizer is None:
         raise UsageError("an encoder reads text by its tokenizer: pass tokenizer=, or batches")
+    if not causal and not reads_text(dense):
+        raise UsageError(f"{type(dense).__name__} reads no text: give data as batches")
     vocabulary = getattr(getattr(dense, "config", None), "vocab_size", 0)
     if tokenizer is None and vocabulary > 256:
         raise UsageError(f"a vocabulary of {vocabulary} needs its tokenizer: pass tokenizer=")
     text = data.encode() if isinstance(data, str) else data
-    task = task_of(Subject(dense, tokenizer, causal), text)
+    task = task_of(Subject(dense, tokenizer, causal), text, progress)
     task.check(2, tokens)
     return task
 

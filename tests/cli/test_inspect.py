@@ -54,8 +54,8 @@ def test_kernels_and_reasons_are_those_of_the_result(saved, capsys, monkeypatch)
     monkeypatch.setenv("COLUMNS", "200")
     text = shown(folder, capsys)
     assert one in text.out and many in text.out and text.err == ""
-    assert f"stays dense: 1 ({result.layers[1].reason})" in text.out
-    assert "stays dense: 2 (no zeros)" in text.out
+    assert f"1 layer runs dense: {result.layers[1].reason} (1)." in text.out
+    assert "1 layer runs dense: no zeros (2)." in text.out
 
 
 def test_batches_that_are_prepared_and_integers(tmp_path, capsys):

@@ -42,6 +42,12 @@ def call(model: nn.Module, batch: Batch) -> Any:
     return model(**moved)
 
 
+def rows_of(batch: Batch) -> int:
+    """How many inputs a batch holds: the first dimension of its first tensor that has one."""
+    sizes = (tensor.shape[0] for tensor in _tensors(batch).values() if tensor.dim())
+    return next(sizes, 1)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter; the CPU for a model without any."""
     parameter = next(model.parameters(), None)
