@@ -94,12 +94,15 @@ def same(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and torch.equal(left.nan_to_num(), right.nan_to_num())
 
 
-def unchanged(model: nn.Module, before: Mapping[str, Any]) -> None:
-    """Raise Wrong unless every tensor is as it was."""
+def refused_well(model: nn.Module, before: Mapping[str, Any], error: str) -> None:
+    """Raise Wrong unless every tensor is as it was and the error says which part is meant."""
     for name, value in model.state_dict().items():
         if not same(value, before["state"][name]):
-            raise Wrong(f"{name} changed although the call was refused")
+            raise Wrong(f"{name} changed before the refusal")
     restored(model, before)
+    names = {name for name, _ in model.named_modules() if name} | {type(model).__name__}
+    if not any(name in error for name in names):
+        raise Wrong("the error names no layer")
 
 
 def parameter_of(model: nn.Module, name: str) -> str:

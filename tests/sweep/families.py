@@ -64,6 +64,8 @@ def settle(model: nn.Module, seed: int) -> nn.Module:
             fan = parameter[0].numel() if parameter.dim() != 3 else parameter.shape[-1]
             parameter.copy_(noise * fan**-0.5)
     for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            module.weight[module.padding_idx] = 0.0
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
             module.running_mean.normal_(0.0, 0.3, generator=source)
             module.running_var.uniform_(0.5, 1.5, generator=source)

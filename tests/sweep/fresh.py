@@ -32,9 +32,9 @@ def load(row: Row, family: Family, folder: Path, name: str) -> None:
         gs.export(folder / "packed", folder / "plain", **others)
 
 
-def too_late() -> None:
+def too_late(_: str) -> None:
     """A refusal to read what `save` wrote without complaint is a fault, never an answer."""
-    raise Wrong("writing the folder")
+    raise Wrong("the folder was written without complaint")
 
 
 def generate(row: Row, family: Family, model: Any, folder: Path, name: str) -> None:

@@ -170,15 +170,31 @@ def pairs() -> list[Batch]:
     return [{"source": torch.randn(3, 9, 32), "target": torch.randn(3, 7, 32)}]
 
 
-def timm_net(name: str, model: str, side: int = 64, **own: Any) -> Family:
-    """A model of timm without its checkpoint."""
+def timm_net(name: str, build: Callable[[Any], nn.Module], side: int = 32) -> Family:
+    """A model of timm, made by `build(timm.models)`."""
 
-    def build() -> nn.Module:
+    def make() -> nn.Module:
+        import no_torchvision
+
+        no_torchvision.stand_in()
         import timm
 
-        return timm.create_model(model, pretrained=False, in_chans=4, num_classes=8, **own)
+        return build(timm.models)
 
-    return Family(name, "timm", build, floats(4, side, side, rows=(2, 1)), needs=("timm",))
+    return Family(f"timm-{name}", "timm", make, floats(4, side, side, rows=(2, 1)), needs=("timm",))
+
+
+PICTURE: dict[str, Any] = {"in_chans": 4, "num_classes": 8}
+LITE: dict[str, Any] = {**PICTURE, "pad_type": "same", "pretrained": False}
+
+
+def norm_free(models: Any) -> nn.Module:
+    """Scaled standardised convolutions, without norms."""
+    shape = models.nfnet.NfCfg(
+        depths=(1, 1), channels=(32, 64), stem_type="3x3", stem_chs=16, num_features=64,
+        reg=False, attn_layer=None,
+    )  # fmt: skip
+    return models.nfnet.NormFreeNet(shape, **PICTURE)
 
 
 def diffusion_unet() -> nn.Module:
@@ -265,6 +281,27 @@ FAMILIES = [
         nn.Conv2d(16, 32, 3, padding=1, padding_mode="reflect"), nn.ReLU(), width=32),
         floats(4, 16, 16)),
     torch_net("unet", UNet, floats(4, 16, 16)),
+    timm_net("resnet", lambda m: m.ResNet(
+        m.resnet.BasicBlock, (1, 1, 1, 1), channels=(16, 16, 32, 32), stem_width=16, **PICTURE)),
+    timm_net("resnetv2-bit", lambda m: m.resnetv2.ResNetV2(
+        (1, 1), (32, 64), stem_chs=32, stem_type="fixed", **PICTURE)),
+    timm_net("nf-resnet", norm_free),
+    timm_net("efficientnet-lite", lambda m: m.efficientnet._gen_efficientnet_lite(
+        "tf_efficientnet_lite0", 0.1, 0.2, **LITE), 64),
+    timm_net("mobilenetv3", lambda m: m.mobilenetv3._gen_mobilenet_v3(
+        "tf_mobilenetv3_small_075", 0.2, **LITE), 64),
+    timm_net("densenet", lambda m: m.DenseNet(8, (2, 2), **PICTURE)),
+    timm_net("convnext", lambda m: m.ConvNeXt(depths=(1, 1, 1, 1), dims=(16, 16, 32, 32), **PICTURE)),
+    timm_net("vit", lambda m: m.VisionTransformer(32, 8, embed_dim=32, depth=2, num_heads=4,
+                                                  **PICTURE)),
+    timm_net("swin", lambda m: m.SwinTransformer(
+        32, 4, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, **PICTURE)),
+    timm_net("regnet", lambda m: m.regnet.RegNet(
+        m.regnet.RegNetCfg(depth=8, w0=16, wa=10.0, wm=1.5, group_size=8), **PICTURE)),
+    timm_net("mixer", lambda m: m.MlpMixer(img_size=32, patch_size=8, num_blocks=2, embed_dim=32,
+                                           **PICTURE)),
+    timm_net("levit", lambda m: m.Levit(
+        img_size=64, embed_dim=(16, 32), key_dim=8, depth=(1, 1), num_heads=(2, 4), **PICTURE), 64),
     diffuser("diffusers-unet", diffusion_unet, noised),
     diffuser("diffusers-conditional-unet", conditional_unet, prompted),
     diffuser("diffusers-vae", autoencoder, floats(4, 16, 16, rows=(2,))),

@@ -38,10 +38,10 @@ class Row:
         return {k: v for k, v in self.steps.items() if v.startswith(("CRASH", "WRONG"))}
 
     @contextmanager
-    def step(self, name: str, untouched: Callable[[], None] | None = None) -> Iterator[None]:
+    def step(self, name: str, untouched: Callable[[str], None] | None = None) -> Iterator[None]:
         """Time a step and turn whatever it raises into its outcome; a bad one stays.
 
-        untouched: raises Wrong where a refusal came too late.
+        untouched: given the error, raises Wrong where the refusal was too late or says too little.
         """
         start = time.perf_counter()
         try:
@@ -55,7 +55,7 @@ class Row:
             self.steps[name] = outcome
         self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 3)
 
-    def _failure(self, name: str, error: Exception, untouched: Callable[[], None] | None) -> str:
+    def _failure(self, name: str, error: Exception, untouched: Callable[[str], None] | None) -> str:
         text = " ".join(str(error).split())[:400]
         # By name, so that a process without Gossamer can use this too.
         if not any(kind.__name__ == "GossamerError" for kind in type(error).__mro__):
@@ -63,7 +63,7 @@ class Row:
             return f"CRASH: {type(error).__name__}: {text}"
         try:
             if untouched is not None:
-                untouched()
+                untouched(text)
         except Wrong as late:
-            return f"WRONG: refused after {late}: {text}"
+            return f"WRONG: refused, but {late}: {text}"
         return f"refused: {text}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from families import PAD, VOCABULARY, Family, bare, hf, pair, tokens
+from families import PAD, VOCABULARY, Family, hf, pair, tokens
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -153,10 +153,9 @@ FAMILIES = [
     hf("t5-encoder", "text encoder", "T5EncoderModel", tokens, **T5, **ENDS),
     translator("longt5", "LongT5", T5, local_radius=3),
     translator("switch", "SwitchTransformers", T5, num_experts=4, num_sparse_encoder_layers=1,
-               num_sparse_decoder_layers=1),
+               num_sparse_decoder_layers=1, num_decoder_layers=2),
     translator("bart", "Bart", forced_eos_token_id=None),
     translator("m2m100", "M2M100"),
     translator("marian", "MarianMTModel", forced_eos_token_id=None),
     translator("pegasus", "Pegasus", forced_eos_token_id=None),
 ]  # fmt: skip
-BARE = bare
