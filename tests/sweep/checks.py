@@ -83,7 +83,9 @@ def restored(model: nn.Module, before: Mapping[str, Any]) -> None:
     for what in ("training", "hooks", "grad"):
         for name, value in before[what].items():
             if after[what].get(name) != value:
-                raise Wrong(f"{what} of {name or 'the model'}: {after[what].get(name)}, not {value}")
+                raise Wrong(
+                    f"{what} of {name or 'the model'}: {after[what].get(name)}, not {value}"
+                )
     for name, value in before["buffers"].items():
         if not same(after["buffers"][name], value):
             raise Wrong(f"buffer {name} changed")
@@ -165,8 +167,11 @@ def groups_of_four(model: nn.Module, name: str, weight: Tensor) -> None:
     raise Wrong(f"{name}: a group of four keeps more than two")
 
 
-def coverage(model: nn.Module, result: Any) -> tuple[float, list[str]]:
-    """The share of matrix weights that was pruned, and what was left out; both checked."""
+def coverage(model: nn.Module, result: Any) -> tuple[float, dict[str, dict[str, float]]]:
+    """The share of matrix weights that was pruned, and the shares left out by kind and reason.
+
+    Raises Wrong where the result's counts are not those of the parameters.
+    """
     parameters = dict(model.named_parameters())
     matrices = sum(p.numel() for p in parameters.values() if p.dim() >= 2)
     keys = {parameter_of(model, name) for name in result.supports}
@@ -188,5 +193,8 @@ def coverage(model: nn.Module, result: Any) -> tuple[float, list[str]]:
     silent = [item.name for item in told.left_out if not item.reason]
     if silent:
         raise Wrong(f"coverage: no reason for {silent[0]}")
-    reasons = sorted({f"{item.kind}: {item.reason}" for item in told.left_out})
-    return pruned / matrices, reasons
+    shares: dict[str, dict[str, float]] = {}
+    for item in told.left_out:
+        of_kind = shares.setdefault(item.kind, {})
+        of_kind[item.reason] = of_kind.get(item.reason, 0.0) + item.count / matrices
+    return pruned / matrices, shares

@@ -101,7 +101,9 @@ def pair() -> list[Batch]:
     return tokens(labels="decoder_input_ids")
 
 
-def floats(*shape: int, name: str = "", rows: tuple[int, ...] = (4, 3)) -> Callable[[], list[Batch]]:
+def floats(
+    *shape: int, name: str = "", rows: tuple[int, ...] = (4, 3)
+) -> Callable[[], list[Batch]]:
     """Batches of normal numbers, each `shape`; passed by `name` where there is one."""
 
     def make() -> list[Batch]:

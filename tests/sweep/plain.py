@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -284,7 +285,8 @@ FAMILIES = [
     timm_net("resnet", lambda m: m.ResNet(
         m.resnet.BasicBlock, (1, 1, 1, 1), channels=(16, 16, 32, 32), stem_width=16, **PICTURE)),
     timm_net("resnetv2-bit", lambda m: m.resnetv2.ResNetV2(
-        (1, 1), (32, 64), stem_chs=32, stem_type="fixed", **PICTURE)),
+        (1, 1), (32, 64), stem_chs=32, stem_type="fixed",
+        norm_layer=partial(m.resnetv2.GroupNormAct, num_groups=4), **PICTURE)),
     timm_net("nf-resnet", norm_free),
     timm_net("efficientnet-lite", lambda m: m.efficientnet._gen_efficientnet_lite(
         "tf_efficientnet_lite0", 0.1, 0.2, **LITE), 64),
@@ -296,8 +298,6 @@ FAMILIES = [
                                                   **PICTURE)),
     timm_net("swin", lambda m: m.SwinTransformer(
         32, 4, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, **PICTURE)),
-    timm_net("regnet", lambda m: m.regnet.RegNet(
-        m.regnet.RegNetCfg(depth=8, w0=16, wa=10.0, wm=1.5, group_size=8), **PICTURE)),
     timm_net("mixer", lambda m: m.MlpMixer(img_size=32, patch_size=8, num_blocks=2, embed_dim=32,
                                            **PICTURE)),
     timm_net("levit", lambda m: m.Levit(

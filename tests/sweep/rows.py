@@ -37,6 +37,21 @@ class Row:
         """The steps that crashed or gave wrong numbers."""
         return {k: v for k, v in self.steps.items() if v.startswith(("CRASH", "WRONG"))}
 
+    def whole(self) -> bool:
+        """Whether the family goes the whole path.
+
+        Every method prunes at 50%; some layer is packed; what is packed, saved, loaded, exported and read by others gives
+        the numbers of the masked dense model; where transformers generates, the tokens are the
+        same. Refusals count against it, but for 2:4 (widths that four does not divide) and for
+        `gs.generate`, which serves decoders of text.
+        """
+        outcomes = {k: v for k, v in self.steps.items() if not ("2:4" in k or "gs.gen" in k)}
+        ways = {step.partition(" ")[0] for step in outcomes}
+        needed = {"build", "prune", "coverage", "compress", "save", "load", "export", "plain"}
+        all_ok = all(outcome == "ok" for outcome in outcomes.values())
+        packed = any(not told.startswith("0 ") for told in self.facts.get("packed", {}).values())
+        return not self.faults() and needed <= ways and all_ok and packed
+
     @contextmanager
     def step(self, name: str, untouched: Callable[[str], None] | None = None) -> Iterator[None]:
         """Time a step and turn whatever it raises into its outcome; a bad one stays.

@@ -1,4 +1,4 @@
-"""The sweep over model families: `python tests/sweep/run.py [--work FOLDER] [name ...]`.
+"""The sweep over model families: `python tests/sweep/run.py [--write] [name ...]`.
 
 Every family goes through three processes: `write` prunes, compresses and saves, `load` loads,
 generates and exports, `plain` reads what was exported and never imports Gossamer. A process that
@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -75,6 +76,8 @@ def through(family: Family, work: Path) -> Row:
     missing = [need for need in family.needs if importlib.util.find_spec(need) is None]
     if missing:
         return Row(family.name, family.kind, {"build": f"skipped: {missing[0]} is not installed"})
+    (work / f"{family.name}.json").unlink(missing_ok=True)
+    shutil.rmtree(work / family.name, ignore_errors=True)
     for which in STAGES:
         process = PROCESSES.Process(target=stage, args=(which, work, family.name))
         process.start()
@@ -100,16 +103,24 @@ def sweep(names: list[str], work: Path, beside: int = 2) -> Iterator[Row]:
 def main() -> None:
     """Run what the command line asks for, and say what did not end well."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*")
-    parser.add_argument("--work", type=Path)
+    parser.add_argument("names", nargs="*", help="families; all by default")
+    parser.add_argument("--work", type=Path, help="where folders and rows go, by default temporary")
+    parser.add_argument("--write", action="store_true", help="write the record and the page")
     asked = parser.parse_args()
     work = asked.work or Path(tempfile.mkdtemp(prefix="sweep-"))
+    rows = []
     for row in sweep(asked.names, work):
+        rows.append(row)
         bad = "FAULT" if row.faults() else "ok"
         print(f"{row.name:30} {sum(row.seconds.values()):6.1f} s  {bad}", flush=True)
         for step, outcome in row.steps.items():
             if outcome != "ok":
                 print(f"    {step}: {outcome}")
+
+    if asked.write:
+        import page
+
+        page.write(page.record(rows))
 
 
 if __name__ == "__main__":

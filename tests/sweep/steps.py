@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,6 @@ METHODS = {"sparsegpt": gs.SparseGPT, "wanda": gs.Wanda, "magnitude": gs.Magnitu
 PATTERNS = {"50%": (gs.Unstructured(), 0.5), "2:4": (gs.NM(2, 4), 0.5)}
 SPARSE = "magnitude 90%"
 """Sparse enough that convolutions are packed too."""
-RULE: dict[str, Any] = (
-    {"costs": "rule"} if "costs" in inspect.signature(gs.compress).parameters else {}
-)
 
 
 def variants() -> dict[str, tuple[Any, Any, float]]:
@@ -37,8 +33,9 @@ def variants() -> dict[str, tuple[Any, Any, float]]:
 def walk(row: Row, family: Family, place: Path) -> None:
     """Everything up to the saved folders; `fresh.py` reads them in other processes."""
     with row.step("build"):
-        family.make()
-        family.data()
+        model, _ = family.make(), family.data()
+        row.facts["model"] = type(model).__name__
+        row.facts["parameters"] = sum(p.numel() for p in model.parameters())
     if not row.passed("build"):
         return
     for name, (method, pattern, density) in variants().items():
@@ -48,9 +45,7 @@ def walk(row: Row, family: Family, place: Path) -> None:
     row.facts["gap"] = max(row.facts.pop("gaps", {}).values(), default=None)
 
 
-def prune(
-    row: Row, family: Family, name: str, method: Any, pattern: Any, density: float
-) -> Any:
+def prune(row: Row, family: Family, name: str, method: Any, pattern: Any, density: float) -> Any:
     """Prune a new instance and check what the result says; None where that failed."""
     model, data = family.make(), family.data()
     checks.run(model, data)  # transformers hangs hooks of its own on at the first call
@@ -83,18 +78,22 @@ def pack(row: Row, family: Family, name: str, result: Any, place: Path) -> None:
     with row.step(f"compress {name}"):
         wanted, ids = checks.run(model, data), greedy(family, model)
         state = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        fast = gs.compress(result, **RULE)
+        fast = gs.compress(result, costs="rule")
         gaps = row.facts.setdefault("gaps", {})
         gaps[name] = checks.gap(checks.run(fast.model, data), wanted, checks.LARGEST_GAP)
         checks.gap(checks.run(fast.model, data, grad=True), wanted, checks.LARGEST_GAP)
-        row.facts.setdefault("packed", {})[name] = sum(r.kernel is not None for r in fast.layers)
+        served = {record.name for record in fast.layers if record.kernel is not None}
+        pruned = result.supports.keys()
+        row.facts.setdefault("packed", {})[name] = f"{len(served & pruned)} of {len(pruned)}"
     if not row.passed(f"compress {name}") or not through_files(row, name):
         return
     with row.step(f"save {name}"):
         folder = place / family.name / name.replace(" ", "-").replace("%", "")
         gs.save(fast, folder / "packed")
         save_file({k: v.contiguous() for k, v in wanted.items()}, folder / "wanted.safetensors")
-        save_file({k: v.clone().contiguous() for k, v in state.items()}, folder / "state.safetensors")
+        save_file(
+            {k: v.clone().contiguous() for k, v in state.items()}, folder / "state.safetensors"
+        )
         if ids is not None:
             save_file({"ids": ids}, folder / "tokens.safetensors")
 
