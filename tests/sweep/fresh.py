@@ -26,6 +26,10 @@ def load(row: Row, family: Family, folder: Path, name: str) -> None:
         checks.gap(checks.run(model, family.data()), wanted, checks.LARGEST_GAP)
     if row.passed(f"load {name}") and family.decodes:
         generate(row, family, model, folder, name)
+    if not others:
+        with row.step(f"from_pretrained {name}", too_late):
+            model = from_pretrained(type(family.build()), folder / "packed")
+            checks.gap(checks.run(model.eval(), family.data()), wanted, checks.LARGEST_GAP)
     with row.step(f"export {name}", too_late):
         if others:
             others = {"model": family.make(seed=1)}
@@ -60,7 +64,8 @@ def equal(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 def plain(row: Row, family: Family, folder: Path, name: str) -> None:
-    """Read the exported folder as somebody without Gossamer does."""
+    """Read both folders as somebody without Gossamer does."""
+    elsewhere(row, family, folder, name)
     if not row.passed(f"export {name}"):
         return
     with row.step(f"plain {name}"):
@@ -72,6 +77,19 @@ def plain(row: Row, family: Family, folder: Path, name: str) -> None:
         bits(model, load_file(folder / "state.safetensors"))
         wanted = load_file(folder / "wanted.safetensors")
         checks.gap(checks.run(model.eval(), family.data()), wanted, EXPORT_GAP)
+
+
+def elsewhere(row: Row, family: Family, folder: Path, name: str) -> None:
+    """Without Gossamer, transformers must not take the packed folder for random weights."""
+    if "transformers" not in family.needs:
+        return
+    with row.step(f"elsewhere {name}"):
+        kind: Any = type(family.build())
+        try:
+            kind.from_pretrained(folder / "packed", local_files_only=True)
+        except Exception:
+            return
+        raise Wrong("transformers read the packed folder without Gossamer, as other weights")
 
 
 def from_pretrained(kind: Any, folder: Path) -> nn.Module:

@@ -51,8 +51,10 @@ hooks are as they were.
 - **packed**: how many layers run behind a sparse kernel at 90%, of those that were pruned.
 - **gap**: the largest difference between packed and masked dense outputs, in float32, over the
   largest output. More than 1e-4 counts as a fault.
-- **load**, **export**: the outputs after each, compared in fresh processes. Exported weights must
-  have the bits of the masked dense ones.
+- **load**: the outputs of the loaded model, compared in a fresh process. Models of transformers
+  are also read by `from_pretrained`, which must fail where Gossamer is absent.
+- **export**: the weights read without Gossamer, which must have the bits of the masked dense ones,
+  and the outputs.
 - **generate**: greedy tokens of the loaded model by transformers' loop, and by `gs.generate` after
   the plus sign. Both must be those of the masked dense model.
 - **left out**: the kinds of matrices that stay dense, with their share. The reasons are under
@@ -133,7 +135,7 @@ def table(rows: list[Row]) -> str:
         cells = [
             row.name, row.facts.get("model", "–"), "–" if share is None else f"{share:.0%}",
             methods(row), row.facts.get("packed", {}).get(SPARSE, "–"), largest_gap(row),
-            outcome(row, "load"), outcome(row, "export", "plain"), generates(row), left_out(row),
+            outcome(row, "load", "from_pretrained", "elsewhere"), outcome(row, "export", "plain"), generates(row), left_out(row),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |\n")
     return "".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import calibration
 import checks
 import torch
 from families import NEW_TOKENS, Family
@@ -39,9 +40,12 @@ def walk(row: Row, family: Family, place: Path) -> None:
     if not row.passed("build"):
         return
     for name, (method, pattern, density) in variants().items():
-        model = prune(row, family, name, method, pattern, density)
+        result = prune(row, family, name, method, pattern, density)
+        if row.passed(f"prune {name}") and name == "wanda 50%":
+            with row.step("calibration"):
+                calibration.check(family, list(result.supports))
         if row.passed(f"prune {name}"):
-            pack(row, family, name, model, place)
+            pack(row, family, name, result, place)
     row.facts["gap"] = max(row.facts.pop("gaps", {}).values(), default=None)
 
 
