@@ -22,9 +22,10 @@ from gossamer.engine.generate import generate
 from gossamer.engine.measure_costs import calibrate_costs
 from gossamer.engine.prune import prune
 from gossamer.engine.rounds import Part, RoundsResult, train_rounds
-from gossamer.engine.structure import ShrinkResult, coupled_channels, shrink
+from gossamer.engine.structure import ShrinkResult, coupled_channels, fixed_channels, shrink
 from gossamer.engine.train import SparseRun, sparse_training
 from gossamer.engine.true_sparse import TrueSparseRun, sparse_layers, true_sparse_training
+from gossamer.integrations.arrival import register_with_transformers
 from gossamer.io import export, load, save
 from gossamer.methods import cards, find
 from gossamer.methods.weights.catalogue import *  # noqa: F403 - every method by its name
@@ -34,6 +35,8 @@ from gossamer.nn.semi_structured import from_semi_structured, to_semi_structured
 from gossamer.report.comparison import Comparison
 
 __version__ = "0.1.0"
+
+register_with_transformers()
 
 __all__ = [
     "ER",
@@ -74,6 +77,7 @@ __all__ = [
     "coupled_channels",
     "export",
     "find",
+    "fixed_channels",
     "format_pattern",
     "from_semi_structured",
     "generate",

@@ -18,7 +18,7 @@ ALLOWED = {
     "io": {"core", "ops", "nn"},
     "methods": {"core", "ops", "nn"},
     "engine": {"core", "ops", "nn", "models"},
-    "integrations": {"core", "engine"},
+    "integrations": {"core", "engine", "io", "nn"},
     "report": {"core"},
     "testbed": {"core", "ops", "nn", "models", "io"},
 }

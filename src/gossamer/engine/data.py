@@ -48,9 +48,9 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def real_tokens(batch: Batch) -> Tensor | None:
+def real_tokens(batch: Batch, name: str = "attention_mask") -> Tensor | None:
     """The (batch, tokens) bool mask of positions that are not padding; None where all are real."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = batch.get(name) if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.bool().all()):
         return None
     return mask.bool()

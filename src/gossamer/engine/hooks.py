@@ -16,10 +16,6 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and keyword arguments of one call of a module."""
 
 
-class _Stop(Exception):
-    """Ends a forward pass once the wanted inputs are in hand."""
-
-
 @contextmanager
 def observe_inputs(
     modules: Mapping[str, nn.Module], callback: Callable[[str, Tensor], None]
@@ -139,49 +135,78 @@ def adjust_outputs(
 
 
 @contextmanager
-def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Inputs]]]:
-    """While open, append (name, inputs) to the yielded list at every forward, in call order.
+def watch_blocks(
+    blocks: Sequence[nn.Module],
+    before: Callable[[int, Inputs], None],
+    after: Callable[[int, Any], None],
+) -> Iterator[None]:
+    """While open, call `before(index, inputs)` and `after(index, output)` around every forward of
+    each block. Key-value caches among the inputs are replaced by None, so that the block can be run
+    again and again on them."""
 
-    Tensors among the inputs are copied.
-    """
-    calls: list[tuple[str, Inputs]] = []
-
-    def watch(name: str) -> Callable[..., None]:
+    def enter(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # A layer that works in place would spoil what is recorded.
-            copies = [x.clone() if isinstance(x, Tensor) else x for x in args]
-            named = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-            calls.append((name, without_cache(tuple(copies), named)))
+            before(index, without_cache(args, kwargs))
 
         return hook
 
-    with _pre_hooks([(module, watch(name)) for name, module in modules.items()]):
-        yield calls
+    def leave(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            after(index, output)
+
+        return hook
+
+    handles = [block.register_forward_hook(leave(i)) for i, block in enumerate(blocks)]
+    try:
+        with _pre_hooks([(block, enter(index)) for index, block in enumerate(blocks)]):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def capture_first_block_inputs(
-    model: nn.Module, block: nn.Module, data: Sequence[Any], call: Callable[[Any], Any]
-) -> list[Inputs]:
-    """The inputs of `block` for every batch, each forward pass stopped as soon as they are known.
+@contextmanager
+def without_padding(
+    modules: Sequence[nn.Module], real: Callable[[nn.Module], Tensor | None]
+) -> Iterator[set[int]]:
+    """While open, mixtures of experts see only the tokens that are real; others come out as zeros.
 
-    `call(batch)` runs the model. Key-value caches among the arguments are replaced by None, so
-    that the block can be run again and again on them. Raises UsageError when a batch never
-    reaches the block.
+    real: the mask of the batch that runs, for a module; None where all tokens are real. That is
+    exact for real tokens, as experts take each token on its own. Yields the ids of the modules that could be
+    served so in their last call: those called with tensors that all have one row a token.
     """
-    captured: list[Inputs] = []
+    served: set[int] = set()
+    rows: dict[int, Tensor] = {}
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        captured.append(without_cache(args, kwargs))
-        raise _Stop
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        served.discard(id(module))
+        mask = real(module)
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()]
+        if mask is None or not tensors or any(len(x) != mask.numel() for x in tensors):
+            return None
+        served.add(id(module))
+        keep = rows[id(module)] = mask.reshape(-1).to(tensors[0].device)
 
-    with _pre_hooks([(block, hook)]):
-        for index, batch in enumerate(data):
-            try:
-                call(batch)
-            except _Stop:
-                continue
-            raise UsageError(f"calibration batch {index} never reaches the model's first block")
-    return captured
+        def cut(x: Any) -> Any:
+            return x[keep] if isinstance(x, Tensor) and x.dim() else x
+
+        return tuple(map(cut, args)), {key: cut(value) for key, value in kwargs.items()}
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        keep = rows.pop(id(module), None)
+        if keep is None or not isinstance(output, Tensor):
+            return None
+        whole = output.new_zeros(len(keep), *output.shape[1:])
+        whole[keep] = output
+        return whole
+
+    handles = [module.register_forward_hook(leave) for module in modules]
+    try:
+        with _pre_hooks([(module, enter) for module in modules]):
+            yield served
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -218,7 +243,7 @@ def _no_cache(value: Any) -> Any:
 
 
 @contextmanager
-def _pre_hooks(pairs: Sequence[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+def _pre_hooks(pairs: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     handles = []
     try:
         for module, hook in pairs:

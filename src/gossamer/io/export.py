@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from gossamer.core.errors import UsageError
 from gossamer.core.matrix import is_transposed
 from gossamer.io.atomic import new_folder
-from gossamer.io.load import _build, load
+from gossamer.io.load import load
 from gossamer.io.manifest import NAME, read_manifest
 from gossamer.io.save import distinct, write_config, write_tensors
+from gossamer.io.skeleton import outline, read_config
 from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d, QuantizedLinear
 
 
@@ -30,7 +31,7 @@ def export(
         raise UsageError(f"{source} holds no {NAME}; it is already an ordinary folder")
     read_manifest(source)
     model = load(source)
-    shapes = _build(source)
+    shapes = outline(read_config(source))
     tensors = _dense_state(model, shapes)
     with new_folder(Path(out), overwrite) as place:
         write_config(model, place, None)
