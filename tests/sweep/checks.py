@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -107,12 +107,20 @@ def refused_well(model: nn.Module, before: Mapping[str, Any], error: str) -> Non
         raise Wrong("the error names no layer")
 
 
-def parameter_of(model: nn.Module, name: str) -> str:
-    """The parameter that a result's name means: the weight of a module, or its own name."""
+def weight_of(model: nn.Module, name: str) -> tuple[str, Tensor]:
+    """The parameter that a result's name means, and the part of it as a view.
+
+    A layer's name means its weight; a parameter's own name may go on with the index of an expert or
+    with the letter of a third of an `in_proj_weight`.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for key in (name, f"{name}.weight"):
         if key in parameters:
-            return key
+            return key, parameters[key].detach()
+    key, _, part = name.rpartition(".")
+    if key in parameters:
+        whole = parameters[key].detach()
+        return key, whole[int(part)] if part.isdigit() else whole.chunk(3)["qkv".index(part)]
     raise Wrong(f"{name} names no parameter of the model")
 
 
@@ -120,12 +128,9 @@ def pruned_weights(
     model: nn.Module, before: Mapping[str, Any], result: Any, pattern: str, density: float
 ) -> None:
     """The result's claims against the weights: zeros, groups, densities, all others untouched."""
-    names = {name: parameter_of(model, name) for name in result.supports}
-    state, parameters = model.state_dict(), dict(model.named_parameters(remove_duplicate=False))
-    chosen = {id(parameters[key]) for key in names.values()}
     kept = total = 0
     for record in result.layers:
-        weight = state[names[record.name]]
+        weight, support = weight_of(model, record.name)[1], result.supports[record.name]
         nonzero, size = int(weight.count_nonzero()), weight.numel()
         kept, total = kept + nonzero, total + size
         if abs(record.density - nonzero / size) > 1e-6:
@@ -134,27 +139,41 @@ def pruned_weights(
             raise Wrong(f"{record.name}: pruned in the result, without a zero in its weight")
         if pattern == "2:4":
             groups_of_four(model, record.name, weight)
-        if int(result.supports[record.name].mask.numel()) != size:
-            raise Wrong(f"{record.name}: its support does not have the size of its weight")
-        if nonzero > int(result.supports[record.name].mask.sum()):
-            raise Wrong(f"{record.name}: zeros of its support came back")
+        if int(support.mask.numel()) != size or nonzero > int(support.mask.sum()):
+            raise Wrong(f"{record.name}: its support is not that of its weight")
+    if {record.name for record in result.layers} != set(result.supports):
+        raise Wrong("the records and the supports name other layers")
     if abs(result.measured_density - kept / total) > 1e-6:
         raise Wrong(f"told {result.measured_density:.4f}, the weights keep {kept / total:.4f}")
     if kept / total > density + 0.02:
         raise Wrong(f"asked for {density}, the weights keep {kept / total:.4f}")
-    for name, value in state.items():
-        if id(parameters.get(name)) not in chosen and not same(value, before["state"][name]):
+    untouched(model, before, result.supports)
+
+
+def untouched(model: nn.Module, before: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise Wrong where a weight changed that no name covers."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    chosen: dict[int, Tensor] = {}
+    for name in names:
+        key, part = weight_of(model, name)
+        whole = parameters[key]
+        covered = chosen.setdefault(id(whole), torch.zeros(whole.shape, dtype=torch.bool))
+        covered.as_strided(part.shape, part.stride(), part.storage_offset()).fill_(True)
+    for name, value in model.state_dict().items():
+        changed = value.nan_to_num() != before["state"][name].nan_to_num()
+        covered = chosen.get(id(parameters.get(name)), torch.tensor(False))
+        if bool((changed & ~covered).any()):
             raise Wrong(f"{name} changed, although the result does not name it")
 
 
 def groups_of_four(model: nn.Module, name: str, weight: Tensor) -> None:
     """At most two of every four neighbouring inputs; for kinds unknown here, along any axis."""
     module = dict(model.named_modules()).get(name)
-    if isinstance(module, nn.Linear | nn.Embedding):
+    if isinstance(module, nn.Linear | nn.Embedding) or "in_proj_weight" in name:
         axes = [weight.dim() - 1]
     elif type(module).__name__ == "Conv1D":
         axes = [0]
-    elif isinstance(module, nn.Conv2d):
+    elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         axes = [1]
     else:
         axes = list(range(weight.dim()))
@@ -174,9 +193,8 @@ def coverage(model: nn.Module, result: Any) -> tuple[float, dict[str, dict[str, 
     """
     parameters = dict(model.named_parameters())
     matrices = sum(p.numel() for p in parameters.values() if p.dim() >= 2)
-    keys = {parameter_of(model, name) for name in result.supports}
-    unique = {id(p): p for n, p in model.named_parameters(remove_duplicate=False) if n in keys}
-    pruned = sum(p.numel() for p in unique.values())
+    views = {v.data_ptr(): v for v in (weight_of(model, name)[1] for name in result.supports)}
+    pruned = sum(view.numel() for view in views.values())
     told = result.coverage
     counted = {
         "total": sum(p.numel() for p in parameters.values()),
