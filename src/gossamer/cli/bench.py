@@ -18,7 +18,7 @@ from gossamer.bench.measure import CALM, Limits, Rounds, measure_limits, when_ca
 from gossamer.cli.output import note, print_json, print_table
 from gossamer.core.errors import UsageError
 from gossamer.engine.journal import write_whole
-from gossamer.nn.costs import cache_folder
+from gossamer.nn.costs import cache_folder, machine
 from gossamer.ops import _dispatch
 
 Timed = Callable[[], dict[str, Any]]
@@ -95,6 +95,7 @@ class Bench:
             "suite": self.suite,
             "limits": dataclasses.asdict(limits),
             "kernels": _dispatch.describe(),
+            "machine": machine(),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "cases": [],
         }
@@ -110,7 +111,7 @@ class Bench:
             return record
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{self.out} is no record that can be continued: {error!r}") from error
-        for key in ("suite", "kernels", "versions", "threads"):
+        for key in ("suite", "kernels", "machine", "versions", "threads"):
             before, now = (
                 one.get("limits", {}).get(key) if key == "threads" else one.get(key)
                 for one in (old, record)

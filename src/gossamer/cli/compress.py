@@ -38,6 +38,7 @@ from gossamer.engine.tasks import Subject, Task, task_of
 from gossamer.io.atomic import check_target, new_folder
 from gossamer.io.save import save
 from gossamer.methods import find
+from gossamer.nn.costs import machine as this_machine
 from gossamer.ops import _dispatch
 from gossamer.ops.quantized import BITS
 from gossamer.report.html import render
@@ -320,15 +321,11 @@ def _pruner(name: str) -> Any:
 
 def machine(packed: CompressResult) -> dict[str, Any]:
     """What the figures were measured on."""
-    import gossamer
-
     return {
-        "cpu": _dispatch.processor(),
+        **this_machine(),
         "isa": packed.isa,
         "kernels": _dispatch.describe(),
         "threads": packed.threads,
-        "torch": torch.__version__,
-        "gossamer": gossamer.__version__,
         "python": platform.python_version(),
     }
 
