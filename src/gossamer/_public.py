@@ -1,6 +1,6 @@
 """Every public name of `gossamer`."""
 
-from gossamer.api import compare
+from gossamer.api import compare, prune
 from gossamer.core.allocation import ER, ERK, LAMP, OWL, Global, Uniform, UniformPlus
 from gossamer.core.card import Card
 from gossamer.core.costs import Costs
@@ -21,11 +21,11 @@ from gossamer.core.text import text_batches
 from gossamer.engine.compress import compress
 from gossamer.engine.generate import generate
 from gossamer.engine.measure_costs import calibrate_costs
-from gossamer.engine.prune import prune
 from gossamer.engine.rounds import Part, RoundsResult, train_rounds
 from gossamer.engine.structure import ShrinkResult, coupled_channels, fixed_channels, shrink
 from gossamer.engine.train import SparseRun, sparse_training
 from gossamer.engine.true_sparse import TrueSparseRun, sparse_layers, true_sparse_training
+from gossamer.engine.unpack import unpack
 from gossamer.io import export, load, save
 from gossamer.methods import cards, find
 from gossamer.methods.weights.catalogue import *  # noqa: F403 - every method by its name
@@ -92,5 +92,6 @@ __all__ = [
     "to_semi_structured",
     "train_rounds",
     "true_sparse_training",
+    "unpack",
 ]
 __all__ += [x.__name__ for x in CATALOGUE]

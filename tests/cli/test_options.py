@@ -171,7 +171,9 @@ def test_every_name_is_there_however_the_process_started():
         "assert 'prune' in gossamer.__all__; assert gossamer.io.save; assert not hasattr(gossamer, 'nonsense')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    code = "import sys, gossamer; assert 'gossamer._public' in sys.modules; gossamer.prune"
+    code = (
+        "import gossamer; assert 'SparseGPT' in dir(gossamer); from gossamer import *; prune, Wanda"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

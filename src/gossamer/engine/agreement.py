@@ -32,7 +32,7 @@ def clone(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
-        raise UsageError(f"the model cannot be copied: {_line(error)}") from error
+        raise UsageError(f"the model cannot be copied: {one_line(error)}") from error
 
 
 def precise(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
@@ -151,10 +151,11 @@ def agrees(given: Outputs, model: nn.Module, inputs: Sequence[Tensor]) -> str:
     try:
         return difference(given, outputs(model, inputs))
     except Exception as error:
-        return f"cutting them makes the forward fail ({_line(error)})"
+        return f"cutting them makes the forward fail ({one_line(error)})"
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """An error's type and the beginning of its message."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:160]}"
 

@@ -228,9 +228,14 @@ class Calibrator:
             yield served
 
     def call(self, index: int) -> None:
-        """Run the model on one batch."""
+        """Run the model on a copy of one batch: a model that works in place would change it."""
         self._padding = self.paddings[index]
-        call(self.model, self.batches[index])
+        batch = self.batches[index]
+        if isinstance(batch, Tensor):
+            call(self.model, batch.clone())
+        else:
+            copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()}
+            call(self.model, copies)
 
     def _traced(self, index: int) -> Trace:
         trace = Trace(len(self.blocks), keep=False)

@@ -14,7 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from gossamer.core.coupling import Coupled
 from gossamer.core.errors import MissingExtra, UsageError
-from gossamer.engine.agreement import clone, fenced, tensors
+from gossamer.engine.agreement import clone, fenced, one_line, outputs, tensors
 from gossamer.engine.hooks import observe_inputs
 
 _ROUNDS = 32
@@ -62,39 +62,55 @@ class _Trace:
 def trace(model: nn.Module, example: Tensor) -> list[ChannelSet]:
     """Every set of output channels of a Linear or Conv2d, also those that cannot be cut.
 
-    Traced on a copy. Raises MissingExtra without torch-pruning, UsageError where it fails.
+    Traced on a copy. Raises MissingExtra without torch-pruning, UsageError where it fails or the example is no
+    tensor.
     """
     try:
         import torch_pruning
     except ImportError:
         raise MissingExtra("torch-pruning", "structured") from None
-    twin = clone(model).eval()
-    for parameter in twin.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
+    with torch.inference_mode(False):
+        _check(model, example)
+        return list(_sets(_traced(torch_pruning.DependencyGraph(), clone(model), example.clone())))
+
+
+def _check(model: nn.Module, example: Tensor) -> None:
+    """Raise UsageError unless the model runs on the example and its layers can be seen."""
+    if not isinstance(example, Tensor) or not example.numel():
+        raise UsageError("the example is one tensor, not empty; wrap a model that takes more")
+    if any(isinstance(x, torch.jit.ScriptModule) for x in model.modules()):
+        raise UsageError("layers of torch.jit cannot be cut; give the model that was compiled")
+    try:
+        outputs(clone(model), [example])
+    except Exception as error:
+        raise UsageError(f"the model fails on the example: {one_line(error)}") from error
+
+
+def _traced(graph: Any, twin: nn.Module, example: Tensor) -> _Trace:
+    """The dependencies, traced on this copy, which must not be used again."""
     named = dict(twin.named_modules())
     calls: Counter[str] = Counter()
     counted = {name: module for name, module in named.items() if kind(module)}
-    graph = torch_pruning.DependencyGraph()
     try:
+        for parameter in twin.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
         with torch.enable_grad(), fenced(example.device), observe_inputs(
             counted, lambda name, _: calls.update([name])
         ):  # fmt: skip
             graph.build_dependency(
-                twin,
-                example_inputs=example.clone(),
+                twin.eval(),
+                example_inputs=example,
                 forward_fn=lambda net, x: net(x),
                 output_transform=lambda out: [t for t in tensors(out) if t.grad_fn is not None],
                 verbose=False,
             )
     except Exception as error:
-        text = " ".join(str(error).split())[:160]
         raise UsageError(
-            f"torch-pruning cannot trace the model ({type(error).__name__}: {text}); give the part "
-            "of it that can be traced, with an example of that part's input"
+            f"torch-pruning cannot trace the model ({one_line(error)}); give the part of it that can "
+            "be traced, with an example of that part's input"
         ) from error
     names = {id(module): name for name, module in named.items()}
-    found = _Trace(named, names, calls, _owners(twin), graph)
-    return list(_sets(found))
+    return _Trace(named, names, calls, _owners(twin), graph)
 
 
 def kind(module: nn.Module) -> str:

@@ -42,13 +42,17 @@ def coverage_of(
         names = parts.get(id(parameter), [])
         prunable += parameter.numel() if names else 0
         if not names:
-            out.append(LeftOut(path, kind, parameter.numel(), _other(model, path, parameter, kind)))
-        for name in names:
-            if name in pruned:
-                continue
-            weight = weights[name]
-            told = path if weight.part is None else name
-            out.append(LeftOut(told, kind, weight.tensor.numel(), left.get(name, "not chosen")))
+            reason = _other(model, path, parameter, kind, left)
+            out.append(LeftOut(path, kind, parameter.numel(), reason))
+        elif weights[names[0]].part is None:  # tied ones have several names
+            if not any(name in pruned for name in names):
+                out.append(LeftOut(path, kind, parameter.numel(), left[names[0]]))
+        else:
+            out += [
+                LeftOut(name, kind, weights[name].tensor.numel(), left[name])
+                for name in names
+                if name not in pruned
+            ]
     return Coverage(
         total=sum(p.numel() for p in model.parameters()),
         matrices=matrices,
@@ -63,6 +67,8 @@ def nonzeros(tensor: Tensor) -> int:
     """How many entries are not zero; of a dtype that cannot be compared, or without values, all."""
     if tensor.device.type == "meta":
         return tensor.numel()
+    if tensor.is_floating_point() and tensor.element_size() == 1:  # torch has no count of these
+        tensor = tensor.float()
     try:
         return int(torch.count_nonzero(tensor))
     except (NotImplementedError, RuntimeError):
@@ -92,9 +98,16 @@ def _owners(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _other(model: nn.Module, path: str, parameter: Tensor, kind: str) -> str:
+def _other(
+    model: nn.Module, path: str, parameter: Tensor, kind: str, left: Mapping[str, str]
+) -> str:
     """Why a matrix that is of no kind that Gossamer prunes stays dense."""
     owner, _, name = path.rpartition(".")
+    layer, _, computed = owner.partition(".parametrizations.")
+    if computed and (told := left.get(layer) or left.get(f"{layer}.{computed}")):
+        return told
+    if name.endswith(("_g", "_v", "_orig")) and owner in left:
+        return left[owner]
     if is_router(model, owner, model.get_submodule(owner)):
         return EXPECTED["router"]
     if parameter.numel() == max(parameter.shape) or _TABLE.search(name):

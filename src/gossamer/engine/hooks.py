@@ -3,17 +3,25 @@ happens inside, and changes no weight, buffer or flag of the model."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import UsageError
+from gossamer.engine.optimizers import ASCENTS, Followed
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and keyword arguments of one call of a module."""
+
+
+_STEP = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
+"""The code of torch's function that runs the hooks around a step."""
 
 
 @contextmanager
@@ -67,13 +75,15 @@ def around_steps(
 ) -> Iterator[None]:
     """While open, call `before()` and `after()` around every step that the optimizer takes.
 
-    A step that a GradScaler skips calls neither. The closure of `step(closure)` is called first, so
-    that `before` sees its gradients. Raises UsageError for an optimizer that wants it once more.
+    A step that a GradScaler skips calls neither, and a `step` that calls its base class's counts
+    once. The closure of `step(closure)` is called first, so that `before` sees its gradients.
     """
 
     def pre(
         _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if _is_inner_step(optimizer):
+            return args, kwargs
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             before()
@@ -84,16 +94,91 @@ def around_steps(
         return args[:1], {**kwargs, "closure": _once(loss)}
 
     def post(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        after()
+        if not _is_inner_step(optimizer):
+            after()
 
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise UsageError("LBFGS evaluates the loss many times a step; choose SGD, Adam or the like")
     handles = [optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_inner_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a hook runs for a step that another step of the same optimizer called as its base's.
+
+    torch wraps the `step` of every class that was ever constructed, so that `super().step()` runs
+    the hooks again.
+    """
+    classes = type(optimizer).__mro__
+    if sum(getattr(vars(kind).get("step"), "hooked", False) for kind in classes) < 2:
+        return False
+    frame, running = sys._getframe(1), 0
+    while frame is not None:
+        if frame.f_code is _STEP and frame.f_locals.get("self") is optimizer:
+            running += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return running > 1
+
+
+@contextmanager
+def around_calls(
+    thing: Any, method: str, before: Callable[[], None], after: Callable[[], None]
+) -> Iterator[None]:
+    """While open, call `before()` and `after()` around a method of this one object.
+
+    For wrappers of optimizers, which have no hooks. What others put over it meanwhile stays.
+    """
+    own, original = method in getattr(thing, "__dict__", {}), getattr(thing, method)
+    closed = False
+
+    @wraps(original)  # with the marks that learning rate schedules leave
+    def call(_: Any, *args: Any, **kwargs: Any) -> Any:
+        if closed:
+            return original(*args, **kwargs)
+        before()
+        result = original(*args, **kwargs)
+        after()
+        return result
+
+    bound = MethodType(call, thing)  # which they want to wrap in their turn
+    setattr(thing, method, bound)
+    try:
+        yield
+    finally:
+        closed = True
+        if getattr(thing, method) is bound:
+            if own:
+                setattr(thing, method, original)
+            else:
+                delattr(thing, method)
+
+
+@contextmanager
+def around_ascents(
+    followed: Followed, before: Callable[[], None], after: Callable[[], None]
+) -> Iterator[None]:
+    """While open, call `before()` and `after()` where an optimizer moves weights for one gradient,
+    as the first step of sharpness-aware minimisation does."""
+    with ExitStack() as calls:
+        for holder in (*followed.wrappers, followed.optimizer):
+            for name in ASCENTS:
+                if callable(getattr(holder, name, None)):
+                    calls.enter_context(around_calls(holder, name, before, after))
+        yield
+
+
+@contextmanager
+def around_wrappers(
+    followed: Followed, before: Callable[[], None], after: Callable[[], None]
+) -> Iterator[None]:
+    """While open, call `before()` and `after()` around the steps of what wraps the optimizer."""
+    with ExitStack() as calls:
+        for wrapper in followed.wrappers:
+            if hasattr(wrapper, "step"):
+                calls.enter_context(around_calls(wrapper, "step", before, after))
+        yield
 
 
 def _once(loss: Any) -> Callable[[], Any]:
@@ -113,13 +198,16 @@ def _once(loss: Any) -> Callable[[], Any]:
 @contextmanager
 def adjust_outputs(
     adjust: Sequence[tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]],
+    check: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> Iterator[None]:
-    """While open, each module returns `function(its input, its output)`."""
+    """While open, each module returns `function(its input, its output)`; `check` is given its
+    keyword arguments and may raise."""
 
     def watch(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor:
+            check(kwargs)
             return function(first_tensor(args, kwargs, type(module).__name__), output)
 
         return hook

@@ -72,6 +72,12 @@ def padding_of(batch: Batch, two_sided: bool) -> Padding | None:
     return Padding(encoder, decoder, length, two_sided, "input_ids" in batch)
 
 
+def hides_padding(batch: Batch) -> bool:
+    """Whether a batch has a mask of which no token's padding can be read."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)
+
+
 def is_two_sided(names: Iterable[str]) -> bool:
     """Whether a model, by the names of its weights, has a decoder beside an encoder."""
     parts = {part for name in names for part in name.split(".")}

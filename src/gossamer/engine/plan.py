@@ -19,6 +19,7 @@ from gossamer.core.select import check_density
 from gossamer.core.stats import LayerStats
 from gossamer.engine.calibrate import STATISTICS, Calibrator
 from gossamer.engine.data import Batch, read_batches
+from gossamer.engine.padding import hides_padding
 from gossamer.engine.protocols import Allocation, Method, Solver, check_method
 from gossamer.models import Choice, choose_weights, find_blocks, find_weights
 from gossamer.models.layers import EXPECTED, nothing_to_prune
@@ -123,7 +124,7 @@ def plan_of(
     units = _units(weights, choice.blocks, find_blocks(model), order)
     return Plan(
         model, options, weights, units, densities, batches,
-        calibrator if method.card.needs else None, together, left, _notes(model, weights),
+        calibrator if method.card.needs else None, together, left, _notes(model, weights, batches or []),
     )  # fmt: skip
 
 
@@ -173,6 +174,8 @@ def _why_unreadable(weight: Tensor) -> str | None:
         return f"its weight is a {type(weight).__name__}; prune the model before that wraps it"
     if weight.device.type == "meta":
         return "is on the meta device, without values; load its weights first"
+    if any(n > 1 and not step for n, step in zip(weight.shape, weight.stride(), strict=True)):
+        return "its weight is expanded, so its entries share memory; make it contiguous first"
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         return (
             f"its weight is {weight.dtype}; Gossamer prunes float64, float32, float16 and bfloat16:"
@@ -313,7 +316,8 @@ def _units(
     blocks: Sequence[tuple[str, nn.Module]],
     order: Mapping[str, int] | None,
 ) -> list[Unit]:
-    """Blocks in order, and weights outside them as units of their own, where the model calls them.
+    """Blocks in order, and parameters outside them as units of their own, where the model calls
+    them; the matrices that one parameter stacks are a unit too.
 
     Without a call order (methods that need no data) the order of modules serves: it changes
     nothing in the result.
@@ -321,7 +325,8 @@ def _units(
     grouped: dict[str, Unit] = {}
     for name, weight in weights.items():
         block = placed[name]
-        label = name if block is None else blocks[block][0]
+        own = name if weight.part is None else name.rpartition(".")[0]
+        label = own if block is None else blocks[block][0]
         unit = grouped.setdefault(label, Unit(label, {}, block))
         unit.weights[name] = weight
     units = list(grouped.values())
@@ -341,8 +346,12 @@ def _units(
     return [units[index] for index in sorted(range(len(units)), key=place)]
 
 
-def _notes(model: nn.Module, weights: Mapping[str, Weight]) -> tuple[str, ...]:
+def _notes(
+    model: nn.Module, weights: Mapping[str, Weight], batches: Sequence[Batch]
+) -> tuple[str, ...]:
     notes = []
+    if any(map(hides_padding, batches)):
+        notes.append("padding was counted where attention_mask is not (batch, tokens)")
     packed = sum(isinstance(module, Packed) for module in model.modules())
     if packed:
         notes.append(f"{packed} layers are compressed already and stay as they are")

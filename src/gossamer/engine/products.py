@@ -34,13 +34,15 @@ def observe_products(weights: Mapping[str, Weight], seen: Seen) -> Iterator[None
 
 @contextmanager
 def unfused(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Without torch's fused encoder layers, and for recurrent layers without oneDNN and cuDNN.
+    """Without compiled graphs, torch's fused encoder layers and, for recurrent layers, oneDNN and
+    cuDNN.
 
     A fused layer computes its products where nobody can see them. The results are the same.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
         torch.backends.mha.set_fastpath_enabled(False)
         if any(isinstance(module, (nn.RNNBase, nn.RNNCellBase)) for module in modules):

@@ -26,6 +26,9 @@ from gossamer.engine.protocols import Allocation, Method, Solver
 from gossamer.models import find_weights
 from gossamer.ops.statistics import top_mask
 
+HESSIANS = 4 << 30
+"""Bytes of Hessians that are gathered at once."""
+
 
 def prune(
     model: nn.Module,
@@ -115,7 +118,7 @@ def _select_together(plan: Plan) -> dict[str, Support]:
     scores = {}
     for name, weight in plan.weights.items():
         matrix = weight.matrix()
-        score = plan.options.method.score(matrix, LayerStats(name, 0, None, None))
+        score = plan.options.method.score(matrix, LayerStats(name, 0))
         scores[name] = _zeros_last(score, matrix) if plan.options.keep_zeros else score
     return select_global(scores, plan.options.pattern, plan.options.density, top_mask)
 
@@ -125,26 +128,42 @@ def _prune_unit(plan: Plan, unit: Unit, chosen: Mapping[str, Support]) -> dict[s
 
     One that its statistics no longer reach has no support and stays as it is.
     """
-    stats: dict[str, LayerStats] = {}
-    if plan.calibrator is not None:
-        stats = plan.calibrator.gather(unit.weights, unit.block, plan.options.method.card.needs)
     matrices: dict[str, Tensor] = {}
     supports: dict[str, Support] = {}
-    for name, weight in unit.weights.items():
-        own = stats.pop(name, None)
-        if own is None and plan.calibrator is not None:
-            continue
-        if name in chosen:
-            solved = weight.matrix(), chosen[name]
-        else:
-            solved = _solve(plan, name, weight.matrix(), own or LayerStats(name, 0, None, None))
-        matrices[name], supports[name] = _keeping_zeros(plan, weight, *solved)
+    for weights in _in_turns(plan, unit):
+        stats: dict[str, LayerStats] = {}
+        if plan.calibrator is not None:
+            stats = plan.calibrator.gather(weights, unit.block, plan.options.method.card.needs)
+        for name, weight in weights.items():
+            own = stats.pop(name, None)
+            if own is None and plan.calibrator is not None:
+                continue
+            if name in chosen:
+                solved = weight.matrix(), chosen[name]
+            else:
+                solved = _solve(plan, name, weight.matrix(), own or LayerStats(name, 0))
+            matrices[name], supports[name] = _keeping_zeros(plan, weight, *solved)
     for name, support in supports.items():
         try:
             unit.weights[name].write(support.apply(matrices.pop(name)))
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
     return supports
+
+
+def _in_turns(plan: Plan, unit: Unit) -> list[dict[str, Weight]]:
+    """The unit's weights, such that the Hessians of each part stay within `HESSIANS`: a block may
+    have hundreds of experts."""
+    parts: list[dict[str, Weight]] = [{}]
+    held = 0
+    for name, weight in unit.weights.items():
+        size = 8 * weight.matrix().shape[1] ** 2  # a sum in float32 and what rounding took from it
+        if parts[-1] and held + size > HESSIANS and "hessian" in plan.options.method.card.needs:
+            parts.append({})
+            held = 0
+        parts[-1][name] = weight
+        held += size
+    return parts
 
 
 def _solve(plan: Plan, name: str, weight: Tensor, stats: LayerStats) -> tuple[Tensor, Support]:

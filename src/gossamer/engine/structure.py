@@ -31,6 +31,10 @@ from gossamer.engine.channels import ChannelSet, trace
 from gossamer.engine.cutting import Cut, cut, dead, inexact, reader_inputs, silence
 from gossamer.engine.hooks import evaluating
 
+_UNSEEN = (
+    "tracing found no channels that it writes: it is of another kind, idle or without gradients"
+)
+
 
 @dataclass(frozen=True, eq=False)
 class ShrinkResult:
@@ -81,7 +85,7 @@ def fixed_channels(model: nn.Module, example: Tensor) -> dict[str, str]:
     free = {name for x in found if not x.reason for name in x.members}
     reasons = {name: x.reason for x in found for name in x.members}
     return {
-        name: reasons.get(name) or "it does not write a set of channels that was found by tracing"
+        name: reasons.get(name) or _UNSEEN
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and name not in free
     }
@@ -109,9 +113,12 @@ def shrink(
     Raises MissingExtra without torch-pruning, UsageError for a model that cannot be traced, copied
     or run on the example.
     """
+    traced = trace(model, example)
+    found, left_out = _wanted(traced, coupled)
+    if coupled is None:
+        left_out.update(_unseen(model, traced))
     small = clone(model)
     before, size, flops = _measure(clone(model), example)
-    found, left_out = _wanted(trace(model, example), coupled)
     cuts = [Cut(x, dead(x, small)) for x in found]
     cuts = [x for x in cuts if bool(x.gone.any())]
     twin, wide = precise(model, example)
@@ -145,6 +152,18 @@ def _wanted(
         if x not in [y.coupled for y in found]
     }
     return [x for x in found if x.coupled in coupled], missing
+
+
+def _unseen(model: nn.Module, found: Sequence[ChannelSet]) -> dict[str, str]:
+    """Layers with dead channels that the trace did not find, with the reason."""
+    seen = {name for x in found for name in x.members}
+    return {
+        name: _UNSEEN
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+        and name not in seen
+        and not bool(module.weight.detach().flatten(1).any(1).all())
+    }
 
 
 def _tried(model: nn.Module, example: Tensor) -> list[ChannelSet]:
@@ -252,10 +271,7 @@ def _measure(model: nn.Module, example: Tensor) -> tuple[list[Tensor], int, int]
     """Outputs, number of parameters, flops of one forward pass in eval mode."""
     with evaluating(model), fenced(example.device), FlopCounterMode(display=False) as counter:
         torch.manual_seed(0)
-        try:
-            output = list(tensors(model(example.clone())))
-        except Exception as error:
-            raise UsageError(f"the model fails on the example: {error}") from error
+        output = list(tensors(model(example.clone())))
     if not output:
         raise UsageError("the model returns no tensor; wrap it so that it does")
     return output, sum(p.numel() for p in model.parameters()), counter.get_total_flops()

@@ -58,7 +58,7 @@ def register() -> None:
     PreTrainedModel.save_pretrained = _saving(PreTrainedModel.save_pretrained)
 
 
-class GossamerConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class GossamerConfig(QuantizationConfigMixin):
     """What config.json says of a packed folder: which file holds the weights."""
 
     def __init__(self, weights: str | None = None, **_: Any) -> None:
@@ -76,8 +76,16 @@ class _Awaited(nn.Module):
         for name, tensor in parts.items():
             self.register_buffer(name, tensor)
 
+    @property
+    def weight(self) -> Tensor:
+        """That of the layer replaced: what a parent would fill with random numbers meanwhile."""
+        weight = self.replaced[0].weight
+        assert isinstance(weight, Tensor)
+        vars(weight)["_is_hf_initialized"] = True
+        return weight
 
-class GossamerQuantizer(HfQuantizer):  # type: ignore[misc]
+
+class GossamerQuantizer(HfQuantizer):
     """Puts packed layers in their places while transformers loads everything else."""
 
     requires_calibration = False
@@ -96,6 +104,11 @@ class GossamerQuantizer(HfQuantizer):  # type: ignore[misc]
                 "ordinary one by gossamer.export"
             )
 
+    def update_dtype(self, dtype: Any) -> Any:
+        """Packed values get the dtype of the model, as every other tensor."""
+        self.dtype = dtype
+        return dtype
+
     def update_device_map(self, device_map: Any) -> Any:
         """Everything on the CPU, whatever else is there."""
         return None if device_map is None else {"": "cpu"}
@@ -109,7 +122,7 @@ class GossamerQuantizer(HfQuantizer):  # type: ignore[misc]
         return config
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: Any = None, dtype: Any = None, **kwargs: Any
+        self, model: Any, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
         if not checkpoint_files:
             raise UsageError("a packed folder is loaded from its files, not from a state_dict")
@@ -117,7 +130,7 @@ class GossamerQuantizer(HfQuantizer):  # type: ignore[misc]
         place = _place_of(files[0], model.config.name_or_path)
         manifest = read_manifest(place)
         check_files(place, _readable(place, manifest["files"]))
-        self.stored, self.dtype = manifest["stored"], dtype
+        self.stored = manifest["stored"]
         known = {key: value for file in files for key, value in check_header(file).items()}
         for name, facts in manifest["layers"].items():
             if (there := _name_in(model, name)) is not None:
@@ -132,9 +145,8 @@ class GossamerQuantizer(HfQuantizer):  # type: ignore[misc]
         return [WeightConverter(sources, "", [_Unpack(self.stored)])]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for config in (model.config, getattr(model.config, "text_config", None)):
-            if hasattr(config, "transformers_weights"):
-                del config.transformers_weights
+        if hasattr(model.config, "transformers_weights"):
+            del model.config.transformers_weights
         costs, batches = known_costs(None), serves_batches(model)
         tensors: dict[str, Tensor] = {}
         for name, awaited in list(model.named_modules()):
@@ -163,7 +175,7 @@ class GossamerQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-class _Unpack(ConversionOps):  # type: ignore[misc]
+class _Unpack(ConversionOps):
     """The values and the bitmap of one tensor to the tensor."""
 
     def __init__(self, stored: dict[str, Stored]) -> None:

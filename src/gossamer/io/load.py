@@ -11,6 +11,7 @@ from torch import nn
 from gossamer.core.costs import Costs
 from gossamer.core.errors import FormatError, UsageError
 from gossamer.core.result import unwrap
+from gossamer.io.digests import changed
 from gossamer.io.digests import check as check_files
 from gossamer.io.fill import Content, check, convert, fill
 from gossamer.io.layers import packed_layer
@@ -21,6 +22,7 @@ from gossamer.io.skeleton import (
     computed_bytes,
     outline,
     read_config,
+    read_generation,
     skeleton,
 )
 from gossamer.io.stored import take
@@ -107,6 +109,23 @@ def read_content(folder: Path, verify: bool, given: bool = False) -> Content:
     return Content(layers, kernels, tensors, manifest["stored"], parts)
 
 
+def verify(folder: str | Path) -> list[str]:
+    """What is wrong with the files of a folder that `save` wrote, a line each; empty if nothing.
+
+    Every file is compared with its digest in gossamer.json, and gossamer.json with its own; files
+    that were added later do not count. No weight is unpacked.
+    """
+    place = Path(folder)
+    try:
+        manifest = read_manifest(place)
+    except FormatError as error:
+        return [str(error)]
+    if not manifest["files"]:
+        return [f"{NAME}: holds no digests, as an older version wrote it; save the model again"]
+    found = (changed(place, name, expected) for name, expected in manifest["files"].items())
+    return [problem for problem in found if problem is not None]
+
+
 def _rebuilt(
     folder: Path, content: Content, ours: bool, costs: Costs | None, batches: bool | None
 ) -> nn.Module:
@@ -122,6 +141,7 @@ def _rebuilt(
     if computed_bytes(drawn) > LARGEST_BUFFERS:
         raise FormatError("config.json: asks for more computed buffers than any model has")
     root = skeleton(config)
+    read_generation(folder, root)
     fill(root, content, costs, serves_batches(root, batches))
     return root
 

@@ -22,7 +22,7 @@ from gossamer.io.digests import digest_of, digest_of_content
 from gossamer.io.fill import check_tensors, reasons_of
 from gossamer.io.manifest import NAME, VERSION, Decided, _one_line
 from gossamer.io.names import check_savable, plain_names
-from gossamer.io.skeleton import CONFIG, outline, read_config
+from gossamer.io.skeleton import CONFIG, GENERATION, outline, read_config
 from gossamer.io.stored import BITMAP, VALUES, pack
 from gossamer.io.tensors import INDEX, PACKED, PLAIN, SHARD, SINGLE
 from gossamer.nn import NMLinear, PackedConv2d, QuantizedLinear
@@ -30,7 +30,6 @@ from gossamer.nn.serving import Packed, serves
 
 LARGEST = 4 << 30
 """Largest safetensors file, in bytes; more tensors go to further shards with an index."""
-GENERATION = "generation_config.json"
 METHOD = "gossamer"
 """What config.json names as quant_method: the quantizer that transformers looks for."""
 UNKNOWN = "none: this folder is packed by Gossamer; `import gossamer` first, then load it again"
@@ -114,7 +113,7 @@ def _why_not_rebuilt(
 ) -> str | None:
     """Why config.json does not describe the model that was saved beside it, None where it does."""
     if not (folder / CONFIG).exists():
-        return "it is no model of transformers, so nothing says how to build it"
+        return "it is no model of transformers or diffusers, so nothing says how to build it"
     outside = {name: facts for name, facts in present.items() if not _inside(name, packed)}
     try:
         drawn = outline(read_config(folder))
@@ -191,6 +190,8 @@ def write_config(
     config: Any = getattr(model, "config", None)
     if config is not None and hasattr(config, "save_pretrained"):
         _write_structure(model, copy.deepcopy(config), folder, weights)
+    elif hasattr(model, "save_config"):  # of diffusers
+        model.save_config(folder)  # type: ignore[operator]
     generation: Any = getattr(model, "generation_config", None)
     if generation is not None and hasattr(generation, "to_json_string"):
         # not save_pretrained, which refuses values that many published models have

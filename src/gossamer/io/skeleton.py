@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from gossamer.core.errors import FormatError, MissingExtra, UsageError
 from gossamer.io.manifest import _one_line, read_json
 
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 LARGEST_BUFFERS = 8 << 30
 """Bytes of computed buffers that a config may ask for; no file backs them."""
 _FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
@@ -44,18 +45,22 @@ def read_config(folder: Path, tensors: int | None = None) -> dict[str, Any]:
 
 
 def class_of(config: Mapping[str, Any]) -> Any:
-    """The class of transformers that a config names; never one of the folder's own code."""
-    try:
-        import transformers
-    except ImportError:
-        raise MissingExtra("transformers", "hf") from None
+    """The class of transformers, or of diffusers, that a config names; never the folder's code."""
+    library, name, base = "transformers", None, "PreTrainedModel"
     names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    kind: Any = None
-    if isinstance(name, str) and name.isidentifier():
-        kind = getattr(transformers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise FormatError("config.json: architectures names no model that transformers has")
+    if isinstance(names, list) and names:
+        name = names[0]
+    elif "_class_name" in config:
+        library, name, base = "diffusers", config["_class_name"], "ModelMixin"
+    try:
+        home = import_module(library)
+    except ImportError:
+        raise MissingExtra(library, "hf") from None
+    known = isinstance(name, str) and name.isidentifier()
+    kind = getattr(home, str(name), None) if known else None
+    if not (isinstance(kind, type) and issubclass(kind, getattr(home, base))):
+        key = "architectures" if library == "transformers" else "_class_name"
+        raise FormatError(f"config.json: {key} names no model that {library} has")
     return kind
 
 
@@ -81,9 +86,14 @@ def _build(config: Mapping[str, Any], outline: bool) -> nn.Module:
     place = torch.device("meta") if outline else parameters_on_meta()
     try:
         with place:
-            return kind._from_config(kind.config_class.from_dict(facts), dtype=dtype)
-    except Exception as error:  # whatever a hostile config provokes inside transformers
+            if hasattr(kind, "_from_config"):
+                built = kind._from_config(kind.config_class.from_dict(facts), dtype=dtype)
+            else:
+                built = kind.from_config(facts)
+    except Exception as error:  # whatever a hostile config provokes inside the library
         raise FormatError(f"config.json: {type(error).__name__}: {_one_line(error)}") from None
+    assert isinstance(built, nn.Module)
+    return built
 
 
 _NOT_STRUCTURE = ("auto_map", "quantization_config", "transformers_weights")
@@ -136,13 +146,25 @@ def parameters_on_meta() -> Iterator[None]:
                 empty = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
                 vars(empty).update(vars(param))
                 torch.utils.swap_tensors(param, empty)  # the same object, as others may hold it
-                param._is_hf_initialized = True  # or transformers draws numbers for it
+                vars(param)["_is_hf_initialized"] = True  # or transformers draws numbers for it
 
-        nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+        nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
             nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def read_generation(folder: Path, model: nn.Module) -> None:
+    """Give a model that generates the settings that were written beside it."""
+    there = (folder / GENERATION).exists() or (folder / GENERATION).is_symlink()
+    if not there or not hasattr(model, "generation_config"):
+        return
+    facts = _decoded(read_json(folder, GENERATION))
+    try:
+        model.generation_config = import_module("transformers").GenerationConfig.from_dict(facts)
+    except Exception as error:  # whatever a hostile file provokes inside transformers
+        raise FormatError(f"{GENERATION}: {type(error).__name__}: {_one_line(error)}") from None
 
 
 def computed_bytes(model: nn.Module) -> int:

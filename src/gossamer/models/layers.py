@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gossamer.core.errors import UsageError
 from gossamer.core.matrix import Weight, own_forward, why_not_plain
@@ -57,8 +58,8 @@ def choose_weights(
     """
     weights = find_weights(model)
     names = _names(model, weights)
-    added = _matching(include, names, model, "include")
-    removed = _matching(exclude, names, model, "exclude")
+    added = matching(include, names, model, "include")
+    removed = matching(exclude, names, model, "exclude")
     blocks = _blocks_of(model, weights)
     ties = _ties(model, weights)
     expected = _expected(model, weights, blocks)
@@ -94,8 +95,8 @@ def prunable_layers(
     """
     weights = {name: weight for name, weight in find_weights(model).items() if weight.plain}
     names = _names(model, weights)
-    added = _matching(include, names, model, "include")
-    removed = _matching(exclude, names, model, "exclude")
+    added = matching(include, names, model, "include")
+    removed = matching(exclude, names, model, "exclude")
     blocks = _blocks_of(model, weights)
     expected = _expected(model, weights, blocks)
     chosen = {
@@ -132,7 +133,7 @@ def nothing_to_prune(model: nn.Module, left: Mapping[str, str]) -> str:
             f"{said}: Gossamer prunes Linear, Conv1D, Bilinear, convolutions, the weights of "
             "MultiheadAttention and recurrent layers, and experts in 3-D parameters"
         )
-    name, reason = next(iter(left.items()))
+    name, reason = min(left.items(), key=lambda item: item[1] in EXPECTED.values())
     others = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
     return f"{said}: {name or 'the model itself'} is left out: {reason}{others}"
 
@@ -187,25 +188,44 @@ def _tied(name: str, other: str) -> str:
 
 
 def _ties(model: nn.Module, weights: Mapping[str, Weight]) -> dict[str, list[str]]:
-    """By name, the other modules whose parameters share a weight's memory."""
-    owners: dict[object, dict[str, nn.Module]] = {}
+    """By name, the other modules whose parameters share memory with a weight's parameter."""
+    cluster = _clusters(model)
+    members: dict[int, dict[int, str]] = {}
     for path, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners.setdefault(_place(parameter), {})[path] = module
+                members.setdefault(cluster[id(parameter)], {})[id(module)] = path
     ties = {}
     for name, weight in weights.items():
         parameter = weight.module._parameters.get(weight.parameter)
-        sharing = owners.get(_place(parameter), {}) if parameter is not None else {}
-        ties[name] = [path for path, module in sharing.items() if module is not weight.module]
+        sharing = members[cluster[id(parameter)]] if parameter is not None else {}
+        ties[name] = [path for key, path in sharing.items() if key != id(weight.module)]
     return ties
 
 
-def _place(parameter: Tensor) -> object:
-    """What two parameters have in common that share memory from its beginning on."""
-    if nn.parameter.is_lazy(parameter) or type(parameter.data) is not Tensor:
-        return id(parameter)
-    return parameter.data_ptr() or id(parameter)
+def _clusters(model: nn.Module) -> dict[int, int]:
+    """By its id, which parameters overlap in memory: those with the same number."""
+    spans: list[tuple[int, int, int]] = []
+    found: dict[int, int] = {}
+    for parameter in model.parameters():
+        found[id(parameter)] = len(found)
+        if nn.parameter.is_lazy(parameter) or is_traceable_wrapper_subclass(parameter):
+            continue
+        if parameter.device.type == "meta" or not parameter.numel():
+            continue
+        steps = zip(parameter.shape, parameter.stride(), strict=True)
+        start = parameter.data_ptr()
+        stop = (
+            start + (1 + sum((n - 1) * int(step) for n, step in steps)) * parameter.element_size()
+        )
+        spans.append((start, stop, id(parameter)))
+    end, first = 0, 0
+    for start, stop, key in sorted(spans):
+        if start >= end:
+            first = found[key]
+        found[key] = first
+        end = max(end, stop)
+    return found
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:
@@ -245,9 +265,13 @@ def _blocks_of(model: nn.Module, weights: Mapping[str, Weight]) -> dict[str, int
     }
 
 
-def _matching(
+def matching(
     patterns: Sequence[str], names: Mapping[str, str], model: nn.Module, what: str
 ) -> set[str]:
+    """The names that patterns of `include` or `exclude` mean; `names` maps aliases to them.
+
+    Raises UsageError for a pattern that matches nothing, naming near ones.
+    """
     if isinstance(patterns, str):
         raise UsageError(f"{what} is a sequence of patterns: write ({patterns!r},)")
     matched: set[str] = set()
