@@ -109,7 +109,8 @@ class Compress:
 
     def run(self) -> None:
         """Check everything cheap, then work, then write the folder whole."""
-        plan = self._check()
+        target = Path(self.out).resolve()  # now: the current folder may be the one replaced
+        plan = {**self._check(), "target": target}
         calibration, text = self._texts()
         subject = read_model(self.model, "float32")
         limit = eval_bytes(subject) if self.eval_bytes is None else self.eval_bytes
@@ -136,8 +137,8 @@ class Compress:
             "out": self.out,
         }
         with quiet(), track(None, True, f"saving {self.out}"):
-            self._write(result, packed, subject, pruned)
-        for left in self._journals():
+            self._write(result, packed, subject, pruned, target)
+        for left in _journals(target):
             shutil.rmtree(left, ignore_errors=True)
         if self.json:
             print_json(result)
@@ -146,11 +147,8 @@ class Compress:
 
     def again(self) -> str:
         """What a second call makes of an interrupted one."""
-        return "; the same command resumes the run" if any(self._journals()) else ""
-
-    def _journals(self) -> list[Path]:
-        target = Path(self.out).resolve()
-        return sorted(target.parent.glob(f".{glob.escape(target.name)}.journal*"))
+        kept = _journals(Path(self.out).resolve())
+        return "; the same command resumes the run" if kept else ""
 
     @property
     def _store(self) -> torch.dtype:
@@ -245,7 +243,7 @@ class Compress:
         Quality is that of the stored weights, computed in float32 with plain dense products: where
         the processor lacks bfloat16 arithmetic that is several times faster, and no less exact.
         """
-        target = Path(self.out).resolve()
+        target: Path = plan["target"]
         label = "" if density == plan["density"] else f"-{density:.6f}"
         journal = target.with_name(f".{target.name}.journal{label}")
         pruned = self._prune(copy.deepcopy(dense), batches, plan, density, journal)
@@ -265,9 +263,14 @@ class Compress:
         return pruned, packed, point
 
     def _write(
-        self, result: dict[str, Any], packed: CompressResult, subject: Subject, pruned: PruneResult
+        self,
+        result: dict[str, Any],
+        packed: CompressResult,
+        subject: Subject,
+        pruned: PruneResult,
+        target: Path,
     ) -> None:
-        with new_folder(Path(self.out).resolve(), self.overwrite) as place:
+        with new_folder(target, self.overwrite) as place:
             inner = place / "model"
             facts = {**pruned.provenance, "method": pruned.method, "command": result["command"]}
             save(packed, inner, tokenizer=subject.tokenizer, provenance=facts)
@@ -284,6 +287,11 @@ class Compress:
         for line in notes(result):
             print_text(line)
         print(f"wrote {self.out}/ with report.html")
+
+
+def _journals(target: Path) -> list[Path]:
+    """What interrupted runs for this folder have kept."""
+    return sorted(target.parent.glob(f".{glob.escape(target.name)}.journal*"))
 
 
 def _pruner(name: str) -> Any:

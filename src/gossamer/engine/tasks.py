@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -183,13 +184,21 @@ def is_causal(model: nn.Module) -> bool:
     return callable(asked) and asked() and not getattr(config, "is_encoder_decoder", False)
 
 
+_SEEN = ("pixel_values", "input_features", "input_values")
+"""What models of images and speech read."""
+
+
 def main_input(model: nn.Module) -> str:
     """The name of what the model reads, as transformers gives it; empty for other modules."""
-    return str(getattr(model, "main_input_name", ""))
+    name = str(getattr(model, "main_input_name", ""))
+    if name != "input_ids" or is_causal(model):
+        return name
+    takes = inspect.signature(model.forward).parameters
+    return " and ".join([name, *(each for each in _SEEN if each in takes)])
 
 
 def reads_text(model: nn.Module) -> bool:
-    """Whether it is a model of transformers that reads tokens."""
+    """Whether it is a model of transformers that reads tokens alone, or continues text."""
     return main_input(model) == "input_ids" and hasattr(model, "config")
 
 

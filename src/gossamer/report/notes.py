@@ -51,7 +51,8 @@ def coverage_notes(coverage: Mapping[str, Any]) -> list[str]:
             for name, kind, reason, many, count in groups[:_SHOWN]
         )
         rest = sum(count for *_, count in groups[_SHOWN:])
-        more = f"; {len(groups) - _SHOWN} more kinds ({human(rest)})" if rest else ""
+        hidden = len(groups) - _SHOWN
+        more = f"; {hidden} more kind{'s' * (hidden > 1)} ({human(rest)})" if rest else ""
         lines.append(f"Left alone: {named}{more}.")
     return lines
 
@@ -61,7 +62,8 @@ def left_out_groups(
 ) -> list[tuple[str, str, str, int, int]]:
     """(name, kind, reason, how many, weights) with numbers in names as *, the largest first."""
     groups: dict[tuple[str, str, str], list[int]] = {}
-    for each in left_out:
+    once = {each["name"]: each for each in reversed(list(left_out))}  # shared ones have two reasons
+    for each in reversed(once.values()):
         key = (starred(each["name"]), each["kind"], each["reason"])
         groups.setdefault(key, []).append(each["count"])
     found = [(*key, len(counts), sum(counts)) for key, counts in groups.items()]
