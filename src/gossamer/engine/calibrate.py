@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.core.errors import NonFiniteError, UsageError
+from gossamer.core.errors import GossamerError, NonFiniteError, UsageError
 from gossamer.core.matrix import Weight, inputs_of, windows_of
 from gossamer.core.stats import ColumnNorm, Hessian, LayerStats, Moment
 from gossamer.engine import hooks
@@ -231,11 +231,20 @@ class Calibrator:
         """Run the model on a copy of one batch: a model that works in place would change it."""
         self._padding = self.paddings[index]
         batch = self.batches[index]
+        copy: Batch
         if isinstance(batch, Tensor):
-            call(self.model, batch.clone())
+            copy = batch.clone()
         else:
-            copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()}
-            call(self.model, copies)
+            copy = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()}
+        try:
+            call(self.model, copy)
+        except GossamerError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"the model cannot be run on calibration batch {index}: {type(error).__name__}: "
+                f"{' '.join(str(error).split())}"
+            ) from error
 
     def _traced(self, index: int) -> Trace:
         trace = Trace(len(self.blocks), keep=False)
