@@ -167,7 +167,7 @@ class Calibrator:
     ) -> None:
         self.model, self.batches, self.tick = model, batches, tick
         self.blocks = [block for _, block in blocks]
-        two_sided = is_two_sided(weights)
+        two_sided = is_two_sided(name for name, _ in model.named_modules())
         self.paddings = [padding_of(batch, two_sided) for batch in batches]
         self._mixtures = {
             id(weight.module): name for name, weight in weights.items()
