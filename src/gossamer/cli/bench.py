@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from gossamer.bench import active, conv, decode, kernels, llama_cpp, nm, spgemm, training
-from gossamer.bench.measure import CALM, Limits, Rounds, measure_limits, when_calm
+from gossamer.bench.measure import Limits, Rounds, measure_limits, when_calm
 from gossamer.cli.output import note, print_json, print_table
 from gossamer.core.errors import UsageError
 from gossamer.engine.journal import write_whole
 from gossamer.nn.costs import cache_folder
+from gossamer.nn.timing import CALM
 from gossamer.ops import _dispatch
 
 Timed = Callable[[], dict[str, Any]]
