@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from html import escape
@@ -146,7 +147,7 @@ def _reasons(left_out: Iterable[LeftOut]) -> list[str]:
     return lines
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CompressResult:
     """What `compress` did: one record per layer, with its kernel or the reason it stays dense."""
 
@@ -156,15 +157,43 @@ class CompressResult:
     threads: int
     coverage: Coverage = field(default_factory=Coverage)
 
+    @property
+    def summary(self) -> str:
+        """How many layers run sparse, and how many dense for which reason, in one line."""
+        sparse = sum(layer.kernel is not None for layer in self.layers)
+        reasons = Counter(
+            (layer.reason or "").partition(":")[0] for layer in self.layers if layer.kernel is None
+        )
+        dense = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        left = f", {sum(reasons.values())} dense ({dense})" if reasons else ""
+        return f"{sparse} of {len(self.layers)} layers run sparse{left}"
+
     def __str__(self) -> str:
-        """A line for each layer: what serves it, or why it stays dense, and what decided."""
-        lines = [f"{len(self.layers)} layers, {self.isa}, {self.threads} threads"]
+        """The summary, then a line for each layer: what serves it, or why it stays dense."""
+        lines = [f"{len(self.layers)} layers, {self.isa}, {self.threads} threads", self.summary]
         for layer in self.layers:
             shape = " x ".join(map(str, layer.shape))
             served = layer.kernel or f"dense: {layer.reason}"
             decided = f" ({layer.decided})" if layer.kernel and layer.decided else ""
             lines.append(f"{layer.name}: {shape}, density {layer.density:.3f}, {served}{decided}")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        """One line, without the model."""
+        return f"CompressResult({type(self.model).__name__}: {self.summary})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the summary over a table of the layers."""
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+            for cells in (
+                (layer.name, " x ".join(map(str, layer.shape)), f"{layer.density:.3f}",
+                 layer.kernel or f"dense: {layer.reason}")
+                for layer in self.layers
+            )
+        )  # fmt: skip
+        head = "".join(f"<th>{name}</th>" for name in ("layer", "shape", "density", "served by"))
+        return f"<p>{escape(repr(self))}</p><table><tr>{head}</tr>{rows}</table>"
 
 
 def unwrap(model: nn.Module | PruneResult | CompressResult) -> nn.Module:

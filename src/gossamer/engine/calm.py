@@ -2,41 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-from gossamer.ops._dispatch import isa_index, kernels
-
-CALM = 0.85
-"""The share of the machine below which a measurement was disturbed."""
-
-
-def calm(peak: float = 0.0) -> float:
-    """How much of the machine is ours: flops of all threads over what they could be.
-
-    That is those of one thread times their number, or `peak` flops per second where it is more: 0.5
-    where two threads share a core or wait for others' work. Takes some 20 ms.
-    """
-    threads = torch.get_num_threads()
-    if kernels() is None or isa_index() < 0:
-        return 1.0
-    return min(1.0, rate(threads) / max(peak, threads * rate(1)))
-
-
-def rate(threads: int) -> float:
-    """Flops per second on registers, the median of three runs of some milliseconds."""
-    module: Any = kernels()
-    steps, times = 1_000_000, []
-    for _ in range(3):
-        start = time.perf_counter()
-        module.multiply(steps, threads, isa_index())
-        times.append(time.perf_counter() - start)
-    return float(threads * steps * module.FLOPS_PER_STEP) / statistics.median(times)
+from gossamer.nn.timing import CALM, calm
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.core.costs import Costs
+from gossamer.core.costs import Predictor
 from gossamer.core.errors import FormatError
 from gossamer.core.matrix import as_matrix, is_prunable, is_transposed, why_not_plain
 from gossamer.io.layers import Packed
@@ -101,7 +101,7 @@ def _missing(
     ]
 
 
-def fill(root: nn.Module, content: Content, costs: Costs | None, batches: bool) -> None:
+def fill(root: nn.Module, content: Content, costs: Predictor | None, batches: bool) -> None:
     """Put the checked content into the model; what serves a layer is what is faster here.
 
     A layer that the dense product serves faster than any kernel gets its dense weight, and its
@@ -125,7 +125,7 @@ def serve(
     name: str,
     layer: Packed,
     tensors: dict[str, Tensor],
-    costs: Costs | None,
+    costs: Predictor | None,
     batches: bool,
 ) -> None:
     """Put the packed layer in its place, or its dense weight among `tensors`."""
@@ -149,7 +149,7 @@ def serve_dense(
     name: str,
     weight: Tensor,
     tensors: dict[str, Tensor],
-    costs: Costs | None,
+    costs: Predictor | None,
     batches: bool,
 ) -> bool:
     """Whether a linear layer's stored weight went behind a kernel, dense where it was written."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gossamer.core.costs import Costs
+from gossamer.core.costs import Predictor
 from gossamer.core.errors import FormatError, UsageError
 from gossamer.core.result import unwrap
 from gossamer.io.digests import changed
@@ -39,7 +39,7 @@ def load(
     model: nn.Module | None = None,
     dtype: torch.dtype | None = None,
     batches: bool | None = None,
-    costs: Costs | Literal["rule"] | None = None,
+    costs: Predictor | Literal["rule"] | None = None,
     verify: bool = True,
 ) -> nn.Module:
     """The model of a folder that `save` wrote, in eval mode, packed layers behind their kernels.
@@ -76,7 +76,7 @@ def load(
     return prepare(root, measured, batches)
 
 
-def prepare(root: nn.Module, costs: Costs | None, batches: bool | None) -> nn.Module:
+def prepare(root: nn.Module, costs: Predictor | None, batches: bool | None) -> nn.Module:
     """Build what serves the packed layers of a model that holds them, and set it to eval mode."""
     fuse(root)
     use_costs(root, costs)
@@ -127,7 +127,7 @@ def verify(folder: str | Path) -> list[str]:
 
 
 def _rebuilt(
-    folder: Path, content: Content, ours: bool, costs: Costs | None, batches: bool | None
+    folder: Path, content: Content, ours: bool, costs: Predictor | None, batches: bool | None
 ) -> nn.Module:
     """The model that config.json describes, filled."""
     config = read_config(folder, len(content.tensors) + len(content.layers) + len(content.stored))
