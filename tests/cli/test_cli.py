@@ -304,7 +304,7 @@ def test_killed_and_interrupted_runs_resume_to_the_same_bytes(tiny, over_threads
         subprocess.run(command, check=True, env=environment, capture_output=True)
     clean = tmp_path / "a" / "out"
     over_threads(lambda: main(["compress", *options(tiny, clean, **flags)]), (1,))
-    one, two = (folder / "model.safetensors" for folder in (clean, out))
+    one, two = (folder / "gossamer.safetensors" for folder in (clean, out))
     assert one.read_bytes() == two.read_bytes() and not list(out.parent.glob(".out*"))
     results = [json.loads((folder / "result.json").read_text()) for folder in (clean, out)]
     assert results[0]["sweep"] == results[1]["sweep"] and len(results[0]["sweep"]) == 2
