@@ -26,7 +26,7 @@ from gossamer.engine.structure import ShrinkResult, coupled_channels, shrink
 from gossamer.engine.train import SparseRun, sparse_training
 from gossamer.engine.true_sparse import TrueSparseRun, sparse_layers, true_sparse_training
 from gossamer.integrations.arrival import register_with_transformers
-from gossamer.io import export, load, save
+from gossamer.io import export, load, push, save
 from gossamer.methods import cards, find
 from gossamer.methods.weights.catalogue import *  # noqa: F403 - every method by its name
 from gossamer.methods.weights.catalogue import CATALOGUE
@@ -83,6 +83,7 @@ __all__ = [
     "load",
     "parse_pattern",
     "prune",
+    "push",
     "save",
     "select",
     "select_global",
