@@ -432,11 +432,11 @@ def test_timed_convolutions_have_their_forms_and_copies_are_right():
     x = torch.randn(1, 8, 9, 9)
     with torch.inference_mode():
         expected = layer(x)
-        copies = measure_costs._ready_copies(layer, x)
+        copies = measure_costs._copies(layer)
         assert len(copies) == measure_costs._COPIES
-        forms = [each._built[1] for each in copies]
+        forms = [each._form[1] for each in copies]
         assert all(torch.equal(each(x), expected) for each in copies)
-        assert all(each._built[1] is form for each, form in zip(copies, forms, strict=True))
+        assert all(each._form[1] is form for each, form in zip(copies, forms, strict=True))
         assert len({form.values.data_ptr() for form in forms}) == len(forms)
         copies[0].values[0] += 1  # as ever, new values make a new form
         assert not torch.equal(copies[0](x), expected)

@@ -243,16 +243,7 @@ def measure_convolution(
         work, name = Work(out, inputs, layer.density), layer.kernel.partition("/")[0]
         if name == "tiled-conv":
             work = replace(work, high=sharing(matrix))
-        yield f"{name}{family} float32", pixels, work, _seconds(_ready_copies(layer, x), x)
-
-
-def _ready_copies(layer: PackedConv2d, x: Tensor) -> list[Any]:
-    """Copies whose forms are built, so that no call that is timed builds one."""
-    layer(x)
-    copies = _copies(layer)
-    for each in copies:
-        each.keep_form()
-    return copies
+        yield f"{name}{family} float32", pixels, work, _seconds(_copies(layer), x)
 
 
 def _matrix(out: int, inputs: int, density: float) -> Tensor:

@@ -10,6 +10,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.jit import is_tracing  # type: ignore[attr-defined]
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from gossamer.core.errors import UsageError
 
@@ -70,10 +73,42 @@ def direct(*inputs: Tensor | None) -> bool:
 
     It is there for gradients and for those who trace.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
     wanted = any(part is not None and part.requires_grad for part in inputs)
     return not (wanted and torch.is_grad_enabled())
+
+
+def transformed() -> bool:
+    """Whether torch.func (vmap, jvp, grad) or forward-mode differentiation is at work.
+
+    Both follow torch's own operations only. While compiling, the operators' own rules serve.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    stack = torch._C._functorch.peek_interpreter_stack()
+    return stack is not None or forward_ad._current_level >= 0
+
+
+def plain(x: Tensor) -> bool:
+    """Whether an ordinary call is at work: nothing traces, transforms or casts it."""
+    watched = is_tracing() or torch.compiler.is_compiling() or transformed()
+    return x.is_cpu and not watched and not torch.is_autocast_enabled(x.device.type)
+
+
+def refuse_tracing() -> None:
+    """Raise UsageError inside torch.jit.trace and exporters, which do not see what kernels write."""
+    if is_tracing():
+        raise UsageError(
+            "torch.jit.trace, and torch.onnx.export with dynamo=False, cannot record packed "
+            "layers: call gossamer.unpack(model) first, which makes them ordinary layers again, "
+            "or use torch.export"
+        )
+    if torch.onnx.is_in_onnx_export():
+        raise UsageError(
+            "ONNX has no operator for packed layers: call gossamer.unpack(model) first, which makes "
+            "them ordinary layers again"
+        )
 
 
 def describe() -> str:
@@ -88,11 +123,29 @@ def describe() -> str:
     return f"{name}: the best this processor has"
 
 
-def processor() -> str:
-    """The processor's name, as the system tells it."""
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+def processor() -> dict[str, str | bool]:
+    """Which processor this is: its name, and whether it has the dot products that speeds hang on.
+
+    Clouds sell several generations under one name, so the name ends in family and model where the
+    system tells them. bfloat16_dot, int8_dot: instructions that multiply such numbers and sum them
+    in 32 bits; left out where the system does not list its instructions.
+    """
+    facts = _cpuinfo()
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in facts and "model" in facts:
+        name = f"{name} (family {facts['cpu family']}, model {facts['model']})"
+    found: dict[str, str | bool] = {"cpu": name}
+    if flags := set((facts.get("flags") or facts.get("Features") or "").split()):
+        found["bfloat16_dot"] = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+        found["int8_dot"] = bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
+    return found
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the first core."""
+    if not os.path.exists("/proc/cpuinfo"):
+        return {}
+    with open("/proc/cpuinfo") as file:
+        block = file.read().split("\n\n", 1)[0]
+    pairs = (line.split(":", 1) for line in block.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
