@@ -15,14 +15,13 @@ from gossamer.core.errors import UsageError
 from gossamer.core.matrix import as_matrix, is_prunable
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwrap
 from gossamer.engine.coverage import nonzeros
-from gossamer.engine.decoder import FAMILIES
 from gossamer.engine.packed_coverage import packed_coverage
 from gossamer.models.layers import matching
 from gossamer.nn.bitmap import BitmapLinear, serves_batches
 from gossamer.nn.chain import fuse
 from gossamer.nn.conv import PackedConv2d, why_not
 from gossamer.nn.costs import choose_unpacking, known_costs
-from gossamer.nn.dispatch import Decision, choose_columns, choose_form, decide, prepare
+from gossamer.nn.dispatch import FAMILIES, Decision, choose_columns, choose_form, decide, prepare
 from gossamer.nn.nm import NMLinear, pays_as_nm
 from gossamer.nn.places import put, why_not_here
 from gossamer.nn.quantized import QuantizedLinear

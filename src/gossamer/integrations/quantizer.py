@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import MissingExtra, UsageError
+from gossamer.io.card import README
 from gossamer.io.digests import check as check_files
 from gossamer.io.fill import convert, serve, serve_dense
 from gossamer.io.layers import packed_layer
@@ -248,6 +249,7 @@ def _write_into(model: nn.Module, folder: Path) -> None:
             for old in folder.glob(kind):
                 old.unlink()
         for file in new.iterdir():
-            file.replace(folder / file.name)
+            if file.name != README or not (folder / README).exists():
+                file.replace(folder / file.name)
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -16,7 +16,7 @@ from gossamer.io.layers import Packed
 from gossamer.io.stored import Stored, unpack
 from gossamer.nn import BitmapLinear, PackedConv2d, QuantizedLinear
 from gossamer.nn.conv import no_kernel
-from gossamer.nn.dispatch import why_dense
+from gossamer.nn.dispatch import FAMILIES, why_dense
 
 
 @dataclass
@@ -133,7 +133,9 @@ def serve(
     if isinstance(module, nn.Conv2d) and isinstance(layer, BitmapLinear):
         root.set_submodule(name, PackedConv2d.from_conv(module, layer))
         return
-    reason = None if isinstance(layer, QuantizedLinear) else why_dense(layer, costs, batches)
+    calls = type(root).__name__ not in FAMILIES
+    exact = isinstance(layer, QuantizedLinear)  # asked for, and never as dense weights again
+    reason = None if exact else why_dense(layer, costs, batches, calls)
     if reason is None:
         root.set_submodule(name, layer)
         return
