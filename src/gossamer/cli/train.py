@@ -36,6 +36,7 @@ from gossamer.engine.rounds import expected_rounds_flops
 from gossamer.io.atomic import check_target, new_folder
 from gossamer.io.save import save
 from gossamer.methods import find
+from gossamer.ops import _dispatch
 from gossamer.report.training import (
     SWEEP_HEADER,
     headline,
@@ -335,7 +336,7 @@ class Train:
             "data": self.data, "model": self.model, "out": self.out,
             "command": "gossamer " + " ".join(shlex.quote(word) for word in sys.argv[1:]),
             "machine": {
-                "processor": platform.processor() or platform.machine(),
+                "processor": _dispatch.processor(),
                 "threads": torch.get_num_threads(), "torch": torch.__version__,
                 "gossamer": gossamer.__version__, "python": platform.python_version(),
             },
