@@ -9,7 +9,6 @@ from torch import nn
 
 import gossamer as gs
 from gossamer.cli import main
-from gossamer.engine import progress
 from gossamer.engine.evaluate import bits_per_byte, embedding_similarity
 
 TEXT = "".join(f"line {n}: the quick brown fox jumps over {n * n} dogs\n" for n in range(40))
@@ -191,7 +190,7 @@ def test_wrong_words_name_the_right_ones(arguments, words):
 
 
 def test_progress_shows_the_passes_over_the_data(capfd, monkeypatch):
-    monkeypatch.setattr(progress, "_WORTH", 0.0)
+    monkeypatch.setattr("gossamer.engine.progress._WORTH", 0.0)
     gs.prune(mlp(), "wanda", density=0.5, data=ROWS, progress=True)
     out, err = capfd.readouterr()
     assert out == "" and "reading the data" in err and "pruning" in err

@@ -19,7 +19,7 @@ from gossamer.cli.output import note, print_json, print_table
 from gossamer.core.errors import UsageError
 from gossamer.engine.calm import CALM
 from gossamer.engine.journal import write_whole
-from gossamer.nn.costs import cache_folder
+from gossamer.nn.costs import cache_folder, machine
 from gossamer.ops import _dispatch
 
 Timed = Callable[[], dict[str, Any]]
@@ -197,7 +197,7 @@ class Bench:
 def _here() -> dict[str, Any]:
     """What an earlier record must share with this run."""
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    return {"kernels": _dispatch.describe(), "versions": versions}
+    return {"kernels": _dispatch.describe(), "machine": machine(), "versions": versions}
 
 
 def _disturbed(result: dict[str, Any]) -> bool:

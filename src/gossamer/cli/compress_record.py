@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-import gossamer
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult
 from gossamer.engine.data import Batch, call
 from gossamer.engine.flops import forward_work
 from gossamer.engine.tasks import Task
+from gossamer.nn.costs import machine as this_machine
 from gossamer.ops import _dispatch
 
 
@@ -101,12 +101,10 @@ def layers_of(pruned: PruneResult, packed: CompressResult) -> list[LayerRecord]:
 def machine(packed: CompressResult) -> dict[str, Any]:
     """What the figures were measured on."""
     return {
-        "cpu": _dispatch.processor(),
+        **this_machine(),
         "isa": packed.isa,
         "kernels": _dispatch.describe(),
         "threads": packed.threads,
-        "torch": torch.__version__,
-        "gossamer": gossamer.__version__,
         "python": platform.python_version(),
     }
 

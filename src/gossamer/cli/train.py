@@ -36,7 +36,7 @@ from gossamer.engine.rounds import expected_rounds_flops
 from gossamer.io.atomic import check_target, new_folder
 from gossamer.io.save import save
 from gossamer.methods import find
-from gossamer.ops import _dispatch
+from gossamer.nn.costs import machine
 from gossamer.report.training import (
     SWEEP_HEADER,
     headline,
@@ -330,16 +330,10 @@ class Train:
         return run
 
     def _facts(self) -> dict[str, Any]:
-        import gossamer
-
         return {
             "data": self.data, "model": self.model, "out": self.out,
             "command": "gossamer " + " ".join(shlex.quote(word) for word in sys.argv[1:]),
-            "machine": {
-                "processor": _dispatch.processor(),
-                "threads": torch.get_num_threads(), "torch": torch.__version__,
-                "gossamer": gossamer.__version__, "python": platform.python_version(),
-            },
+            "machine": {**machine(), "python": platform.python_version()},
         }  # fmt: skip
 
     @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from gossamer.core.coupling import Coupled
 from gossamer.core.errors import MissingExtra, UsageError
+from gossamer.core.matrix import why_not_plain
 from gossamer.engine.agreement import clone, fenced, one_line, outputs, tensors
 from gossamer.engine.hooks import observe_inputs
 
@@ -138,11 +139,7 @@ def obstacle(module: nn.Module) -> str:
     """Why a layer cannot be cut though its class is known; empty where it can."""
     for key in ("weight", "bias"):
         if isinstance(getattr(module, key, None), Tensor) and key not in module._parameters:
-            return (
-                f"its {key} is recomputed at every forward; make it plain first "
-                "(remove_parametrizations, remove_weight_norm, remove_spectral_norm or prune.remove"
-                " in torch.nn.utils)"
-            )
+            return why_not_plain(module, key) or ""
     if "forward" in vars(module):
         return "its forward is replaced; restore it first"
     if module._forward_hooks or module._forward_pre_hooks:
