@@ -26,7 +26,7 @@ class Generate:
     prompt: str = "import "
     """text to continue"""
     tokens: int = 64
-    """how many tokens to add"""
+    """how many tokens to add at most; fewer where the model ends its text"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype in which the model is read"""
     json: bool = False
@@ -42,13 +42,14 @@ class Generate:
         ids = subject.ids(self.prompt.encode()).unsqueeze(0)
         start = time.perf_counter()
         out = generate(subject.model, ids, self.tokens)[0].tolist()
-        rate = self.tokens / (time.perf_counter() - start)
+        made = len(out) - ids.shape[1]
+        rate = made / (time.perf_counter() - start)
         if subject.tokenizer is None:
             text = bytes(out).decode("utf-8", "replace")
         else:
             text = subject.tokenizer.decode(out)
         if self.json:
-            print_json({"text": text, "tokens": self.tokens, "tokens_per_second": rate})
+            print_json({"text": text, "tokens": made, "tokens_per_second": rate})
         else:
             print(text)
-            note(f"{rate:.1f} tokens/s, prompt included")
+            note(f"{made} tokens, {rate:.1f} tokens/s with the prompt")
