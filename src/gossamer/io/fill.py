@@ -17,6 +17,7 @@ from gossamer.io.stored import Stored, unpack
 from gossamer.nn import BitmapLinear, PackedConv2d, QuantizedLinear
 from gossamer.nn.conv import no_kernel
 from gossamer.nn.dispatch import FAMILIES, why_dense
+from gossamer.nn.places import put
 
 
 @dataclass
@@ -129,21 +130,29 @@ def serve(
     batches: bool,
 ) -> None:
     """Put the packed layer in its place, or its dense weight among `tensors`."""
-    module = root.get_submodule(name)
+    module: Any = root.get_submodule(name)
+    placed: Packed | PackedConv2d = layer
     if isinstance(module, nn.Conv2d) and isinstance(layer, BitmapLinear):
-        root.set_submodule(name, PackedConv2d.from_conv(module, layer))
-        return
-    calls = type(root).__name__ not in FAMILIES
-    exact = isinstance(layer, QuantizedLinear)  # asked for, and never as dense weights again
-    reason = None if exact else why_dense(layer, costs, batches, calls)
+        placed = PackedConv2d.from_conv(module, layer)
+    reason = None
+    if not isinstance(placed, QuantizedLinear):  # asked for, and never as dense weights again
+        calls = type(root).__name__ not in FAMILIES
+        reason = why_dense(placed, costs, batches, calls)
     if reason is None:
-        root.set_submodule(name, layer)
+        put(root, module, placed)
         return
-    module.dense_reason = reason  # type: ignore[assignment]
-    matrix = layer.to_matrix()
-    tensors[f"{name}.weight"] = matrix.t().contiguous() if is_transposed(module) else matrix
+    module.dense_reason = reason
+    tensors[f"{name}.weight"] = _laid_as(module, layer.to_matrix())
     if layer.bias is not None:
         tensors[f"{name}.bias"] = layer.bias.detach()
+
+
+def _laid_as(module: nn.Module, matrix: Tensor) -> Tensor:
+    """A matrix (out, in) as the layer stores its weight."""
+    if isinstance(module, nn.Conv2d):
+        out, channels = matrix.shape[0], module.in_channels
+        return matrix.reshape(out, *module.kernel_size, channels).movedim(-1, 1).contiguous()
+    return matrix.t().contiguous() if is_transposed(module) else matrix
 
 
 def serve_dense(
