@@ -134,9 +134,6 @@ def _notes(result: Mapping[str, Any]) -> list[str]:
     lines.append(
         "Quality is measured on held-out text with the weights as stored, in float32 arithmetic."
     )
-    decided = {str(x.get("decided")) for x in result["layers"] if x["kernel"] and x.get("decided")}
-    if len(decided) == 1:
-        lines.append(f"Kernels were chosen {decided.pop()}.")
     if result.get("bits"):
         lines.append(
             f"Kept weights are integers of {result['bits']} bits. Decoding also rounds what they "
