@@ -228,7 +228,8 @@ def _saving(usual: Any) -> Any:
     @wraps(usual)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         packed = any(isinstance(module, Packed) for module in self.modules())
-        if not packed and getattr(self, "quantization_method", None) != METHOD:
+        ours = packed or getattr(self, "quantization_method", None) == METHOD
+        if not ours or getattr(self, "_hf_peft_config_loaded", False):  # adapters are saved alone
             return usual(self, save_directory, *args, **kwargs)
         if kwargs.get("push_to_hub"):
             raise UsageError("push_to_hub: save the packed model first, then push its folder")
