@@ -6,7 +6,7 @@ from torch import nn
 
 from gossamer.core.matrix import Weight
 from gossamer.engine import hooks
-from gossamer.engine.calibrate import gather_dense
+from gossamer.engine.calibrate import Calibrator
 from gossamer.engine.products import observe_products, unfused
 from gossamer.models import choose_weights, find_weights
 
@@ -132,7 +132,8 @@ def test_several_experts_for_every_token():
 
 def norms_of(model, batches):
     with hooks.evaluating(model):
-        return gather_dense(model, choose_weights(model).weights, batches, ("norm",))
+        weights = choose_weights(model).weights
+        return Calibrator(model, [], weights, batches).gather(weights, None, ("norm",))
 
 
 def test_attention_by_itself_and_across():

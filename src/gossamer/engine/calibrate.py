@@ -274,19 +274,6 @@ class Calibrator:
             self._position += 1
 
 
-def gather_dense(
-    model: nn.Module,
-    weights: Mapping[str, Weight],
-    batches: Sequence[Batch],
-    needs: Sequence[str],
-) -> dict[str, LayerStats]:
-    """Statistics of all weights at once over the model as it is; meant for the small `norm`.
-
-    Call it inside `hooks.evaluating(model)`.
-    """
-    return Calibrator(model, [], weights, batches).gather(weights, None, needs)
-
-
 def probe(calibrator: Calibrator, weights: Mapping[str, Weight]) -> tuple[Recording, bool]:
     """One pass over the data: what it reaches, how, and whether blocks form a chain.
 
