@@ -1,15 +1,32 @@
 """What tests of several folders share."""
 
+import os
+
 import pytest
 import torch
+
+from gossamer.core.errors import UsageError
+from gossamer.testbed.packaged import smollm2
 
 
 @pytest.fixture(autouse=True, scope="session")
 def no_cached_costs(tmp_path_factory):
-    """No test reads or writes the costs that this user has measured."""
+    """No test reads or writes the costs that this user has measured. Gives the user's setting."""
     with pytest.MonkeyPatch.context() as patch:
+        users = os.environ.get("XDG_CACHE_HOME", "")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+        yield users
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(no_cached_costs):
+    """SmolLM2-135M as `make test-models` fetches it; skips where it is absent."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", no_cached_costs)
+        try:
+            return smollm2()
+        except UsageError as error:
+            pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
