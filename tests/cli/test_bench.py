@@ -26,7 +26,7 @@ from gossamer.cli.bench import _improve, describe
 from gossamer.core.errors import GossamerError
 from gossamer.engine import decoder
 from gossamer.engine.compress import compress
-from gossamer.nn import BitmapLinear, NMLinear, QuantizedLinear
+from gossamer.nn import BitmapLinear, NMLinear, QuantizedLinear, timing
 from gossamer.ops import _dispatch
 from gossamer.ops._dispatch import ISAS, isa
 from gossamer.ops._dispatch import kernels as compiled
@@ -434,7 +434,8 @@ def test_limits_of_a_disturbed_machine_are_measured_again(monkeypatch):
     found = iter([Limits(9.0, 60.0, 2), Limits(8.0, 70.0, 2), Limits(7.0, 96.0, 2)])
     rates = iter([100.0, 50.0, 50.0, 60.0, 50.0, 96.0, 50.0, 50.0])
     monkeypatch.setattr(measure, "_best_of_five", lambda megabytes: next(found))
-    monkeypatch.setattr(measure, "_rate", lambda threads: next(rates))
+    for place in (measure, timing):
+        monkeypatch.setattr(place, "rate", lambda threads: next(rates))
     monkeypatch.setattr(measure.time, "sleep", lambda seconds: None)
     assert measure_limits(patience=60) == Limits(9.0, 96.0, 2)
     assert next(rates, None) is None

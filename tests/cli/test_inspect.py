@@ -54,8 +54,8 @@ def test_kernels_and_reasons_are_those_of_the_result(saved, capsys, monkeypatch)
     monkeypatch.setenv("COLUMNS", "200")
     text = shown(folder, capsys)
     assert one in text.out and many in text.out and text.err == ""
-    assert f"stays dense: 1 ({result.layers[1].reason})" in text.out
-    assert "stays dense: 2 (no zeros)" in text.out
+    assert f"1 layer runs dense: {result.layers[1].reason} (1)." in text.out
+    assert "1 layer runs dense: no zeros (2)." in text.out
 
 
 def test_batches_that_are_prepared_and_integers(tmp_path, capsys):
@@ -83,6 +83,7 @@ def test_folders_without_decisions_load_and_are_shown(saved, capsys):
     result, folder = saved
     data = json.loads((folder / "gossamer.json").read_text())
     del data["decisions"]
+    data.pop("digest", None)  # as whoever changes a file on purpose would
     (folder / "gossamer.json").write_text(json.dumps(data))
     again = gs.load(folder, model=net())
     assert torch.equal(again[0].to_matrix(), result.model[0].to_matrix())
@@ -104,6 +105,7 @@ def test_damaged_decisions_are_one_clear_error(change, saved, capsys):
     _, folder = saved
     data = json.loads((folder / "gossamer.json").read_text())
     data["decisions"]["1"].update(change)
+    data.pop("digest", None)  # as whoever changes a file on purpose would
     (folder / "gossamer.json").write_text(json.dumps(data))
     with pytest.raises(gs.FormatError, match="decision on '1'"):
         gs.load(folder, model=net())
@@ -116,8 +118,46 @@ def test_a_name_from_a_stranger_does_not_steer_the_terminal(saved, capsys):
     _, folder = saved
     data = json.loads((folder / "gossamer.json").read_text())
     data["decisions"]["\x1b[31mred"] = data["decisions"].pop("2")
+    data.pop("digest", None)  # as whoever changes a file on purpose would
     (folder / "gossamer.json").write_text(json.dumps(data))
     assert "\x1b[31m" not in shown(folder, capsys).out
+
+
+def test_verify_compares_every_file(saved, capsys):
+    _, folder = saved
+    assert "as it was written" in shown(folder, capsys, "--verify").out
+    (weights,) = folder.glob("*.safetensors")
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    with pytest.raises(SystemExit) as caught:
+        main(["inspect", str(folder), "--verify", "--json"])
+    found = capsys.readouterr()
+    assert caught.value.code == 2 and weights.name in json.loads(found.out)["wrong"][0]
+    assert weights.name in found.err
+
+
+def test_layers_of_a_kind_stand_in_one_line_unless_asked(tmp_path, capsys, tiny_llama, monkeypatch):
+    model = tiny_llama()
+    gs.save(gs.compress(gs.prune(model, gs.Magnitude(), density=0.5), costs="rule"), tmp_path / "a")
+    text = shown(tmp_path / "a", capsys).out
+    assert "model.layers.*.mlp.up_proj" in text and "layers.0.mlp" not in text
+    every = shown(tmp_path / "a", capsys, "--layers").out
+    assert "model.layers.1.mlp.up_proj" in every and len(every) > len(text)
+    monkeypatch.setenv("COLUMNS", "60")
+    narrow = shown(tmp_path / "a", capsys).out
+    assert "model.layers.*.self_attn.q_proj\n" in narrow
+    assert max(map(len, narrow.splitlines()[1:])) <= 60  # the first has the path
+    kernels = json.loads(shown(tmp_path / "a", capsys, "--json").out)["layers"]
+    assert all(facts["kernel"] and facts["window"] is None for facts in kernels.values())
+
+
+def test_folders_that_gossamer_did_not_write_are_explained(tmp_path, capsys, tiny_llama):
+    tiny_llama(layers=1).save_pretrained(tmp_path / "plain")
+    for folder, says in ((tmp_path / "plain", "an ordinary model folder"), (tmp_path, "holds no")):
+        with pytest.raises(SystemExit) as caught:
+            main(["inspect", str(folder)])
+        assert caught.value.code == 2 and says in capsys.readouterr().err
 
 
 def test_serves_says_what_unprepared_layers_do_with_batches(saved):

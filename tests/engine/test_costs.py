@@ -11,7 +11,7 @@ import gossamer as gs
 from gossamer.core.costs import Costs, Work, fit
 from gossamer.core.errors import DisturbedError
 from gossamer.engine import measure_costs
-from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d
+from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d, timing
 from gossamer.nn.costs import cache_file, cached_costs, machine, read_costs, store_costs
 from gossamer.ops._dispatch import ISAS, isa_index
 from gossamer.ops.bitmap import native
@@ -427,16 +427,16 @@ def test_calibration_measures_every_kernel(cache, monkeypatch):
 def test_timed_convolutions_have_their_forms_and_copies_are_right():
     layer = PackedConv2d.from_conv(
         nn.Conv2d(8, 16, 3, 2, 1, bias=False),
-        BitmapLinear.from_matrix(measure_costs._matrix(16, 72, 0.3)),
+        BitmapLinear.from_matrix(timing.random_matrix(16, 72, 0.3)),
     )
     x = torch.randn(1, 8, 9, 9)
     with torch.inference_mode():
         expected = layer(x)
-        copies = measure_costs._ready_copies(layer, x)
-        assert len(copies) == measure_costs._COPIES
-        forms = [each._built[1] for each in copies]
+        copies = timing.copies(layer)
+        assert len(copies) == timing._COPIES
+        forms = [each._form[1] for each in copies]
         assert all(torch.equal(each(x), expected) for each in copies)
-        assert all(each._built[1] is form for each, form in zip(copies, forms, strict=True))
+        assert all(each._form[1] is form for each, form in zip(copies, forms, strict=True))
         assert len({form.values.data_ptr() for form in forms}) == len(forms)
         copies[0].values[0] += 1  # as ever, new values make a new form
         assert not torch.equal(copies[0](x), expected)

@@ -229,3 +229,51 @@ def test_nm_layers_decode_like_their_dense_weights(pattern, isa, monkeypatch):
         torch.testing.assert_close(ours.prefill(prompt()), theirs.prefill(prompt()))
         for token in range(10):
             torch.testing.assert_close(ours.step(token), theirs.step(token), rtol=1e-4, atol=1e-4)
+
+
+def test_text_ends_where_the_model_s_configuration_says():
+    model, ids = build(), prompt()
+    gs.prune(model, gs.Magnitude(), density=0.5)
+    gs.compress(model, costs="rule")
+    free = generate(model, ids, 20, eos=-1)[0, 7:].tolist()
+    assert generate(model, ids, 20, eos=())[0, 7:].tolist() == free
+    first = next(token for token in free[3:] if token not in free[:3])
+    for ends in (first, [96, first]):
+        model.generation_config.eos_token_id = ends
+        for compiled in (False, True):
+            found = generate(model, ids, 20, compiled=compiled)[0, 7:].tolist()
+            assert found == free[: free.index(first) + 1]
+        theirs = model.generate(ids, max_new_tokens=20, do_sample=False)[0, 7:].tolist()
+        assert theirs == found
+    model.generation_config.eos_token_id = None
+    model.config.eos_token_id = first
+    assert len(generate(model, ids, 20)[0]) == 7 + free.index(first) + 1
+    assert len(generate(model, ids, 20, eos=-1)[0]) == 27
+
+
+def test_rows_that_are_finished_wait_for_the_others():
+    model, ids = build(), torch.cat([prompt(), prompt().flip(1)])
+    free = generate(model, ids, 12, eos=())[:, 7:]
+    end = next(int(t) for t in free[0] if t not in free[1])
+    found = generate(model, ids, 12, eos=end)[:, 7:]
+    at = free[0].tolist().index(end)
+    assert found.shape == free.shape and torch.equal(found[1], free[1])
+    assert found[0].tolist() == free[0, :at].tolist() + [end] * (12 - at)
+
+
+def test_encoder_decoders_are_told_apart():
+    config = transformers.BartConfig(
+        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
+    )  # fmt: skip
+    with pytest.raises(UsageError, match=r"model\.generate"):
+        generate(transformers.BartForConditionalGeneration(config), prompt() % 60, 4)
+
+
+def test_forwards_that_someone_replaced_are_not_skipped():
+    model = build()
+    model.model.layers[0].mlp.forward = lambda x: x
+    assert "forward of its own" in refusal(model, 8)
+    other, kind = build(), type("Scaled", (torch.nn.Linear,), {"forward": lambda self, x: x})
+    other.model.layers[0].mlp.up_proj.__class__ = kind
+    assert "Scaled in place of a linear layer" in refusal(other, 8)

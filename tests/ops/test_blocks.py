@@ -103,7 +103,7 @@ def test_compress_serves_block_patterns_by_blocks():
     result = gs.compress(pruned, batches=True)
     assert all(isinstance(layer, BitmapLinear) for layer in (model[0], model[2]))
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
-    assert isinstance(model[0]._batches[1], ops.Blocks)
+    assert isinstance(model[0]._form[1], ops.Blocks)
     assert any("block-spmm" in str(record.kernel) for record in result.layers)
 
 
@@ -122,4 +122,4 @@ def test_a_layer_of_blocks_follows_its_values_and_falls_back():
     matrix[0, 3] = 0  # a block kept in part
     partly = BitmapLinear.from_matrix(matrix, pattern="block:16x1")
     prepare_batches(nn.Sequential(partly))
-    assert not isinstance(partly._batches[1], ops.Blocks)
+    assert not isinstance(partly._form[1], ops.Blocks)

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from gossamer.core.errors import UsageError
+from gossamer.nn.timing import CALM, calm, rate
 from gossamer.ops._dispatch import isa_index, kernels
 
 Call = Callable[[], object]
 _PAUSE, _BURST = 0.06, 0.02
 _TRIES = 3
-CALM = 0.85
-"""The share of the machine below which a measurement was disturbed."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def measure_limits(megabytes: int = 256, patience: float = 0.0) -> Limits:
     """
     best, end = _best_of_five(megabytes), time.monotonic() + patience
     while time.monotonic() < end:
-        if calm(best.flops) >= CALM and best.flops >= CALM * best.threads * _rate(1):
+        if calm(best.flops) >= CALM and best.flops >= CALM * best.threads * rate(1):
             break
         time.sleep(0.5)
         more = _best_of_five(megabytes)
@@ -146,29 +145,6 @@ def _best_of_five(megabytes: int) -> Limits:
     }
     flops = threads * steps * module.FLOPS_PER_STEP
     return Limits(data.nbytes / best["read"], flops / best["flops"], threads)
-
-
-def calm(peak: float = 0.0) -> float:
-    """How much of the machine is ours: flops of all threads over what they could be.
-
-    That is those of one thread times their number, or `peak` flops per second where it is more: 0.5
-    where two threads share a core or wait for others' work. Takes some 20 ms.
-    """
-    threads = torch.get_num_threads()
-    if kernels() is None or isa_index() < 0:
-        return 1.0
-    return min(1.0, _rate(threads) / max(peak, threads * _rate(1)))
-
-
-def _rate(threads: int) -> float:
-    """Flops per second on registers, the median of three runs of some milliseconds."""
-    module: Any = kernels()
-    steps, times = 1_000_000, []
-    for _ in range(3):
-        start = time.perf_counter()
-        module.multiply(steps, threads, isa_index())
-        times.append(time.perf_counter() - start)
-    return float(threads * steps * module.FLOPS_PER_STEP) / statistics.median(times)
 
 
 def when_calm(

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 from gossamer.cli.inputs import BUNDLED, read_model
 from gossamer.cli.output import note, print_json
 from gossamer.core.errors import UsageError
 from gossamer.engine.generate import generate
+from gossamer.engine.progress import track
 
 
 @dataclass
 class Generate:
     """Continue a text by greedy decoding.
 
-    Example: gossamer generate --model gossamer-out --prompt "def main(" --tokens 80
+    Example: gossamer generate gossamer-out --prompt "def main(" --tokens 80
     """
 
+    PLACES = ("model",)
+
     model: str = BUNDLED
-    """folder of a model, compressed or ordinary, or testbed:lm"""
+    """folder of a model, compressed or ordinary, a hub name such as org/name, or testbed:lm"""
     prompt: str = "import "
     """text to continue"""
     tokens: int = 64
-    """how many tokens to add"""
-    dtype: str = "bfloat16"
-    """float32 or bfloat16"""
+    """how many tokens to add at most; fewer where the model ends its text"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """dtype in which the model is read"""
     json: bool = False
     """print one JSON object"""
 
@@ -38,14 +42,16 @@ class Generate:
         subject = read_model(self.model, self.dtype)
         ids = subject.ids(self.prompt.encode()).unsqueeze(0)
         start = time.perf_counter()
-        out = generate(subject.model, ids, self.tokens)[0].tolist()
-        rate = self.tokens / (time.perf_counter() - start)
+        with track(None, True, "generating"):
+            out = generate(subject.model, ids, self.tokens)[0].tolist()
+        made = len(out) - ids.shape[1]
+        rate = made / (time.perf_counter() - start)
         if subject.tokenizer is None:
             text = bytes(out).decode("utf-8", "replace")
         else:
-            text = subject.tokenizer.decode(out)
+            text = subject.tokenizer.decode(out, skip_special_tokens=True)
         if self.json:
-            print_json({"text": text, "tokens": self.tokens, "tokens_per_second": rate})
+            print_json({"text": text, "tokens": made, "tokens_per_second": rate})
         else:
             print(text)
-            note(f"{rate:.1f} tokens/s, prompt included")
+            note(f"{made} tokens, {rate:.1f} tokens/s with the prompt")

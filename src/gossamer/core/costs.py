@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -34,6 +34,30 @@ class Work:
         return 1.0, float(self.out + self.inputs), positions, kept, kept / self.high
 
 
+class Predictor(Protocol):
+    """What tells the seconds of a product: costs that were measured, or something that measures."""
+
+    @property
+    def word(self) -> str:
+        """How it knows, such as `predicted`."""
+        ...
+
+    @property
+    def note(self) -> str:
+        """What is to be added to what it says, if anything."""
+        ...
+
+    def seconds(
+        self, kernel: str, dtype: str, rows: int, work: Work, calls: bool = True
+    ) -> float | None:
+        """Of one product, None where it is not known."""
+        ...
+
+    def unpack_from(self, dtype: str, work: Work) -> int | None:
+        """From how many rows on unpacking pays."""
+        ...
+
+
 @dataclass(frozen=True)
 class Costs:
     """Seconds by kernel, dtype, shape, density and rows of input, for one machine.
@@ -46,6 +70,16 @@ class Costs:
 
     machine: Mapping[str, str | int]
     terms: Mapping[str, Mapping[int, tuple[float, ...]]]
+
+    @property
+    def word(self) -> str:
+        """How the seconds are known."""
+        return "predicted"
+
+    @property
+    def note(self) -> str:
+        """Nothing."""
+        return ""
 
     def seconds(
         self, kernel: str, dtype: str, rows: int, work: Work, calls: bool = True

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gossamer.core.costs import Costs
+from gossamer.core.costs import Costs, Predictor
 from gossamer.core.errors import UsageError
 from gossamer.core.matrix import as_matrix, is_prunable
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwrap
-from gossamer.engine.decoder import FAMILIES
+from gossamer.engine.coverage import nonzeros
+from gossamer.engine.packed_coverage import packed_coverage
+from gossamer.models.layers import matching
 from gossamer.nn.bitmap import BitmapLinear, serves_batches
 from gossamer.nn.chain import fuse
 from gossamer.nn.conv import PackedConv2d, why_not
 from gossamer.nn.costs import choose_unpacking, known_costs
-from gossamer.nn.dispatch import Decision, choose_columns, choose_form, decide, prepare
+from gossamer.nn.dispatch import FAMILIES, Decision, choose_columns, choose_form, decide, prepare
 from gossamer.nn.nm import NMLinear, pays_as_nm
+from gossamer.nn.places import put, why_not_here
 from gossamer.nn.quantized import QuantizedLinear
 from gossamer.nn.serving import serves
 from gossamer.ops import _dispatch
@@ -34,6 +38,8 @@ MAX_BYTES = 0.9
 def compress(
     model: nn.Module | PruneResult,
     *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     max_density: float | None = None,
     batches: bool | None = None,
     strict: bool = False,
@@ -50,17 +56,26 @@ def compress(
 
     Any zeros count, whoever made them. A layer stays dense, and its record says why, when no kernel
     is predicted to be faster than the dense product, when its density exceeds `max_density`, when
-    its weight is tied to another module, or when no kernel serves its kind, dtype or device.
+    its weight is tied to another module, when no kernel serves its kind, dtype or device, or when
+    it may compute something else than the product with its weight. A packed layer keeps the hooks,
+    attributes and bias of the layer that it replaces, and a read-only `weight`; `gs.unpack` undoes
+    the call.
 
-    costs: what the prediction goes by. None: what `calibrate_costs` measured on this machine, where
-    it did. "rule", and else: a layer is packed where that takes at most 0.9 of the dense bytes, a
-    convolution up to density 0.25. Nothing is measured here.
+    include: only layers whose dotted names match one of these `fnmatch` patterns; none: all.
+    exclude: not these.
+
+    costs: what decides. None: what `calibrate_costs` measured on this machine, where it did; else
+    every distinct shape, density and dtype is timed here against the dense product, for at most
+    three seconds in all. A model that generates text is judged by one row of input, others by 128.
+    So an encoder in bfloat16 mostly stays dense on a processor with bfloat16 products. "rule":
+    nothing is measured; a layer is packed where that takes at most 0.9 of the dense bytes, a
+    convolution up to density 0.25. What files store does not depend on it.
 
     batches: also keep, in memory only, the form of the weights that serves more than 8 rows of
     input at once (about 3 to 4 bytes per kept bfloat16 weight on top), in every layer where the
     costs, or without any the rule, say that it is the fastest. None: yes, unless
     the model generates text, where most products have one row and memory decides the speed.
-    strict: raise UsageError when a layer that holds zeros stays dense.
+    strict: raise UsageError when a layer that holds zeros stays dense, unless it was left out.
 
     bits: 4 or 8 also rounds the weights to integers of so many bits, with one scale per row and
     `group` columns (a power of two from 64 on), in every linear layer that is not tied, with or
@@ -68,28 +83,44 @@ def compress(
     Rounding is to the nearest; measure what it costs.
     """
     root = unwrap(model)
+    _check(root, bits, group, head_bits)
+    layers = {n: m for n, m in root.named_modules() if is_prunable(m)}
+    names = {name: name for name in layers}
+    wanted = matching(include, names, root, "include") if include else set(layers)
+    call = _Call(
+        root, wanted - matching(exclude, names, root, "exclude"), max_density,
+        serves_batches(root, batches), bits, group, head_bits, known_costs(costs), _head(root),
+        type(root).__name__ not in FAMILIES, _uses(root),
+    )  # fmt: skip
+    requested = {r.name: r for r in model.layers} if isinstance(model, PruneResult) else {}
+    plans = [
+        (module, *_decide(name, module, requested.get(name), call))
+        for name, module in layers.items()
+        if not _untouched_embedding(module)
+    ]
+    for _, record, reason in plans if strict else ():
+        if reason is not None and record.density < 1.0 and record.name in call.wanted:
+            raise UsageError(f"{record.name} stays dense: {reason}")
+    records = [_serve(module, record, reason, call) for module, record, reason in plans]
+    coverage = packed_coverage(root, records)
+    records += [_depthwise_record(root, name) for name in fuse(root)]
+    threads = torch.get_num_threads()
+    return CompressResult(root, tuple(records), _dispatch.isa(), threads, coverage)
+
+
+def _check(root: nn.Module, bits: int | None, group: int, head_bits: int) -> None:
+    """Raise UsageError for what cannot be right, before anything changes."""
     if is_prunable(root):
         raise UsageError("the model is itself one layer; wrap it in torch.nn.Sequential")
     if bits is not None and (bits not in BITS or head_bits not in BITS):
         raise UsageError(f"bits and head_bits are 4 or 8, not {bits} and {head_bits}")
     if group < 64 or group & (group - 1):
         raise UsageError(f"group is a power of two from 64 on, not {group}")
-    call = _Call(
-        root, max_density, serves_batches(root, batches), bits, group, head_bits,
-        known_costs(costs), _head(root), type(root).__name__ not in FAMILIES, _uses(root),
-    )  # fmt: skip
-    requested = {r.name: r for r in model.layers} if isinstance(model, PruneResult) else {}
-    plans = [
-        (module, *_decide(name, module, requested.get(name), call))
-        for name, module in root.named_modules()
-        if is_prunable(module) and not _untouched_embedding(module)
-    ]
-    for _, record, reason in plans if strict else ():
-        if reason is not None and record.density < 1.0:
-            raise UsageError(f"{record.name} stays dense: {reason}")
-    records = [_serve(module, record, reason, call) for module, record, reason in plans]
-    records += [_depthwise_record(root, name) for name in fuse(root)]
-    return CompressResult(root, tuple(records), _dispatch.isa(), torch.get_num_threads())
+    for name, tensor in root.named_parameters():
+        if tensor.is_meta:
+            raise UsageError(
+                f"{name} is on the meta device, so it holds no numbers; load the weights first"
+            )
 
 
 @dataclass(frozen=True)
@@ -97,12 +128,13 @@ class _Call:
     """What one call of `compress` wants of every layer, and what it knows of the whole model."""
 
     root: nn.Module
+    wanted: set[str]
     max_density: float | None
     batches: bool
     bits: int | None
     group: int
     head_bits: int
-    costs: Costs | None
+    costs: Predictor | None
     head: nn.Module | None
     calls: bool
     uses: Counter[int]
@@ -138,7 +170,7 @@ def _decide(
 def _serve(module: nn.Module, record: LayerRecord, reason: str | None, call: _Call) -> LayerRecord:
     """Replace one layer, unless there is a reason to leave it dense."""
     if reason is not None:
-        return LayerRecord(**{**vars(record), "reason": reason, "sparse_bytes": record.dense_bytes})
+        return replace(record, reason=reason, sparse_bytes=record.dense_bytes)
     bits = call.bits_of(module)
     return _swap(module, record, call) if bits is None else _quantize(module, record, bits, call)
 
@@ -164,8 +196,10 @@ def _untouched_embedding(module: nn.Module) -> bool:
 
 
 def _record(name: str, module: nn.Module, asked: LayerRecord | None) -> LayerRecord:
+    if _unknown(module):
+        return LayerRecord(name, (), 1.0, 1.0)
     matrix = as_matrix(module)
-    nnz, total = int((matrix != 0).sum()), matrix.numel()
+    nnz, total = nonzeros(matrix), matrix.numel()
     width = matrix.element_size()
     return LayerRecord(
         name=name,
@@ -178,14 +212,21 @@ def _record(name: str, module: nn.Module, asked: LayerRecord | None) -> LayerRec
     )
 
 
-def _refusal(
-    module: nn.Module,
-    record: LayerRecord,
-    call: _Call,
-    bits: int | None,
-) -> str | None:
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
+def _unknown(module: nn.Module) -> str | None:
+    """Why the numbers of a layer's weight cannot be seen; None where they can."""
+    weight: Any = module.weight
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight has no shape yet; run the model once first"
+    data = weight.data
+    return None if type(data) is Tensor else f"its weight is a {type(data).__name__}, no tensor"
+
+
+def _refusal(module: nn.Module, record: LayerRecord, call: _Call, bits: int | None) -> str | None:
+    weight: Any = module.weight
+    if record.name not in call.wanted:
+        return "left out by `include` or `exclude`"
+    if (unknown := _unknown(module)) is not None:
+        return unknown
     if isinstance(module, nn.Embedding):
         return "an embedding looks rows up, so zeros save no multiplication"
     if record.density == 1.0 and bits is None:
@@ -196,6 +237,8 @@ def _refusal(
         return f"no kernel for {weight.dtype}"
     if call.uses[id(weight)] > 1:
         return "its weight is tied to another module"
+    if (reason := why_not_here(call.root, record.name, module)) is not None:
+        return reason
     if bits is not None:
         return None
     if call.max_density is not None and record.density > call.max_density:
@@ -204,9 +247,9 @@ def _refusal(
 
 
 def _by_costs(record: LayerRecord, decision: Decision) -> tuple[LayerRecord, str | None]:
-    facts = {"decided": f"by measured costs: {decision}", "predicted": decision.predicted}
     reason = f"no kernel wins: {decision}" if decision.chosen == "dense" else None
-    return LayerRecord(**{**vars(record), **facts}), reason
+    decided = f"by measured costs: {decision}"
+    return replace(record, decided=decided, predicted=decision.predicted), reason
 
 
 def _by_rule(module: nn.Module, record: LayerRecord) -> tuple[LayerRecord, str | None]:
@@ -216,44 +259,40 @@ def _by_rule(module: nn.Module, record: LayerRecord) -> tuple[LayerRecord, str |
     else:
         reason = f"packed it would take {share:.2f} of the dense bytes, which does not pay"
         reason = reason if share > MAX_BYTES else None
-    return LayerRecord(**{**vars(record), "decided": "by rule"}), reason
+    return replace(record, decided="by rule"), reason
 
 
 def _swap(module: nn.Module, record: LayerRecord, call: _Call) -> LayerRecord:
-    bias, matrix = getattr(module, "bias", None), as_matrix(module)
+    bias, matrix = module._parameters.get("bias"), as_matrix(module)
     exact = not isinstance(module, nn.Conv2d) and pays_as_nm(matrix, record.pattern)
     packed: BitmapLinear | NMLinear
     packed = (NMLinear if exact else BitmapLinear).from_matrix(matrix, bias, record.pattern)
     packed.density_requested = record.requested
-    packed.train(module.training)
     if isinstance(module, nn.Conv2d) and isinstance(packed, BitmapLinear):
         conv = PackedConv2d.from_conv(module, packed)
-        call.root.set_submodule(record.name, conv.train(module.training))
+        put(call.root, module, conv)
         kernel, many = serves(conv)
-        return LayerRecord(**{**vars(record), "kernel": kernel, "batches": many})
+        return replace(record, kernel=kernel, batches=many)
     if isinstance(packed, BitmapLinear):
         choose_unpacking(packed, call.costs)
         choose_columns(packed, call.costs)
     prepared = call.batches and prepare(packed, call.costs)
-    call.root.set_submodule(record.name, packed)
+    put(call.root, module, packed)
     kernel, many = serves(packed)
     kernel += f" + {many}" if prepared else ""
     size = packed.nbytes if isinstance(packed, NMLinear) else record.sparse_bytes
-    facts = {"kernel": kernel, "batches": many, "sparse_bytes": size}
-    return LayerRecord(**{**vars(record), **facts})
+    return replace(record, kernel=kernel, batches=many, sparse_bytes=size)
 
 
 def _quantize(module: nn.Module, record: LayerRecord, bits: int, call: _Call) -> LayerRecord:
-    bias, matrix = getattr(module, "bias", None), as_matrix(module)
+    bias, matrix = module._parameters.get("bias"), as_matrix(module)
     packed = QuantizedLinear.from_matrix(matrix, bias, record.pattern, bits=bits, group=call.group)
     packed.density_requested = record.requested
-    packed.train(module.training)
     size, density = packed.matrix.nbytes, packed.density
     choose_form(packed, call.costs, call.batches)
-    call.root.set_submodule(record.name, packed)
+    put(call.root, module, packed)
     kernel, many = serves(packed)
-    facts = {
-        "kernel": kernel, "batches": many, "sparse_bytes": size, "density": density,
-        "decided": f"asked for; {packed.form_decided}".removesuffix("; "),
-    }  # fmt: skip
-    return LayerRecord(**{**vars(record), **facts})
+    decided = f"asked for; {packed.form_decided}".removesuffix("; ")
+    return replace(
+        record, kernel=kernel, batches=many, sparse_bytes=size, density=density, decided=decided
+    )

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import UsageError
+from gossamer.core.matrix import why_not_plain
 from gossamer.nn import BitmapLinear, NMLinear, QuantizedLinear
+from gossamer.nn.chain import watched
+from gossamer.nn.dispatch import FAMILIES
 from gossamer.ops._dispatch import isa_index, kernels
 from gossamer.ops.nm.native import arguments as nm_arguments
 from gossamer.ops.quantized.native import arguments
 
-FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 _ROPES = ("default", "linear", "llama3", "yarn")
 _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -41,8 +43,9 @@ def refusal(model: nn.Module, capacity: int) -> str | None:
     if window is not None and getattr(config, "use_sliding_window", True) and capacity > window:
         return f"{capacity} positions exceed the sliding window of {window}"
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"{name or 'the model'} has hooks, which the compiled step would skip"
+        if watched([module]):
+            said = "has hooks or a forward of its own, which the compiled step would skip"
+            return f"{name or 'the model'} {said}"
     for layer in _layers(found):
         for part in layer:
             if (reason := _unserved(part)) is not None:
@@ -55,6 +58,8 @@ def _unserved(part: nn.Module) -> str | None:
         return None if part.values.is_cpu else f"weights on {part.values.device.type}"
     if not isinstance(part, BitmapLinear | NMLinear | nn.Linear):
         return f"a {type(part).__name__} in place of a linear layer"
+    if isinstance(part, nn.Linear) and (reason := why_not_plain(part)) is not None:
+        return f"a {type(part).__name__} in place of a linear layer: {reason}"
     weight = part.weight if isinstance(part, nn.Linear) else part.values
     if weight.dtype not in (torch.float32, torch.bfloat16) or not weight.is_cpu:
         return f"weights of {weight.dtype} on {weight.device.type}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,36 +21,38 @@ def generate(
     ids: Tensor,
     max_new_tokens: int,
     *,
-    eos: int | None = None,
+    eos: int | Sequence[int] | None = None,
     compiled: bool | None = None,
 ) -> Tensor:
     """Continue each row of `ids` (batch, tokens; int64) with its most probable tokens, greedily.
 
-    Returns (batch, tokens + new), new <= max_new_tokens: with `eos`, a finished row is filled with
-    it and generation ends once every row is finished. Raises UsageError for an empty prompt, a
-    length beyond the model's positions, or a model without a key-value cache.
+    Returns (batch, tokens + new), new <= max_new_tokens: a row that reaches one of the tokens `eos`
+    is finished and filled with it, and generation ends once every row is finished. eos: None: what
+    the model's generation config, else its config, names; () or -1: go on in any case. Raises
+    UsageError for an empty prompt, a length beyond the model's positions, a model without a
+    key-value cache, and for encoder-decoders, whose own `generate` serves packed layers as well.
 
     compiled: take the compiled loop (`engine.decoder`), which serves batch 1 of Llama-style models
     on the CPU; None takes it where it serves a model with packed layers, True raises UsageError
     with the reason where it does not. In bfloat16 it rounds less than transformers do.
     """
     model = unwrap(model)
-    ids = _check(model, ids, max_new_tokens)
+    ids, ends = _check(model, ids, max_new_tokens), _ends(model, eos)
     if compiled is None:
         compiled = compiled_serves(model, ids, max_new_tokens)
     if compiled:
-        return _generate_compiled(model, ids, max_new_tokens, eos)
+        return _generate_compiled(model, ids, max_new_tokens, ends)
     finished = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
     rows = [ids]
     with hooks.evaluating(model):
         step, cache = ids, None
         for _ in range(max_new_tokens):
             step, cache = next_token(model, step, cache)
-            if eos is not None:
-                step = step.masked_fill(finished.unsqueeze(1), eos)
-                finished |= step.squeeze(1) == eos
+            if ends:  # a finished row repeats the token that ended it
+                step = torch.where(finished.unsqueeze(1), rows[-1][:, -1:], step)
+                finished |= torch.isin(step.squeeze(1), torch.tensor(ends, device=ids.device))
             rows.append(step)
-            if eos is not None and bool(finished.all()):
+            if ends and bool(finished.all()):
                 break
     return torch.cat(rows, dim=1)
 
@@ -62,16 +65,25 @@ def compiled_serves(model: nn.Module, ids: Tensor, max_new_tokens: int) -> bool:
 
 
 def _generate_compiled(
-    model: nn.Module, ids: Tensor, max_new_tokens: int, eos: int | None
+    model: nn.Module, ids: Tensor, max_new_tokens: int, ends: Sequence[int]
 ) -> Tensor:
     if ids.shape[0] != 1:
         raise UsageError(f"compiled decoding serves batch 1, not {ids.shape[0]}")
     decoder = Decoder(model, ids.shape[1] + max_new_tokens)
     with hooks.evaluating(model):
         tokens = [int(decoder.prefill(ids).argmax())]
-        while len(tokens) < max_new_tokens and tokens[-1] != eos:
+        while len(tokens) < max_new_tokens and tokens[-1] not in ends:
             tokens.append(int(decoder.step(tokens[-1]).argmax()))
     return torch.cat([ids, torch.tensor([tokens])], dim=1)
+
+
+def _ends(model: nn.Module, eos: int | Sequence[int] | None) -> list[int]:
+    """The tokens that end a text; none: it goes on."""
+    if eos is None:
+        configs = (getattr(model, name, None) for name in ("generation_config", "config"))
+        named = (getattr(config, "eos_token_id", None) for config in configs)
+        eos = next((found for found in named if found is not None), ())
+    return [token for token in ([eos] if isinstance(eos, int) else eos) if token >= 0]
 
 
 def next_token(model: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
@@ -88,6 +100,11 @@ def _check(model: nn.Module, ids: Tensor, max_new_tokens: int) -> Tensor:
         raise UsageError(f"ids is a non-empty (batch, tokens) tensor, not {tuple(ids.shape)}")
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is at least 1, not {max_new_tokens}")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UsageError(
+            f"{type(model).__name__} is an encoder-decoder, which takes more than a prompt: call "
+            "model.generate(...), which serves packed layers as well"
+        )
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if limit is not None and ids.shape[1] + max_new_tokens > limit:
         raise UsageError(

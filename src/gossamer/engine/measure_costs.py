@@ -18,6 +18,7 @@ from gossamer.engine.progress import track
 from gossamer.nn import BitmapLinear, PackedConv2d, QuantizedLinear
 from gossamer.nn.costs import machine, store_costs
 from gossamer.nn.dispatch import convolution_family
+from gossamer.nn.timing import burst, copies, random_matrix
 from gossamer.ops import _dispatch
 from gossamer.ops.conv import sharing
 from gossamer.ops.quantized import BITS
@@ -41,9 +42,6 @@ _BATCHES = (16, 128)
 PIXELS = (7, 14)
 """A side of the resulting images; the costs are by all their pixels."""
 _DTYPES = (torch.float32, torch.bfloat16)
-_COLD, _COPIES = 64 << 20, 16
-"""Copies of so many bytes, or so many, take turns, so that weights of large models come from
-memory as they do when such a model runs."""
 _BURST, _PATIENCE = 3e-4, 0.06
 Point = tuple[str, int, Work, float]
 
@@ -89,7 +87,7 @@ def check_quiet() -> None:
     threads = torch.get_num_threads()
     if threads == 1:
         return
-    layer, x = BitmapLinear.from_matrix(_matrix(1024, 1024, 0.5)), torch.randn(1, 1024)
+    layer, x = BitmapLinear.from_matrix(random_matrix(1024, 1024, 0.5)), torch.randn(1, 1024)
     for _ in range(3):
         together = _usual(layer, x)
         try:
@@ -108,7 +106,7 @@ def check_quiet() -> None:
 def _usual(layer: nn.Module, x: Tensor) -> float:
     """Median seconds of a call."""
     turn = itertools.cycle([layer])
-    return sorted(_burst(turn, x, 1) for _ in range(101))[50]
+    return sorted(burst(turn, x, 1) for _ in range(101))[50]
 
 
 def _linears() -> Iterator[tuple[str, list[Point]]]:
@@ -126,7 +124,7 @@ def measure_dense(
     out: int, inputs: int, dtype: torch.dtype, rows: tuple[int, ...]
 ) -> Iterator[Point]:
     """torch's own linear layer, in its dtype."""
-    layers = _copies(nn.Linear(inputs, out, bias=False).to(dtype))
+    layers = copies(nn.Linear(inputs, out, bias=False).to(dtype))
     for count in rows:
         x = torch.randn(count, inputs).to(dtype)
         yield f"dense {_name(dtype)}", count, Work(out, inputs), _seconds(layers, x)
@@ -141,9 +139,9 @@ def measure_sparse(
     many: tuple[int, ...],
 ) -> Iterator[Point]:
     """Every kernel for unstructured zeros: up to 8 rows, and more in the three ways that serve."""
-    layer = BitmapLinear.from_matrix(_matrix(out, inputs, density).to(dtype))
+    layer = BitmapLinear.from_matrix(random_matrix(out, inputs, density).to(dtype))
     work = Work(out, inputs, layer.density)
-    layers = _copies(layer)
+    layers = copies(layer)
     for rows in few:
         x = torch.randn(rows, inputs).to(dtype)
         yield f"bitmap-matvec {_name(dtype)}", rows, work, _seconds(layers, x)
@@ -154,12 +152,12 @@ def measure_sparse(
             x = torch.randn(rows, inputs).to(dtype)
             yield f"{kernel} {_name(dtype)}", rows, work, _seconds(layers, x)
     layer.prepare_columns()
-    layers = _copies(layer)
+    layers = copies(layer)
     for rows in few:
         x = torch.randn(rows, inputs).to(dtype)
         yield f"csr-matvec {_name(dtype)}", rows, work, _seconds(layers, x)
     layer.prepare_batches()
-    layers = _copies(layer)
+    layers = copies(layer)
     for rows in many:
         x = torch.randn(rows, inputs).to(dtype)
         yield f"sell-spmm {_name(dtype)}", rows, work, _seconds(layers, x)
@@ -169,11 +167,11 @@ def measure_blocks(
     out: int, inputs: int, density: float, high: int, dtype: torch.dtype, rows: tuple[int, ...]
 ) -> Iterator[Point]:
     """Blocks of `high` rows and one column."""
-    matrix = _matrix(out // high, inputs, density).repeat_interleave(high, 0).to(dtype)
+    matrix = random_matrix(out, inputs, density, high).to(dtype)
     layer = BitmapLinear.from_matrix(matrix, pattern=f"block:{high}x1")
     layer.prepare_batches()
     assert "block" in str(layer.batch_kernel)
-    layers = _copies(layer)
+    layers = copies(layer)
     for count in rows:
         x = torch.randn(count, inputs).to(dtype)
         work = Work(out, inputs, layer.density, high)
@@ -191,15 +189,15 @@ def measure_integers(
 ) -> Iterator[Point]:
     """Integers held sparse at every density, and dense."""
     for density in densities:
-        layer = QuantizedLinear.from_matrix(_matrix(out, inputs, density), bits=bits)
+        layer = QuantizedLinear.from_matrix(random_matrix(out, inputs, density), bits=bits)
         if layer.bitmap is None:
             continue
-        layers, work = _copies(layer), Work(out, inputs, layer.density)
+        layers, work = copies(layer), Work(out, inputs, layer.density)
         for count in rows:
             x = torch.randn(count, inputs)
             yield f"bitmap-matvec int{bits}", count, work, _seconds(layers, x)
     layer.fill()
-    layers = _copies(layer)
+    layers = copies(layer)
     for count in rows:
         x = torch.randn(count, inputs)
         yield f"dense int{bits}", count, Work(out, inputs), _seconds(layers, x)
@@ -232,39 +230,18 @@ def measure_convolution(
     x = torch.randn(1, channels, side * stride, side * stride)
     turned: Any = copy.deepcopy(conv).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     taken = min(
-        _seconds(_copies(conv), x),
-        _seconds(_copies(turned), x.contiguous(memory_format=torch.channels_last)),
+        _seconds(copies(conv), x),
+        _seconds(copies(turned), x.contiguous(memory_format=torch.channels_last)),
     )
     inputs, pixels = kernel * kernel * channels, side * side
     yield f"dense-conv{family} float32", pixels, Work(out, inputs), taken
     for density, high in zeros:
-        matrix = _matrix(out // high, inputs, density).repeat_interleave(high, 0)
+        matrix = random_matrix(out, inputs, density, high)
         layer = PackedConv2d.from_conv(conv, BitmapLinear.from_matrix(matrix))
         work, name = Work(out, inputs, layer.density), layer.kernel.partition("/")[0]
         if name == "tiled-conv":
             work = replace(work, high=sharing(matrix))
-        yield f"{name}{family} float32", pixels, work, _seconds(_ready_copies(layer, x), x)
-
-
-def _ready_copies(layer: PackedConv2d, x: Tensor) -> list[Any]:
-    """Copies whose forms are built, so that no call that is timed builds one."""
-    layer(x)
-    copies = _copies(layer)
-    for each in copies:
-        each.keep_form()
-    return copies
-
-
-def _matrix(out: int, inputs: int, density: float) -> Tensor:
-    matrix = torch.randn(out, inputs)
-    return matrix.masked_fill_(torch.rand(out, inputs) > density, 0.0)
-
-
-def _copies(layer: Any) -> list[Any]:
-    weights = (*layer.parameters(), *layer.buffers())
-    nbytes = sum(weight.nbytes for weight in weights)
-    count = max(1, min(_COPIES, _COLD // max(1, nbytes)))
-    return [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
+        yield f"{name}{family} float32", pixels, work, _seconds(copies(layer), x)
 
 
 def _seconds(layers: list[Callable[[Tensor], Tensor]], x: Tensor) -> float:
@@ -274,22 +251,15 @@ def _seconds(layers: list[Callable[[Tensor], Tensor]], x: Tensor) -> float:
     after 60 ms and three calls.
     """
     turn = itertools.cycle(layers)
-    once = min(_burst(turn, x, 1) for _ in range(2))
+    once = min(burst(turn, x, 1) for _ in range(2))
     count = max(1, min(20, int(_BURST / once)))
     least, met, start = once, 0, time.perf_counter()
     enough = 2 if once > 5e-3 else 3
     while met < enough and time.perf_counter() - start < _PATIENCE + 3 * once:
-        taken = _burst(turn, x, count)
+        taken = burst(turn, x, count)
         met = 1 if taken < 0.95 * least else met + (taken < 1.05 * least)
         least = min(least, taken)
     return least
-
-
-def _burst(turn: Iterator[Callable[[Tensor], Tensor]], x: Tensor, count: int) -> float:
-    start = time.perf_counter()
-    for _ in range(count):
-        next(turn)(x)
-    return max(1e-9, (time.perf_counter() - start) / count)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -9,21 +9,21 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import PatternError, UsageError
 from gossamer.core.pattern import Block, parse_pattern
+from gossamer.nn.packed import PackedLayer, affine, frozen
 from gossamer.ops import bitmap as ops
-from gossamer.ops import blocks, sell
-from gossamer.ops.bitmap.native import MATVEC_ROWS
+from gossamer.ops import blocks, prepared, sell
+from gossamer.ops._dispatch import direct
 from gossamer.ops.blocks import Blocks
-from gossamer.ops.sell import Sell
-
-BatchForm = Sell | Blocks
+from gossamer.ops.prepared import BatchForm, by_form, suits, version
 
 
-class BitmapLinear(nn.Module):
+class BitmapLinear(PackedLayer):
     """y = x W^T + b with W (out, in) packed; takes the place of a Linear of the same shape.
 
     values: (nnz,), float32 or bfloat16. bitmap: uint8 (out, 8 * ceil(in / 64)). Moving the module
     to another floating dtype converts the values; other devices than the CPU are refused when
-    called. Raises FormatError when the parts contradict each other.
+    called. `PackedLayer` says what it shares with the layer replaced. Raises FormatError when the
+    parts contradict each other.
 
     `prepare_batches` adds a second copy of the weights, never saved, in the form that serves more
     than 8 rows of input fastest: blocks for a block pattern whose blocks are whole, else groups of
@@ -62,10 +62,10 @@ class BitmapLinear(nn.Module):
         self.register_buffer("row_ptr", offsets, persistent=False)
         self.register_buffer("columns", None, persistent=False)
         self.rows_decided = ""
-        self._batches: tuple[int, BatchForm] | None = None
+        self._form: tuple[int, BatchForm] | None = None
         self.batches_decided = ""
         self.unpack_from: int | None = None
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = frozen(bias)
 
     @classmethod
     def from_matrix(
@@ -77,7 +77,11 @@ class BitmapLinear(nn.Module):
 
     def to_matrix(self) -> Tensor:
         """The dense weight (out, in) in the dtype of the values."""
-        return ops.unpack(self.values, self.bitmap, self.in_features)
+        return ops.matrix(self.values, self.bitmap, self.row_ptr, self.in_features)
+
+    def like(self) -> Tensor:
+        """The values."""
+        return self.values
 
     @property
     def density(self) -> float:
@@ -94,43 +98,44 @@ class BitmapLinear(nn.Module):
 
     def prepare_batches(self) -> int:
         """Build the form for batches; returns its bytes. O(out * in / 64 + nnz)."""
-        form: BatchForm | None = None
+        form = self.make_form()
+        self._form = (version(self.values), form)
+        return form.nbytes
+
+    def make_form(self) -> BatchForm:
+        """The form for batches."""
         if (block := _block(self.pattern)) is not None:
             mask = ops.unpack_mask(self.bitmap, self.in_features)
             form = blocks.build(self.to_matrix(), mask, block)
-        if form is None:
-            form = sell.build(self.values, self.bitmap, self.row_ptr, self.in_features)
-        self._batches = (_version(self.values), form)
-        return form.nbytes
+            if form is not None:
+                return form
+        return sell.build(self.values, self.bitmap, self.row_ptr, self.in_features)
 
     @property
     def batch_kernel(self) -> str | None:
         """The kernel that serves batches, where a form for it is prepared."""
-        if self._batches is None:
+        if self._form is None:
             return None
-        return (blocks if isinstance(self._batches[1], Blocks) else sell).kernel_name()
+        return (blocks if isinstance(self._form[1], Blocks) else sell).kernel_name()
 
-    def _form(self, x: Tensor) -> BatchForm | None:
-        """The form for batches, where it is prepared and serves x; made anew for new values."""
-        if self._batches is None or x.numel() <= MATVEC_ROWS * self.in_features:
-            return None
-        if x.dtype not in (torch.float32, torch.bfloat16) or not x.is_cpu:
-            return None
-        if torch.is_grad_enabled() and (x.requires_grad or torch.compiler.is_compiling()):
-            return None
-        version, form = self._batches
-        if version != _version(self.values) or form.values.dtype != self.values.dtype:
-            self.prepare_batches()
-        return self._batches[1]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out), in x's dtype."""
-        if (form := self._form(x)) is not None:
-            if isinstance(form, Blocks):
-                return blocks.linear(x, form, self.bias)
-            return sell.linear(x, form, self.bias)
+    def product(self, x: Tensor) -> Tensor:
+        """By the form for batches where it suits x, else by the bitmap or the columns."""
+        if self._form is not None and not direct(x, self.bias):
+            if not torch.compiler.is_compiling():
+                self.refresh()
+            packed = [self.values, self.bitmap, self.row_ptr]
+            packed += [] if self.columns is None else [self.columns]
+            facts = [self.in_features, -1 if self.unpack_from is None else self.unpack_from]
+            return prepared.linear(x, self._form[1], self._form[0], packed, facts, self.bias)
+        form = self.refresh() if self._form is not None and suits(x, self.in_features) else None
+        if form is not None:
+            return by_form(x, form, self.bias)
         parts = (self.values, self.bitmap, self.row_ptr, self.bias, self.in_features)
         return ops.linear(x, *parts, self.unpack_from, self.columns)
+
+    def dense_product(self, x: Tensor) -> Tensor:
+        """By the unpacked matrix."""
+        return affine(x, self.to_matrix(), self.bias)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         values, bitmap = state.get(prefix + "values"), state.get(prefix + "bitmap")
@@ -140,6 +145,7 @@ class BitmapLinear(nn.Module):
         super()._load_from_state_dict(state, prefix, *args)
         if self.columns is not None:
             self.prepare_columns()
+        self.refresh()
 
     def extra_repr(self) -> str:
         """Shape, density and kernel."""
@@ -157,11 +163,6 @@ def _block(pattern: str) -> tuple[int, int] | None:
     except PatternError:
         return None
     return (parsed.rows, parsed.cols) if isinstance(parsed, Block) else None
-
-
-def _version(values: Tensor) -> int:
-    """Changes when the values are written to or replaced."""
-    return hash((values.data_ptr(), 0 if values.is_inference() else values._version))
 
 
 def serves_batches(model: nn.Module, wanted: bool | None = None) -> bool:

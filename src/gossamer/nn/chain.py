@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.core.matrix import as_matrix
 from gossamer.nn.conv import (
-    FREE,
     DepthwiseConv2d,
     PackedConv2d,
     no_kernel,
     serves_depthwise,
     window_of,
 )
+from gossamer.nn.places import put, why_not_here
 from gossamer.ops import _dispatch
 from gossamer.ops import conv as ops
 from gossamer.ops.conv import Before, Ends, Stage, Window
+from gossamer.ops.prepared import FREE
 
 Step = Callable[[Tensor], Tensor]
 SHALLOW = 4
@@ -33,16 +35,17 @@ class ConvChain(nn.Sequential):
     In eval mode and without gradients every `PackedConv2d` and `DepthwiseConv2d`, and a dense Conv2d
     of few channels, takes the batch norm and the ReLU or ReLU6 behind it along, and a 1x1
     convolution the depthwise one before it. Folded weights are copies, made anew when the originals
-    change. In training mode, while compiling, and where a child has hooks, the children run as they
-    are. `fuse` makes one of a Sequential in place.
+    change. In training mode, under autocast, while compiling or tracing, for other images than
+    float32, and where a child has hooks or a forward of its own, the children run as they are. Only
+    exact types are taken along: a subclass may do more. `fuse` makes one of a Sequential in place.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """As Sequential's, to rounding."""
-        if self.training or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled() or not _dispatch.plain(input):
             return super().forward(input)
         inside = list(self.modules())[1:]
-        if any(module._forward_hooks or module._forward_pre_hooks for module in inside):
+        if input.dtype != torch.float32 or input.dim() != 4 or watched(inside):
             return super().forward(input)
         leaves = list(_leaves(self))
         version = (_dispatch.isa_index(), *_state(leaves))
@@ -69,19 +72,42 @@ def fuse(model: nn.Module) -> list[str]:
         return []
     names = []
     for name, module in list(model.named_modules()):
-        if name and isinstance(module, nn.Conv2d) and serves_depthwise(module):
-            model.set_submodule(name, DepthwiseConv2d(module).train(module.training))
+        if name and why_not_here(model, name, module) is None and serves_depthwise(module):
+            put(model, module, DepthwiseConv2d(module))
             names.append(name)
         elif isinstance(module, DepthwiseConv2d):
             names.append(name)
     for module in list(_outermost(model)):
-        if any(isinstance(leaf, PackedConv2d | DepthwiseConv2d) for leaf in _leaves(module)):
+        served = any(isinstance(leaf, PackedConv2d | DepthwiseConv2d) for leaf in _leaves(module))
+        if served and type(module) is nn.Sequential:
             module.__class__ = ConvChain
     return names
 
 
+def unfuse(model: nn.Module) -> None:
+    """Make every `ConvChain` an ordinary Sequential again, in place."""
+    for module in model.modules():
+        if type(module) is ConvChain:
+            module.__dict__.pop("_plan", None)
+            module.__class__ = nn.Sequential  # type: ignore[assignment]
+
+
+def watched(modules: Iterable[nn.Module]) -> bool:
+    """Whether hooks, or a forward put in place of the class's, wait for calls of these modules."""
+    everywhere = torch.nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return True
+    return any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
+
+
 def _sequential(module: nn.Module) -> bool:
-    return isinstance(module, ConvChain) or type(module).forward is nn.Sequential.forward
+    """Whether it does nothing but call its children one after the other."""
+    kind: Any = type(module)
+    if kind is ConvChain or kind is nn.Sequential:
+        return "forward" not in vars(module)
+    known = issubclass(kind, nn.Sequential) and kind.forward is nn.Sequential.forward
+    known = known and kind.__iter__ is nn.Sequential.__iter__
+    return known and kind.__call__ is nn.Module.__call__ and "forward" not in vars(module)
 
 
 def _outermost(module: nn.Module) -> Iterator[nn.Module]:
@@ -135,10 +161,10 @@ class _Convolution:
         free = (self.low, self.high) == FREE
         if _inert(module):
             return True
-        if free and isinstance(module, nn.BatchNorm2d) and _normalises(module, self.weight):
+        if free and type(module) is nn.BatchNorm2d and _normalises(module, self.weight):
             self._fold(module)
-        elif isinstance(module, nn.ReLU | nn.ReLU6) and free:
-            self.low, self.high = 0.0, 6.0 if isinstance(module, nn.ReLU6) else math.inf
+        elif type(module) in (nn.ReLU, nn.ReLU6) and free:
+            self.low, self.high = 0.0, 6.0 if type(module) is nn.ReLU6 else math.inf
         else:
             return False
         return True
@@ -154,7 +180,7 @@ class _Convolution:
 
 
 def _inert(module: nn.Module) -> bool:
-    return isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d) and not module.training
+    return type(module) in (nn.Identity, nn.Dropout, nn.Dropout2d) and not module.training
 
 
 def _normalises(norm: nn.BatchNorm2d, weight: Tensor) -> bool:
@@ -172,7 +198,7 @@ def _convolution(leaf: nn.Module) -> _Convolution | None:
     elif isinstance(leaf, DepthwiseConv2d):
         weight, window, depthwise = (
             leaf.weight.detach(),
-            Window((3, 3), (leaf.stride, leaf.stride)),
+            Window((3, 3), (leaf.step, leaf.step)),
             True,
         )
     elif type(leaf) is nn.Conv2d and leaf.in_channels <= SHALLOW and no_kernel(leaf) is None:

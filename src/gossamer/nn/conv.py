@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from gossamer.core.errors import UsageError
-from gossamer.core.matrix import as_matrix
-from gossamer.nn.bitmap import BitmapLinear, _version
+from gossamer.core.matrix import as_matrix, why_not_plain
+from gossamer.nn.bitmap import BitmapLinear
+from gossamer.nn.packed import PackedLayer
+from gossamer.ops import _dispatch, prepared
 from gossamer.ops import bitmap as bitmap_ops
 from gossamer.ops import conv as ops
+from gossamer.ops._dispatch import direct
 from gossamer.ops.conv import Before, Ends, Form, Window
+from gossamer.ops.prepared import FREE, version
 
 
-class PackedConv2d(nn.Module):
-    """A convolution of one group with most weights zero, for inference.
+class PackedConv2d(PackedLayer):
+    """A convolution of one group with most weights zero.
 
     Stored as `BitmapLinear` is, of the matrix (out, taps * channels) that `core.matrix.as_matrix`
-    makes of a Conv2d, values float32 or bfloat16; images are float32 on the CPU. The form that the
-    kernel reads, about 6 bytes per kept weight, is made from the values and never saved.
+    makes of a Conv2d, values float32 or bfloat16. The kernel works in float32, whatever the images
+    are in; its form, about 6 bytes per kept weight, is made from the values and never saved.
     """
 
     values: Tensor
     bitmap: Tensor
+    row_ptr: Tensor
 
     def __init__(self, weight: BitmapLinear, window: Window | None = None) -> None:
         super().__init__()
@@ -36,8 +44,10 @@ class PackedConv2d(nn.Module):
         self.window = window
         self.register_buffer("values", weight.values)
         self.register_buffer("bitmap", weight.bitmap)
+        self.register_buffer("row_ptr", weight.row_ptr, persistent=False)
         self.bias = weight.bias
-        self._built: tuple[int, Form] | None = None
+        self._form: tuple[int, Form] | None = None
+        self._form = (version(self.values), self.make_form())
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, weight: BitmapLinear) -> PackedConv2d:
@@ -46,7 +56,26 @@ class PackedConv2d(nn.Module):
 
     def to_matrix(self) -> Tensor:
         """The dense weight (out, taps * channels) in the dtype of the values."""
-        return bitmap_ops.unpack(self.values, self.bitmap, self.in_features)
+        return bitmap_ops.matrix(self.values, self.bitmap, self.row_ptr, self.in_features)
+
+    def like(self) -> Tensor:
+        """The values."""
+        return self.values
+
+    def make_form(self) -> Form:
+        """What the kernel reads."""
+        return ops.build(self.to_matrix())
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Output and input channels, height and width."""
+        high, wide = self.window.kernel
+        return (self.out_features, self.in_features // (high * wide), high, wide)
+
+    def dense_weight(self) -> Tensor:
+        """A new tensor: the dense weight (out, in, height, width)."""
+        packed = [self.values, self.bitmap, self.row_ptr]
+        return prepared.dense_weight(packed, self.in_features, self.window.kernel)
 
     @property
     def density(self) -> float:
@@ -58,21 +87,39 @@ class PackedConv2d(nn.Module):
         """The name of the kernel that serves it here."""
         return ops.kernel_name(ops.suits_tiles(self.to_matrix()))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (images, channels, height, width) to (images, out, height', width')."""
-        version = _version(self.values)
-        if self._built is None or self._built[0] != version:
-            self._built = (version, ops.build(self.to_matrix()))
+    def product(self, x: Tensor) -> Tensor:
+        """x (images, channels, height, width), or one image, to (images, out, height', width')."""
+        if x.dim() == 3:
+            return self.product(x.unsqueeze(0)).squeeze(0)
         bias = None if self.bias is None else self.bias.float()
-        window = self.window
+        images, window = x.float(), self.window
         if window.stride[1] > 2:  # more than the kernel knows, so only of a 1x1 convolution
-            x, window = x[..., :: window.stride[0], :: window.stride[1]], Window()
-        return ops.conv(x, self._built[1], window, Ends(bias, *FREE))
+            images, window = images[..., :: window.stride[0], :: window.stride[1]], Window()
+        if not torch.compiler.is_compiling():
+            self.refresh()
+        assert self._form is not None
+        stamp, form = self._form
+        ops.check_images(images, self.weight_shape[1])
+        if direct(x, bias):
+            return ops.conv(images, form, window, Ends(bias, *FREE)).to(x.dtype)
+        packed = [self.values, self.bitmap, self.row_ptr]
+        return prepared.conv(images, form, stamp, packed, window, bias).to(x.dtype)
 
-    def keep_form(self) -> None:
-        """Take the form that is there for that of the values as they are: of a copy it is."""
-        if self._built is not None:
-            self._built = (_version(self.values), self._built[1])
+    def dense_product(self, x: Tensor) -> Tensor:
+        """By torch's convolution."""
+        weight, window = self.dense_weight(), self.window
+        bias = None if self.bias is None else self.bias.to(weight.dtype)
+        images = x.to(weight.dtype)
+        y = functional.conv2d(images, weight, bias, window.stride, window.padding)
+        return y.to(x.dtype)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        values, bitmap = state.get(prefix + "values"), state.get(prefix + "bitmap")
+        if getattr(values, "shape", None) == self.values.shape and bitmap is not None:
+            # other zeros, other offsets: checked before anything is written
+            self.row_ptr = bitmap_ops.row_offsets(values, bitmap, self.in_features)
+        super()._load_from_state_dict(state, prefix, *args)
+        self.refresh()
 
     def extra_repr(self) -> str:
         """Shape, density and window."""
@@ -86,27 +133,33 @@ class PackedConv2d(nn.Module):
 class DepthwiseConv2d(nn.Module):
     """A dense 3x3 depthwise convolution, padding 1, faster than torch's with channels first.
 
-    Weight (channels, 1, 3, 3) and bias under the names that Conv2d gives them; for inference.
+    Weight (channels, 1, 3, 3) and bias under the names that Conv2d gives them. torch's convolution
+    serves gradients, tracing and other dtypes and devices.
     """
+
+    own: frozenset[str] = frozenset()
+    kind: type[nn.Module] | None = None
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         if not serves_depthwise(conv):
             raise UsageError("expected a 3x3 depthwise convolution with padding 1, stride 1 or 2")
         self.weight, self.bias = conv.weight, conv.bias
-        self.stride = conv.stride[0]
+        self.step = conv.stride[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (images, channels, height, width), float32."""
-        return ops.depthwise(x, Before(self.weight, self.stride, Ends(self.bias, *FREE)))
+    def forward(self, input: Tensor) -> Tensor:
+        """input (images, channels, height, width), or one image."""
+        x, weight, bias = input, self.weight, self.bias
+        plain = x.dim() == 4 and _dispatch.plain(x) and weight.is_cpu
+        plain = plain and weight.dtype == x.dtype == torch.float32
+        if plain and direct(x, weight, bias):
+            return ops.depthwise(x, Before(weight, self.step, Ends(bias, *FREE)))
+        groups = weight.shape[0]
+        return functional.conv2d(x, weight, bias, self.step, padding=1, groups=groups)
 
     def extra_repr(self) -> str:
         """Channels and stride."""
-        return f"channels={self.weight.shape[0]}, stride={self.stride}"
-
-
-FREE = (ops.NO_END.low, ops.NO_END.high)
-"""The clamp that changes nothing."""
+        return f"channels={self.weight.shape[0]}, stride={self.step}"
 
 
 def window_of(conv: nn.Conv2d) -> Window:
@@ -130,7 +183,8 @@ def _sliced(window: Window) -> bool:
 def serves_depthwise(module: nn.Module) -> bool:
     """Whether `DepthwiseConv2d` can take this module's place."""
     return (
-        isinstance(module, nn.Conv2d)
+        type(module) is nn.Conv2d
+        and why_not_plain(module) is None
         and module.weight.shape == (module.groups, 1, 3, 3)
         and module.weight.dtype == torch.float32
         and module.weight.is_cpu

@@ -12,9 +12,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from gossamer.core.costs import Costs, Work
+from gossamer.core.costs import Costs, Predictor, Work
 from gossamer.core.errors import FormatError
 from gossamer.nn.bitmap import BitmapLinear
+from gossamer.nn.quick import QuickCosts
 from gossamer.ops import _dispatch
 
 _LARGEST = 1 << 20
@@ -67,11 +68,20 @@ def cached_costs() -> Costs | None:
     return costs if dict(costs.machine) == machine() else None
 
 
-def known_costs(costs: Costs | Literal["rule"] | None) -> Costs | None:
-    """What an argument `costs` stands for; None: the rule decides, asked for or for want of any."""
+def known_costs(costs: Predictor | Literal["rule"] | None) -> Predictor | None:
+    """What an argument `costs` stands for; None: the rule decides.
+
+    None stands for the costs that were measured on this machine, and without any for measuring
+    what is asked, quickly.
+    """
     if costs is None:
-        return cached_costs()
+        return cached_costs() or measure_here()
     return None if isinstance(costs, str) else costs
+
+
+def measure_here() -> Predictor | None:
+    """What measures when asked; None where no compiled kernels run."""
+    return None if _dispatch.isa_index() < 0 else QuickCosts()
 
 
 def store_costs(costs: Costs) -> Path:
@@ -91,14 +101,14 @@ def store_costs(costs: Costs) -> Path:
     return path
 
 
-def choose_unpacking(layer: BitmapLinear, costs: Costs | None) -> None:
+def choose_unpacking(layer: BitmapLinear, costs: Predictor | None) -> None:
     """Set from how many rows on a batch without a prepared form is unpacked; None: by rule."""
     dtype = str(layer.values.dtype).removeprefix("torch.")
     work = Work(layer.out_features, layer.in_features, layer.density)
     layer.unpack_from = None if costs is None else costs.unpack_from(dtype, work)
 
 
-def use_costs(model: nn.Module, costs: Costs | None) -> None:
+def use_costs(model: nn.Module, costs: Predictor | None) -> None:
     """`choose_unpacking` for every packed layer of a model."""
     for module in model.modules():
         if isinstance(module, BitmapLinear):

@@ -7,15 +7,17 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import PatternError, UsageError
 from gossamer.core.pattern import NM, parse_pattern
-from gossamer.nn.bitmap import BitmapLinear, _version
-from gossamer.ops import bitmap, sell
+from gossamer.nn.bitmap import BitmapLinear
+from gossamer.nn.packed import PackedLayer, affine, frozen
+from gossamer.ops import bitmap, prepared, sell
 from gossamer.ops import nm as ops
+from gossamer.ops._dispatch import direct
 from gossamer.ops.nm import Layout
-from gossamer.ops.nm.native import MATVEC_ROWS
+from gossamer.ops.prepared import by_form, suits, version
 from gossamer.ops.sell import Sell
 
 
-class NMLinear(nn.Module):
+class NMLinear(PackedLayer):
     """y = x W^T + b with W (out, in) packed N:M; takes the place of a Linear of the same shape.
 
     values (out, stored) float32 or bfloat16 and codes uint8 (out, bytes), as in `ops.nm`. Moving
@@ -52,9 +54,9 @@ class NMLinear(nn.Module):
         self.pattern, self.density_requested = pattern, density_requested
         self.register_buffer("values", values.detach().contiguous())
         self.register_buffer("codes", codes.contiguous())
-        self._batches: tuple[int, Sell] | None = None
+        self._form: tuple[int, Sell] | None = None
         self.batches_decided = ""
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias = frozen(bias)
 
     @classmethod
     def from_matrix(
@@ -67,7 +69,11 @@ class NMLinear(nn.Module):
 
     def to_matrix(self) -> Tensor:
         """The dense weight (out, in) in the dtype of the values."""
-        return ops.unpack(self.values, self.codes, self.layout)
+        return ops.matrix(self.values, self.codes, self.layout)
+
+    def like(self) -> Tensor:
+        """The values."""
+        return self.values
 
     @property
     def nbytes(self) -> int:
@@ -86,35 +92,37 @@ class NMLinear(nn.Module):
 
     def prepare_batches(self) -> int:
         """Build the form for batches; returns its bytes. O(out * in)."""
+        form = self.make_form()
+        self._form = (version(self.values), form)
+        return form.nbytes
+
+    def make_form(self) -> Sell:
+        """The form for batches."""
         values, bits = bitmap.pack(self.to_matrix())
         offsets = bitmap.row_offsets(values, bits, self.in_features)
-        form = sell.build(values, bits, offsets, self.in_features)
-        self._batches = (_version(self.values), form)
-        return form.nbytes
+        return sell.build(values, bits, offsets, self.in_features)
 
     @property
     def batch_kernel(self) -> str | None:
         """The kernel that serves batches, where a form for it is prepared."""
-        return None if self._batches is None else sell.kernel_name()
+        return None if self._form is None else sell.kernel_name()
 
-    def _form(self, x: Tensor) -> Sell | None:
-        """The form for batches, where it is prepared and serves x; made anew for new values."""
-        if self._batches is None or x.numel() <= MATVEC_ROWS * self.in_features:
-            return None
-        if x.dtype not in (torch.float32, torch.bfloat16) or not x.is_cpu:
-            return None
-        if torch.is_grad_enabled() and (x.requires_grad or torch.compiler.is_compiling()):
-            return None
-        version, form = self._batches
-        if version != _version(self.values) or form.values.dtype != self.values.dtype:
-            self.prepare_batches()
-        return self._batches[1]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out), in x's dtype."""
-        if (form := self._form(x)) is not None:
-            return sell.linear(x, form, self.bias)
+    def product(self, x: Tensor) -> Tensor:
+        """By the form for batches where it suits x, else by the stored values."""
+        if self._form is not None and not direct(x, self.bias):
+            if not torch.compiler.is_compiling():
+                self.refresh()
+            packed, layout = [self.values, self.codes], self.layout
+            facts = [layout.keep, layout.group, layout.cols]
+            return prepared.linear(x, self._form[1], self._form[0], packed, facts, self.bias)
+        form = self.refresh() if self._form is not None and suits(x, self.in_features) else None
+        if form is not None:
+            return by_form(x, form, self.bias)
         return ops.linear(x, self.values, self.codes, self.bias, self.layout)
+
+    def dense_product(self, x: Tensor) -> Tensor:
+        """By the unpacked matrix."""
+        return affine(x, self.to_matrix(), self.bias)
 
     def extra_repr(self) -> str:
         """Shape, pattern and dtype."""

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
+from gossamer.nn.packed import PackedLayer, affine, frozen
 from gossamer.ops import quantized as ops
 from gossamer.ops.quantized import QuantizedMatrix
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(PackedLayer):
     """y = x W^T + b with W (out, in) quantised; takes the place of a Linear of the same shape.
 
     Buffers as in `ops.quantized.QuantizedMatrix`; what a layer does not have is None. Moving the
-    module to another floating dtype changes the bias alone. Other devices than the CPU are refused
+    module to another floating dtype changes the bias alone, and the dtype that `weight` is said to
+    have: dtype, by default the bias's, else float32. Other devices than the CPU are refused
     when called. `fill` holds a sparse matrix dense in memory; `form_decided` says why `compress` or
     `load` did so or not, empty: not asked.
     """
@@ -23,6 +26,7 @@ class QuantizedLinear(nn.Module):
     values: Tensor
     scales: Tensor
     bitmap: Tensor | None
+    typed: Tensor
 
     def __init__(
         self,
@@ -30,6 +34,7 @@ class QuantizedLinear(nn.Module):
         bias: Tensor | None = None,
         pattern: str = "",
         density_requested: float | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = matrix.shape
@@ -46,7 +51,9 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("outlier_cols", cols)
         self.register_buffer("outlier_values", exact)
         self.register_buffer("offsets", matrix.offsets, persistent=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        kind = dtype or (torch.float32 if bias is None else bias.dtype)
+        self.register_buffer("typed", torch.empty(0, dtype=kind), persistent=False)
+        self.bias = frozen(bias)
 
     @classmethod
     def from_matrix(
@@ -61,7 +68,8 @@ class QuantizedLinear(nn.Module):
         outliers: float = 0.0,
     ) -> QuantizedLinear:
         """Quantise a matrix (out, in); its zeros stay exact zeros."""
-        return cls(ops.pack(matrix, bits, group, symmetric, outliers), bias, pattern)
+        packed = ops.pack(matrix, bits, group, symmetric, outliers)
+        return cls(packed, bias, pattern, dtype=matrix.dtype)
 
     @property
     def matrix(self) -> QuantizedMatrix:
@@ -96,7 +104,16 @@ class QuantizedLinear(nn.Module):
 
     def to_matrix(self) -> Tensor:
         """The dense weight (out, in) in float32."""
-        return ops.unpack(self.matrix)
+        return ops.matrix(self.matrix)
+
+    def like(self) -> Tensor:
+        """An empty tensor of the dtype that the weight had."""
+        return self.typed
+
+    @property
+    def has_kernel(self) -> bool:
+        """Integers stay as they are, whatever the model's dtype."""
+        return True
 
     @property
     def kept(self) -> int:
@@ -113,9 +130,13 @@ class QuantizedLinear(nn.Module):
         """The fraction of weights stored."""
         return self.kept / max(1, self.in_features * self.out_features)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out), in x's dtype."""
+    def product(self, x: Tensor) -> Tensor:
+        """By the integers."""
         return ops.linear(x, self.matrix, self.bias)
+
+    def dense_product(self, x: Tensor) -> Tensor:
+        """By the unpacked matrix; x is not rounded."""
+        return affine(x, self.to_matrix(), self.bias)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -128,7 +149,10 @@ class QuantizedLinear(nn.Module):
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         self.thin()
-        old = {name: b for name, b in self._buffers.items() if b is not None and name != "offsets"}
+        skipped = self._non_persistent_buffers_set
+        old = {
+            name: b for name, b in self._buffers.items() if b is not None and name not in skipped
+        }
         new = {name: state.get(prefix + name) for name in old}
         if all(getattr(new[name], "shape", None) == old[name].shape for name in old):
             # other zeros, other offsets: checked before anything is written
@@ -141,7 +165,7 @@ class QuantizedLinear(nn.Module):
         super()._load_from_state_dict(state, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        kept = {n: b for n, b in self._buffers.items() if b is not None and n != "typed"}
         super()._apply(fn, recurse)
         for name, buffer in kept.items():  # float() and its kin are not for what is stored
             moved = self._buffers[name]

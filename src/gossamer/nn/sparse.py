@@ -253,16 +253,6 @@ class SparseConv2d(SparseLayer):
         return f"{self.shape[1]}, {self.shape[0]}, stride={self.stride}, {_said(self)}"
 
 
-def to_dense(model: nn.Module) -> nn.Module:
-    """Replace every layer inside `model` that trains sparsely by its dense form, in place."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, SparseLayer):
-            if not name:
-                return module.to_dense()
-            model.set_submodule(name, module.to_dense())
-    return model
-
-
 def carry(tensor: Tensor, origin: Tensor) -> Tensor:
     """(new nnz,): tensor[origin], zero where origin is -1."""
     if not tensor.numel():

@@ -10,6 +10,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.jit import is_tracing  # type: ignore[attr-defined]
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from gossamer.core.errors import UsageError
 
@@ -70,10 +73,42 @@ def direct(*inputs: Tensor | None) -> bool:
 
     It is there for gradients and for those who trace.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
     wanted = any(part is not None and part.requires_grad for part in inputs)
     return not (wanted and torch.is_grad_enabled())
+
+
+def transformed() -> bool:
+    """Whether torch.func (vmap, jvp, grad) or forward-mode differentiation is at work.
+
+    Both follow torch's own operations only. While compiling, the operators' own rules serve.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    stack = torch._C._functorch.peek_interpreter_stack()
+    return stack is not None or forward_ad._current_level >= 0
+
+
+def plain(x: Tensor) -> bool:
+    """Whether an ordinary call is at work: nothing traces, transforms or casts it."""
+    watched = is_tracing() or torch.compiler.is_compiling() or transformed()
+    return x.is_cpu and not watched and not torch.is_autocast_enabled(x.device.type)
+
+
+def refuse_tracing() -> None:
+    """Raise UsageError inside torch.jit.trace and exporters, which do not see what kernels write."""
+    if is_tracing():
+        raise UsageError(
+            "torch.jit.trace, and torch.onnx.export with dynamo=False, cannot record packed "
+            "layers: call gossamer.unpack(model) first, which makes them ordinary layers again, "
+            "or use torch.export"
+        )
+    if torch.onnx.is_in_onnx_export():
+        raise UsageError(
+            "ONNX has no operator for packed layers: call gossamer.unpack(model) first, which makes "
+            "them ordinary layers again"
+        )
 
 
 def describe() -> str:

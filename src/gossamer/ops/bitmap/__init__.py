@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ __all__ = [
     "columns_of",
     "kernel_name",
     "linear",
+    "matrix",
     "pack",
     "row_offsets",
     "unpack",
@@ -130,29 +133,36 @@ def _(
     return x.new_empty(*x.shape[:-1], bitmap.shape[0])
 
 
-@torch.library.custom_op("gossamer::bitmap_linear_grad_x", mutates_args=())
-def _grad_x(grad: Tensor, values: Tensor, bitmap: Tensor, in_features: int) -> Tensor:
-    matrix = unpack(values, bitmap, in_features)
-    return (grad.float() @ matrix.float()).to(grad.dtype)
+@torch.library.custom_op("gossamer::bitmap_unpack", mutates_args=())
+def _unpack(values: Tensor, bitmap: Tensor, row_ptr: Tensor, in_features: int) -> Tensor:
+    served = values.dtype in (torch.float32, torch.bfloat16) and values.is_cpu
+    if _dispatch.isa_index() < 0 or not served:
+        return reference.unpack(values, bitmap, in_features)
+    return native.unpack(values, bitmap, row_ptr, in_features).to(values.dtype)
 
 
-@_grad_x.register_fake
-def _(grad: Tensor, values: Tensor, bitmap: Tensor, in_features: int) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], in_features)
+@_unpack.register_fake
+def _(values: Tensor, bitmap: Tensor, row_ptr: Tensor, in_features: int) -> Tensor:
+    return values.new_empty(bitmap.shape[0], in_features)
 
 
-def _setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
-    _, values, bitmap, _, bias, in_features, _, _ = inputs
-    ctx.save_for_backward(values, bitmap)  # type: ignore[attr-defined]
-    ctx.in_features = in_features  # type: ignore[attr-defined]
-    ctx.has_bias = bias is not None  # type: ignore[attr-defined]
+def matrix(values: Tensor, bitmap: Tensor, row_ptr: Tensor, in_features: int) -> Tensor:
+    """`unpack` by the kernel, which compilers may record; row_ptr from `row_offsets`."""
+    return _unpack(values, bitmap, row_ptr, in_features)
 
 
-def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-    values, bitmap = ctx.saved_tensors  # type: ignore[attr-defined]
-    in_features, has_bias = ctx.in_features, ctx.has_bias  # type: ignore[attr-defined]
-    grad_x = _grad_x(grad, values, bitmap, in_features)
-    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if has_bias else None
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, values, bitmap, row_ptr, bias, in_features, _, _ = inputs
+    ctx.save_for_backward(values, bitmap, row_ptr)
+    ctx.in_features, ctx.bias = in_features, bias is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        dense = _unpack(*ctx.saved_tensors, ctx.in_features)
+        grad_x = (grad.float() @ dense.float()).to(grad.dtype)
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.bias else None
     return grad_x, None, None, None, grad_bias, None, None, None
 
 

@@ -83,6 +83,13 @@ def columns_of(bitmap: Tensor, row_ptr: Tensor) -> Tensor:
     return columns
 
 
+def unpack(values: Tensor, bitmap: Tensor, row_ptr: Tensor, in_features: int) -> Tensor:
+    """The dense matrix (out, in) in float32."""
+    matrix = torch.empty(bitmap.shape[0], in_features)
+    _unpack_rows(values, bitmap, row_ptr, 0, bitmap.shape[0], matrix)
+    return matrix
+
+
 def _matvec(
     x: Tensor, values: Tensor, bitmap: Tensor, row_ptr: Tensor, bias: Tensor | None, rows: int,
     columns: Tensor | None,
@@ -119,20 +126,21 @@ def _unpacked(
     for first in range(0, out, step):
         last = min(out, first + step)
         rows = scratch[: last - first]
-        _module().bitmap_unpack(
-            *_matrix(values, bitmap, row_ptr),
-            in_features,
-            first,
-            last,
-            rows.data_ptr(),
-            _threads(rows.numel()),
-            isa_index(),
-        )
+        _unpack_rows(values, bitmap, row_ptr, first, last, rows)
         if bias is None:
             torch.mm(x, rows.t(), out=y[:, first:last])
         else:
             torch.addmm(bias[first:last], x, rows.t(), out=y[:, first:last])
     return y
+
+
+def _unpack_rows(
+    values: Tensor, bitmap: Tensor, row_ptr: Tensor, first: int, last: int, out: Tensor
+) -> None:
+    """Rows first to last - 1 into `out` (rows, in) float32."""
+    matrix, width = _matrix(values, bitmap, row_ptr), out.shape[1]
+    threads = _threads(out.numel())
+    _module().bitmap_unpack(*matrix, width, first, last, out.data_ptr(), threads, isa_index())
 
 
 def _spmm(
@@ -172,7 +180,8 @@ def _tiles(
         _threads(values.numel() * x.shape[0]),
         isa_index(),
     )
-    return yt.transpose(1, 2).reshape(tiles * width, out)
+    # contiguous of one tile too, where reshape alone would give a view: compilers rely on strides
+    return yt.transpose(1, 2).contiguous().reshape(tiles * width, out)
 
 
 def _matrix(values: Tensor, bitmap: Tensor, row_ptr: Tensor) -> tuple[int | bool, ...]:

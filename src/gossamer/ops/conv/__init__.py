@@ -28,6 +28,7 @@ __all__ = [
     "Window",
     "build",
     "chain",
+    "check_images",
     "conv",
     "depthwise",
     "kernel_name",
@@ -118,7 +119,7 @@ def depthwise(x: Tensor, before: Before) -> Tensor:
 
     The result is contiguous. O(9 * outputs). Not differentiable. Raises UsageError.
     """
-    _check_images(x, before.weight.shape[0])
+    check_images(x, before.weight.shape[0])
     _check_before(before)
     if _dispatch.direct(x):
         return _run_depthwise(x, before)
@@ -137,7 +138,7 @@ def chain(stages: list[Stage]) -> Callable[[Tensor], Tensor]:
     prepared, channels = home.Chain(ready), ready[0].channels[0]
 
     def call(x: Tensor) -> Tensor:
-        _check_images(x, channels)
+        check_images(x, channels)
         return prepared.run(x.contiguous())
 
     return call
@@ -164,7 +165,8 @@ def _ready_before(before: Before | None) -> Before | None:
     return Before(before.weight.detach().contiguous(), before.stride, _ready(before.ends))
 
 
-def _check_images(x: Tensor, channels: int) -> None:
+def check_images(x: Tensor, channels: int) -> None:
+    """Raise UsageError for what is not float32 images of so many channels on the CPU."""
     if x.dim() != 4 or x.shape[1] != channels or min(x.shape[2:]) < 1:
         raise UsageError(
             f"expected images of {channels} channels, (images, channels, height, width), "
@@ -196,7 +198,7 @@ def _check(x: Tensor, form: Form, window: Window, ends: Ends, before: Before | N
     taps = window.kernel[0] * window.kernel[1]
     if taps < 1 or form.shape[1] % taps:
         raise UsageError(f"{form.shape[1]} weights per output do not fit a kernel {window.kernel}")
-    _check_images(x, form.shape[1] // taps)
+    check_images(x, form.shape[1] // taps)
     _check_ends(ends, form.shape[0])
     if min(window.stride) < 1 or window.stride[1] > 2 or min(window.padding) < 0:
         raise UsageError(f"stride is 1 or 2 and padding from 0, not {window}")

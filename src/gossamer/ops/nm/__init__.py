@@ -6,6 +6,8 @@ Networks" (2021); the layout here is for processors whose registers permute 16 f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from gossamer.ops import _dispatch
 from gossamer.ops.nm import native, reference
 from gossamer.ops.nm.reference import GROUPS, Layout
 
-__all__ = ["GROUPS", "Layout", "check", "fits", "kernel_name", "linear", "pack", "unpack"]
+__all__ = ["GROUPS", "Layout", "check", "fits", "kernel_name", "linear", "matrix", "pack", "unpack"]
 
 
 def kernel_name() -> str:
@@ -96,29 +98,33 @@ def _(
     return x.new_empty(*x.shape[:-1], values.shape[0])
 
 
-@torch.library.custom_op("gossamer::nm_linear_grad_x", mutates_args=())
-def _grad_x(
-    grad: Tensor, values: Tensor, codes: Tensor, keep: int, group: int, cols: int
-) -> Tensor:
-    matrix = unpack(values, codes, Layout(keep, group, cols))
-    return (grad.float() @ matrix.float()).to(grad.dtype)
+@torch.library.custom_op("gossamer::nm_unpack", mutates_args=())
+def _unpack(values: Tensor, codes: Tensor, keep: int, group: int, cols: int) -> Tensor:
+    return unpack(values, codes, Layout(keep, group, cols))
 
 
-@_grad_x.register_fake
-def _(grad: Tensor, values: Tensor, codes: Tensor, keep: int, group: int, cols: int) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], cols)
+@_unpack.register_fake
+def _(values: Tensor, codes: Tensor, keep: int, group: int, cols: int) -> Tensor:
+    return values.new_empty(values.shape[0], cols)
 
 
-def _setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
+def matrix(values: Tensor, codes: Tensor, layout: Layout) -> Tensor:
+    """`unpack`, which compilers may record."""
+    return _unpack(values, codes, layout.keep, layout.group, layout.cols)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, values, codes, bias, *pattern = inputs
-    ctx.save_for_backward(values, codes)  # type: ignore[attr-defined]
-    ctx.pattern, ctx.has_bias = pattern, bias is not None  # type: ignore[attr-defined]
+    ctx.save_for_backward(values, codes)
+    ctx.pattern, ctx.bias = pattern, bias is not None
 
 
-def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x = _grad_x(grad, *ctx.saved_tensors, *ctx.pattern)  # type: ignore[attr-defined]
-    has_bias = ctx.has_bias  # type: ignore[attr-defined]
-    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if has_bias else None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        dense = _unpack(*ctx.saved_tensors, *ctx.pattern)
+        grad_x = (grad.float() @ dense.float()).to(grad.dtype)
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.bias else None
     return grad_x, None, None, grad_bias, None, None, None
 
 

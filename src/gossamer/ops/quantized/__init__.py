@@ -22,6 +22,7 @@ __all__ = [
     "fill",
     "kernel_name",
     "linear",
+    "matrix",
     "pack",
     "quantize",
     "thin",
@@ -304,28 +305,33 @@ def _(x: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
 
 
 @torch.library.custom_op(
-    "gossamer::quantized_linear_grad_x",
-    mutates_args=(),
-    schema=f"(Tensor grad, {_PARTS}) -> Tensor",
+    "gossamer::quantized_unpack", mutates_args=(), schema=f"({_PARTS}) -> Tensor"
 )
-def _grad_x(grad: Tensor, *parts: Any) -> Tensor:
-    return (grad.float() @ unpack(_matrix(parts))).to(grad.dtype)
+def _unpack(*parts: Any) -> Tensor:
+    return unpack(_matrix(parts))
 
 
-@_grad_x.register_fake
-def _(grad: Tensor, *parts: Any) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], parts[-4][1])
+@_unpack.register_fake
+def _(*parts: Any) -> Tensor:
+    return parts[0].new_empty(parts[-4], dtype=torch.float32)
+
+
+def matrix(m: QuantizedMatrix) -> Tensor:
+    """`unpack`, which compilers may record."""
+    return _unpack(*_flat(m))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, bias, *parts = inputs
     ctx.save_for_backward(*parts[:8])
-    ctx.has_bias, ctx.facts = bias is not None, parts[8:]
+    ctx.bias, ctx.facts = bias is not None, parts[8:]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x = _grad_x(grad, *ctx.saved_tensors, *ctx.facts)
-    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias else None
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_x = (grad.float() @ _unpack(*ctx.saved_tensors, *ctx.facts)).to(grad.dtype)
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.bias else None
     return grad_x, grad_bias, *[None] * 12
 
 
