@@ -5,12 +5,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 KERNEL_SOURCES := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-slow lint types setup docs bench claims sanitize fuzz clean help
+.PHONY: demo test test-slow lint types setup docs bench claims sweep sanitize fuzz clean help
 
 help:
 	@echo "make demo   compress the bundled model, write demo-out/report.html"
 	@echo "make test   run the tests        make test-slow  run the long ones"
-	@echo "make lint types docs bench claims clean"
+	@echo "make lint types docs bench claims sweep clean"
 	@echo "make sanitize  kernel tests under sanitizers   make fuzz  a minute each"
 
 setup: $(READY)
@@ -53,6 +53,10 @@ claims: $(READY)
 	cd benchmarks && for file in $$(grep -l "^def check" claims/*.py); do \
 		$(CURDIR)/$(BIN)/python -m claims.$$(basename $$file .py) || exit 1; done
 	$(BIN)/python docs/generate.py
+
+# Every model family anew, then its page. timm and diffusers take part where they are installed.
+sweep: $(READY)
+	$(BIN)/python tests/sweep/run.py --write
 
 FUZZ_SECONDS ?= 60
 fuzz: $(READY)

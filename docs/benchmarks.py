@@ -173,7 +173,12 @@ def page() -> str:
                 missed.setdefault(reason, []).append(f"{label} ({figure:.2f} of {target:g})")
     why = "\n\n".join(f"{reason} Missed: {'; '.join(labels)}." for reason, labels in missed.items())
     return _TEXT.format(
-        limits=_limits(), reached="\n".join(reached), why=why, layers=_layers(), decode=_decode()
+        processor=_processor(read("kernels")),
+        limits=_limits(),
+        reached="\n".join(reached),
+        why=why,
+        layers=_layers(),
+        decode=_decode(),
     )
 
 
@@ -181,6 +186,14 @@ def _zeros(case: Case) -> str:
     pattern = case["case"]["pattern"]
     scattered = "50% zeros, held dense" if case["case"]["dtype"] == "int4" else "50% zeros"
     return {"dense": "no zeros", "2:4": "50% zeros as 2:4"}.get(pattern, scattered)
+
+
+def _processor(record: dict[str, Any]) -> str:
+    """Which one made a record; records that do not say were made on the first machine."""
+    if (machine := record.get("machine")) is None:
+        return "a Cascade Lake Xeon without bfloat16 instructions"
+    dots = {True: ", with", False: ", without"}.get(machine.get("bfloat16_dot"))
+    return machine["cpu"] + (f"{dots} bfloat16 instructions" if dots else "")
 
 
 def _limits() -> str:
@@ -225,7 +238,7 @@ def _decode() -> str:
 
 _TEXT = """# Benchmarks
 
-Written from `benchmarks/results/*.json` by `make docs`; the pictures by `python benchmarks/plot.py`. Measured by `gossamer bench` on a Cascade Lake Xeon without bfloat16 instructions: {limits}. Every result is checked before it is timed; engines take turns in one process and medians count.
+Written from `benchmarks/results/*.json` by `make docs`; the pictures by `python benchmarks/plot.py`. Measured by `gossamer bench` on {processor}: {limits}. Every result is checked before it is timed; engines take turns in one process and medians count.
 
 ![Speed over the best dense engine against density](../images/speed.png)
 

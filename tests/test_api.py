@@ -114,3 +114,83 @@ def test_the_command_prints_what_the_function_measures(pair, report, tmp_path, c
     with pytest.raises(SystemExit) as caught:
         main(["compare", *flags, "--out=report.txt"])
     assert caught.value.code == 2 and ".html or .json" in capsys.readouterr().err
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16))
+
+
+ROWS = [torch.randn(64, 32, generator=torch.Generator().manual_seed(0))]
+
+
+@pytest.mark.parametrize(
+    ("words", "objects"),
+    [
+        ({"method": "Wanda", "sparsity": 0.7}, {"method": gs.Wanda(), "density": 0.3}),
+        (
+            {"method": "sparsegpt:block=8,damping=0.1", "pattern": "2:4"},
+            {"method": gs.SparseGPT(block=8, damping=0.1), "pattern": gs.NM(2, 4)},
+        ),
+        (
+            {"method": "magnitude", "allocation": "erk", "sparsity": 0.9},
+            {"method": gs.Magnitude(), "allocation": gs.ERK(), "density": 0.1},
+        ),
+        (
+            {"method": "wanda: scope = tensor", "allocation": "owl:lam=0.05", "density": 0.5},
+            {"method": gs.Wanda("tensor"), "allocation": gs.OWL(lam=0.05), "density": 0.5},
+        ),
+        (
+            {"method": "random:seed=7", "pattern": "unstructured:row", "density": 0.25},
+            {"method": gs.Random(7), "pattern": gs.Unstructured("row"), "density": 0.25},
+        ),
+    ],
+)
+def test_words_mean_what_objects_do(words, objects):
+    first = gs.prune(mlp(), words.pop("method"), data=ROWS, **words)
+    second = gs.prune(mlp(), objects.pop("method"), data=ROWS, **objects)
+    assert first.provenance == second.provenance
+    for name, support in second.supports.items():
+        assert torch.equal(first.supports[name].mask, support.mask)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"method": "sparsgpt"}, "did you mean 'sparsegpt'"),
+        ({"method": "sparsegpt:blok=3"}, "did you mean 'block'"),
+        ({"method": "sparsegpt:block"}, "not option=value"),
+        ({"method": "sparsegpt:block=many"}, "block"),
+        ({"method": "sparsegpt:block=0"}, "block >= 1"),
+        ({"method": "rigl"}, "sparse_training"),
+        ({"method": 3}, "not a pruning method"),
+        ({"pattern": "2-4"}, "write one of"),
+        ({"pattern": "unstrucured"}, "did you mean 'unstructured'"),
+        ({"pattern": 24}, "pattern is one such as"),
+        ({"allocation": "erkk"}, "did you mean 'er"),
+        ({"allocation": gs.ERK}, "allocation is one such as"),
+        ({"allocation": 3}, "allocation is one such as"),
+        ({"sparsity": 0.5, "density": 0.5}, "give density"),
+        ({"sparsity": 50}, r"in \[0, 1\)"),
+        ({"sparsity": "0.5"}, r"in \[0, 1\)"),
+        ({"density": "0.5"}, "number"),
+    ],
+    ids=str,
+)
+def test_wrong_words_name_the_right_ones(arguments, words):
+    model = mlp()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    values = {"method": "magnitude", "data": ROWS, **arguments}
+    if not {"sparsity", "density"} & set(values):
+        values["density"] = 0.5
+    with pytest.raises(gs.UsageError, match=words) as caught:
+        gs.prune(model, values.pop("method"), **values)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_progress_shows_the_passes_over_the_data(capfd, monkeypatch):
+    monkeypatch.setattr("gossamer.engine.progress._WORTH", 0.0)
+    gs.prune(mlp(), "wanda", density=0.5, data=ROWS, progress=True)
+    out, err = capfd.readouterr()
+    assert out == "" and "reading the data" in err and "pruning" in err

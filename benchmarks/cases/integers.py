@@ -17,6 +17,7 @@ from torch import nn
 import gossamer as gs
 from gossamer.engine.evaluate import bits_per_byte
 from gossamer.nn import QuantizedLinear
+from gossamer.nn.costs import machine
 from gossamer.ops.quantized import reference
 from gossamer.testbed import calibration_batches, heldout_text, language_model
 
@@ -74,6 +75,7 @@ def main() -> None:
     record = {
         "text_bytes": len(TEXT),
         "method": "SparseGPT, then rounding to nearest",
+        "machine": machine(),
         "rows": rows,
     }
     OUT.write_text(json.dumps(record, indent=2) + "\n")

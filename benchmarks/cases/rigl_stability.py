@@ -19,6 +19,7 @@ from torch import nn
 from training_table import BATCH, DENSITY, SEEDS, network, summary
 
 import gossamer as gs
+from gossamer.nn.costs import machine
 from gossamer.testbed import digits
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "rigl_stability.json"
@@ -103,7 +104,7 @@ def main() -> None:
     record = {
         "network": "the CNN of training_table.py, 56 channels in all",
         "density": DENSITY, "steps": STEPS, "seeds": len(SEEDS), "cause": CAUSE,
-        "torch": torch.__version__, "rows": rows,
+        "machine": machine(), "rows": rows,
     }  # fmt: skip
     OUT.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -8,14 +8,12 @@ Run: python benchmarks/cases/testbed.py
 from __future__ import annotations
 
 import json
-import platform
 import sysconfig
 from pathlib import Path
 
-import torch
-
 import gossamer
 from gossamer.engine.evaluate import bits_per_byte
+from gossamer.nn.costs import machine
 from gossamer.testbed import baselines, calibration_text, corpus, heldout_text, language_model
 from gossamer.testbed.train import DOCS
 
@@ -40,7 +38,7 @@ def main() -> None:
         "ngram5": baselines.ngram_bits_per_byte(text, training),
         "ngram5_training_bytes": len(training),
         "train": facts,
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "machine": machine(),
     }
     OUT.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))

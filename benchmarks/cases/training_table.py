@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 import gossamer as gs
+from gossamer.nn.costs import machine
 from gossamer.testbed import digits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,7 +179,7 @@ def table(results: dict[tuple[str, int], Outcome]) -> dict[str, Any]:
         "density": DENSITY, "budget": f"{BUDGET} dense steps of {BATCH} (9 epochs) for every arm, but for the rounding of schedules",
         "updates": UPDATES, "seeds": len(seeds),
         "optimizer": "SGD 0.1, momentum 0.9, weight decay 5e-4, cosine over the run",
-        "torch": torch.__version__, "rows": rows,
+        "machine": machine(), "rows": rows,
     }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import gossamer as gs
 from gossamer.bench.measure import interleaved
 from gossamer.nn import SparseLinear
+from gossamer.nn.costs import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -228,7 +229,7 @@ def main() -> None:
     record = json.loads(out.read_text()) if out.exists() else {}
     parts = sys.argv[1:] or ["times", "memory", "agreement", "static", "set", "rigl"]
     record["case"] = {"sizes": SIZES, "density": DENSITY, "batch": BATCH, "optimizer": "AdamW",
-                      "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+                      "machine": machine()}  # fmt: skip
     if "times" in parts:
         found = times()
         record["milliseconds"], record["ratio"] = found, found["dense"] / found["sparse"]

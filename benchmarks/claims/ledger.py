@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from gossamer.nn.costs import machine
+
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "claims"
 HOLDS, FAILS, UNTESTABLE = "holds", "does not hold here", "not testable at this size"
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -94,6 +96,7 @@ def main(check: Callable[[bool], dict[str, Any]]) -> None:
     found = check(short)
     print(found["method"], found["verdict"], found["why"], f"({time.monotonic() - start:.0f} s)")
     if not short:
+        found["machine"] = machine()
         RESULTS.mkdir(parents=True, exist_ok=True)
         text = json.dumps(found, indent=1, ensure_ascii=False)
         (RESULTS / f"{found['method']}.json").write_text(text + "\n")

@@ -1,95 +1,31 @@
 """Gossamer makes neural networks sparse, and makes sparse networks pay."""
 
-from gossamer.api import compare
-from gossamer.core.allocation import ER, ERK, LAMP, OWL, Global, Uniform, UniformPlus
-from gossamer.core.card import Card
-from gossamer.core.costs import Costs
-from gossamer.core.coupling import Coupled
-from gossamer.core.errors import (
-    FormatError,
-    GossamerError,
-    MissingExtra,
-    NonFiniteError,
-    PatternError,
-    UsageError,
-)
-from gossamer.core.pattern import NM, Block, Channel, Unstructured, format_pattern, parse_pattern
-from gossamer.core.result import CompressResult, LayerRecord, PruneResult
-from gossamer.core.select import select, select_global
-from gossamer.core.support import Support
-from gossamer.engine.compress import compress
-from gossamer.engine.generate import generate
-from gossamer.engine.measure_costs import calibrate_costs
-from gossamer.engine.prune import prune
-from gossamer.engine.rounds import Part, RoundsResult, train_rounds
-from gossamer.engine.structure import ShrinkResult, coupled_channels, shrink
-from gossamer.engine.train import SparseRun, sparse_training
-from gossamer.engine.true_sparse import TrueSparseRun, sparse_layers, true_sparse_training
-from gossamer.engine.unpack import unpack
-from gossamer.io import export, load, save
-from gossamer.methods import cards, find
-from gossamer.methods.weights.catalogue import *  # noqa: F403 - every method by its name
-from gossamer.methods.weights.catalogue import CATALOGUE
-from gossamer.methods.weights.training.keep import Keep
-from gossamer.nn.semi_structured import from_semi_structured, to_semi_structured
-from gossamer.report.comparison import Comparison
+import importlib
+from typing import TYPE_CHECKING
+
+from gossamer.integrations.arrival import register_with_transformers
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ER",
-    "ERK",
-    "LAMP",
-    "NM",
-    "OWL",
-    "Block",
-    "Card",
-    "Channel",
-    "Comparison",
-    "CompressResult",
-    "Costs",
-    "Coupled",
-    "FormatError",
-    "Global",
-    "GossamerError",
-    "Keep",
-    "LayerRecord",
-    "MissingExtra",
-    "NonFiniteError",
-    "Part",
-    "PatternError",
-    "PruneResult",
-    "RoundsResult",
-    "ShrinkResult",
-    "SparseRun",
-    "Support",
-    "TrueSparseRun",
-    "Uniform",
-    "UniformPlus",
-    "Unstructured",
-    "UsageError",
-    "calibrate_costs",
-    "cards",
-    "compare",
-    "compress",
-    "coupled_channels",
-    "export",
-    "find",
-    "format_pattern",
-    "from_semi_structured",
-    "generate",
-    "load",
-    "parse_pattern",
-    "prune",
-    "save",
-    "select",
-    "select_global",
-    "shrink",
-    "sparse_layers",
-    "sparse_training",
-    "to_semi_structured",
-    "train_rounds",
-    "true_sparse_training",
-    "unpack",
-]
-__all__ += [x.__name__ for x in CATALOGUE]
+register_with_transformers()
+
+# Public names come at their first use, so that the command line answers `--help` without torch.
+if TYPE_CHECKING:
+    from gossamer._public import *  # noqa: F403
+    from gossamer._public import __all__ as __all__
+    from gossamer.methods.weights.catalogue import *  # noqa: F403 - every method by its name
+else:
+
+    def __getattr__(name: str) -> object:
+        if name.startswith("_") and name != "__all__":
+            raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
+        public = importlib.import_module("gossamer._public")
+        if name == "__all__" or name in public.__all__:
+            globals()[name] = value = getattr(public, name)
+            return value
+        if name in globals():  # a subpackage that was imported meanwhile
+            return globals()[name]
+        raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *importlib.import_module("gossamer._public").__all__})

@@ -2,19 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal, cast
 
 from torch import nn
 
+from gossamer import methods
+from gossamer.core.allocation import ALLOCATIONS
 from gossamer.core.errors import UsageError
-from gossamer.core.result import unwrap
+from gossamer.core.pattern import Pattern, parse_pattern
+from gossamer.core.result import PruneResult, unwrap
+from gossamer.core.words import build
+from gossamer.engine import prune as engine
 from gossamer.engine.data import Batch, read_batches
 from gossamer.engine.evaluate import Measurable
-from gossamer.engine.tasks import Outputs, Subject, Task, is_causal, task_of
+from gossamer.engine.protocols import Allocation, Method
+from gossamer.engine.tasks import Outputs, Subject, Task, is_causal, reads_text, task_of
 from gossamer.nn.costs import machine
 from gossamer.report.comparison import Comparison
+
+
+def prune(
+    model: nn.Module | PruneResult,
+    method: Method | str,
+    *,
+    pattern: Pattern | str | None = None,
+    density: float | None = None,
+    sparsity: float | None = None,
+    allocation: Allocation | str | None = None,
+    data: Iterable[Batch] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    uncalled: Literal["dense", "error"] = "dense",
+    keep_zeros: bool = False,
+    journal: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> PruneResult:
+    """Prune `model` in place and return it with its supports and figures.
+
+    method: a scorer or a solver, or its name: `"wanda"`, `"sparsegpt:block=64,damping=0.02"`.
+    pattern: by default the method's own; `NM(2, 4)` or `"2:4"`. density: the fraction kept, in
+    (0, 1]; may be left out for N:M. sparsity: the fraction removed instead, in [0, 1). allocation:
+    how one density becomes one per layer; `Uniform()` by default; `ERK()` or `"erk"`. data: batches
+    for a method or allocation that needs statistics: tensors, called as `model(batch)`, or dicts,
+    called as `model(**batch)`; positions where `attention_mask` (of a decoder,
+    `decoder_attention_mask`) is 0 do not count.
+
+    Every matrix is pruned that Gossamer can prune, less embeddings, output heads, routers of
+    mixtures, adapters, tied weights and layers whose forward is their own. include, exclude:
+    `fnmatch` patterns on dotted names that add weights and remove them. uncalled: what becomes of
+    weights that the data never reaches: they stay dense, or are an error. keep_zeros: weights that
+    are zero before stay zero, also where a method repairs what it keeps. journal: a folder in which
+    each finished block is kept, so that the same call on the same dense model resumes there and
+    ends bitwise equal. progress: a bar on stderr.
+
+    Blocks are pruned in order; each one's statistics come from its already pruned predecessors,
+    and only one block's statistics are in memory. Training flags and hooks are left as they were.
+    `coverage` of the result says how much of the model was pruned and names every other matrix,
+    with the reason; where that is little or unusual, the logger `gossamer` warns.
+
+    Bad arguments, patterns that do not fit, weights that hold NaN or are recomputed at every
+    forward, and data that reaches nothing raise before anything changes. An error after that (NaN
+    activations in a later block, a full disk) leaves the blocks before it pruned and the rest
+    dense, which a journal turns into a resume.
+
+    Raises UsageError, PatternError, NonFiniteError (each naming the layer) and FormatError for a
+    damaged journal.
+
+    Example:
+
+        result = gs.prune(model, "sparsegpt", pattern="2:4", data=batches)
+        print(result)
+    """
+    if isinstance(method, str):
+        method = _pruner(method)
+    if isinstance(pattern, str):
+        pattern = parse_pattern(pattern)
+    if isinstance(allocation, str):
+        allocation = cast(Allocation, build(allocation, ALLOCATIONS, "allocation"))
+    if sparsity is not None:
+        density = _density_of(sparsity, density)
+    return engine.prune(
+        unwrap(model), method, pattern=pattern, density=density, allocation=allocation, data=data,
+        include=include, exclude=exclude, uncalled=uncalled, keep_zeros=keep_zeros,
+        journal=journal, progress=progress,
+    )  # fmt: skip
+
+
+def _pruner(text: str) -> Method:
+    if methods.find(text.partition(":")[0]).card.kind not in ("score", "solver"):
+        raise UsageError(
+            f"method {text!r} chooses weights while a model trains; use gs.sparse_training in a "
+            "training loop, or a method for trained models here (see gs.cards())"
+        )
+    return cast(Method, methods.build(text))
+
+
+def _density_of(sparsity: float, density: float | None) -> float:
+    if density is not None:
+        raise UsageError("give density, the fraction kept, or sparsity, the fraction removed")
+    number = isinstance(sparsity, (int, float)) and not isinstance(sparsity, bool)
+    if not number or not 0.0 <= sparsity < 1.0:
+        raise UsageError(f"sparsity is the fraction removed, in [0, 1), not {sparsity!r}")
+    return round(1.0 - sparsity, 12)
 
 
 def compare(
@@ -24,6 +116,7 @@ def compare(
     *,
     tokenizer: Any = None,
     tokens: int = 64,
+    progress: bool = False,
 ) -> Comparison:
     """Measure two models side by side: quality, bytes, and speed in turns in one process.
 
@@ -31,7 +124,10 @@ def compare(
     and how fast it decodes, an encoder of transformers how similar the embeddings of its lines
     stay and how many it encodes per second; or batches, as for `prune`, on which any other model's
     outputs are compared. tokenizer: of text, as transformers gives it; None where a byte is a
-    token. tokens: to decode for the speed.
+    token. tokens: to decode for the speed. progress: show how far it is on stderr.
+
+    Speed is measured in rounds in which both models take turns; those in which others used the
+    machine are taken again for some seconds, and counted where they had to stay.
 
     Raises UsageError where the models are of different kinds, the text is too short, or `tokens`
     exceed the model's positions; NonFiniteError where the models give no numbers.
@@ -44,7 +140,7 @@ def compare(
         report.save("report.html")
     """
     first, second = unwrap(dense), unwrap(sparse)
-    task = _task(first, second, data, tokenizer, tokens)
+    task = _task(first, second, data, tokenizer, tokens, progress)
     quality = {
         "metric": task.metric,
         "better": task.better,
@@ -57,7 +153,7 @@ def compare(
 
 
 def _task(
-    dense: nn.Module, sparse: nn.Module, data: Any, tokenizer: Any, tokens: int
+    dense: nn.Module, sparse: nn.Module, data: Any, tokenizer: Any, tokens: int, progress: bool
 ) -> Task | Outputs:
     if tokens < 1:
         raise UsageError(f"tokens is at least 1, not {tokens}")
@@ -67,14 +163,16 @@ def _task(
     if not isinstance(data, bytes | str):
         if causal:
             raise UsageError("a language model is compared on text: give data as bytes or str")
-        return Outputs(tuple(read_batches(data)))
+        return Outputs(tuple(read_batches(data)), progress)
     if not causal and tokenizer is None:
         raise UsageError("an encoder reads text by its tokenizer: pass tokenizer=, or batches")
+    if not causal and not reads_text(dense):
+        raise UsageError(f"{type(dense).__name__} reads no text: give data as batches")
     vocabulary = getattr(getattr(dense, "config", None), "vocab_size", 0)
     if tokenizer is None and vocabulary > 256:
         raise UsageError(f"a vocabulary of {vocabulary} needs its tokenizer: pass tokenizer=")
     text = data.encode() if isinstance(data, str) else data
-    task = task_of(Subject(dense, tokenizer, causal), text)
+    task = task_of(Subject(dense, tokenizer, causal), text, progress)
     task.check(2, tokens)
     return task
 

@@ -27,6 +27,7 @@ from gossamer.core.errors import GossamerError
 from gossamer.engine import decoder
 from gossamer.engine.compress import compress
 from gossamer.nn import BitmapLinear, NMLinear, QuantizedLinear, timing
+from gossamer.ops import _dispatch
 from gossamer.ops._dispatch import ISAS, isa
 from gossamer.ops._dispatch import kernels as compiled
 
@@ -348,7 +349,12 @@ def test_cases_of_two_runs_are_judged_by_the_same_limits(before, monkeypatch, tm
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[", "no record"), ("[]", "no record"), ('{"cases": []}', "measured with suite")],
+    [
+        ("[", "no record"),
+        ("[]", "no record"),
+        ('{"cases": []}', "measured with suite"),
+        (json.dumps({"suite": "nm", "kernels": _dispatch.describe(), "cases": []}), "machine"),
+    ],
 )
 def test_resume_refuses_what_it_cannot_continue(content, message, tmp_path, capsys):
     out = tmp_path / "record.json"

@@ -175,8 +175,23 @@ def diverged(rank, world):
     job = Job("rigl", rank, world, ddp)
     with job.open as run:
         with torch.no_grad():
-            job.plain[4].weight.add_(rank * torch.randn(12, 96, dtype=torch.float64))
+            weight = job.plain[4].weight
+            weight.add_(rank * torch.randn(12, 96, dtype=torch.float64) * (weight != 0))
         return message(lambda: job.advance(run, range(3)))
+
+
+def strayed(rank, world, wrap):
+    """Weights outside the support on one rank are an error on all of them before the step."""
+    job = Job("set", rank, world, wrap)
+    with job.open as run:
+        job.advance(run, range(1))
+        if rank == 1:
+            local = job.plain[4].weight.detach()
+            (local.to_local() if hasattr(local, "to_local") else local).fill_(1)
+        said = message(lambda: job.advance(run, range(1, 2)))
+        dropped = run.apply_to(job.model)
+        job.advance(run, range(1, 2))
+        return {"said": said, "dropped": dropped, "step": run.step}
 
 
 def nan_on_one_rank(rank, world):
@@ -227,6 +242,8 @@ def main(folder):
         out[f"to ddp {name}"] = second_part(name, ones[name], rank, world, ddp)
     out["own reduction"] = own_reduction(rank, world)
     out["diverged"] = diverged(rank, world)
+    for kind, wrap in (("ddp", ddp), ("fsdp", fsdp)):
+        out[f"{kind} strayed"] = strayed(rank, world, wrap)
     out["nan"] = nan_on_one_rank(rank, world)
     out["flattened"] = flattened(rank, world)
     out["after evaluation"] = after_evaluation(rank, world)

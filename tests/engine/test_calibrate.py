@@ -8,21 +8,20 @@ import pytest
 import torch
 from torch import nn
 
-from gossamer.core.errors import UsageError
-from gossamer.core.matrix import inputs_of
+from gossamer.core.matrix import Weight, inputs_of
 from gossamer.core.stats import LayerStats
 from gossamer.engine import calibrate, hooks
 from gossamer.engine.calibrate import Calibrator, gather_dense
 from gossamer.engine.data import real_tokens
 from gossamer.engine.prune import prune
 from gossamer.methods.weights import METHODS
-from gossamer.models import find_blocks, prunable_layers
+from gossamer.models import choose_weights, find_blocks
 
 NEEDS = ("norm", "hessian")
 
 
-def modules_of(model):
-    return {name: module for name, (module, _) in prunable_layers(model).items()}
+def weights_of(model):
+    return choose_weights(model).weights
 
 
 def whole_model_stats(model, layers, batches):
@@ -33,14 +32,14 @@ def whole_model_stats(model, layers, batches):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert", "vit", "mlp"])
 def test_blocks_chain_and_equal_the_whole_model(tiny, family):
     model, batches = tiny(family)
-    layers = modules_of(model)
-    placed = prunable_layers(model)
+    layers = weights_of(model)
+    placed = choose_weights(model).blocks
     whole = whole_model_stats(model, layers, batches)
     with hooks.evaluating(model):
         calibrator = Calibrator(model, find_blocks(model), layers, batches)
         assert calibrator.chained
-        for block in sorted({index for _, index in placed.values()}):
-            own = {name: module for name, (module, index) in placed.items() if index == block}
+        for block in sorted({placed[name] for name in layers}):
+            own = {name: weight for name, weight in layers.items() if placed[name] == block}
             for name, stats in calibrator.gather(own, block, NEEDS).items():
                 assert stats.count == whole[name].count
                 torch.testing.assert_close(stats.norm, whole[name].norm, rtol=1e-4, atol=1e-4)
@@ -49,7 +48,7 @@ def test_blocks_chain_and_equal_the_whole_model(tiny, family):
 
 def test_statistics_are_those_of_the_formula(tiny):
     model, batches = tiny("mlp")
-    stats = whole_model_stats(model, {"0": model[0]}, batches)["0"]
+    stats = whole_model_stats(model, {"0": Weight(model[0])}, batches)["0"]
     x = torch.cat(batches)
     torch.testing.assert_close(stats.norm, x.norm(dim=0))
     torch.testing.assert_close(stats.hessian, 2 / len(x) * x.T @ x, rtol=1e-4, atol=1e-5)
@@ -65,16 +64,18 @@ def test_statistics_come_from_pruned_predecessors(tiny, family, monkeypatch):
     gather = Calibrator.gather
 
     def spy(self, layers, block, needs):
-        wanted = whole_model_stats(self.model, layers, batches)
+        whole = Calibrator(self.model, [], layers, batches)
+        wanted = gather(whole, layers, None, NEEDS)
         stats = gather(self, layers, block, needs)
         for name, found in stats.items():
             torch.testing.assert_close(found.norm, wanted[name].norm, rtol=1e-4, atol=1e-4)
             seen[name] = found
         return stats
 
-    monkeypatch.setattr(Calibrator, "gather", spy)
-    prune(model, METHODS["wanda"](), density=0.3, data=batches)
-    from_dense = whole_model_stats(dense, modules_of(dense), batches)
+    with monkeypatch.context() as patched:
+        patched.setattr(Calibrator, "gather", spy)
+        prune(model, METHODS["wanda"](), density=0.3, data=batches)
+    from_dense = whole_model_stats(dense, weights_of(dense), batches)
     last = list(seen)[-1]
     assert not torch.allclose(seen[last].norm, from_dense[last].norm, rtol=1e-3)
 
@@ -102,7 +103,7 @@ def test_blocks_that_cannot_be_chained_are_run_whole(tiny):
 def test_padding_does_not_count(tiny):
     model, batches = tiny("bert")
     name = "encoder.layer.0.attention.self.query"
-    stats = whole_model_stats(model, {name: model.get_submodule(name)}, batches)[name]
+    stats = whole_model_stats(model, {name: Weight(model.get_submodule(name))}, batches)[name]
     assert stats.count == 4 * (24 + 16)
     assert real_tokens({"attention_mask": torch.ones(2, 3)}) is None
 
@@ -133,15 +134,16 @@ def test_one_block_of_statistics_at_a_time(tiny, monkeypatch):
     assert len(alive) == 0
 
 
-def test_captured_inputs_hold_no_cache(tiny):
+def test_recorded_arguments_hold_no_cache(tiny):
     model, batches = tiny("llama")
     with hooks.evaluating(model):
-        block = model.model.layers[0]
-        captured = hooks.capture_first_block_inputs(model, block, batches, lambda b: model(**b))
-    assert len(captured) == len(batches)
-    for args, kwargs in captured:
-        assert args[0].shape == (2, 24, 32)
-        assert kwargs["past_key_values"] is None
+        calibrator = Calibrator(model, find_blocks(model), weights_of(model), batches)
+    assert len(calibrator._traces) == len(batches)
+    for trace, hidden in zip(calibrator._traces, calibrator._hidden, strict=True):
+        assert hidden.shape == (2, 24, 32) and len(trace.arguments) == 2
+        for args, kwargs in trace.arguments:
+            assert args[0] is None
+            assert kwargs["past_key_values"] is None
 
 
 def test_hooks_leave_nothing_behind(tiny):
@@ -167,7 +169,7 @@ def test_hooks_leave_nothing_behind(tiny):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_layer_that_is_never_called_is_named():
+def test_a_layer_that_is_never_called_has_no_statistics():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -177,12 +179,11 @@ def test_layer_that_is_never_called_is_named():
             return self.used(x)
 
     net, batches = Net(), [torch.randn(3, 4)]
-    with pytest.raises(UsageError, match="unused: saw no calibration input"):
-        whole_model_stats(net, modules_of(net), batches)
+    assert list(whole_model_stats(net, weights_of(net), batches)) == ["used"]
 
 
 def test_conv_rows_are_patches():
     conv, x = nn.Conv2d(3, 5, 3, padding=1), torch.randn(2, 3, 6, 6)
-    stats = whole_model_stats(nn.Sequential(conv), {"0": conv}, [x])["0"]
+    stats = whole_model_stats(nn.Sequential(conv), {"0": Weight(conv)}, [x])["0"]
     assert isinstance(stats, LayerStats)
     torch.testing.assert_close(stats.norm, inputs_of(conv, x).norm(dim=0))

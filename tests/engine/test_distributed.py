@@ -90,5 +90,14 @@ def test_errors_reach_all_ranks(two):
     assert two[1]["nan"]["said"].startswith("NonFiniteError: 4:")
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_weights_outside_the_support_of_one_rank_stop_all(two, kind):
+    first, second = (out[f"{kind} strayed"] for out in two)
+    assert "another rank refuses" in first["said"]
+    assert "4: " in second["said"] and "outside the support" in second["said"]
+    assert first["step"] == second["step"] == 2
+    assert first["dropped"] == 0 < second["dropped"]
+
+
 def test_a_root_left_gathered_by_an_evaluation_is_sharded_again(two):
     assert_same(two[0]["after evaluation"], ranks.whole_run("set"), 1e-9)

@@ -133,7 +133,11 @@ def test_the_fold_of_a_padded_constant_is_near_and_its_error_is_told():
     x = next(s for s in gs.coupled_channels(model, EXAMPLE) if s.layers == ("a.c1",))
     model.a.b1.bias.data[:2] = 1.0
     model.a.b1.weight.data[:2] = 0
-    result = gs.shrink(model, EXAMPLE, [x])
+    kept = gs.shrink(model, EXAMPLE, [x])
+    assert kept.removed == {} and kept.deviation == 0
+    assert "approximate=True" in kept.left_out["a.c1"]
+    result = gs.shrink(model, EXAMPLE, [x], approximate=True)
+    assert result.removed == {"a.c1": 2} and result.left_out == {}
     exact = float((result.model(EXAMPLE) - model(EXAMPLE)).detach().abs().max())
     assert result.deviation == pytest.approx(exact, abs=1e-6) and exact > 1e-4
     plain = copy.deepcopy(result.model)
@@ -161,6 +165,10 @@ def test_layers_that_cannot_be_cut_are_left_out():
     )
     sets = gs.coupled_channels(model, torch.randn(3, 4))
     assert [x.layers for x in sets] == [("2",)]
+    assert gs.fixed_channels(model, torch.randn(3, 4)) == {
+        "0": "1 (LayerNorm): it is no kind of layer that can be cut along",
+        "4": "no Linear or Conv2d reads them: they reach the model's output",
+    }
     with pytest.raises(gs.UsageError, match="names no layer"):
         gs.coupled_channels(model, torch.randn(3, 4), exclude=("9",))
 
@@ -176,7 +184,7 @@ def test_what_a_regulariser_zeroed_is_cut_out_and_the_rest_trains_on():
             model(EXAMPLE).square().mean().backward()
             optimizer.step()
     assert torch.equal(run.masks["a.c2"].any(1), run.masks["stem.0"].any(1))
-    result = gs.shrink(model, EXAMPLE)
+    result = gs.shrink(model, EXAMPLE, approximate=True)
     assert result.removed == {x.layers[0]: x.width // 2 for x in sets}
     assert result.flops[1] < 0.35 * result.flops[0] and result.model.fc.in_features == 32
     assert result.model.training and result.deviation < 1.0

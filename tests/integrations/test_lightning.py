@@ -92,3 +92,76 @@ def test_bad_input_and_nan_end_with_one_error_and_no_hooks(tmp_path):
     assert torch.equal(model.body[2].bias, before)
     optimizer = model.trainer.optimizers[0]
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+
+
+def averaging(kind, **more):
+    from torch.optim.swa_utils import get_ema_avg_fn
+
+    if kind == "swa":
+        return lightning.callbacks.StochasticWeightAveraging(0.05, swa_epoch_start=1)
+    return lightning.callbacks.WeightAveraging(avg_fn=get_ema_avg_fn(0.9))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_averages_of_other_callbacks_keep_to_the_support(kind, first, tmp_path):
+    from gossamer.integrations.lightning import SparseTraining
+
+    class Watched(Net):
+        seen = ()
+
+        def validation_step(self, batch, index):
+            mask = callback.run.masks["body.0"]
+            self.seen = (*self.seen, bool(self.body[0].weight[~mask].any()))
+
+    callback, model = SparseTraining(gs.SET(0.2, every=2), seed=3), Watched()
+    other = averaging(kind)
+    keep = lightning.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
+    runner = lightning.Trainer(
+        callbacks=[callback, other, keep] if first else [other, callback, keep], accelerator="cpu",
+        max_epochs=3, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )  # fmt: skip
+    runner.fit(model, loader(), loader(6))
+    mask = callback.run.masks["body.0"]
+    assert model.seen and not any(model.seen)
+    assert not model.body[0].weight[~mask].any() and model.body[0].weight.any()
+    for path in tmp_path.glob("*.ckpt"):
+        saved = torch.load(path, weights_only=False)
+        state = saved["callbacks"][callback.state_key]
+        assert not saved["state_dict"]["body.0.weight"][~state["masks"]["body.0"]].any(), path
+
+
+def test_weights_that_another_callback_writes_are_an_error(tmp_path):
+    from gossamer.integrations.lightning import SparseTraining
+
+    class Writes(lightning.Callback):
+        def on_train_end(self, trainer, pl_module):
+            nn.init.ones_(pl_module.body[0].weight)
+
+    for order in (1, -1):
+        callbacks = [SparseTraining(gs.SET(0.2, every=2)), Writes()][::order]
+        runner = lightning.Trainer(
+            callbacks=callbacks, accelerator="cpu", max_steps=3, logger=False,
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        )  # fmt: skip
+        with pytest.raises(gs.UsageError, match=r"body\.0: \d+ weights outside"):
+            runner.fit(Net(), loader())
+
+
+def test_layers_that_thaw_are_an_error(tmp_path):
+    from gossamer.integrations.lightning import SparseTraining
+
+    class Thaws(lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, index):
+            pl_module.body[2].requires_grad_(index > 1)
+
+    model = Net()
+    model.body[2].requires_grad_(False)
+    runner = lightning.Trainer(
+        callbacks=[SparseTraining(gs.SET(0.2, every=9)), Thaws()], accelerator="cpu", max_steps=5,
+        logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False,
+    )  # fmt: skip
+    with pytest.raises(gs.UsageError, match=r"body\.2: was frozen"):
+        runner.fit(model, loader())

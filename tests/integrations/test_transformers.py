@@ -46,8 +46,9 @@ def trainer(folder, method, model=None, **more):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     callback = SparseTraining(METHODS[method](), seed=3)
     built = transformers.Trainer(
-        model, arguments, train_dataset=DATA, callbacks=[callback], optimizers=(optimizer, None)
-    )
+        model, arguments, train_dataset=DATA, eval_dataset=DATA[:6], callbacks=[callback],
+        optimizers=(optimizer, None),
+    )  # fmt: skip
     return built, callback, model
 
 
@@ -100,3 +101,30 @@ def test_a_checkpoint_without_our_state_is_refused(tmp_path):
     resumed, _, _ = trainer(tmp_path, "set")
     with pytest.raises(gs.UsageError, match="checkpoint-3"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+@pytest.mark.parametrize("name", ["set", "srste"])
+def test_the_best_checkpoint_brings_its_own_support(name, tmp_path):
+    """Loaded at the end, its support is an older one than the last."""
+    built, callback, model = trainer(
+        tmp_path, name, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True,
+        metric_for_best_model="first", greater_is_better=False, save_strategy="steps",
+    )  # fmt: skip
+    scores = iter(range(9))
+    built.compute_metrics = lambda _: {"first": next(scores)}
+    built.train()
+    assert built.state.best_model_checkpoint.endswith("checkpoint-3")
+    assert callback.run.step == 3
+    weight, mask = model.body[0].weight, callback.run.masks["body.0"]
+    assert not weight[~mask].any() and callback.run.density < 0.6
+
+
+def test_a_failed_training_leaves_the_callback_usable(tmp_path):
+    built, callback, model = trainer(tmp_path, "set")
+    forward, model.forward = model.forward, lambda x, labels: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        built.train()
+    nn.init.ones_(model.body[0].weight)
+    model.forward = forward
+    built.train()
+    assert callback.run.step == 8

@@ -81,7 +81,7 @@ def umask(request):
 def test_what_is_written_follows_the_umask(umask, tmp_path, monkeypatch):
     net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     gs.save(net, tmp_path / "one")
-    monkeypatch.setattr(sys.modules["gossamer.io.save"], "SHARD", 200)
+    monkeypatch.setattr(sys.modules["gossamer.io.save"], "LARGEST", 200)
     gs.save(net, tmp_path / "shards")
     write_state(tmp_path / "state", {"a": torch.zeros(3)})
     (tmp_path / "usual").write_text("")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import gossamer as gs
 from gossamer.core.errors import FormatError
+from gossamer.io.digests import digest_of_content
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +25,11 @@ def saved(tmp_path_factory, tiny_llama):
 
 
 def edit(folder, change):
+    """As by someone who knows the format: digests agree with what is there."""
     data = json.loads((folder / "gossamer.json").read_text())
     change(data)
+    if "digest" in data:
+        data["digest"] = digest_of_content(data)
     (folder / "gossamer.json").write_text(json.dumps(data))
 
 
@@ -53,7 +57,7 @@ def config(**values):
 
 def header(change):
     def mutate(folder, rng):
-        path = folder / "model.safetensors"
+        path = folder / "gossamer.safetensors"
         data = path.read_bytes()
         size = struct.unpack("<Q", data[:8])[0]
         content = json.loads(data[8 : 8 + size])
@@ -73,7 +77,7 @@ def truncate(name):
 
 
 def flip_header(folder, rng):
-    path = folder / "model.safetensors"
+    path = folder / "gossamer.safetensors"
     data = bytearray(path.read_bytes())
     data[rng.randrange(8)] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
@@ -84,7 +88,7 @@ def flip_bitmap(folder, rng):
 
 
 def flip_part(folder, part, rng):
-    path = folder / "model.safetensors"
+    path = folder / "gossamer.safetensors"
     data = bytearray(path.read_bytes())
     size = struct.unpack("<Q", data[:8])[0]
     content = json.loads(data[8 : 8 + size])
@@ -97,7 +101,7 @@ def flip_part(folder, part, rng):
 def index_to(target):
     def mutate(folder, rng):
         content = {"weight_map": {"lm_head.weight": target}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+        (folder / "gossamer.safetensors.index.json").write_text(json.dumps(content))
 
     return mutate
 
@@ -145,7 +149,7 @@ DAMAGE = {
     "density text": set_layer(density="half"),
     "layer key": set_layer(extra=1),
     "layer null": set_top(layers={"lm_head": None}),
-    "version new": set_top(version=2),
+    "version new": set_top(version=3),
     "version zero": set_top(version=0),
     "version text": set_top(version="1"),
     "version bool": set_top(version=True),
@@ -170,11 +174,11 @@ DAMAGE = {
     "config size": config(hidden_size=48),
     "config deep": config(num_hidden_layers=10**9),
     "config labels": config(num_labels=10**12),
-    "weights empty": raw("model.safetensors", b""),
-    "weights pickle": raw("model.safetensors", b"\x80\x04cos\nsystem\n(S'true'\ntR."),
-    "header huge": raw("model.safetensors", struct.pack("<Q", 2**63) + b"{}"),
-    "header long": raw("model.safetensors", struct.pack("<Q", 200 << 20) + b"{}"),
-    "header text": raw("model.safetensors", struct.pack("<Q", 4) + b"\xff\xff\xff\xff"),
+    "weights empty": raw("gossamer.safetensors", b""),
+    "weights pickle": raw("gossamer.safetensors", b"\x80\x04cos\nsystem\n(S'true'\ntR."),
+    "header huge": raw("gossamer.safetensors", struct.pack("<Q", 2**63) + b"{}"),
+    "header long": raw("gossamer.safetensors", struct.pack("<Q", 200 << 20) + b"{}"),
+    "header text": raw("gossamer.safetensors", struct.pack("<Q", 4) + b"\xff\xff\xff\xff"),
     "tensor shape": header(lambda c, n: c[n[0]].update(shape=[2**40, 2**40])),
     "tensor negative": header(lambda c, n: c[n[0]].update(shape=[-1])),
     "tensor dtype": header(lambda c, n: c[n[0]].update(dtype="OBJ")),
@@ -190,15 +194,15 @@ DAMAGE = {
     "index number": index_to(5),
     "index missing": index_to("none.safetensors"),
     "index nul": index_to("a\0b"),
-    "index partial": index_to("model.safetensors"),
-    "link weights": link("model.safetensors"),
+    "index partial": index_to("gossamer.safetensors"),
+    "link weights": link("gossamer.safetensors"),
     "link manifest": link("gossamer.json"),
     "link config": link("config.json"),
     "layer renamed": rename_layer,
     "layer dropped": drop_layer,
 }  # fmt: skip
 CASES = [(name, change, 0) for name, change in DAMAGE.items()]
-CASES += [("truncated weights", truncate("model.safetensors"), seed) for seed in range(70)]
+CASES += [("truncated weights", truncate("gossamer.safetensors"), seed) for seed in range(70)]
 CASES += [("truncated manifest", truncate("gossamer.json"), seed) for seed in range(40)]
 CASES += [("header bit", flip_header, seed) for seed in range(20)]
 CASES += [("bitmap bit", flip_bitmap, seed) for seed in range(40)]
@@ -209,11 +213,13 @@ def test_there_are_at_least_200_kinds_of_damage():
 
 
 @pytest.mark.parametrize(("name", "change", "seed"), CASES, ids=[f"{n}-{s}" for n, _, s in CASES])
-def test_damage_gets_one_clear_error(name, change, seed, saved, tmp_path):
+@pytest.mark.parametrize("verify", [True, False])
+def test_damage_gets_one_clear_error(name, change, seed, verify, saved, tmp_path):
+    """Also without digests: nothing may depend on them but the numbers themselves."""
     folder = Path(shutil.copytree(saved, tmp_path / "model"))
     change(folder, random.Random(seed))
     with pytest.raises(FormatError) as caught:
-        gs.load(folder)
+        gs.load(folder, verify=verify)
     message = str(caught.value)
     assert message and "\n" not in message and len(message) < 400
 
@@ -258,7 +264,7 @@ def test_damaged_nm_layers_get_one_clear_error(change, nm_parts, tmp_path):
 def test_nm_values_of_another_dtype_get_one_clear_error(dtype, nm_parts, tmp_path):
     fast, empty = nm_parts()
     gs.save(fast, tmp_path / "out")
-    path = tmp_path / "out" / "model.safetensors"
+    path = tmp_path / "out" / "gossamer.safetensors"
     tensors = load_file(path)
     tensors["0.values"] = tensors["0.values"].to(dtype)
     save_file(tensors, path)
@@ -270,12 +276,12 @@ def test_nm_values_of_another_dtype_get_one_clear_error(dtype, nm_parts, tmp_pat
 def test_tensors_begin_where_their_numbers_may_whatever_the_header(more, quantised_parts, tmp_path):
     fast, empty = quantised_parts(False, 0.05, False, 4)
     gs.save(fast, tmp_path / "out")
-    path = tmp_path / "out" / "model.safetensors"
+    path = tmp_path / "out" / "gossamer.safetensors"
     data = path.read_bytes()
     size = struct.unpack("<Q", data[:8])[0]
     start = struct.pack("<Q", size + more) + data[8 : 8 + size] + b" " * more
     path.write_bytes(start + data[8 + size :])
-    again = gs.load(tmp_path / "out", model=empty)
+    again = gs.load(tmp_path / "out", model=empty, verify=False)
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, fast.state_dict()[name])
         assert tensor.data_ptr() % tensor.element_size() == 0
@@ -287,8 +293,10 @@ def test_a_flipped_bit_in_codes_is_noticed_or_moves_one_value_at_most(seed, nm_p
     fast, empty = nm_parts()
     gs.save(fast, tmp_path / "out")
     flip_part(tmp_path / "out", ".codes", random.Random(seed))
+    with pytest.raises(FormatError, match="digest"):
+        gs.load(tmp_path / "out", model=empty)
     try:
-        again = gs.load(tmp_path / "out", model=empty)
+        again = gs.load(tmp_path / "out", model=empty, verify=False)
     except FormatError as error:
         assert "layer 0: nm" in str(error)
     else:

@@ -162,12 +162,12 @@ def test_bert_whose_buffers_live_below_the_config(tmp_path):
 
 
 def test_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["gossamer.io.save"], "SHARD", 40_000)
+    monkeypatch.setattr(sys.modules["gossamer.io.save"], "LARGEST", 40_000)
     model = llama()
     gs.prune(model, gs.Magnitude(), density=0.4)
     fast = gs.compress(model).model
     gs.save(fast, tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    assert len(list((tmp_path / "out").glob("gossamer-*.safetensors"))) > 2
     assert torch.equal(logits(gs.load(tmp_path / "out")), logits(fast))
 
 

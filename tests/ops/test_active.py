@@ -164,7 +164,10 @@ def test_statistical_top_k():
             ops.statistical_threshold(small, k)
 
 
-def test_int8_rounds_to_the_nearest_step():
+@pytest.mark.parametrize("isa", ["native", "reference"])
+def test_int8_rounds_to_the_nearest_step(isa, monkeypatch):
+    if isa == "reference":
+        monkeypatch.setenv("GOSSAMER_ISA", isa)
     lines = random(5, 40)
     lines[2] = 0
     for scale, axis in (("line", 1), ("across", 0)):

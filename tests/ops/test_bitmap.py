@@ -149,6 +149,10 @@ def test_threads_do_not_change_the_result(isa, dtype, over_threads, monkeypatch)
     by_columns = BitmapLinear.from_matrix(sparse(700, 300, 0.1, dtype=dtype))
     by_columns.prepare_columns()
     x, many = torch.randn(1, 300), torch.randn(70, 300)
+    blas, *again = over_threads(lambda: layer(many))  # unpacked: a product of torch's BLAS
+    for other in again:
+        torch.testing.assert_close(other, blas, rtol=1e-5, atol=1e-4)
+    layer.unpack_from = 1 << 30
     one, *others = over_threads(lambda: (layer(x), layer(many), by_columns(x)))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
@@ -206,7 +210,10 @@ def test_gradients_and_opcheck():
     )
 
 
-def test_what_contradicts_itself_is_refused():
+@pytest.mark.parametrize("isa", ["native", "reference"])
+def test_what_contradicts_itself_is_refused(isa, monkeypatch):
+    if isa == "reference":
+        monkeypatch.setenv("GOSSAMER_ISA", isa)
     values, bitmap = ops.pack(sparse(8, 100))
     with pytest.raises(FormatError, match="holds"):
         BitmapLinear(values[:-1], bitmap, 100, 8)

@@ -130,8 +130,11 @@ def test_threads_do_not_change_the_result(isa, over_threads, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("isa", ["native", "reference"])
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0), (3, 2000)], ids=str)
-def test_empty_matrices(shape):
+def test_empty_matrices(shape, isa, monkeypatch):
+    if isa == "reference":
+        monkeypatch.setenv("GOSSAMER_ISA", isa)
     index = ops.build(torch.empty(0, dtype=torch.int64), shape)
     values = torch.empty(0, requires_grad=True)
     x = torch.randn(4, shape[1], requires_grad=True)

@@ -150,7 +150,10 @@ def test_prepared_batches_follow_the_values():
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_bad_input():
+@pytest.mark.parametrize("isa", ["native", "reference"])
+def test_bad_input(isa, monkeypatch):
+    if isa == "reference":
+        monkeypatch.setenv("GOSSAMER_ISA", isa)
     with pytest.raises(UsageError, match="more than 2 of 4"):
         ops.pack(torch.ones(3, 8), 2, 4)
     with pytest.raises(UsageError, match="N:M kernels take"):

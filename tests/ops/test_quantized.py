@@ -245,7 +245,8 @@ def test_threads_batches_and_dtypes(isa, over_threads, monkeypatch):
     few = torch.cat([ops.linear(x[0], packed, None), ops.linear(x[1], packed, None)])
     assert torch.allclose(many.flatten(0, 1), few, rtol=1e-4, atol=1e-4)
     one, *others = over_threads(lambda: ops.linear(x[0, :2], packed, None))
-    assert all(torch.equal(one, other) for other in others)
+    if isa != "reference":  # torch's own product may sum in another order with other threads
+        assert all(torch.equal(one, other) for other in others)
     half = ops.linear(x[0, :1].bfloat16(), packed, None)
     wide = ops.linear(x[0, :1].bfloat16().float(), packed, None)
     assert half.dtype == torch.bfloat16 and torch.equal(half, wide.bfloat16())
@@ -274,7 +275,10 @@ def test_opcheck_and_gradients():
     assert torch.equal(bias.grad, torch.full((12,), 3.0))
 
 
-def test_bad_input():
+@pytest.mark.parametrize("isa", ["native", "reference"])
+def test_bad_input(isa, monkeypatch):
+    if isa == "reference":
+        monkeypatch.setenv("GOSSAMER_ISA", isa)
     with pytest.raises(UsageError, match="bits is 4 or 8"):
         ops.pack(sparse(4, 64), 3)
     with pytest.raises(UsageError, match="power of two"):

@@ -132,7 +132,10 @@ def test_a_layer_takes_the_form_for_batches_and_never_a_stale_one():
     assert x.grad is not None
 
 
-def test_a_batch_without_the_form_is_unpacked_piece_by_piece():
+@pytest.mark.parametrize("isa", ["native", "reference"])
+def test_a_batch_without_the_form_is_unpacked_piece_by_piece(isa, monkeypatch):
+    if isa == "reference":
+        monkeypatch.setenv("GOSSAMER_ISA", isa)
     matrix = sparse(900, 1500, density=0.6)
     layer = BitmapLinear.from_matrix(matrix, torch.randn(900))
     x = torch.randn(20, 1500)

@@ -1,38 +1,34 @@
-"""The command line: one file per command, each a dataclass of options with `run()`."""
+"""The command line: one file per command, each a dataclass of options with `run()`.
+
+A command's module is imported when it is called for, so that `gossamer --help` needs no torch.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import difflib
+import importlib
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gossamer.cli.bench import Bench
-from gossamer.cli.calibrate import Calibrate
-from gossamer.cli.compare import Compare
-from gossamer.cli.compress import Compress
-from gossamer.cli.generate import Generate
-from gossamer.cli.inspect import Inspect
-from gossamer.cli.methods import Methods
-from gossamer.cli.report import Report
-from gossamer.cli.train import Train
+import gossamer
+from gossamer.cli.options import DEBUG, DEBUG_HELP, parse
 from gossamer.core.errors import FormatError, GossamerError, MissingExtra, UsageError
 
-COMMANDS: dict[str, type[Any]] = {
-    "compress": Compress,
-    "train": Train,
-    "bench": Bench,
-    "calibrate": Calibrate,
-    "compare": Compare,
-    "inspect": Inspect,
-    "generate": Generate,
-    "methods": Methods,
-    "report": Report,
+COMMANDS = {
+    "compress": "Prune a model, pack it, measure quality, size and speed, and write it.",
+    "generate": "Continue a text by greedy decoding.",
+    "compare": "Measure two models side by side: quality, bytes and speed.",
+    "inspect": "Show what a compressed folder holds and what serves each layer.",
+    "report": "Write the HTML report of a finished compression anew.",
+    "train": "Train a sparse network, with checkpoints, and write model and report.",
+    "methods": "List the methods, or show what is known of one.",
+    "calibrate": "Measure what every kernel costs on this machine.",
+    "bench": "Check the kernels, then time them against other engines.",
 }
-
-DEBUG = "--debug"
-_DEBUG_HELP = "show the whole traceback of an unexpected failure"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,14 +39,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     debug = DEBUG in words or bool(os.environ.get("GOSSAMER_DEBUG"))
+    words = [word for word in words if word != DEBUG]
     try:
-        run([word for word in words if word != DEBUG])
+        with _log_on_stderr():
+            run(words)
     except (UsageError, FormatError, MissingExtra) as error:
         _fail(error, 2)
     except GossamerError as error:
         _fail(error, 1)
-    except KeyboardInterrupt:
-        _fail(RuntimeError("interrupted; the same command resumes the run"), 130)
+    except KeyboardInterrupt as stop:
+        _fail(RuntimeError(f"interrupted{stop}"), 130)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     except Exception as error:
         if debug:
             raise
@@ -60,55 +61,68 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(RuntimeError(text + "what the same command prints with --debug"), 1)
 
 
-def run(argv: list[str]) -> None:
-    """Parse `argv` and run its command; raises instead of exiting."""
+def run(words: list[str]) -> None:
+    """Parse the words and run their command; raises instead of exiting."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+    elif words[0] == "--version":
+        print(f"gossamer {gossamer.__version__}")
+    elif words[0] not in COMMANDS:
+        near = difflib.get_close_matches(words[0], COMMANDS, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        what = "option" if words[0].startswith("-") else "command"
+        raise UsageError(f"unknown {what} {words[0]!r}{hint}; see gossamer --help")
+    else:
+        chosen = parse(words[0], command(words[0]), words[1:])
+        try:
+            chosen.run()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(chosen.again() if hasattr(chosen, "again") else "") from None
+
+
+@contextlib.contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """Show what the library logs, one line each, while a command runs."""
+    log, handler = logging.getLogger("gossamer"), logging.StreamHandler(sys.stderr)
+    level, spreads = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
     try:
-        from jsonargparse import ArgumentParser, Namespace
-    except ImportError:
-        raise MissingExtra("jsonargparse", "cli") from None
-    parser = ArgumentParser(
-        prog="gossamer",
-        description="Makes neural networks sparse, and makes sparse networks pay.",
-        exit_on_error=False,
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = spreads
+
+
+def command(name: str) -> type[Any]:
+    """The dataclass of a command, imported now."""
+    module = importlib.import_module(f"gossamer.cli.{name}")
+    found: type[Any] = getattr(module, name.title())
+    return found
+
+
+def _help() -> str:
+    rows = [f"  {name:<11}{summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: gossamer COMMAND [options]",
+            "",
+            "Makes neural networks sparse, and makes sparse networks pay.",
+            "",
+            *rows,
+            "",
+            "  gossamer COMMAND --help explains every option of a command",
+            "  --version  print the version",
+            f"  --debug    {DEBUG_HELP}",
+            "",
+            "First steps:",
+            "  gossamer compress --out small            the bundled model, 50% zeros",
+            "  gossamer compress MODEL --out small      a Hugging Face folder or name",
+            '  gossamer generate small --prompt "import "',
+        ]
     )
-    parser.add_argument(DEBUG, action="store_true", help=_DEBUG_HELP)
-    commands = parser.add_subcommands(dest="command", metavar="COMMAND", required=False)
-    for name, options in COMMANDS.items():
-        summary, example = (options.__doc__ or "").strip().split("\n\n", 1)
-        command = ArgumentParser(description=f"{summary} {example}", exit_on_error=False)
-        command.add_argument("--config", action="config", help="read options from a YAML file")
-        command.add_argument(DEBUG, action="store_true", help=_DEBUG_HELP)
-        command.add_class_arguments(options, as_group=False)
-        commands.add_subcommand(name, command, help=summary)
-    if not argv:
-        parser.print_help()
-        return
-    try:
-        parsed: Namespace = parser.parse_args(_normal(argv))
-    except Exception as error:
-        # jsonargparse wraps what the user typed wrongly in several kinds of exception
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UsageError(" ".join(lines)[:400] + "; see gossamer --help") from None
-    if parsed[parsed.command].debug:  # `main` takes the flag, so a file said it
-        raise UsageError(f"{DEBUG} goes on the command line, not into a file of options")
-    options = COMMANDS[parsed.command]
-    names = {field.name for field in dataclasses.fields(options)}
-    values = {k: v for k, v in vars(parsed[parsed.command]).items() if k in names}
-    options(**values).run()
-
-
-def _normal(argv: list[str]) -> list[str]:
-    """Flags as people type them: `--json` for `--json=true`, `--eval-data` for `--eval_data`."""
-    options = COMMANDS.get(argv[0])
-    fields = dataclasses.fields(options) if options else ()
-    switches = {f"--{field.name}" for field in fields if field.type == "bool"}
-    result = argv[:1]
-    for word in argv[1:]:
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            word = "--" + name[2:].replace("-", "_") + equals + value
-        result.append(f"{word}=true" if word in switches else word)
-    return result
 
 
 def _fail(error: BaseException, code: int) -> None:

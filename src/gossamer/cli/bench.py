@@ -9,7 +9,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,13 +17,16 @@ from gossamer.bench import active, conv, decode, kernels, llama_cpp, nm, spgemm,
 from gossamer.bench.measure import Limits, Rounds, measure_limits, when_calm
 from gossamer.cli.output import note, print_json, print_table
 from gossamer.core.errors import UsageError
+from gossamer.engine.calm import CALM
 from gossamer.engine.journal import write_whole
-from gossamer.nn.costs import cache_folder
-from gossamer.nn.timing import CALM
+from gossamer.nn.costs import cache_folder, machine
 from gossamer.ops import _dispatch
 
 Timed = Callable[[], dict[str, Any]]
-SUITES = ("kernels", "decode", "active", "nm", "spgemm", "conv", "training")
+_SUITES: dict[str, Any] = {
+    "kernels": kernels, "active": active, "nm": nm, "spgemm": spgemm, "conv": conv,
+    "training": training,
+}  # fmt: skip
 
 
 @dataclass
@@ -33,19 +36,19 @@ class Bench:
     Example: gossamer bench --suite kernels --json
     """
 
-    suite: str = "kernels"
+    suite: Literal["kernels", "decode", "active", "nm", "spgemm", "conv", "training"] = "kernels"
     """kernels: single layers; decode: a whole model's decoding loop; active: inputs with zeros;
     nm: N:M weights; spgemm: sparse times sparse; conv: MobileNet-v1's geometry and 3x3 layers;
     training: steps of an MLP"""
-    geometry: str = "llama-1b"
-    """of --suite decode: llama-1b or llama-160m, random weights"""
+    geometry: Literal["llama-1b", "llama-160m"] = "llama-1b"
+    """of --suite decode: the shape of the model; its weights are random"""
     work: str = ""
     """of --suite decode: where the models for llama.cpp are written and found again (for llama-1b
     7 GB); the user's cache folder unless named"""
     only: str = ""
     """of all suites but decode: only cases whose description holds this text, such as 'batch 128'"""
     repeats: int = 7
-    """turns of each engine; the median counts"""
+    """turns that each engine takes; the median counts"""
     patience: float = 30.0
     """seconds per case to wait for a machine that nobody else uses; 0 measures at once"""
     out: str = ""
@@ -58,15 +61,15 @@ class Bench:
 
     def run(self) -> None:
         """Measure, print, and write if asked."""
-        if self.suite not in SUITES:
-            raise UsageError(f"--suite is one of {', '.join(SUITES)}, not {self.suite!r}")
         if self.repeats < 1:
             raise UsageError(f"--repeats is at least 1, not {self.repeats}")
         if not 0 <= self.patience < float("inf"):
             raise UsageError(f"--patience is in seconds, 0 or more, not {self.patience}")
+        self._chosen()
+        earlier = self._earlier()
         limits = measure_limits(patience=self.patience)
         note(f"limits: {limits.read / 1e9:.1f} GB/s read, {limits.flops / 1e9:.0f} GFLOP/s float32")
-        record = self._start(limits)
+        record = earlier or self._start(limits)
         _improve(record, limits)
         limits = Limits(**record["limits"])
         found = {one["label"]: one for one in record["cases"]}
@@ -90,17 +93,19 @@ class Bench:
         else:
             self._print(record["cases"])
 
+    def again(self) -> str:
+        """What a second call makes of an interrupted one."""
+        kept = self.out and Path(self.out).is_file()
+        return "; finished cases are kept: --resume goes on after them" if kept else ""
+
     def _start(self, limits: Limits) -> dict[str, Any]:
-        """An empty record, or with --resume the one in --out, with the limits measured then."""
-        record: dict[str, Any] = {
-            "suite": self.suite,
-            "limits": dataclasses.asdict(limits),
-            "kernels": _dispatch.describe(),
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
-            "cases": [],
-        }
+        """An empty record."""
+        return {"suite": self.suite, "limits": dataclasses.asdict(limits), **_here(), "cases": []}
+
+    def _earlier(self) -> dict[str, Any] | None:
+        """With --resume the record in --out, with the limits measured then; None where none is."""
         if not self.resume:
-            return record
+            return None
         if not self.out:
             raise UsageError("--resume continues the file that --out names; name it")
         try:
@@ -108,15 +113,14 @@ class Bench:
             if not all("label" in case for case in old["cases"]):
                 raise KeyError("label")
         except FileNotFoundError:
-            return record
+            return None
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{self.out} is no record that can be continued: {error!r}") from error
-        for key in ("suite", "kernels", "versions", "threads"):
-            before, now = (
-                one.get("limits", {}).get(key) if key == "threads" else one.get(key)
-                for one in (old, record)
-            )
-            if before != now:
+        found = {**old, "threads": old.get("limits", {}).get("threads")}
+        for key, now in {
+            "suite": self.suite, **_here(), "threads": torch.get_num_threads(),
+        }.items():  # fmt: skip
+            if (before := found.get(key)) != now:
                 raise UsageError(
                     f"{self.out} was measured with {key} {before}, here it is {now}; "
                     "measure anew without --resume"
@@ -127,16 +131,21 @@ class Bench:
         """What to measure, by label."""
         if self.suite == "decode":
             return self._decode(limits)
-        suites = {"kernels": kernels, "active": active, "nm": nm, "spgemm": spgemm, "conv": conv}
-        suite: Any = {**suites, "training": training}[self.suite]
-        chosen = [case for case in suite.cases() if self.only in describe(vars(case))]
-        if not chosen:
-            raise UsageError(f"--only {self.only!r} leaves no case")
+        measure = _SUITES[self.suite].measure
         rounds = Rounds(self.repeats, self.patience, limits.flops)
         return [
-            (describe(vars(case)), functools.partial(suite.measure, case, limits, rounds))
-            for case in chosen
+            (describe(vars(case)), functools.partial(measure, case, limits, rounds))
+            for case in self._chosen()
         ]
+
+    def _chosen(self) -> list[Any]:
+        """The cases that --only leaves; the decode suite has none of this kind."""
+        if self.suite == "decode":
+            return []
+        chosen = [x for x in _SUITES[self.suite].cases() if self.only in describe(vars(x))]
+        if not chosen:
+            raise UsageError(f"--only {self.only!r} leaves no case")
+        return chosen
 
     def _decode(self, limits: Limits) -> list[tuple[str, Timed]]:
         label = f"{self.geometry} at density 0.5"
@@ -183,6 +192,12 @@ class Bench:
                 f"{disturbed} of {len(results)} cases were measured while others used the machine; "
                 "--resume with --out measures those again"
             )
+
+
+def _here() -> dict[str, Any]:
+    """What an earlier record must share with this run."""
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {"kernels": _dispatch.describe(), "machine": machine(), "versions": versions}
 
 
 def _disturbed(result: dict[str, Any]) -> bool:

@@ -6,17 +6,15 @@ import copy
 import dataclasses
 import glob
 import json
-import platform
-import shlex
 import shutil
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from gossamer.cli.compress_record import layers_of, record, source_dtype, work_of
 from gossamer.cli.costs import costs_named
 from gossamer.cli.inputs import (
     BUNDLED,
@@ -24,23 +22,27 @@ from gossamer.cli.inputs import (
     DTYPES,
     check_model,
     density_of,
+    eval_bytes,
+    quiet,
     read_model,
     read_text,
 )
-from gossamer.cli.output import note, print_json, print_table
+from gossamer.cli.options import Share, fraction
+from gossamer.cli.output import print_json, print_table, print_text
 from gossamer.core.allocation import ALLOCATIONS
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import NM, Pattern, parse_pattern
-from gossamer.core.result import CompressResult, LayerRecord, PruneResult
+from gossamer.core.result import CompressResult, PruneResult
 from gossamer.engine.compress import compress
+from gossamer.engine.progress import track
 from gossamer.engine.prune import prune
 from gossamer.engine.tasks import Subject, Task, task_of
 from gossamer.io.atomic import check_target, new_folder
 from gossamer.io.save import save
 from gossamer.methods import find
-from gossamer.ops import _dispatch
 from gossamer.ops.quantized import BITS
 from gossamer.report.html import render
+from gossamer.report.notes import notes, title
 from gossamer.report.tables import headline
 
 
@@ -48,39 +50,51 @@ from gossamer.report.tables import headline
 class Compress:
     """Prune a model, pack it, measure quality, size and speed, and write model and report.
 
-    Example: gossamer compress --model testbed:lm --sparsity 0.5 --out gossamer-out
+    Example: gossamer compress HuggingFaceTB/SmolLM2-135M --sparsity 50% --data notes/ --out small
     """
 
+    PLACES = ("model",)
+
     model: str = BUNDLED
-    """folder of a Hugging Face causal language model or text encoder, or testbed:lm"""
+    """language model or text encoder: a Hugging Face folder, a hub name such as
+    HuggingFaceTB/SmolLM2-135M (from the local cache first), or testbed:lm"""
     method: str = "sparsegpt"
-    """see gossamer methods"""
+    """what chooses the weights, such as sparsegpt, wanda or magnitude; gossamer methods lists them"""
     pattern: str = "unstructured"
-    """unstructured, unstructured:row, 2:4, block:4x1, channel:1, ..."""
-    sparsity: float | None = None
-    """fraction of weights to remove, in [0, 1); 0.5 unless the pattern says otherwise"""
-    density: float | None = None
-    """fraction of weights to keep, instead of --sparsity"""
-    allocation: str = "uniform"
-    """uniform, uniform+, er, erk, global, lamp or owl"""
+    """where zeros may lie: unstructured, unstructured:row, 2:4, 4:8, block:4x1, channel:1"""
+    sparsity: Share | None = None
+    """fraction of weights to remove, such as 0.7 or 70%; 0.5 unless the pattern says otherwise"""
+    density: Share | None = None
+    """fraction of weights to keep, such as 0.3 or 30%, instead of --sparsity"""
+    allocation: Literal["uniform", "uniform+", "er", "erk", "global", "lamp", "owl"] = "uniform"
+    """how the zeros are shared among layers"""
+    include: list[str] = field(default_factory=list)
+    """further layers to prune, by name patterns such as '*embed*'; repeatable, or comma separated"""
+    exclude: list[str] = field(default_factory=list)
+    """layers to leave as they are, by name patterns such as '*down_proj'; repeatable, or comma
+    separated"""
     data: str = BUNDLED_TEXT
     """calibration text: a file, a folder of text files, or testbed:text"""
     eval_data: str | None = None
-    """held-out text for the quality: a file or folder; the bundled one for testbed:text"""
+    """held-out text for the quality: a file or folder; by default the last tenth of --data, and the
+    bundled text for testbed:text"""
+    eval_bytes: int | None = None
+    """bytes of that text to measure on, 0 for all; by default 40000 for models with a tokenizer and
+    all for the bundled one"""
     samples: int = 128
-    """calibration windows"""
+    """windows of text to calibrate with"""
     length: int = 256
-    """tokens per calibration window"""
+    """tokens in a calibration window"""
     seed: int = 0
-    """of the calibration windows"""
-    dtype: str = "bfloat16"
-    """dtype of the written weights and of both models when timed: bfloat16 or float32"""
+    """seed of the calibration windows"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """dtype of the written weights, whatever that of the source, and of both models when timed"""
     bits: int | None = None
-    """also round the kept weights to integers of 4 or 8 bits (a language model's head to 8)"""
+    """also round the kept weights to integers of 4 or 8 bits, a language model's head to 8"""
     group: int = 128
-    """columns that share a scale, with --bits: a power of two from 64 on"""
+    """with --bits, columns that share a scale: a power of two from 64 on"""
     costs: str = "auto"
-    """what chooses the kernels: auto (by what `gossamer calibrate` measured, else by rule), rule, or
+    """what chooses the kernels: auto (what `gossamer calibrate` measured, else the rule), rule, or
     the file of another calibration"""
     sweep: str = ""
     """further sparsities to measure, such as 0.3,0.5,0.7, for the quality-against-size chart"""
@@ -95,37 +109,46 @@ class Compress:
 
     def run(self) -> None:
         """Check everything cheap, then work, then write the folder whole."""
-        plan = self._check()
+        target = Path(self.out).resolve()  # now: the current folder may be the one replaced
+        plan = {**self._check(), "target": target}
         calibration, text = self._texts()
         subject = read_model(self.model, "float32")
-        task = task_of(subject, text)
+        limit = eval_bytes(subject) if self.eval_bytes is None else self.eval_bytes
+        task = task_of(subject, text[: limit or len(text)], progress=True)
         task.check(self.length, self.tokens)
         plan["costs"] = costs_named(self.costs) if self.bits is None else None
         batches = task.calibration(calibration, self.samples, self.length, self.seed)
         dense = subject.model
         _round(dense, self._store)
-        note(f"quality of the dense model on {len(text)} bytes of held-out text")
-        dense_quality = task.quality(dense, dense)
-        target = Path(self.out).resolve()
-        points = {}
-        for density in plan["sweep"]:
-            journal = target.with_name(f".{target.name}.journal-{density:.6f}")
-            points[density] = self._point(task, dense, batches, plan, density, journal)[2]
-        journal = target.with_name(f".{target.name}.journal")
-        pruned, packed, point = self._point(task, dense, batches, plan, plan["density"], journal)
+        work = work_of(dense, batches[0])
+        points = {d: self._point(task, dense, batches, plan, d)[2] for d in plan["sweep"]}
+        pruned, packed, point = self._point(task, dense, batches, plan, plan["density"])
         points[plan["density"]] = point
+        quality = {"dense": task.quality(dense, dense), "sparse": point["quality"]}
         _cast(dense, self._store)
-        speed = task.speed(dense, packed, self.tokens)
-        result = self._record(plan, task, pruned, packed, dense_quality, point)
-        result["sweep"] = list(points.values()) if plan["sweep"] else []
-        result["speed"] = dataclasses.asdict(speed)
-        self._write(result, packed, subject, pruned)
-        for left in target.parent.glob(f".{glob.escape(target.name)}.journal*"):
+        result = {
+            "model": self.model,
+            **record(pruned, packed, task, quality, work, self._store, self.bits),
+            "allocation": self.allocation,
+            "source": source_dtype(plan["folder"]),
+            "dtype": self.dtype,
+            "sweep": list(points.values()) if plan["sweep"] else [],
+            "speed": dataclasses.asdict(task.speed(dense, packed, self.tokens)),
+            "out": self.out,
+        }
+        with quiet(), track(None, True, f"saving {self.out}"):
+            self._write(result, packed, subject, pruned, target)
+        for left in _journals(target):
             shutil.rmtree(left, ignore_errors=True)
         if self.json:
             print_json(result)
         else:
             self._print(result)
+
+    def again(self) -> str:
+        """What a second call makes of an interrupted one."""
+        kept = _journals(Path(self.out).resolve())
+        return "; the same command resumes the run" if kept else ""
 
     @property
     def _store(self) -> torch.dtype:
@@ -143,12 +166,6 @@ class Compress:
                     "leave --sparsity out"
                 )
             density = None
-        if self.allocation not in ALLOCATIONS:
-            raise UsageError(
-                f"--allocation is one of {', '.join(ALLOCATIONS)}, not {self.allocation!r}"
-            )
-        if self.dtype not in ("bfloat16", "float32"):
-            raise UsageError(f"--dtype is bfloat16 or float32, not {self.dtype!r}")
         if self.bits not in (None, *BITS):
             raise UsageError(f"--bits is 4 or 8, not {self.bits}")
         if self.group < 64 or self.group & (self.group - 1):
@@ -156,7 +173,7 @@ class Compress:
         if self.samples < 1 or self.length < 2 or self.tokens < 1:
             raise UsageError("--samples and --tokens are at least 1, --length at least 2")
         try:
-            sweep = [float(word) for word in self.sweep.split(",") if word.strip()]
+            sweep = [fraction(word) for word in self.sweep.split(",") if word.strip()]
         except ValueError:
             raise UsageError(
                 f"--sweep is numbers such as 0.3,0.5,0.7, not {self.sweep!r}"
@@ -168,13 +185,15 @@ class Compress:
         if sweep and isinstance(pattern, NM):
             raise UsageError(f"--sweep needs a pattern of any density, not {self.pattern}")
         check_target(Path(self.out), self.overwrite)
-        check_model(self.model)
+        if self.eval_bytes is not None and self.eval_bytes < 0:
+            raise UsageError(f"--eval-bytes is 0 (all) or more, not {self.eval_bytes}")
         default = self.pattern.strip().lower() == "unstructured"
         return {
             "method": _pruner(self.method),
             "pattern": None if default else pattern,
             "density": density,
             "sweep": further,
+            "folder": check_model(self.model),
         }
 
     def _texts(self) -> tuple[bytes, bytes]:
@@ -206,6 +225,8 @@ class Compress:
             allocation=allocation,
             data=batches,
             journal=journal,
+            include=self.include,
+            exclude=self.exclude,
             progress=True,
         )
 
@@ -216,13 +237,15 @@ class Compress:
         batches: list[dict[str, torch.Tensor]],
         plan: dict[str, Any],
         density: float | None,
-        journal: Path,
     ) -> tuple[PruneResult, CompressResult, dict[str, float]]:
         """One density, pruned, rounded as stored, measured and packed.
 
         Quality is that of the stored weights, computed in float32 with plain dense products: where
         the processor lacks bfloat16 arithmetic that is several times faster, and no less exact.
         """
+        target: Path = plan["target"]
+        label = "" if density == plan["density"] else f"-{density:.6f}"
+        journal = target.with_name(f".{target.name}.journal{label}")
         pruned = self._prune(copy.deepcopy(dense), batches, plan, density, journal)
         _round(pruned.model, self._store)
         if self.bits is None:
@@ -235,56 +258,19 @@ class Compress:
             _cast(pruned.model, torch.float32)
             quality = task.quality(dense, pruned.model)
             _cast(pruned.model, self._store)
-        stored = sum(layer.sparse_bytes for layer in _of(pruned, packed))
+        stored = sum(layer.sparse_bytes for layer in layers_of(pruned, packed))
         point = {"density": pruned.measured_density, "quality": quality, "bytes": stored}
         return pruned, packed, point
 
-    def _record(
-        self,
-        plan: dict[str, Any],
-        task: Task,
-        pruned: PruneResult,
-        packed: CompressResult,
-        dense_quality: float,
-        point: dict[str, float],
-    ) -> dict[str, Any]:
-        ours = _of(pruned, packed)
-        weights = sum(layer.shape[0] * layer.shape[1] for layer in ours)
-        kept = sum(s.count for s in pruned.supports.values())
-        return {
-            "method": pruned.method,
-            "pattern": pruned.pattern,
-            "allocation": self.allocation,
-            "bits": self.bits,
-            "requested_density": pruned.requested_density,
-            "measured_density": pruned.measured_density,
-            "layers": [dataclasses.asdict(layer) for layer in packed.layers],
-            "quality": {
-                "metric": task.metric,
-                "better": task.better,
-                "dense": dense_quality,
-                "sparse": point["quality"],
-            },
-            "bytes": {
-                "dense": sum(layer.dense_bytes for layer in ours),
-                "sparse": point["bytes"],
-                "what": f"weights of the pruned layers, dense in {self.dtype}, kept ones in "
-                + (self.dtype if self.bits is None else f"integers of {self.bits} bits"),
-            },
-            "flops": {
-                "dense": 2 * weights,
-                "sparse": 2 * kept,
-                "what": "per token, pruned layers",
-            },
-            "machine": machine(packed),
-            "command": "gossamer " + " ".join(shlex.quote(word) for word in sys.argv[1:]),
-            "out": self.out,
-        }
-
     def _write(
-        self, result: dict[str, Any], packed: CompressResult, subject: Subject, pruned: PruneResult
+        self,
+        result: dict[str, Any],
+        packed: CompressResult,
+        subject: Subject,
+        pruned: PruneResult,
+        target: Path,
     ) -> None:
-        with new_folder(Path(self.out).resolve(), self.overwrite) as place:
+        with new_folder(target, self.overwrite) as place:
             inner = place / "model"
             facts = {**pruned.provenance, "method": pruned.method, "command": result["command"]}
             save(packed, inner, tokenizer=subject.tokenizer, provenance=facts)
@@ -297,14 +283,15 @@ class Compress:
             (place / "report.html").write_text(render(result))
 
     def _print(self, result: dict[str, Any]) -> None:
-        title = f"{self.model}: {result['method']}, {result['pattern']}"
-        print_table(title, ("", "dense", "sparse", "ratio"), headline(result))
-        refused = [layer for layer in result["layers"] if not layer["kernel"]]
-        for layer in refused[:5]:
-            print(f"stays dense: {layer['name']} ({layer['reason']})")
-        if any(layer["predicted"] for layer in result["layers"]):
-            print("kernels chosen by costs measured on this machine; report.html has them")
+        print_table(title(result), ("", "dense", "sparse", "ratio"), headline(result))
+        for line in notes(result):
+            print_text(line)
         print(f"wrote {self.out}/ with report.html")
+
+
+def _journals(target: Path) -> list[Path]:
+    """What interrupted runs for this folder have kept."""
+    return sorted(target.parent.glob(f".{glob.escape(target.name)}.journal*"))
 
 
 def _pruner(name: str) -> Any:
@@ -316,27 +303,6 @@ def _pruner(name: str) -> Any:
             "training loop, or a method for trained models here (see gossamer methods)"
         )
     return method()
-
-
-def machine(packed: CompressResult) -> dict[str, Any]:
-    """What the figures were measured on."""
-    import gossamer
-
-    return {
-        "cpu": _dispatch.processor(),
-        "isa": packed.isa,
-        "kernels": _dispatch.describe(),
-        "threads": packed.threads,
-        "torch": torch.__version__,
-        "gossamer": gossamer.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _of(pruned: PruneResult, packed: CompressResult) -> list[LayerRecord]:
-    """The packed records of the pruned layers."""
-    chosen = {layer.name for layer in pruned.layers}
-    return [layer for layer in packed.layers if layer.name in chosen]
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

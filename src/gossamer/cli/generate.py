@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 from gossamer.cli.inputs import BUNDLED, read_model
 from gossamer.cli.output import note, print_json
@@ -15,17 +16,19 @@ from gossamer.engine.generate import generate
 class Generate:
     """Continue a text by greedy decoding.
 
-    Example: gossamer generate --model gossamer-out --prompt "def main(" --tokens 80
+    Example: gossamer generate gossamer-out --prompt "def main(" --tokens 80
     """
 
+    PLACES = ("model",)
+
     model: str = BUNDLED
-    """folder of a model, compressed or ordinary, or testbed:lm"""
+    """folder of a model, compressed or ordinary, a hub name such as org/name, or testbed:lm"""
     prompt: str = "import "
     """text to continue"""
     tokens: int = 64
     """how many tokens to add"""
-    dtype: str = "bfloat16"
-    """float32 or bfloat16"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """dtype in which the model is read"""
     json: bool = False
     """print one JSON object"""
 

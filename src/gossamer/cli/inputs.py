@@ -10,60 +10,56 @@ from typing import Any
 import torch
 from torch import nn
 
+from gossamer.cli.hub import model_folder
+from gossamer.core import text
 from gossamer.core.errors import FormatError, MissingExtra, UsageError
-from gossamer.engine.tasks import Subject, is_causal
+from gossamer.engine.progress import track
+from gossamer.engine.tasks import Subject, is_causal, main_input, reads_text
 from gossamer.io import load
 
 BUNDLED, BUNDLED_TEXT = "testbed:lm", "testbed:text"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def check_model(name: str) -> None:
-    """Raise UsageError unless `name` is the bundled model or a folder with config.json."""
-    if name == BUNDLED:
-        return
-    folder = Path(name)
-    if not folder.is_dir():
-        raise UsageError(f"--model {name}: no such folder; give a Hugging Face folder or {BUNDLED}")
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"--model {name}: holds no config.json, so it is not a model folder")
+def eval_bytes(subject: Subject) -> int:
+    """How much held-out text to measure on unless the user says: 0 is all of it."""
+    return 0 if subject.tokenizer is None else 40_000
 
 
-def read_model(name: str, dtype: str, batches: bool | None = None) -> Subject:
+def check_model(name: str, option: str = "--model") -> Path | None:
+    """The folder of the model, fetched if it is one of the hub; None for the bundled model.
+
+    Raises UsageError where there is no such model.
+    """
+    return None if name == BUNDLED else model_folder(name, option)
+
+
+def read_model(
+    name: str, dtype: str, batches: bool | None = None, option: str = "--model"
+) -> Subject:
     """The model in the dtype, in eval mode, with its tokenizer if its folder has one.
 
     batches: see `io.load`.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
-    check_model(name)
-    if name == BUNDLED:
-        from gossamer.testbed import language_model
+    folder = check_model(name, option)
+    with quiet(), track(None, True, f"reading {name}"):
+        if folder is None:
+            from gossamer.testbed import language_model
 
-        with _no_bars():
             return Subject(language_model(DTYPES[dtype]), None)
-    with _no_bars():
-        model = load(name, dtype=DTYPES[dtype], batches=batches)
-    kind = _kind(name, model)
-    return Subject(model, _tokenizer(Path(name), model), kind == "causal")
-
-
-def _kind(name: str, model: nn.Module) -> str:
-    """`causal` or `encoder`; raises UsageError for what the commands cannot measure."""
-    if is_causal(model):
-        return "causal"
-    text_only = getattr(model, "main_input_name", "") == "input_ids"
-    if text_only and type(model).__name__.endswith("Model"):
-        return "encoder"
-    raise UsageError(
-        f"--model {name}: {type(model).__name__} is neither a causal language model nor a plain "
-        "text encoder; prune other models from Python with gs.prune"
-    )
+        model = load(folder, dtype=DTYPES[dtype], batches=batches)
+    if not reads_text(model):
+        raise UsageError(
+            f"{option} {name}: {type(model).__name__} reads {main_input(model)}, and the commands "
+            "measure on text; prune it from Python, with gs.prune and batches of your own "
+            "(docs/guide/own-model.md)"
+        )
+    return Subject(model, _tokenizer(folder, model, f"{option} {name}"), is_causal(model))
 
 
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without transformers' own progress bars, as they were afterwards."""
+def quiet() -> Iterator[None]:
+    """Without the progress bars of transformers, which are as they were afterwards."""
     try:
         from transformers.utils import logging
     except ImportError:
@@ -78,11 +74,11 @@ def _no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _tokenizer(folder: Path, model: nn.Module) -> Any:
+def _tokenizer(folder: Path, model: nn.Module, what: str) -> Any:
     if not any(folder.glob("*token*")) and not (folder / "vocab.json").exists():
         if getattr(model.config, "vocab_size", 0) == 256:
             return None
-        raise UsageError(f"--model {folder}: holds no tokenizer; put its tokenizer files there")
+        raise UsageError(f"{what}: holds no tokenizer; put its tokenizer files there")
     try:
         from transformers import AutoTokenizer
     except ImportError:
@@ -90,24 +86,18 @@ def _tokenizer(folder: Path, model: nn.Module) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise FormatError(f"--model {folder}: its tokenizer cannot be read ({error})") from None
+        why = " ".join(str(error).split())[:200]
+        raise FormatError(f"{what}: its tokenizer cannot be read ({why})") from None
 
 
 def read_text(source: str, option: str, bundled: Callable[[], bytes]) -> bytes:
     """The bytes of a file, of all .txt, .md, .rst and .py files of a folder, or the bundled text."""
     if source == BUNDLED_TEXT:
         return bundled()
-    path = Path(source)
-    if path.is_dir():
-        files = [p for p in sorted(path.rglob("*")) if p.suffix in (".txt", ".md", ".rst", ".py")]
-        data = b"\n".join(p.read_bytes() for p in files)
-    elif path.is_file():
-        data = path.read_bytes()
-    else:
-        raise UsageError(f"{option} {source}: no such file or folder; or use {BUNDLED_TEXT}")
-    if not data.strip():
-        raise UsageError(f"{option} {source}: holds no text; give a file with text in it")
-    return data
+    try:
+        return text.read_text(Path(source))
+    except UsageError as error:
+        raise UsageError(f"{option} {error}; or use {BUNDLED_TEXT}") from None
 
 
 def density_of(sparsity: float | None, density: float | None) -> float | None:
@@ -115,7 +105,11 @@ def density_of(sparsity: float | None, density: float | None) -> float | None:
     if sparsity is not None and density is not None:
         raise UsageError("give --sparsity or --density, not both")
     if sparsity is not None and not 0 <= sparsity < 1:
-        raise UsageError(f"--sparsity is the fraction removed, in [0, 1), not {sparsity:g}")
+        raise UsageError(
+            f"--sparsity is the fraction removed, in [0, 1), not {sparsity:g}; write 0.5 or 50%"
+        )
     if density is not None and not 0 < density <= 1:
-        raise UsageError(f"--density is the fraction kept, in (0, 1], not {density:g}")
+        raise UsageError(
+            f"--density is the fraction kept, in (0, 1], not {density:g}; write 0.5 or 50%"
+        )
     return density if sparsity is None else 1 - sparsity

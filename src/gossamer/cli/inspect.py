@@ -3,75 +3,143 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gossamer.cli.output import note, print_json, print_table
+from gossamer.cli.output import note, print_json, print_table, print_text
 from gossamer.core.errors import UsageError
 from gossamer.io import read_manifest
-from gossamer.io.manifest import Decided, PackedLayer
+from gossamer.io.manifest import NAME, Decided, PackedLayer
+from gossamer.report.notes import coverage_notes, layer_notes, starred
+from gossamer.report.tables import human
 
-HEADER = ("layer", "shape", "density", "pattern", "dtype", "1 to 8 rows", "batches")
+HEADER = ("layer", "layers", "shape", "density", "pattern", "dtype", "1 to 8 rows", "batches")
 
 
 @dataclass
 class Inspect:
     """Show what a compressed folder holds, what serves each layer and why others stay dense.
 
-    Example: gossamer inspect --model gossamer-out
+    Example: gossamer inspect gossamer-out
 
     Nothing is loaded: kernels and reasons are those of the machine that wrote the folder.
     """
 
+    PLACES = ("model",)
+
     model: str
-    """folder that gossamer compress wrote"""
+    """folder that gossamer compress or gs.save wrote"""
+    layers: bool = False
+    """a line for every layer, instead of one for all layers of a kind"""
     json: bool = False
     """print one JSON object"""
 
     def run(self) -> None:
         """Print the manifest."""
-        if not Path(self.model).is_dir():
-            raise UsageError(f"--model {self.model}: no such folder")
-        manifest = read_manifest(self.model)
+        folder = Path(self.model)
+        _check(folder)
+        manifest = read_manifest(folder)
         layers, decisions = manifest["layers"], manifest["decisions"]
         if self.json:
-            print_json({**manifest, "layers": _plain(layers), "decisions": _plain(decisions)})
+            print_json(
+                {**manifest, "layers": _served(layers, decisions), "decisions": _plain(decisions)}
+            )
             return
-        rows = [
-            _row(name, layers.get(name), decisions.get(name)) for name in {**layers, **decisions}
-        ]
-        title = f"{self.model}: {manifest['method'] or 'zeros of unknown origin'}"
-        print_table(title, HEADER, rows)
-        for name, decided in decisions.items():
-            if decided.reason:
-                print(f"stays dense: {_printable(name)} ({decided.reason})")
+        files = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        print_table(
+            f"{self.model}: {manifest['method'] or 'zeros of unknown origin'}, {human(files)}B",
+            HEADER,
+            _rows(layers, decisions, self.layers),
+        )
+        for line in coverage_notes(_coverage(folder)):
+            print_text(_printable(line))
         if not any(decided.reason or decided.decided for decided in decisions.values()):
             note(
                 "this folder does not say why layers are packed or dense: it was saved from a bare "
                 "model or by an older version; gs.save(gs.compress(model), ...) writes it"
             )
+            return
+        facts = [{"name": name, **dataclasses.asdict(each)} for name, each in decisions.items()]
+        for line in layer_notes(facts):
+            print_text(_printable(line))
+
+
+def _check(folder: Path) -> None:
+    """Raise UsageError for a folder that Gossamer did not write, with what it is."""
+    if not folder.is_dir():
+        raise UsageError(f"--model {folder}: no such folder")
+    if (folder / NAME).exists() or (folder / NAME).is_symlink():
+        return
+    if (folder / "config.json").exists():
+        raise UsageError(
+            f"--model {folder}: is an ordinary model folder, in which nothing is packed (it has no "
+            f"{NAME}); gossamer compress {folder} --out small writes a packed one"
+        )
+    raise UsageError(f"--model {folder}: holds no {NAME}; give a folder that Gossamer wrote")
+
+
+def _coverage(folder: Path) -> Mapping[str, Any]:
+    """What result.json says of the whole model, where gossamer compress wrote the folder."""
+    try:
+        found = json.loads((folder / "result.json").read_text())["coverage"]["pruned"]
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _plain(facts: dict[str, Any]) -> dict[str, Any]:
     return {name: dataclasses.asdict(each) for name, each in facts.items()}
 
 
-def _row(name: str, facts: PackedLayer | None, decided: Decided | None) -> tuple[str, ...]:
-    """The cells of one layer; of dense ones only the decision is known, of old folders it is not."""
+def _served(layers: dict[str, PackedLayer], decisions: dict[str, Decided]) -> dict[str, Any]:
+    """Each packed layer with what serves it; `window` is the kernel size of a convolution."""
+    found = _plain(layers)
+    for name, facts in found.items():
+        decided = decisions.get(name)
+        facts["window"] = facts.pop("kernel")
+        facts["kernel"] = decided.kernel if decided else None
+        facts["batches"] = decided.batches if decided else None
+    return found
+
+
+def _rows(
+    layers: dict[str, PackedLayer], decisions: dict[str, Decided], every: bool
+) -> list[tuple[str, ...]]:
+    """The cells of each layer, or of all layers that differ in their blocks' numbers alone."""
+    groups: dict[tuple[str, ...], list[float]] = {}
+    for name in {**layers, **decisions}:
+        shown, density, cells = _cells(name, layers.get(name), decisions.get(name))
+        groups.setdefault((shown if every else starred(shown), *cells), []).append(density)
+    return [
+        (name, str(len(densities)), shape, _range(densities), *rest)
+        for (name, shape, *rest), densities in groups.items()
+    ]
+
+
+def _cells(
+    name: str, facts: PackedLayer | None, decided: Decided | None
+) -> tuple[str, float, tuple[str, ...]]:
+    """Of dense layers only the decision is known, of old folders it is not."""
     known = facts or decided
     assert known is not None
     kernels = ("-", "-")
     if decided is not None:
         kernels = (decided.kernel or "dense", decided.batches or "dense")
-    return (
-        _printable(name),
-        f"{known.shape[0]} x {known.shape[1]}",
-        f"{known.density:.4f}",
+    cells = (
+        " x ".join(map(str, known.shape)),
         facts.pattern if facts and facts.pattern else "-",
         facts.dtype if facts else "-",
         *kernels,
     )
+    return _printable(name), known.density, cells
+
+
+def _range(densities: list[float]) -> str:
+    low, high = min(densities), max(densities)
+    return f"{low:.4f}" if high - low < 5e-4 else f"{low:.3f} to {high:.3f}"
 
 
 def _printable(name: str) -> str:

@@ -1,12 +1,19 @@
-"""What commands print: one JSON object on stdout, or tables for people."""
+"""What commands print: one JSON object on stdout, or text and tables for people."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gossamer.core.errors import MissingExtra
+from gossamer.engine.progress import LOG
+
+_LEAST = 30
+"""Columns that sentences need at least."""
 
 
 def print_json(data: Mapping[str, Any] | Sequence[Any]) -> None:
@@ -15,23 +22,62 @@ def print_json(data: Mapping[str, Any] | Sequence[Any]) -> None:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError:
-        raise MissingExtra("rich", "cli") from None
-    table = Table(title=title, title_justify="left")
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    """Print a table: columns where they fit, else a paragraph for each row.
+
+    Into a pipe or a file columns are as wide as they need; no word is ever broken.
+    """
+    widths = [max(len(str(row[at])) for row in [header, *rows]) for at in range(len(header))]
+    wordy = any(" " in row[-1].strip() and len(row[-1]) > 20 for row in rows)
+    print_text(title)
+    if sum(widths) + 2 * (len(widths) - 1) <= _width():
+        rule = ["-" * width for width in widths]
+        for row in [header, rule, *rows]:
+            print("  ".join(_cells(row, widths, wordy)).rstrip())
+        return
+    before = sum(widths[:-1]) + 2 * (len(widths) - 1)
+    if wordy and _width() - before >= _LEAST:
+        for row in [header, *rows]:
+            lines = textwrap.wrap(row[-1], int(_width()) - before, break_long_words=False)
+            print("  ".join([*_cells(row, widths, wordy)[:-1], lines[0]]).rstrip())
+            for line in lines[1:]:
+                print(" " * before + line)
+        return
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    Console(width=None).print(table)
+        print_text(row[0])
+        pairs = zip(header[1:], row[1:], strict=True)
+        cells = [
+            f"{name}: {cell}" if name else cell for name, cell in pairs if cell not in ("", "-")
+        ]
+        print_text("; ".join(cells), indent="    ")
+
+
+def print_text(text: str, indent: str = "") -> None:
+    """A paragraph on stdout, broken between words where the terminal ends."""
+    width = _width()
+    if len(indent) + len(text) <= width:
+        print(indent + text)
+        return
+    print(
+        textwrap.fill(
+            text, int(width), initial_indent=indent, subsequent_indent=indent or "  ",
+            break_long_words=False, break_on_hyphens=False,
+        )
+    )  # fmt: skip
 
 
 def note(text: str) -> None:
-    """A line for people on stderr."""
-    import sys
+    """A line for people on stderr, through the log of `gossamer`."""
+    LOG.info(text)
 
-    print(text, file=sys.stderr)
+
+def _width() -> float:
+    """Columns of the terminal; no limit for a pipe or a file, unless COLUMNS is set."""
+    if os.environ.get("COLUMNS") or sys.stdout.isatty():
+        return max(20, shutil.get_terminal_size().columns)
+    return float("inf")
+
+
+def _cells(row: Sequence[str], widths: Sequence[int], wordy: bool) -> list[str]:
+    """Figures to the right; the first column, and all where the last holds sentences, to the left."""
+    place = [str.ljust, *[str.ljust if wordy else str.rjust] * (len(row) - 1)]
+    return [put(cell, width) for put, cell, width in zip(place, row, widths, strict=True)]

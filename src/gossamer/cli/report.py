@@ -15,19 +15,27 @@ from gossamer.report.html import render
 class Report:
     """Write the HTML report of a finished compression anew from its result.json.
 
-    Example: gossamer report --model gossamer-out --out report.html
+    Example: gossamer report gossamer-out --out report.html
     """
+
+    PLACES = ("model",)
 
     model: str
     """folder that gossamer compress wrote"""
     out: str = "report.html"
     """file to write"""
+    overwrite: bool = False
+    """replace the file if it is there"""
 
     def run(self) -> None:
         """Render the page."""
         path = Path(self.model) / "result.json"
         if not path.is_file():
-            raise UsageError(f"--model {self.model}: holds no result.json")
+            raise UsageError(
+                f"--model {self.model}: holds no result.json; give a folder that gossamer compress wrote"
+            )
+        if Path(self.out).exists() and not self.overwrite:
+            raise UsageError(f"--out {self.out}: is there already; add --overwrite to replace it")
         try:
             page = render(json.loads(path.read_text()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

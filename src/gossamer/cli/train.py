@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from gossamer.cli.inputs import density_of
+from gossamer.cli.options import Share
 from gossamer.cli.output import note, print_json, print_table
 from gossamer.cli.train_result import log_step, record
 from gossamer.cli.train_rounds import RoundsRun
@@ -35,6 +36,7 @@ from gossamer.engine.rounds import expected_rounds_flops
 from gossamer.io.atomic import check_target, new_folder
 from gossamer.io.save import save
 from gossamer.methods import find
+from gossamer.nn.costs import machine
 from gossamer.report.training import (
     SWEEP_HEADER,
     headline,
@@ -64,34 +66,34 @@ class Train:
     """of the small networks: first channels of the CNN (8), hidden units of the MLP (256)"""
     method: str = "rigl"
     """a trainer of gossamer methods, imp or sparsemodelsoups (rounds of trainings), or dense"""
-    density: float | None = None
-    """fraction of weights to keep; 0.1 unless the pattern says otherwise"""
-    sparsity: float | None = None
-    """fraction of weights to remove, instead of --density"""
+    density: Share | None = None
+    """fraction of weights to keep, such as 0.1 or 10%; 0.1 unless the pattern says otherwise"""
+    sparsity: Share | None = None
+    """fraction of weights to remove, such as 0.9 or 90%, instead of --density"""
     pattern: str = ""
     """N:M such as 2:4, for the methods that train one"""
-    allocation: str = ""
-    """uniform, uniform+, er or erk; the method's own if empty"""
+    allocation: Literal["uniform", "uniform+", "er", "erk"] | None = None
+    """how density is shared among layers; the method's own unless named"""
     options: dict[str, Any] = field(default_factory=dict)
-    """further arguments of the method, such as {every: 50, drop: 0.3}"""
+    """further arguments of the method, such as every=50,drop=0.3; its page names them"""
     include: list[str] = field(default_factory=list)
-    """further layers to make sparse, by name patterns"""
+    """further layers to make sparse, by name patterns such as '*embed*'; repeatable, or comma separated"""
     exclude: list[str] = field(default_factory=list)
-    """layers to leave dense, by name patterns"""
+    """layers to leave dense, by name patterns such as '*head'; repeatable, or comma separated"""
     steps: int = 300
     """optimizer steps, of each training in rounds; with a sweep, those of the costliest arm"""
     batch: int = 64
     """images or text windows in a step"""
     length: int = 128
     """tokens in a text window"""
-    optimizer: str = ""
-    """sgd (with momentum 0.9; for images) or adamw (for text)"""
+    optimizer: Literal["sgd", "adamw"] | None = None
+    """sgd (with momentum 0.9) unless named for images, adamw for text"""
     lr: float | None = None
     """peak learning rate: 0.1 for sgd, 0.001 for adamw"""
     weight_decay: float | None = None
     """on matrices and kernels: 0.0005 for sgd, 0.1 for adamw"""
-    schedule: str = "cosine"
-    """of the learning rate: cosine, linear or constant"""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """of the learning rate over the steps"""
     warmup: int = 0
     """steps of linear warm-up"""
     clip: float = 0.0
@@ -129,6 +131,10 @@ class Train:
             else:
                 self._single(*arms[0], writer)
         shutil.rmtree(self._hidden, ignore_errors=True)
+
+    def again(self) -> str:
+        """What a second call makes of an interrupted one."""
+        return "; the same command resumes the run" if self._hidden.exists() else ""
 
     @property
     def _sweeps(self) -> bool:
@@ -324,16 +330,10 @@ class Train:
         return run
 
     def _facts(self) -> dict[str, Any]:
-        import gossamer
-
         return {
             "data": self.data, "model": self.model, "out": self.out,
             "command": "gossamer " + " ".join(shlex.quote(word) for word in sys.argv[1:]),
-            "machine": {
-                "processor": platform.processor() or platform.machine(),
-                "threads": torch.get_num_threads(), "torch": torch.__version__,
-                "gossamer": gossamer.__version__, "python": platform.python_version(),
-            },
+            "machine": {**machine(), "python": platform.python_version()},
         }  # fmt: skip
 
     @contextlib.contextmanager

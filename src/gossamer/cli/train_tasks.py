@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gossamer.cli.inputs import BUNDLED, BUNDLED_TEXT, check_model, read_model, read_text
 from gossamer.core.errors import FormatError, MissingExtra, UsageError
+from gossamer.core.text import windows
 from gossamer.engine.data import digest
 from gossamer.engine.evaluate import bits_per_byte
 from gossamer.engine.hooks import evaluating
@@ -139,10 +140,7 @@ class Text:
     def loss(self, model: nn.Module, step: int, seed: int) -> Tensor:
         """Next-token cross-entropy of random windows."""
         assert self._ids is not None
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        last = self._ids.numel() - self.length
-        starts = torch.randint(0, last, (self.batch,), generator=generator).tolist()
-        rows = torch.stack([self._ids[start : start + self.length] for start in starts])
+        rows = windows(self._ids, self.batch, self.length, seed * 1_000_003 + step)
         logits = model(input_ids=rows[:, :-1], use_cache=False).logits
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
 
@@ -150,8 +148,9 @@ class Text:
         """Bits per byte of held-out text."""
         assert self._subject is not None
         return bits_per_byte(
-            model, self.held_out[:HELD_OUT], window=self.length, encode=self._subject.encode
-        )
+            model, self.held_out[:HELD_OUT], window=self.length, encode=self._subject.encode,
+            progress="quality on held-out text",
+        )  # fmt: skip
 
     def digest(self) -> str:
         """A hash of the text."""

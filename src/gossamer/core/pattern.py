@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Literal, TypeAlias
 
 from gossamer.core.errors import PatternError
@@ -93,7 +94,9 @@ def parse_pattern(text: str) -> Pattern:
         return Block(int(match[1]), int(match[2]), match[3] or "tensor")  # type: ignore[arg-type]
     if match := re.fullmatch(r"channel(?::(\d))?(?::(\w+))?", word):
         return Channel(int(match[1] or 0), match[2] or "tensor")  # type: ignore[arg-type]
-    raise PatternError(f"unknown pattern {text!r}; write one of: {_FORMS}")
+    near = get_close_matches(word.partition(":")[0], ("unstructured", "block", "channel"), n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise PatternError(f"unknown pattern {text!r}; {hint}write one of: {_FORMS}")
 
 
 def format_pattern(pattern: Pattern) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -80,9 +80,14 @@ class Coverage:
         return self.pruned / self.matrices if self.matrices else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruneResult:
-    """What `prune` did; `supports` maps a layer's name to its kept positions."""
+    """What `prune` did; `supports` maps a layer's name to its kept positions.
+
+    measured_density, and the density of each record, count the weights of the pruned layers that
+    are not zero after the call; a support has its own figure. coverage: of the whole model. notes:
+    what else a reader should know, such as where a mask could not be applied.
+    """
 
     model: nn.Module
     supports: Mapping[str, Support]
@@ -93,6 +98,53 @@ class PruneResult:
     measured_density: float
     provenance: Mapping[str, Any] = field(default_factory=dict)
     coverage: Coverage = field(default_factory=Coverage)
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """A few lines: what was done, how much of the model it reached, and what was left out."""
+        lines = [f"{what}: {value}" for what, value in self._facts()]
+        return "\n".join([f"{type(self.model).__name__} pruned", *lines, *self.notes])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """The same as a small table, for notebooks."""
+        rows = [*self._facts(), *(("note", note) for note in self.notes)]
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{escape(what)}</th>"
+            f"<td style='text-align:left'>{escape(value)}</td></tr>"
+            for what, value in rows
+        )
+        title = escape(type(self.model).__name__)
+        return f"<table><caption>{title} pruned</caption>{cells}</table>"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        cover = self.coverage
+        facts = [
+            ("method", f"{self.method}, {self.pattern}"),
+            (
+                "density",
+                f"{self.measured_density:.4f} of {len(self.layers)} pruned matrices, "
+                f"{cover.density:.4f} of the whole model",
+            ),
+            ("pruned", f"{cover.pruned_share:.1%} of {cover.matrices:,} matrix weights"),
+        ]
+        return facts + [("left dense", line) for line in _reasons(cover.left_out)[:4]]
+
+
+def _reasons(left_out: Iterable[LeftOut]) -> list[str]:
+    """What was left out, by reason, the most weights first."""
+    groups: dict[str, list[LeftOut]] = {}
+    for each in left_out:
+        groups.setdefault(each.reason, []).append(each)
+    sizes = {reason: sum(x.count for x in group) for reason, group in groups.items()}
+    lines = []
+    for reason in sorted(groups, key=lambda reason: -sizes[reason]):
+        kinds = ", ".join(dict.fromkeys(x.kind for x in groups[reason]))
+        first = groups[reason][0].name
+        more = f" and {len(groups[reason]) - 1} more" if len(groups[reason]) > 1 else ""
+        lines.append(f"{sizes[reason]:,} in {kinds}: {reason} ({first}{more})")
+    return lines
 
 
 @dataclass(frozen=True, repr=False)

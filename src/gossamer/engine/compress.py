@@ -14,8 +14,9 @@ from gossamer.core.costs import Costs, Predictor
 from gossamer.core.errors import UsageError
 from gossamer.core.matrix import as_matrix, is_prunable
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwrap
-from gossamer.engine.coverage import count_nonzero, packed_coverage
+from gossamer.engine.coverage import nonzeros
 from gossamer.engine.decoder import FAMILIES
+from gossamer.engine.packed_coverage import packed_coverage
 from gossamer.models.layers import matching
 from gossamer.nn.bitmap import BitmapLinear, serves_batches
 from gossamer.nn.chain import fuse
@@ -85,9 +86,10 @@ def compress(
     root = unwrap(model)
     _check(root, bits, group, head_bits)
     layers = {n: m for n, m in root.named_modules() if is_prunable(m)}
-    wanted = matching(include, layers, root, "include") if include else set(layers)
+    names = {name: name for name in layers}
+    wanted = matching(include, names, root, "include") if include else set(layers)
     call = _Call(
-        root, wanted - matching(exclude, layers, root, "exclude"), max_density,
+        root, wanted - matching(exclude, names, root, "exclude"), max_density,
         serves_batches(root, batches), bits, group, head_bits, known_costs(costs), _head(root),
         type(root).__name__ not in FAMILIES, _uses(root),
     )  # fmt: skip
@@ -198,7 +200,7 @@ def _record(name: str, module: nn.Module, asked: LayerRecord | None) -> LayerRec
     if _unknown(module):
         return LayerRecord(name, (), 1.0, 1.0)
     matrix = as_matrix(module)
-    nnz, total = count_nonzero(matrix), matrix.numel()
+    nnz, total = nonzeros(matrix), matrix.numel()
     width = matrix.element_size()
     return LayerRecord(
         name=name,

@@ -42,15 +42,21 @@ def call(model: nn.Module, batch: Batch) -> Any:
     return model(**moved)
 
 
+def rows_of(batch: Batch) -> int:
+    """How many inputs a batch holds: the first dimension of its first tensor that has one."""
+    sizes = (tensor.shape[0] for tensor in _tensors(batch).values() if tensor.dim())
+    return next(sizes, 1)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter; the CPU for a model without any."""
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def real_tokens(batch: Batch) -> Tensor | None:
+def real_tokens(batch: Batch, name: str = "attention_mask") -> Tensor | None:
     """The (batch, tokens) bool mask of positions that are not padding; None where all are real."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    mask = batch.get(name) if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.bool().all()):
         return None
     return mask.bool()

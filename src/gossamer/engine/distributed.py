@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import UsageError
+from gossamer.core.result import unwrap
 
 
 class Ranks:
@@ -28,12 +29,16 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank, so that all raise an error or none does."""
+        return bool(self.largest(int(flag)))
+
+    def largest(self, number: int) -> int:
+        """The largest of a whole number over all ranks."""
         if not self.groups:
-            return flag
-        sent = torch.tensor([int(flag)], device=self._device())
+            return number
+        sent = torch.tensor([number], device=self._device())
         for group in self.groups:
             torch.distributed.all_reduce(sent, torch.distributed.ReduceOp.MAX, group=group)
-        return bool(sent)
+        return int(sent)
 
     def average(self, tensors: Iterable[Tensor]) -> None:
         """Each tensor becomes its mean over ranks, in place; what is equal already stays."""
@@ -72,18 +77,19 @@ class Ranks:
 def unwrapped(model: nn.Module, group: Any = None) -> tuple[nn.Module, Ranks]:
     """The model without the wrappers that rename its layers, and the ranks that train it.
 
-    Seen through: torch.compile, DistributedDataParallel. Recognised: the DTensors of FSDP2. group:
-    for a model whose gradients are averaged by other means. Raises UsageError for FSDP1, which
-    keeps no layer's weight whole or split by rows.
+    Seen through: torch.compile, DataParallel, DistributedDataParallel. Recognised: the DTensors
+    of FSDP2. group: for a model whose gradients are averaged by other means. Raises UsageError for
+    FSDP1, which keeps no layer's weight whole or split by rows.
     """
     groups = [] if group is None else [group]
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            groups, model = [model.process_group], model.module
-        else:
-            break
+    inner = unwrap(model)
+    outer: Any = model if isinstance(model, nn.Module) else model.model
+    while outer is not inner:
+        if isinstance(outer, nn.parallel.DistributedDataParallel):
+            groups = [outer.process_group]
+        compiled = outer._modules.get("_orig_mod")
+        outer = outer.module if compiled is None else compiled
+    model = inner
     for module in model.modules():
         if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
             module.reshard()  # type: ignore[operator]  # an evaluation leaves the root gathered

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,15 @@ from torch.nn import functional
 from gossamer.core.errors import NonFiniteError, UsageError
 from gossamer.core.result import CompressResult, PruneResult, unwrap
 from gossamer.engine import hooks
-from gossamer.engine.data import Batch, call, device_of, read_batches, real_tokens
+from gossamer.engine.calm import Watched, watched_rounds
+from gossamer.engine.data import Batch, call, device_of, read_batches, real_tokens, rows_of
 from gossamer.engine.decoder import Decoder, refusal
 from gossamer.engine.generate import compiled_serves, next_token
+from gossamer.engine.progress import track
 
 Measurable = nn.Module | PruneResult | CompressResult
+PATIENCE = 10.0
+"""Seconds in which rounds that others disturbed are taken again."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Speed:
     dense: under plain transformers. sparse: as `generate` serves it, by the compiled loop where
     that serves the model. dense_compiled: the dense model under the same compiled loop, with our
     own dense kernels, so that what the loop gives is told apart from what the zeros give.
+    gain: sparse over dense in the same loop, so of the zeros alone; its range is that over the
+    rounds. disturbed: how many of the rounds others used the machine in.
     """
 
     dense: float
@@ -40,6 +46,10 @@ class Speed:
     threads: int
     dense_compiled: float | None = None
     loop: str = "transformers"
+    gain: float = 1.0
+    gain_low: float = 1.0
+    gain_high: float = 1.0
+    disturbed: int = 0
 
 
 def bits_per_byte(
@@ -49,12 +59,14 @@ def bits_per_byte(
     window: int = 256,
     batch: int = 8,
     encode: Callable[[bytes], Sequence[int]] | None = None,
+    progress: str = "",
 ) -> float:
     """How many bits the causal language model needs per byte of `data`; lower is better.
 
     Without `encode` a token is a byte: windows do not overlap, and each byte after the first of
     its window is scored. With `encode` (bytes to token ids) windows share one token, so that every
     token but the very first is scored, and the total is divided by the number of bytes.
+    progress: a name under which progress is shown on stderr; none where empty.
 
     Raises UsageError for data too short to score or ids outside the vocabulary, NonFiniteError
     when the model's logits are not numbers.
@@ -72,37 +84,54 @@ def bits_per_byte(
             "tokenizer's encode"
         )
     nats, scored = 0.0, 0
-    with hooks.evaluating(model):
-        for rows in _windows(ids, window, window if encode is None else window - 1, batch):
+    parts = list(_windows(ids, window, window if encode is None else window - 1, batch))
+    name = progress or "bits per byte"
+    with hooks.evaluating(model), track(len(parts), bool(progress), name) as step:
+        for rows in parts:
             nats += _nats(model, rows.to(device_of(model)))
             scored += rows.shape[0] * (rows.shape[1] - 1)
+            step("")
     if not math.isfinite(nats):
         raise NonFiniteError("the model's logits hold NaN or inf")
     return nats / math.log(2) / (scored if encode is None else len(data))
 
 
-def embedding_similarity(dense: Measurable, sparse: Measurable, batches: Iterable[Batch]) -> float:
-    """Mean cosine similarity between the two encoders' embeddings over all inputs, in [-1, 1].
+def embedding_similarity(
+    dense: Measurable, sparse: Measurable, batches: Iterable[Batch], *, progress: str = ""
+) -> float:
+    """Mean cosine similarity between the two models' outputs over all inputs, in [-1, 1].
 
-    An embedding is the mean of the last hidden state over real (not padding) positions; a model
-    that returns a plain tensor gives the embedding itself.
+    Of an encoder that is the mean of the last hidden state over real (not padding) positions, the
+    embedding; of models with a head the logits, averaged likewise; a plain tensor is taken as it is.
+    progress: as in `bits_per_byte`.
     """
     dense, sparse = unwrap(dense), unwrap(sparse)
     total, count = 0.0, 0
-    with hooks.evaluating(dense), hooks.evaluating(sparse):
-        for inputs in read_batches(batches):
+    parts, name = read_batches(batches), progress or "similarity"
+    with (
+        hooks.evaluating(dense),
+        hooks.evaluating(sparse),
+        track(len(parts), bool(progress), name) as step,
+    ):
+        for inputs in parts:
             first, second = (embed(model, inputs) for model in (dense, sparse))
             cosine = functional.cosine_similarity(first, second, dim=-1)
             total, count = total + float(cosine.sum()), count + cosine.numel()
+            step("")
+    if not math.isfinite(total):
+        raise NonFiniteError("the models' outputs hold NaN or inf")
     return total / count
 
 
 def embed(model: nn.Module, batch: Batch) -> Tensor:
     """Embeddings (inputs, width) in float32; see `embedding_similarity`."""
     output: Any = call(model, batch)
-    hidden = getattr(output, "last_hidden_state", output)
-    if not isinstance(hidden, Tensor):
-        raise UsageError(f"{type(model).__name__} returns neither a tensor nor last_hidden_state")
+    hidden = _first_tensor(output)
+    if hidden is None:
+        raise UsageError(
+            f"{type(model).__name__} returns a {type(output).__name__}; what is compared is a "
+            "tensor, last_hidden_state or logits"
+        )
     hidden = hidden.float()
     if hidden.dim() < 3:
         return hidden
@@ -113,17 +142,30 @@ def embed(model: nn.Module, batch: Batch) -> Tensor:
     return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
 
 
+def _first_tensor(output: Any) -> Tensor | None:
+    """The part of a model's output that is compared."""
+    for name in ("last_hidden_state", "logits"):
+        if isinstance(found := getattr(output, name, None), Tensor):
+            return found
+    if isinstance(output, list | tuple) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
 def decode_speed(
     dense: Measurable,
     sparse: Measurable,
     ids: Tensor,
     new_tokens: int = 32,
     repeats: int = 5,
+    *,
+    progress: bool = False,
 ) -> Speed:
     """Tokens per second of greedy decoding with a key-value cache, dense against sparse.
 
     ids: (batch, tokens) prompt. The prompt's own pass is not timed. Both models decode in turns,
-    after one untimed warm-up each, so that both see the same machine.
+    after one untimed warm-up each, so that both see the same machine. Rounds in which others used
+    the machine are taken again for some seconds.
     """
     dense, sparse = unwrap(dense), unwrap(sparse)
     if new_tokens < 1 or repeats < 1:
@@ -131,55 +173,88 @@ def decode_speed(
     runs = {"dense": (dense, False), "sparse": (sparse, compiled_serves(sparse, ids, new_tokens))}
     if runs["sparse"][1] and refusal(dense, ids.shape[1] + new_tokens) is None:
         runs["dense_compiled"] = (dense, True)
-    times: dict[str, list[float]] = {name: [] for name in runs}
+
+    def turn() -> dict[str, float]:
+        return {
+            name: (_compiled_seconds if compiled else _decode_seconds)(
+                model, ids.to(device_of(model)), new_tokens
+            )
+            for name, (model, compiled) in runs.items()
+        }
+
     with hooks.evaluating(dense), hooks.evaluating(sparse):
-        for repeat in range(repeats + 1):
-            for name, (model, compiled) in runs.items():
-                timed = _compiled_seconds if compiled else _decode_seconds
-                seconds = timed(model, ids.to(device_of(model)), new_tokens)
-                if repeat:
-                    times[name].append(seconds)
-    tokens = ids.shape[0] * new_tokens
-    rates = {name: tokens / statistics.median(taken) for name, taken in times.items()}
-    return Speed(
-        dense=rates["dense"],
-        sparse=rates["sparse"],
-        ratio=rates["sparse"] / rates["dense"],
-        unit="tokens/s",
-        repeats=repeats,
-        threads=torch.get_num_threads(),
-        dense_compiled=rates.get("dense_compiled"),
-        loop="compiled" if runs["sparse"][1] else "transformers",
-    )
+        watched = _rounds(turn, repeats, progress, f"speed of decoding {new_tokens} tokens")
+    loop = "compiled" if runs["sparse"][1] else "transformers"
+    return _speed(watched, ids.shape[0] * new_tokens, "tokens/s", loop)
 
 
 def encode_speed(
-    dense: Measurable, sparse: Measurable, batches: Iterable[Batch], repeats: int = 5
+    dense: Measurable,
+    sparse: Measurable,
+    batches: Iterable[Batch],
+    repeats: int = 5,
+    *,
+    progress: bool = False,
 ) -> Speed:
-    """Inputs per second over all batches, dense against sparse, in turns after a warm-up."""
+    """Inputs per second over all batches, dense against sparse, in turns after a warm-up.
+
+    An input is a row of the first dimension. Disturbed rounds are taken again, as in `decode_speed`.
+    """
     dense, sparse = unwrap(dense), unwrap(sparse)
     rows = read_batches(batches)
-    inputs = sum(next(iter(r.values())).shape[0] if isinstance(r, dict) else len(r) for r in rows)
-    times: dict[str, list[float]] = {"dense": [], "sparse": []}
+    if repeats < 1:
+        raise UsageError(f"repeats is at least 1, not {repeats}")
+
+    def turn() -> dict[str, float]:
+        return {
+            name: _encode_seconds(model, rows)
+            for name, model in (("dense", dense), ("sparse", sparse))
+        }
+
     with hooks.evaluating(dense), hooks.evaluating(sparse):
-        for repeat in range(repeats + 1):
-            for name, model in (("dense", dense), ("sparse", sparse)):
-                _wait(device_of(model))
-                start = time.perf_counter()
-                for batch in rows:
-                    call(model, batch)
-                _wait(device_of(model))
-                if repeat:
-                    times[name].append(time.perf_counter() - start)
-    rates = {name: inputs / statistics.median(taken) for name, taken in times.items()}
+        watched = _rounds(turn, repeats, progress, "speed on batches")
+    return _speed(watched, sum(map(rows_of, rows)), "inputs/s", "transformers")
+
+
+def _rounds(
+    turn: Callable[[], Mapping[str, float]], repeats: int, progress: bool, what: str
+) -> Watched:
+    """One untimed round, then the timed ones."""
+    with track(None, progress, what) as step:
+        turn()
+        step("")
+        return watched_rounds(turn, repeats, PATIENCE, step)
+
+
+def _speed(watched: Watched, count: int, unit: str, loop: str) -> Speed:
+    """Rates of `count` tokens or inputs, from the seconds of each round."""
+    times = watched.seconds
+    rates = {name: count / statistics.median(taken) for name, taken in times.items()}
+    peer = "dense_compiled" if "dense_compiled" in times else "dense"
+    gains = [dense / sparse for dense, sparse in zip(times[peer], times["sparse"], strict=True)]
     return Speed(
         dense=rates["dense"],
         sparse=rates["sparse"],
         ratio=rates["sparse"] / rates["dense"],
-        unit="inputs/s",
-        repeats=repeats,
+        unit=unit,
+        repeats=len(gains),
         threads=torch.get_num_threads(),
+        dense_compiled=rates.get("dense_compiled"),
+        loop=loop,
+        gain=rates["sparse"] / rates[peer],
+        gain_low=min(gains),
+        gain_high=max(gains),
+        disturbed=watched.disturbed,
     )
+
+
+def _encode_seconds(model: nn.Module, batches: Sequence[Batch]) -> float:
+    _wait(device_of(model))
+    start = time.perf_counter()
+    for batch in batches:
+        call(model, batch)
+    _wait(device_of(model))
+    return time.perf_counter() - start
 
 
 def _decode_seconds(model: nn.Module, ids: Tensor, new_tokens: int) -> float:

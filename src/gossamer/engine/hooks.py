@@ -3,21 +3,25 @@ happens inside, and changes no weight, buffer or flag of the model."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import UsageError
+from gossamer.engine.optimizers import ASCENTS, Followed
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and keyword arguments of one call of a module."""
 
 
-class _Stop(Exception):
-    """Ends a forward pass once the wanted inputs are in hand."""
+_STEP = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
+"""The code of torch's function that runs the hooks around a step."""
 
 
 @contextmanager
@@ -71,13 +75,15 @@ def around_steps(
 ) -> Iterator[None]:
     """While open, call `before()` and `after()` around every step that the optimizer takes.
 
-    A step that a GradScaler skips calls neither. The closure of `step(closure)` is called first, so
-    that `before` sees its gradients. Raises UsageError for an optimizer that wants it once more.
+    A step that a GradScaler skips calls neither, and a `step` that calls its base class's counts
+    once. The closure of `step(closure)` is called first, so that `before` sees its gradients.
     """
 
     def pre(
         _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if _is_inner_step(optimizer):
+            return args, kwargs
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             before()
@@ -88,16 +94,91 @@ def around_steps(
         return args[:1], {**kwargs, "closure": _once(loss)}
 
     def post(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        after()
+        if not _is_inner_step(optimizer):
+            after()
 
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise UsageError("LBFGS evaluates the loss many times a step; choose SGD, Adam or the like")
     handles = [optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_inner_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a hook runs for a step that another step of the same optimizer called as its base's.
+
+    torch wraps the `step` of every class that was ever constructed, so that `super().step()` runs
+    the hooks again.
+    """
+    classes = type(optimizer).__mro__
+    if sum(getattr(vars(kind).get("step"), "hooked", False) for kind in classes) < 2:
+        return False
+    frame, running = sys._getframe(1), 0
+    while frame is not None:
+        if frame.f_code is _STEP and frame.f_locals.get("self") is optimizer:
+            running += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return running > 1
+
+
+@contextmanager
+def around_calls(
+    thing: Any, method: str, before: Callable[[], None], after: Callable[[], None]
+) -> Iterator[None]:
+    """While open, call `before()` and `after()` around a method of this one object.
+
+    For wrappers of optimizers, which have no hooks. What others put over it meanwhile stays.
+    """
+    own, original = method in getattr(thing, "__dict__", {}), getattr(thing, method)
+    closed = False
+
+    @wraps(original)  # with the marks that learning rate schedules leave
+    def call(_: Any, *args: Any, **kwargs: Any) -> Any:
+        if closed:
+            return original(*args, **kwargs)
+        before()
+        result = original(*args, **kwargs)
+        after()
+        return result
+
+    bound = MethodType(call, thing)  # which they want to wrap in their turn
+    setattr(thing, method, bound)
+    try:
+        yield
+    finally:
+        closed = True
+        if getattr(thing, method) is bound:
+            if own:
+                setattr(thing, method, original)
+            else:
+                delattr(thing, method)
+
+
+@contextmanager
+def around_ascents(
+    followed: Followed, before: Callable[[], None], after: Callable[[], None]
+) -> Iterator[None]:
+    """While open, call `before()` and `after()` where an optimizer moves weights for one gradient,
+    as the first step of sharpness-aware minimisation does."""
+    with ExitStack() as calls:
+        for holder in (*followed.wrappers, followed.optimizer):
+            for name in ASCENTS:
+                if callable(getattr(holder, name, None)):
+                    calls.enter_context(around_calls(holder, name, before, after))
+        yield
+
+
+@contextmanager
+def around_wrappers(
+    followed: Followed, before: Callable[[], None], after: Callable[[], None]
+) -> Iterator[None]:
+    """While open, call `before()` and `after()` around the steps of what wraps the optimizer."""
+    with ExitStack() as calls:
+        for wrapper in followed.wrappers:
+            if hasattr(wrapper, "step"):
+                calls.enter_context(around_calls(wrapper, "step", before, after))
+        yield
 
 
 def _once(loss: Any) -> Callable[[], Any]:
@@ -117,13 +198,16 @@ def _once(loss: Any) -> Callable[[], Any]:
 @contextmanager
 def adjust_outputs(
     adjust: Sequence[tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]],
+    check: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> Iterator[None]:
-    """While open, each module returns `function(its input, its output)`."""
+    """While open, each module returns `function(its input, its output)`; `check` is given its
+    keyword arguments and may raise."""
 
     def watch(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor:
+            check(kwargs)
             return function(first_tensor(args, kwargs, type(module).__name__), output)
 
         return hook
@@ -139,49 +223,78 @@ def adjust_outputs(
 
 
 @contextmanager
-def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Inputs]]]:
-    """While open, append (name, inputs) to the yielded list at every forward, in call order.
+def watch_blocks(
+    blocks: Sequence[nn.Module],
+    before: Callable[[int, Inputs], None],
+    after: Callable[[int, Any], None],
+) -> Iterator[None]:
+    """While open, call `before(index, inputs)` and `after(index, output)` around every forward of
+    each block. Key-value caches among the inputs are replaced by None, so that the block can be run
+    again and again on them."""
 
-    Tensors among the inputs are copied.
-    """
-    calls: list[tuple[str, Inputs]] = []
-
-    def watch(name: str) -> Callable[..., None]:
+    def enter(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # A layer that works in place would spoil what is recorded.
-            copies = [x.clone() if isinstance(x, Tensor) else x for x in args]
-            named = {k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-            calls.append((name, without_cache(tuple(copies), named)))
+            before(index, without_cache(args, kwargs))
 
         return hook
 
-    with _pre_hooks([(module, watch(name)) for name, module in modules.items()]):
-        yield calls
+    def leave(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            after(index, output)
+
+        return hook
+
+    handles = [block.register_forward_hook(leave(i)) for i, block in enumerate(blocks)]
+    try:
+        with _pre_hooks([(block, enter(index)) for index, block in enumerate(blocks)]):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def capture_first_block_inputs(
-    model: nn.Module, block: nn.Module, data: Sequence[Any], call: Callable[[Any], Any]
-) -> list[Inputs]:
-    """The inputs of `block` for every batch, each forward pass stopped as soon as they are known.
+@contextmanager
+def without_padding(
+    modules: Sequence[nn.Module], real: Callable[[nn.Module], Tensor | None]
+) -> Iterator[set[int]]:
+    """While open, mixtures of experts see only the tokens that are real; others come out as zeros.
 
-    `call(batch)` runs the model. Key-value caches among the arguments are replaced by None, so
-    that the block can be run again and again on them. Raises UsageError when a batch never
-    reaches the block.
+    real: the mask of the batch that runs, for a module; None where all tokens are real. That is
+    exact for real tokens, as experts take each token on its own. Yields the ids of the modules that could be
+    served so in their last call: those called with tensors that all have one row a token.
     """
-    captured: list[Inputs] = []
+    served: set[int] = set()
+    rows: dict[int, Tensor] = {}
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        captured.append(without_cache(args, kwargs))
-        raise _Stop
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        served.discard(id(module))
+        mask = real(module)
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()]
+        if mask is None or not tensors or any(len(x) != mask.numel() for x in tensors):
+            return None
+        served.add(id(module))
+        keep = rows[id(module)] = mask.reshape(-1).to(tensors[0].device)
 
-    with _pre_hooks([(block, hook)]):
-        for index, batch in enumerate(data):
-            try:
-                call(batch)
-            except _Stop:
-                continue
-            raise UsageError(f"calibration batch {index} never reaches the model's first block")
-    return captured
+        def cut(x: Any) -> Any:
+            return x[keep] if isinstance(x, Tensor) and x.dim() else x
+
+        return tuple(map(cut, args)), {key: cut(value) for key, value in kwargs.items()}
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        keep = rows.pop(id(module), None)
+        if keep is None or not isinstance(output, Tensor):
+            return None
+        whole = output.new_zeros(len(keep), *output.shape[1:])
+        whole[keep] = output
+        return whole
+
+    handles = [module.register_forward_hook(leave) for module in modules]
+    try:
+        with _pre_hooks([(module, enter) for module in modules]):
+            yield served
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -218,7 +331,7 @@ def _no_cache(value: Any) -> Any:
 
 
 @contextmanager
-def _pre_hooks(pairs: Sequence[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+def _pre_hooks(pairs: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     handles = []
     try:
         for module, hook in pairs:

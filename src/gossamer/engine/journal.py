@@ -2,7 +2,7 @@
 
 A folder with `journal.json`, the fingerprint of the run, and one `unit-00012.safetensors` per
 finished unit holding the pruned weights (`<layer>.weight`, in the module's own layout) and masks
-(`<layer>.mask`, (out, in) as uint8). Every file is written under a temporary name, flushed to disk
+(`<layer>.mask`, (out, in) as uint8); neither of a weight that the run left dense. Every file is written under a temporary name, flushed to disk
 and renamed, so a file that exists is whole. Nothing is unpickled.
 """
 
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gossamer.core.errors import FormatError, UsageError
 from gossamer.core.files import write_safetensors
-from gossamer.core.matrix import as_matrix
+from gossamer.core.matrix import Weight
 from gossamer.core.pattern import Pattern
 from gossamer.core.support import Support
 
@@ -58,20 +58,20 @@ class Journal:
         return self._path(unit).exists()
 
     def write(
-        self, unit: int, layers: Mapping[str, nn.Module], supports: Mapping[str, Support]
+        self, unit: int, weights: Mapping[str, Weight], supports: Mapping[str, Support]
     ) -> None:
         """Record one finished unit: its weights as they are now, and its supports."""
         tensors: dict[str, Tensor] = {}
-        for name, module in layers.items():
-            tensors[f"{name}.weight"] = weight_of(module).cpu().contiguous()
-            tensors[f"{name}.mask"] = supports[name].mask.cpu().to(torch.uint8).contiguous()
+        for name, support in supports.items():
+            tensors[f"{name}.weight"] = weights[name].tensor.cpu().contiguous()
+            tensors[f"{name}.mask"] = support.mask.cpu().to(torch.uint8).contiguous()
         metadata = {"run": self._digest, "unit": str(unit)}
         write_whole(self._path(unit), lambda path: write_safetensors(tensors, path, metadata))
 
     def restore(
         self,
         unit: int,
-        layers: Mapping[str, nn.Module],
+        weights: Mapping[str, Weight],
         pattern: Pattern,
         requested: Mapping[str, float],
     ) -> dict[str, Support]:
@@ -82,23 +82,25 @@ class Journal:
         path = self._path(unit)
         tensors = self._read(path, unit)
         supports: dict[str, Support] = {}
-        for name, module in layers.items():
-            weight, mask = tensors.pop(f"{name}.weight", None), tensors.pop(f"{name}.mask", None)
-            own, shape = weight_of(module), as_matrix(module).shape
+        for name, weight in weights.items():
+            stored, mask = tensors.pop(f"{name}.weight", None), tensors.pop(f"{name}.mask", None)
+            if stored is None and mask is None:
+                continue
+            own, shape = weight.tensor, weight.matrix().shape
             if (
-                weight is None
+                stored is None
                 or mask is None
-                or (weight.shape, weight.dtype) != (own.shape, own.dtype)
+                or (stored.shape, stored.dtype) != (own.shape, own.dtype)
                 or (mask.shape, mask.dtype) != (shape, torch.uint8)
             ):
                 raise FormatError(f"{path}: no fitting weight and mask for {name}; {_REMEDY}")
             supports[name] = Support(mask.bool().to(own.device), pattern, requested[name])
-            tensors[name] = weight
-        if set(tensors) != set(layers):
+            tensors[name] = stored
+        if set(tensors) != set(supports):
             raise FormatError(f"{path}: holds layers that this unit does not have; {_REMEDY}")
         with torch.no_grad():
-            for name, module in layers.items():
-                weight_of(module).copy_(tensors[name])
+            for name in supports:
+                weights[name].tensor.copy_(tensors[name])
         return supports
 
     def _read(self, path: Path, unit: int) -> dict[str, Tensor]:
@@ -140,13 +142,6 @@ def check_same_run(place: str, old: Mapping[str, Any], new: Mapping[str, Any], r
     if changed:
         changes = ", ".join(changed)
         raise UsageError(f"{place} belongs to another run: {changes} changed; {remedy}")
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """The module's own weight, detached, sharing storage."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

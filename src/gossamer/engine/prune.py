@@ -3,54 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.core.allocation import LayerInfo, Uniform
-from gossamer.core.errors import NonFiniteError, PatternError, UsageError
-from gossamer.core.matrix import as_matrix, write_matrix
-from gossamer.core.pattern import NM, Pattern, check_pattern, format_pattern, pattern_kind
+from gossamer.core.errors import NonFiniteError, UsageError
+from gossamer.core.matrix import Weight
+from gossamer.core.pattern import Pattern, format_pattern
 from gossamer.core.result import LayerRecord, PruneResult, unwrap
-from gossamer.core.select import check_density, select, select_global
+from gossamer.core.select import select, select_global
 from gossamer.core.stats import LayerStats
 from gossamer.core.support import Support
 from gossamer.engine import hooks
-from gossamer.engine.calibrate import STATISTICS, Calibrator, gather_dense
-from gossamer.engine.data import Batch, digest_batches, digest_model, read_batches
-from gossamer.engine.journal import Journal, weight_of
-from gossamer.engine.progress import track
-from gossamer.engine.protocols import Allocation, Method, Solver, check_method
-from gossamer.models import find_blocks, prunable_layers
+from gossamer.engine.coverage import coverage_of, nonzeros, warn
+from gossamer.engine.data import Batch, digest_batches, digest_model
+from gossamer.engine.journal import Journal
+from gossamer.engine.plan import LOST, Plan, Uncalled, Unit, options_of, plan_of
+from gossamer.engine.progress import Step, track
+from gossamer.engine.protocols import Allocation, Method, Solver
+from gossamer.models import find_weights
 from gossamer.ops.statistics import top_mask
 
-
-@dataclass(frozen=True)
-class _Unit:
-    """Layers pruned together: those of one block, or one layer outside the blocks."""
-
-    label: str
-    layers: dict[str, nn.Module]
-    block: int | None
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Everything decided and checked before the first weight changes."""
-
-    model: nn.Module
-    method: Any
-    pattern: Pattern
-    density: float
-    layers: dict[str, nn.Module]
-    units: list[_Unit]
-    densities: dict[str, float]
-    batches: list[Batch] | None
-    calibrator: Calibrator | None
-    together: bool
+HESSIANS = 4 << 30
+"""Bytes of Hessians that are gathered at once."""
 
 
 def prune(
@@ -63,193 +40,43 @@ def prune(
     data: Iterable[Batch] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    uncalled: Uncalled = "dense",
+    keep_zeros: bool = False,
     journal: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> PruneResult:
-    """Prune `model` in place and return it with its supports and figures.
+    """Prune `model` in place; what `gossamer.prune` does once strings are resolved.
 
-    method: a scorer or a solver. pattern: by default the method's own. density: the fraction kept,
-    in (0, 1]; may be left out for N:M. allocation: `Uniform()` by default. data: batches for a
-    method or allocation that needs statistics: tensors, called as `model(batch)`, or dicts, called
-    as `model(**batch)`; positions where a dict's `attention_mask` is 0 do not count.
-    include, exclude: see `prunable_layers`. journal: a folder in which each finished block is kept,
-    so that the same call on the same dense model resumes there and ends bitwise equal. progress: a
-    bar on stderr.
-
-    Blocks are pruned in order; each one's statistics come from its already pruned predecessors,
-    and only one block's statistics are in memory. Training flags and hooks are left as they were.
-    Bad arguments, patterns that do not fit and weights that hold NaN raise before anything
-    changes. An error after that (NaN activations in a later block, a full disk) leaves the blocks
-    before it pruned and the rest dense, which a journal turns into a resume.
-
-    Raises UsageError, PatternError, NonFiniteError (each naming the layer) and FormatError for a
-    damaged journal.
+    See there for the arguments and what is raised.
     """
     model = unwrap(model)
+    options = options_of(
+        method, pattern, density, allocation,
+        include=include, exclude=exclude, uncalled=uncalled, keep_zeros=keep_zeros,
+    )  # fmt: skip
     with hooks.evaluating(model):
-        plan = _plan(model, method, pattern, density, allocation, data, include, exclude)
-        book = _open(journal, plan, allocation or Uniform())
+        with track(None, progress, "reading the data") as tick:
+            plan = plan_of(model, options, data, tick)
+        book = _open(journal, plan)
         supports, resumed = _run(plan, book, progress)
-    return _result(plan, supports, allocation or Uniform(), resumed)
+        _check_written(plan, supports)
+    result = _result(plan, supports, resumed)
+    warn(result.coverage)
+    return result
 
 
-def _plan(
-    model: nn.Module,
-    method: Method,
-    pattern: Pattern | None,
-    density: float | None,
-    allocation: Allocation | None,
-    data: Iterable[Batch] | None,
-    include: Sequence[str],
-    exclude: Sequence[str],
-) -> _Plan:
-    check_method(method, STATISTICS)
-    allocation = allocation or Uniform()
-    pattern = method.default_pattern if pattern is None else pattern
-    density = _density(pattern, density, allocation)
-    placed = prunable_layers(model, include, exclude)
-    layers = {name: module for name, (module, _) in placed.items()}
-    _check_layers(method, pattern, layers)
-    together = _ranked_together(method, pattern, allocation)
-    needs_data = bool(method.card.needs) or allocation.needs_norm
-    if needs_data and data is None:
-        who = method if method.card.needs else allocation
-        raise UsageError(f"{type(who).__name__} needs calibration data: pass data=batches")
-    batches = None if data is None or not needs_data else read_batches(data)
-    calibrator = None
-    if batches is not None and method.card.needs:
-        calibrator = Calibrator(model, find_blocks(model), layers, batches)
-    densities = _densities(model, placed, allocation, density, batches)
-    order = calibrator.order if calibrator else None
-    units = _units(placed, find_blocks(model), order)
-    return _Plan(
-        model, method, pattern, density, layers, units, densities, batches, calibrator, together
-    )
-
-
-def _density(pattern: Pattern, density: float | None, allocation: Allocation) -> float:
-    if isinstance(pattern, NM):
-        if not isinstance(allocation, Uniform):
-            raise UsageError(
-                f"{format_pattern(pattern)} fixes every layer's density, so allocation "
-                f"{type(allocation).__name__} cannot apply; leave it out"
-            )
-        if density is not None and abs(check_density(density) - pattern.density) > 1e-9:
-            raise UsageError(
-                f"{format_pattern(pattern)} keeps {pattern.density:g} of the weights; leave "
-                f"density out instead of asking for {density:g}"
-            )
-        return pattern.density
-    if density is None:
-        raise UsageError(f"{format_pattern(pattern)} needs a density, the fraction kept in (0, 1]")
-    return check_density(density)
-
-
-def _check_layers(method: Method, pattern: Pattern, layers: Mapping[str, nn.Module]) -> None:
-    if pattern_kind(pattern) not in method.card.patterns:
-        raise PatternError(
-            f"{method.card.name} does not admit {format_pattern(pattern)}; it admits "
-            f"{', '.join(method.card.patterns)}"
-        )
-    for name, module in layers.items():
-        if isinstance(module, nn.Embedding) and method.card.needs:
-            raise UsageError(
-                f"{name}: an embedding looks rows up and multiplies nothing, so {method.card.name} "
-                "has no statistics of its inputs; prune it in a call of its own by Magnitude or "
-                "Random"
-            )
-        weight = as_matrix(module)
-        check_pattern(pattern, weight.shape, name)
-        if not bool(torch.isfinite(weight).all()):
-            raise NonFiniteError(f"{name}: its weight holds NaN or inf; repair the model first")
-
-
-def _ranked_together(method: Method, pattern: Pattern, allocation: Allocation) -> bool:
-    if getattr(pattern, "scope", "tensor") != "global":
-        return False
-    if isinstance(method, Solver) or method.card.needs:
-        raise PatternError(
-            f"{method.card.name} works on one layer at a time, so it cannot rank weights of all "
-            "layers together; for a density per layer that follows the whole model pass "
-            "allocation=Global() with scope 'tensor'"
-        )
-    if not isinstance(allocation, Uniform):
-        raise UsageError(
-            f"{format_pattern(pattern)} already decides every layer's density, so allocation "
-            f"{type(allocation).__name__} cannot apply; leave one of them out"
-        )
-    return True
-
-
-def _densities(
-    model: nn.Module,
-    placed: Mapping[str, tuple[nn.Module, int | None]],
-    allocation: Allocation,
-    density: float,
-    batches: list[Batch] | None,
-) -> dict[str, float]:
-    norms: dict[str, LayerStats] = {}
-    if allocation.needs_norm and batches is not None:
-        modules = {name: module for name, (module, _) in placed.items()}
-        norms = gather_dense(model, modules, batches, ("norm",))
-    infos = [
-        LayerInfo(
-            name=name,
-            shape=tuple(weight_of(module).shape),
-            block=block,
-            weight=as_matrix(module),
-            norm=norms[name].norm if name in norms else None,
-        )
-        for name, (module, block) in placed.items()
-    ]
-    densities = allocation.allocate(infos, density)
-    return {name: float(densities[name]) for name in placed}
-
-
-def _units(
-    placed: Mapping[str, tuple[nn.Module, int | None]],
-    blocks: Sequence[tuple[str, nn.Module]],
-    order: Mapping[str, int] | None,
-) -> list[_Unit]:
-    """Blocks in order, and layers outside them as units of their own, where the model calls them.
-
-    Without a call order (methods that need no data) the order of modules serves: it changes
-    nothing in the result.
-    """
-    grouped: dict[str, _Unit] = {}
-    for name, (module, block) in placed.items():
-        label = name if block is None else blocks[block][0]
-        unit = grouped.setdefault(label, _Unit(label, {}, block))
-        unit.layers[name] = module
-    units = list(grouped.values())
-    if order is None:
-        return units
-    last = len(order)
-    first_call = [min(order.get(name, last) for name in unit.layers) for unit in units]
-    in_blocks = [(unit.block, at) for unit, at in zip(units, first_call, strict=True)]
-    blocks_begin = min((at for block, at in in_blocks if block is not None), default=0)
-
-    def place(index: int) -> tuple[int, int]:
-        block, at = in_blocks[index]
-        if block is not None:
-            return 1, block
-        return (0 if at < blocks_begin else 2), at
-
-    return [units[index] for index in sorted(range(len(units)), key=place)]
-
-
-def _open(
-    folder: str | os.PathLike[str] | None, plan: _Plan, allocation: Allocation
-) -> Journal | None:
+def _open(folder: str | os.PathLike[str] | None, plan: Plan) -> Journal | None:
     if folder is None:
         return None
+    options = plan.options
     return Journal(
         folder,
         {
-            "method": repr(plan.method),
-            "pattern": format_pattern(plan.pattern),
-            "density": plan.density,
-            "allocation": repr(allocation),
+            "method": repr(options.method),
+            "pattern": format_pattern(options.pattern),
+            "density": options.density,
+            "allocation": repr(options.allocation),
+            "keep_zeros": options.keep_zeros,
             "layers": plan.densities,
             "units": [unit.label for unit in plan.units],
             "model": digest_model(plan.model),
@@ -259,94 +86,158 @@ def _open(
     )
 
 
-def _run(plan: _Plan, journal: Journal | None, progress: bool) -> tuple[dict[str, Support], int]:
+def _run(plan: Plan, journal: Journal | None, progress: bool) -> tuple[dict[str, Support], int]:
     """Prune or restore unit after unit; returns the supports and how many were restored."""
     supports: dict[str, Support] = {}
     resumed = 0
     chosen = _select_together(plan) if plan.together else {}
     with track(len(plan.units), progress) as step:
         for index, unit in enumerate(plan.units):
+            if plan.calibrator is not None:
+                plan.calibrator.tick = _inside(step, unit.label)
             # Units are done in order, so a gap cannot be trusted: only a prefix is restored.
             if journal and resumed == index and journal.has(index):
-                done = journal.restore(index, unit.layers, plan.pattern, plan.densities)
+                done = journal.restore(index, unit.weights, plan.options.pattern, plan.densities)
                 resumed += 1
             else:
                 done = _prune_unit(plan, unit, chosen)
                 if journal:
-                    journal.write(index, unit.layers, done)
+                    journal.write(index, unit.weights, done)
+            if plan.calibrator is not None and unit.block is None:
+                plan.calibrator.changed_outside()
             supports.update(done)
             step(unit.label)
-    return {name: supports[name] for name in plan.layers}, resumed
+    return {name: supports[name] for name in plan.weights if name in supports}, resumed
 
 
-def _select_together(plan: _Plan) -> dict[str, Support]:
-    scores = {
-        name: plan.method.score(as_matrix(module), LayerStats(name, 0, None, None))
-        for name, module in plan.layers.items()
-    }
-    return select_global(scores, plan.pattern, plan.density, top_mask)
+def _inside(step: Step, label: str) -> Callable[[str], None]:
+    return lambda text: step(f"{label}: {text}", 0)
 
 
-def _prune_unit(plan: _Plan, unit: _Unit, chosen: Mapping[str, Support]) -> dict[str, Support]:
-    """Prune one unit; all of its layers are solved before the first of them is written."""
-    stats: dict[str, LayerStats] = {}
-    if plan.calibrator is not None:
-        stats = plan.calibrator.gather(unit.layers, unit.block, plan.method.card.needs)
-    weights: dict[str, Tensor] = {}
+def _select_together(plan: Plan) -> dict[str, Support]:
+    scores = {}
+    for name, weight in plan.weights.items():
+        matrix = weight.matrix()
+        score = plan.options.method.score(matrix, LayerStats(name, 0))
+        scores[name] = _zeros_last(score, matrix) if plan.options.keep_zeros else score
+    return select_global(scores, plan.options.pattern, plan.options.density, top_mask)
+
+
+def _prune_unit(plan: Plan, unit: Unit, chosen: Mapping[str, Support]) -> dict[str, Support]:
+    """Prune one unit; all of its weights are solved before the first of them is written.
+
+    One that its statistics no longer reach has no support and stays as it is.
+    """
+    matrices: dict[str, Tensor] = {}
     supports: dict[str, Support] = {}
-    for name, module in unit.layers.items():
-        layer_stats = stats.pop(name, None) or LayerStats(name, 0, None, None)
-        if name in chosen:
-            weights[name], supports[name] = as_matrix(module), chosen[name]
-        else:
-            weights[name], supports[name] = _prune_layer(plan, name, module, layer_stats)
-    for name, module in unit.layers.items():
-        write_matrix(module, supports[name].apply(weights.pop(name)))
+    for weights in _in_turns(plan, unit):
+        stats: dict[str, LayerStats] = {}
+        if plan.calibrator is not None:
+            stats = plan.calibrator.gather(weights, unit.block, plan.options.method.card.needs)
+        for name, weight in weights.items():
+            own = stats.pop(name, None)
+            if own is None and plan.calibrator is not None:
+                continue
+            if name in chosen:
+                solved = weight.matrix(), chosen[name]
+            else:
+                solved = _solve(plan, name, weight.matrix(), own or LayerStats(name, 0))
+            matrices[name], supports[name] = _keeping_zeros(plan, weight, *solved)
+    for name, support in supports.items():
+        try:
+            unit.weights[name].write(support.apply(matrices.pop(name)))
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from None
     return supports
 
 
-def _prune_layer(
-    plan: _Plan, name: str, module: nn.Module, stats: LayerStats
-) -> tuple[Tensor, Support]:
-    weight, density = as_matrix(module), plan.densities[name]
-    method = plan.method
+def _in_turns(plan: Plan, unit: Unit) -> list[dict[str, Weight]]:
+    """The unit's weights, such that the Hessians of each part stay within `HESSIANS`: a block may
+    have hundreds of experts."""
+    parts: list[dict[str, Weight]] = [{}]
+    held = 0
+    for name, weight in unit.weights.items():
+        size = 8 * weight.matrix().shape[1] ** 2  # a sum in float32 and what rounding took from it
+        if parts[-1] and held + size > HESSIANS and "hessian" in plan.options.method.card.needs:
+            parts.append({})
+            held = 0
+        parts[-1][name] = weight
+        held += size
+    return parts
+
+
+def _solve(plan: Plan, name: str, weight: Tensor, stats: LayerStats) -> tuple[Tensor, Support]:
+    method: Any = plan.options.method
+    pattern, density = plan.options.pattern, plan.densities[name]
     if not isinstance(method, Solver):
-        return weight, select(method.score(weight, stats), plan.pattern, density, name, top_mask)
-    repaired, support = method.solve(weight, stats, plan.pattern, density)
+        score = method.score(weight, stats)
+        if plan.options.keep_zeros:
+            score = _zeros_last(score, weight)
+        return weight, select(score, pattern, density, name, top_mask)
+    repaired, support = method.solve(weight, stats, pattern, density)
     repaired = repaired.to(weight.dtype)
     if not bool(torch.isfinite(repaired).all()):
         raise NonFiniteError(
-            f"{name}: {plan.method.card.name} gave NaN or inf; raise its damping or give more data"
+            f"{name}: {plan.options.method.card.name} gave NaN or inf; raise its damping or give more data"
         )
     return repaired, support
 
 
-def _result(
-    plan: _Plan, supports: dict[str, Support], allocation: Allocation, resumed: int
-) -> PruneResult:
-    pattern = format_pattern(plan.pattern)
+def _zeros_last(score: Tensor, weight: Tensor) -> Tensor:
+    """The scores with those of weights that are zero below all others."""
+    if not score.numel():
+        return score
+    score = score.float() if score.dtype.itemsize < 4 else score
+    low = score.min() - score.abs().max() - 1
+    return torch.where(weight == 0, low, score)
+
+
+def _keeping_zeros(
+    plan: Plan, weight: Weight, matrix: Tensor, support: Support
+) -> tuple[Tensor, Support]:
+    """The same without what was zero before, where that is wanted."""
+    if not plan.options.keep_zeros:
+        return matrix, support
+    mask = support.mask & (weight.matrix() != 0)
+    return matrix, Support(mask, support.pattern, support.requested)
+
+
+def _check_written(plan: Plan, supports: Mapping[str, Support]) -> None:
+    """Raise UsageError where a weight is not zero outside its support: something wrote over it."""
+    for name, support in supports.items():
+        if bool((plan.weights[name].matrix() != 0).logical_and_(~support.mask).any()):
+            raise UsageError(
+                f"{name}: is not zero where it was pruned; its weight shares memory with another, "
+                "so leave one of them out"
+            )
+
+
+def _result(plan: Plan, supports: dict[str, Support], resumed: int) -> PruneResult:
+    options, calibrator = plan.options, plan.calibrator
+    pattern = format_pattern(options.pattern)
     records, kept, total = [], 0, 0
-    for name, module in plan.layers.items():
-        support, weight = supports[name], weight_of(module)
-        size = weight.numel() * weight.element_size()
+    for name, support in supports.items():
+        tensor = plan.weights[name].tensor
+        size, nonzero = tensor.numel() * tensor.element_size(), nonzeros(tensor)
         records.append(
             LayerRecord(
                 name=name,
-                shape=tuple(weight.shape),
-                density=support.density,
+                shape=tuple(tensor.shape),
+                density=nonzero / tensor.numel() if tensor.numel() else 1.0,
                 requested=plan.densities[name],
-                pattern=pattern,
+                pattern=format_pattern(support.pattern),
                 dense_bytes=size,
                 sparse_bytes=size,
             )
         )
-        kept, total = kept + support.count, total + weight.numel()
+        kept, total = kept + nonzero, total + tensor.numel()
+    left = plan.left | {name: LOST for name in plan.weights if name not in supports}
     provenance = {
-        "method": repr(plan.method),
+        "method": repr(options.method),
         "pattern": pattern,
-        "allocation": repr(allocation),
+        "allocation": repr(options.allocation),
         "calibration_batches": len(plan.batches or []),
-        "chained": plan.calibrator.chained if plan.calibrator else None,
+        "chained": calibrator.chained if calibrator else None,
         "resumed_units": resumed,
         "torch": torch.__version__,
     }
@@ -354,9 +245,21 @@ def _result(
         model=plan.model,
         supports=supports,
         layers=tuple(records),
-        method=plan.method.card.name,
+        method=options.method.card.name,
         pattern=pattern,
-        requested_density=plan.density,
+        requested_density=options.density,
         measured_density=kept / total if total else 1.0,
         provenance=provenance,
+        coverage=coverage_of(plan.model, find_weights(plan.model), supports, left),
+        notes=plan.notes + _padding_note(calibrator.unmasked if calibrator else ()),
+    )
+
+
+def _padding_note(names: Iterable[str]) -> tuple[str, ...]:
+    names = sorted(names)
+    if not names:
+        return ()
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"padding was counted where the mask did not fit the inputs: {', '.join(names[:3])}{more}",
     )

@@ -21,6 +21,7 @@ from gossamer.core.pattern import Unstructured
 from gossamer.core.support import Support
 from gossamer.engine.checkpoint import random_state, read_state, set_random_state, write_state
 from gossamer.engine.data import digest_model
+from gossamer.engine.distributed import unwrapped
 from gossamer.engine.flops import expected_flops
 from gossamer.engine.protocols import Rounds, Trainer
 from gossamer.engine.train_layers import TrainedLayer, unfrozen_layers
@@ -79,23 +80,23 @@ def train_rounds(
     Raises UsageError where averaging meets a batch norm and there is no data, where `train` moved
     a weight outside the support, and where the folder belongs to another loop.
     """
-    model = getattr(model, "_orig_mod", model)
-    layers = unfrozen_layers(model, include, exclude)
-    if method.members > 1 and data is None and _has_statistics(model):
+    inner, _ = unwrapped(model)
+    layers = unfrozen_layers(inner, include, exclude)
+    if method.members > 1 and data is None and _has_statistics(inner):
         raise UsageError(
             "averaged weights need new batch norm statistics: pass data=, batches of inputs"
         )
-    loop = _Loop(model, method, layers, None if checkpoint is None else Path(checkpoint))
+    loop = _Loop(inner, method, layers, None if checkpoint is None else Path(checkpoint))
     loop.open()
     for part in parts_of(method)[loop.done :]:
         loop.begin(part)
         train(model, method.hold(loop.masks), loop.with_checkpoint(part))
         if part.index:
             _check_zeros(layers, loop.masks)
-            loop.members.append(_copy(model))
+            loop.members.append(_copy(inner))
             if part.member == method.members - 1:
                 if len(loop.members) > 1:
-                    _average(model, loop.members, data, evaluate)
+                    _average(inner, loop.members, data, evaluate)
                 loop.densities.append(loop.density())
         loop.end()
     masks = loop.masks
@@ -125,7 +126,7 @@ def expected_rounds_flops(
     Supports are those of the weights as they are now; training moves density between layers, so
     the real cost differs where layers cost differently.
     """
-    layers = unfrozen_layers(model, include, exclude)
+    layers = unfrozen_layers(unwrapped(model)[0], include, exclude)
     masks = {x.name: torch.ones_like(x.matrix(x.weight), dtype=torch.bool) for x in layers}
     costs = []
     for index in range(method.rounds + 1):

@@ -1,34 +1,49 @@
 """Structured zeros into smaller dense networks: which channels hang together, and cutting them out.
 
-The dependencies come from torch-pruning, which traces the model's autograd graph (DepGraph: Towards
-Any Structural Pruning, 2023); the cutting is done here, so that only layers whose function is known
-are cut.
+The sets come from torch-pruning, which traces the model's autograd graph (DepGraph: Towards Any
+Structural Pruning, 2023). It takes every operation that it does not know for an elementwise one, so
+each set is tried before it is trusted: its channels are cut, and the outputs must stay the same.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from gossamer.core.coupling import Coupled
-from gossamer.core.errors import MissingExtra, UsageError
-from gossamer.engine.hooks import evaluating, observe_inputs
+from gossamer.core.errors import UsageError
+from gossamer.engine.agreement import (
+    agrees,
+    choose,
+    clone,
+    fenced,
+    largest,
+    outputs,
+    precise,
+    probes,
+    tensors,
+)
+from gossamer.engine.channels import ChannelSet, trace
+from gossamer.engine.cutting import Cut, cut, dead, inexact, reader_inputs, silence
+from gossamer.engine.hooks import evaluating
+
+_UNSEEN = (
+    "tracing found no channels that it writes: it is of another kind, idle or without gradients"
+)
 
 
 @dataclass(frozen=True, eq=False)
 class ShrinkResult:
     """The smaller network, and what became of it.
 
-    removed: channels cut out, by the name of the first layer that wrote them. parameters, flops:
-    before and after, flops of one forward pass on the example. deviation: the largest difference
-    between the outputs of the given and of the smaller network on the example, in eval mode.
+    removed: channels cut out, by the name of the first layer that wrote them. left_out: why dead
+    channels stayed, by the same name. parameters, flops: before and after, flops of one forward
+    pass on the example. deviation: the largest difference between the outputs of the given and of
+    the smaller network on the example, in eval mode.
     """
 
     model: nn.Module
@@ -36,14 +51,7 @@ class ShrinkResult:
     parameters: tuple[int, int]
     flops: tuple[int, int]
     deviation: float
-
-
-@dataclass(frozen=True, eq=False)
-class _Set:
-    """A coupled set, and by reader: its input index and the channel it carries, as two tensors."""
-
-    coupled: Coupled
-    inputs: Mapping[str, tuple[Tensor, Tensor]]
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def coupled_channels(
@@ -52,193 +60,218 @@ def coupled_channels(
     """The sets of output channels that can be removed, each with all that must follow.
 
     example: one batch of inputs. exclude: names of layers whose channels stay. For convolutional
-    networks and perceptrons. Left out are sets that nothing reads (the model's output) and sets
-    with a member that cannot be cut without changing the function: layer and group norms, grouped
-    convolutions, norms over concatenations, bare parameters.
+    networks and perceptrons. Every set has been tried: on random weights and inputs the outputs
+    stay the same when any of its channels is cut rather than ignored by its readers. Left out is
+    every other set; `fixed_channels` says which, and why.
 
-    Raises MissingExtra without torch-pruning, UsageError for a name that is none.
+    Raises MissingExtra without torch-pruning, UsageError for a name that is none and for a model
+    that cannot be traced.
     """
     unknown = sorted(set(exclude) - {name for name, _ in model.named_modules()})
     if unknown:
         raise UsageError(f"exclude {unknown[0]!r} names no layer of the model")
-    found = [x.coupled for x in _sets(model, example)]
+    found = [x.coupled for x in _tried(model, example) if not x.reason]
     return tuple(x for x in found if not set(x.layers) & set(exclude))
 
 
+def fixed_channels(model: nn.Module, example: Tensor) -> dict[str, str]:
+    """The layers whose output channels cannot be cut, by name, each with the reason.
+
+    These are all Linear and convolutional layers that are in no set of `coupled_channels`.
+
+    Raises MissingExtra without torch-pruning, UsageError for a model that cannot be traced.
+    """
+    found = _tried(model, example)
+    free = {name for x in found if not x.reason for name in x.members}
+    reasons = {name: x.reason for x in found for name in x.members}
+    return {
+        name: reasons.get(name) or _UNSEEN
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and name not in free
+    }
+
+
 def shrink(
-    model: nn.Module, example: Tensor, coupled: Sequence[Coupled] | None = None
+    model: nn.Module,
+    example: Tensor,
+    coupled: Sequence[Coupled] | None = None,
+    approximate: bool = False,
 ) -> ShrinkResult:
     """A smaller copy of the model, without the channels that carry nothing; the model stays.
 
-    A channel goes when every layer that writes it has only zeros for it, or every batch norm over
-    it has scale zero. What such a channel still carries (a bias, the shift of a norm) is folded
-    into the biases of its readers, as its mean over the example in eval mode: exact where it is the
-    same at every position, which zero padding on the way prevents unless it is zero. At least one
-    channel of each set stays. coupled: the sets to look at, else all of them.
+    A channel goes when every layer that writes it has only zeros for it, or writes it into a norm
+    whose scale is zero. What such a channel still carries (a bias, the shift of a norm) is folded
+    into the biases of its readers. That is exact where it is the same at every position and no
+    reader pads it with zeros. Other dead channels stay, unless `approximate`: then the mean over
+    the example is folded, and `deviation` says what that costs. At least one channel of each set
+    stays. coupled: the sets to look at, else all of them.
 
-    Raises MissingExtra without torch-pruning, UsageError when a channel reaches the output.
+    The call checks its own work, on the example and on random inputs, of other sizes too where the
+    model takes them. A set that cannot be cut without changing the outputs is left alone, and
+    `left_out` names the reason. If nothing can be cut, the model comes back as an equal copy.
+
+    Raises MissingExtra without torch-pruning, UsageError for a model that cannot be traced, copied
+    or run on the example.
     """
-    sets = [x for x in _sets(model, example) if coupled is None or x.coupled in coupled]
-    small = copy.deepcopy(model)
-    modules = dict(small.named_modules())
-    kept: dict[str, Tensor] = {}
-    dropped: dict[str, Tensor] = {}
-    removed = {}
+    traced = trace(model, example)
+    found, left_out = _wanted(traced, coupled)
+    if coupled is None:
+        left_out.update(_unseen(model, traced))
+    small = clone(model)
+    before, size, flops = _measure(clone(model), example)
+    cuts = [Cut(x, dead(x, small)) for x in found]
+    cuts = [x for x in cuts if bool(x.gone.any())]
+    twin, wide = precise(model, example)
+    inputs = probes(twin, wide)
+    sets = _independent([x.channels for x in cuts], twin, inputs)
+    left_out.update({x.name: x.reason for x in sets if x.reason})
+    cuts = [x for x, checked in zip(cuts, sets, strict=True) if not checked.reason]
+    cuts = _exact_cuts(cuts, twin, inputs, approximate, left_out)
+    if cuts:
+        given = reader_inputs(twin, [x.channels for x in cuts], [wide])
+        silence(small, cuts, given)
+        cut(small, cuts)
+    after, new_size, new_flops = _measure(clone(small), example)
+    deviation = max(map(largest, before, after), default=0.0)
+    removed = {x.channels.name: int(x.gone.sum()) for x in cuts}
+    return ShrinkResult(small, removed, (size, new_size), (flops, new_flops), deviation, left_out)
+
+
+def _wanted(
+    found: Sequence[ChannelSet], coupled: Sequence[Coupled] | None
+) -> tuple[list[ChannelSet], dict[str, str]]:
+    """The sets to look at, and why one of `coupled` is not among them."""
+    if coupled is None:
+        return list(found), {}
+    missing = {
+        x.layers[0]: next(
+            (y.reason for y in found if x.layers[0] in y.coupled.layers and y.reason),
+            "the model has no such set of channels; call coupled_channels on it again",
+        )
+        for x in coupled
+        if x not in [y.coupled for y in found]
+    }
+    return [x for x in found if x.coupled in coupled], missing
+
+
+def _unseen(model: nn.Module, found: Sequence[ChannelSet]) -> dict[str, str]:
+    """Layers with dead channels that the trace did not find, with the reason."""
+    seen = {name for x in found for name in x.members}
+    return {
+        name: _UNSEEN
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+        and name not in seen
+        and not bool(module.weight.detach().flatten(1).any(1).all())
+    }
+
+
+def _tried(model: nn.Module, example: Tensor) -> list[ChannelSet]:
+    """Every set of the trace, tried: with a reason unless it can be cut."""
+    found = trace(model, example)
+    twin, wide = precise(model, example)
+    return _independent(found, twin, probes(twin, wide))
+
+
+def _independent(
+    sets: Sequence[ChannelSet], twin: nn.Module, inputs: Sequence[Tensor]
+) -> list[ChannelSet]:
+    """The same sets, with a reason where cutting channels does more than ignoring them.
+
+    Tried with live channels on disturbed weights, so that it tells of the structure alone: zeros
+    in the weights, as in a norm that starts at zero, would hide what it does.
+    """
+    generator = torch.Generator().manual_seed(0)
+    cuts = []
     for x in sets:
-        dead = _dead(x.coupled, modules)
-        if not bool(dead.any()):
-            continue
-        removed[x.coupled.layers[0]] = int(dead.sum())
-        for name in (*x.coupled.layers, *x.coupled.norms, *x.coupled.depthwise):
-            kept[name] = ~dead
-        for name, (index, channel) in x.inputs.items():
-            gone = dropped.setdefault(name, torch.zeros(_inputs(modules[name]), dtype=torch.bool))
-            gone[index[dead.cpu()[channel]]] = True
-    before, size, flops = _measure(model, example)
-    with torch.no_grad():
-        for name, mean in _means(small, {n: modules[n] for n in dropped}, example).items():
-            _fold(modules[name], dropped[name].to(mean.device), mean)
-        for name, mask in kept.items():
-            _cut_outputs(modules[name], mask)
-        for name, gone in dropped.items():
-            _cut_inputs(modules[name], ~gone)
-    after, new_size, new_flops = _measure(small, example)
-    if after.shape != before.shape:
-        raise UsageError("a removed channel reaches the model's output; leave its set out")
-    deviation = float((after - before).abs().max())
-    return ShrinkResult(small, removed, (size, new_size), (flops, new_flops), deviation)
+        gone = torch.rand(x.coupled.width, generator=generator) < 0.5
+        gone[0], gone[-1] = True, False
+        if not x.reason and x.coupled.width > 1:
+            cuts.append(Cut(x, gone))
+    start = clone(twin)
+    _disturb(start, generator)
+    silence(start, cuts, None)
+    _, reasons = choose(cuts, _check(start, outputs(start, inputs), inputs))
+    told = {id(x.channels): reason for x, reason in zip(cuts, reasons, strict=True)}
+    return [_judged(x, told.get(id(x), "there is one channel only, and it stays")) for x in sets]
 
 
-def _sets(model: nn.Module, example: Tensor) -> list[_Set]:
-    """Every set that can be cut, traced on a copy so that the model stays untouched."""
-    try:
-        import torch_pruning
-    except ImportError:
-        raise MissingExtra("torch-pruning", "structured") from None
-    twin = copy.deepcopy(model).eval().requires_grad_(True)
-    with torch.enable_grad():
-        graph = torch_pruning.DependencyGraph().build_dependency(
-            twin, example_inputs=example, verbose=False
-        )
-        groups = list(graph.get_all_groups(root_module_types=(nn.Conv2d, nn.Linear)))
-    names = {id(module): name for name, module in twin.named_modules()}
-    found = [_set(group, names, graph.is_out_channel_pruning_fn) for group in groups]
-    return [x for x in found if x is not None]
+def _judged(x: ChannelSet, reason: str) -> ChannelSet:
+    """The set with the reason that its trial gave, unless it has one already."""
+    return x if x.reason or not reason else replace(x, reason=_explain(reason, x))
 
 
-def _set(group: Any, names: Mapping[int, str], is_output: Any) -> _Set | None:
-    layers, norms, depthwise = [], [], []
-    inputs: dict[str, tuple[Tensor, Tensor]] = {}
-    width = len(group[0].idxs)
-    for item in group:
-        module, index, root = item.dep.target.module, list(item.idxs), list(item.root_idxs)
-        name = names.get(id(module))
-        if name is None:  # an operation without parameters, unless it is a bare parameter
-            if isinstance(module, nn.Parameter):
-                return None
-            continue
-        whole = is_output(item.dep.handler)
-        if whole and (index != root or len(index) != width):
-            return None
-        if isinstance(module, _BatchNorm) and module.affine:
-            norms.append(name)
-        elif isinstance(module, nn.Conv2d) and module.groups == module.out_channels > 1:
-            depthwise.append(name)
-        elif isinstance(module, nn.Linear) or (
-            isinstance(module, nn.Conv2d) and module.groups == 1
-        ):
-            if whole:
-                layers.append(name)
-            else:
-                inputs[name] = (torch.tensor(index), torch.tensor(root))
-        elif any(True for _ in module.parameters()):
-            return None
-    if not layers or not inputs:
-        return None
-    parts = [tuple(sorted(set(part))) for part in (layers, norms, depthwise, inputs)]
-    return _Set(Coupled(width, *parts), inputs)
+def _exact_cuts(
+    cuts: Sequence[Cut],
+    twin: nn.Module,
+    inputs: Sequence[Tensor],
+    approximate: bool,
+    left_out: dict[str, str],
+) -> list[Cut]:
+    """What is cut in the end, checked together; reasons for the rest go to `left_out`."""
+    given = reader_inputs(twin, [x.channels for x in cuts], inputs)
+    rest = []
+    for x in cuts:
+        stays = inexact(x.channels, twin, given) & x.gone
+        gone = x.gone if approximate else x.gone & ~stays
+        if bool(gone.all()):
+            gone = gone.clone()
+            gone[0] = False
+        if not approximate and bool(stays.any()):
+            left_out[x.channels.name] = (
+                f"{int(stays.sum())} dead channels carry what no bias replaces exactly, such as a "
+                "constant that a reader pads with zeros; approximate=True folds their mean"
+            )
+        if bool(gone.any()):
+            rest.append(Cut(x.channels, gone))
+    start = clone(twin)
+    if approximate:
+        silence(start, rest, given)
+    fold = None if approximate else given
+    check = _check(start, outputs(start, inputs), inputs, lambda net, x: silence(net, x, fold))
+    chosen, reasons = choose(rest, check)
+    for x, reason in zip(rest, reasons, strict=True):
+        if reason:
+            left_out[x.channels.name] = _explain(reason, x.channels)
+    return chosen
 
 
-def _dead(x: Coupled, modules: Mapping[str, nn.Module]) -> Tensor:
-    """Channels that carry the same whatever the input; the first one stays if all are."""
-    rows = [modules[name].weight.detach().flatten(1).any(1) for name in x.layers]  # type: ignore
-    dead = ~torch.stack(rows).any(0)
-    if x.norms:
-        scales = [modules[name].weight.detach() != 0 for name in x.norms]  # type: ignore
-        dead |= ~torch.stack(scales).any(0)
-    if bool(dead.all()):
-        dead[0] = False
-    return dead
+def _check(
+    start: nn.Module,
+    given: list[list[Tensor]],
+    inputs: Sequence[Tensor],
+    before: Callable[[nn.Module, Sequence[Cut]], None] = lambda net, cuts: None,
+) -> Callable[[Sequence[Cut]], str]:
+    """How a copy of `start` without these channels differs from what is given."""
+
+    def check(cuts: Sequence[Cut]) -> str:
+        net = clone(start)
+        before(net, cuts)
+        cut(net, cuts)
+        return agrees(given, net, inputs)
+
+    return check
 
 
-def _means(model: nn.Module, readers: dict[str, nn.Module], example: Tensor) -> dict[str, Tensor]:
-    """The mean of each reader's input by channel or feature, in eval mode."""
-    means: dict[str, Tensor] = {}
-
-    def watch(name: str, x: Tensor) -> None:
-        axis = 1 if isinstance(readers[name], nn.Conv2d) else -1
-        means[name] = x.transpose(0, axis).flatten(1).double().mean(1)
-
-    with observe_inputs(readers, watch), evaluating(model):
-        model(example)
-    return means
+def _explain(reason: str, x: ChannelSet) -> str:
+    return f"{reason}; on their way: {', '.join(x.passes)}" if x.passes else reason
 
 
-def _fold(module: nn.Module, gone: Tensor, mean: Tensor) -> None:
-    """Put what the inputs that go contribute on average into the bias."""
-    assert isinstance(module, (nn.Linear, nn.Conv2d))
-    weight = module.weight.double().flatten(2).sum(2) if module.weight.dim() > 2 else module.weight
-    shift = weight.double() @ (mean * gone)
-    if not bool(shift.any()):
-        return
-    if module.bias is None:
-        module.bias = nn.Parameter(
-            torch.zeros_like(module.weight[:, 0].reshape(len(shift), -1)[:, 0])
-        )
-    module.bias.add_(shift.to(module.bias.dtype))
+@torch.no_grad()
+def _disturb(model: nn.Module, generator: torch.Generator) -> None:
+    """Add noise to every parameter, of the size of a usual initialisation, in place."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.numel():
+            fan = parameter.numel() // parameter.shape[0] if parameter.dim() > 1 else 4
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_((noise / fan**0.5).to(parameter))
 
 
-def _cut_outputs(module: nn.Module, keep: Tensor) -> None:
-    """Leave only these output channels."""
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        _slice(module, name, keep)
-    width = int(keep.sum())
-    if isinstance(module, nn.Conv2d):
-        if module.groups > 1:
-            module.groups = module.in_channels = width
-        module.out_channels = width
-    elif isinstance(module, nn.Linear):
-        module.out_features = width
-    else:
-        module.num_features = width  # type: ignore[assignment]
-
-
-def _cut_inputs(module: nn.Module, keep: Tensor) -> None:
-    """Leave only these inputs."""
-    assert isinstance(module, (nn.Linear, nn.Conv2d))
-    module.weight = nn.Parameter(module.weight[:, keep], module.weight.requires_grad)
-    if isinstance(module, nn.Conv2d):
-        module.in_channels = int(keep.sum())
-    else:
-        module.in_features = int(keep.sum())
-
-
-def _slice(module: nn.Module, name: str, keep: Tensor) -> None:
-    value = getattr(module, name, None)
-    if isinstance(value, nn.Parameter):
-        setattr(module, name, nn.Parameter(value[keep], value.requires_grad))
-    elif isinstance(value, Tensor):
-        setattr(module, name, value[keep])
-
-
-def _inputs(module: nn.Module) -> int:
-    return module.weight.shape[1]  # type: ignore
-
-
-def _measure(model: nn.Module, example: Tensor) -> tuple[Tensor, int, int]:
-    """Output, number of parameters, flops of one forward pass in eval mode."""
-    with evaluating(model), FlopCounterMode(display=False) as counter:
-        output = model(example)
-    if not isinstance(output, Tensor):
-        raise UsageError("the model returns no single tensor; wrap it so that it does")
+def _measure(model: nn.Module, example: Tensor) -> tuple[list[Tensor], int, int]:
+    """Outputs, number of parameters, flops of one forward pass in eval mode."""
+    with evaluating(model), fenced(example.device), FlopCounterMode(display=False) as counter:
+        torch.manual_seed(0)
+        output = list(tensors(model(example.clone())))
+    if not output:
+        raise UsageError("the model returns no tensor; wrap it so that it does")
     return output, sum(p.numel() for p in model.parameters()), counter.get_total_flops()

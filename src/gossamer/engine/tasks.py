@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import UsageError
 from gossamer.core.result import CompressResult
+from gossamer.core.text import encode, padded, text_batches, token_ids
 from gossamer.engine.data import Batch
 from gossamer.engine.evaluate import (
     Speed,
@@ -38,11 +39,11 @@ class Subject:
         """From bytes to token ids, or None where a byte is a token."""
         if self.tokenizer is None:
             return None
-        return lambda data: self.tokenizer(data.decode("utf-8", "replace"))["input_ids"]
+        return lambda data: encode(self.tokenizer, data.decode("utf-8", "replace"))
 
     def ids(self, data: bytes) -> Tensor:
         """int64 (tokens,)."""
-        return torch.tensor(list(data if self.encode is None else self.encode(data)))
+        return token_ids(self.tokenizer, data)
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Language:
 
     subject: Subject
     text: bytes
+    progress: bool = False
     metric = "bits per byte"
     better = "lower"
 
@@ -70,26 +72,37 @@ class Language:
 
     def calibration(self, data: bytes, n: int, length: int, seed: int) -> list[dict[str, Tensor]]:
         """Random windows of tokens."""
-        return _windows(self.subject, data, n, length, seed)
+        return text_batches(self.subject.tokenizer, data, n, length, seed=seed)
 
     def quality(self, dense: nn.Module, model: nn.Module) -> float:
         """Of `model`; float32 arithmetic."""
-        return bits_per_byte(model, self.text, encode=self.subject.encode)
+        name = _quality(dense, model) if self.progress else ""
+        return bits_per_byte(model, self.text, encode=self.subject.encode, progress=name)
 
     def speed(self, dense: nn.Module, sparse: nn.Module | CompressResult, tokens: int) -> Speed:
         """Decoding `tokens` tokens after a prompt from the held-out text."""
         prompt = self.subject.ids(self.text[:4096])[:PROMPT].unsqueeze(0)
-        return decode_speed(dense, sparse, prompt, tokens)
+        return decode_speed(dense, sparse, prompt, tokens, progress=self.progress)
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A text encoder: cosine similarity of embeddings of held-out lines, inputs per second."""
+    """Any other model of text: cosine similarity of its outputs on held-out lines, inputs per second.
+
+    What is compared is the embedding of an encoder and the logits of models with a head. An
+    encoder-decoder reads each line on both sides.
+    """
 
     subject: Subject
     text: bytes
-    metric = "mean cosine similarity to the dense embeddings"
+    progress: bool = False
     better = "higher"
+
+    @property
+    def metric(self) -> str:
+        """By what the model puts out."""
+        plain = type(self.subject.model).__name__.endswith("Model")
+        return f"mean cosine similarity to the dense {'embeddings' if plain else 'outputs'}"
 
     def check(self, length: int, tokens: int) -> None:
         """Lines are cut to the model's positions, so any length will do."""
@@ -98,62 +111,70 @@ class Encoder:
         """`n` random lines, cut to `length` tokens, in padded batches of 8."""
         lines = _lines(data)
         if not lines:
-            raise UsageError("--data holds no line of text to calibrate with")
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(lines), generator=generator)[:n].tolist()
-        return self._batches([lines[index] for index in order], 8, length)
+            raise UsageError("the text holds no line of 20 characters to calibrate with")
+        limit = self._limit(length)
+        return self._both(text_batches(self.subject.tokenizer, lines, n, limit, seed=seed))
 
     def quality(self, dense: nn.Module, model: nn.Module) -> float:
         """Of `model`; float32 arithmetic."""
-        return 1.0 if model is dense else embedding_similarity(dense, model, self._held_out())
+        if model is dense:
+            return 1.0
+        name = "quality of the sparse model" if self.progress else ""
+        return embedding_similarity(dense, model, self._held_out(), progress=name)
 
     def speed(self, dense: nn.Module, sparse: nn.Module | CompressResult, tokens: int) -> Speed:
         """Encoding the held-out lines in batches of 16."""
-        return encode_speed(dense, sparse, self._held_out())
+        return encode_speed(dense, sparse, self._held_out(), progress=self.progress)
 
     def _held_out(self) -> list[dict[str, Tensor]]:
         lines = _lines(self.text)[:_HELD_OUT_LINES]
         if not lines:
-            raise UsageError("the held-out text holds no line of some length to measure with")
-        return self._batches(sorted(lines, key=len), 16, 128)
+            raise UsageError("the held-out text holds no line of 20 characters to measure with")
+        tokenizer, limit = self.subject.tokenizer, self._limit(128)
+        return self._both(padded(tokenizer, sorted(lines, key=len), limit, 16))
 
-    def _batches(self, lines: list[str], size: int, length: int) -> list[dict[str, Tensor]]:
+    def _limit(self, length: int) -> int:
         config: Any = self.subject.model.config
-        limit = min(length, getattr(config, "max_position_embeddings", length))
-        parts = [lines[at : at + size] for at in range(0, len(lines), size)]
+        return min(length, getattr(config, "max_position_embeddings", None) or length)
+
+    def _both(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """For an encoder-decoder, with the same tokens as what the decoder has written so far."""
+        if not getattr(self.subject.model.config, "is_encoder_decoder", False):
+            return batches
         return [
-            dict(
-                self.subject.tokenizer(
-                    part, padding=True, truncation=True, max_length=limit, return_tensors="pt"
-                )
-            )
-            for part in parts
-        ]
+            {**batch, "decoder_input_ids": batch["input_ids"],
+             "decoder_attention_mask": batch["attention_mask"]}
+            for batch in batches
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Any other model: cosine similarity of its outputs on batches, inputs per second."""
+    """Any model on batches: cosine similarity of its outputs, inputs per second."""
 
     batches: Sequence[Batch]
+    progress: bool = False
     metric = "mean cosine similarity to the dense outputs"
     better = "higher"
 
     def quality(self, dense: nn.Module, model: nn.Module) -> float:
         """Of `model`; see `embedding_similarity`."""
-        return 1.0 if model is dense else embedding_similarity(dense, model, self.batches)
+        if model is dense:
+            return 1.0
+        name = "quality of the sparse model" if self.progress else ""
+        return embedding_similarity(dense, model, self.batches, progress=name)
 
     def speed(self, dense: nn.Module, sparse: nn.Module | CompressResult, tokens: int) -> Speed:
         """Running all batches."""
-        return encode_speed(dense, sparse, self.batches)
+        return encode_speed(dense, sparse, self.batches, progress=self.progress)
 
 
 Task = Language | Encoder
 
 
-def task_of(subject: Subject, text: bytes) -> Task:
+def task_of(subject: Subject, text: bytes, progress: bool = False) -> Task:
     """The task by the kind of model."""
-    return Language(subject, text) if subject.causal else Encoder(subject, text)
+    return (Language if subject.causal else Encoder)(subject, text, progress)
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -163,17 +184,26 @@ def is_causal(model: nn.Module) -> bool:
     return callable(asked) and asked() and not getattr(config, "is_encoder_decoder", False)
 
 
-def _windows(
-    subject: Subject, data: bytes, n: int, length: int, seed: int
-) -> list[dict[str, Tensor]]:
-    """`n` random windows of `length` tokens, in batches of 8."""
-    ids = subject.ids(data)
-    if ids.numel() <= length:
-        raise UsageError(f"--data holds {ids.numel()} tokens; windows of {length} need more text")
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, ids.numel() - length, (n,), generator=generator).tolist()
-    rows = torch.stack([ids[start : start + length] for start in starts])
-    return [{"input_ids": part} for part in rows.split(8)]
+_SEEN = ("pixel_values", "input_features", "input_values")
+"""What models of images and speech read."""
+
+
+def main_input(model: nn.Module) -> str:
+    """The name of what the model reads, as transformers gives it; empty for other modules."""
+    name = str(getattr(model, "main_input_name", ""))
+    if name != "input_ids" or is_causal(model):
+        return name
+    takes = inspect.signature(model.forward).parameters
+    return " and ".join([name, *(each for each in _SEEN if each in takes)])
+
+
+def reads_text(model: nn.Module) -> bool:
+    """Whether it is a model of transformers that reads tokens alone, or continues text."""
+    return main_input(model) == "input_ids" and hasattr(model, "config")
+
+
+def _quality(dense: nn.Module, model: nn.Module) -> str:
+    return f"quality of the {'dense' if model is dense else 'sparse'} model"
 
 
 def _lines(data: bytes) -> list[str]:

@@ -19,13 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.allocation import LayerInfo
-from gossamer.core.errors import FormatError, NonFiniteError, UsageError
+from gossamer.core.errors import UsageError
 from gossamer.core.pattern import check_pattern, format_pattern
 from gossamer.core.support import Support
-from gossamer.engine.distributed import is_sharded, local, unwrapped
-from gossamer.engine.hooks import around_steps
+from gossamer.engine.distributed import unwrapped
+from gossamer.engine.hooks import around_ascents, around_steps, around_wrappers
+from gossamer.engine.optimizers import follow
 from gossamer.engine.protocols import Trainer
-from gossamer.engine.train_layers import TrainedLayer, start_gradients, trained_layers
+from gossamer.engine.train_guard import Guard, check_state, check_total, mask_copy
+from gossamer.engine.train_layers import (
+    TrainedLayer,
+    check_held,
+    check_kept,
+    frozen_layers,
+    start_gradients,
+    trained_layers,
+    whole_gradients,
+)
 
 VERSION = 1
 
@@ -52,21 +62,32 @@ def sparse_training(
     continue from. group: the process group that trains the model together, where neither DDP nor
     FSDP2 says so. After the block the model holds its sparse weights and nothing else of ours.
 
-    To clip gradients, call `sparsity.mask_gradients()` first (under a GradScaler, after
-    `unscale_`), so that the norm is that of the kept weights. Optimizer state is reset where it is
-    shaped as the weight (SGD, Adam and kin; not the factored moments of Adafactor).
+    optimizer: a torch optimizer, or what wraps one: accelerate's, Lookahead, SAM with `first_step`
+    and `second_step`, whose both gradients are then those of the sparse network. The steps of the
+    inner optimizer count. To clip gradients, call `sparsity.mask_gradients()` first (under a
+    GradScaler, after `unscale_`), so that the norm is that of the kept weights. Optimizer state is
+    reset where it is shaped as the weight (SGD, Adam and kin; not Adafactor's factored moments).
 
-    Raises UsageError for a density that empties a layer, a pattern that does not divide, an
-    optimizer that holds other parameters than the model's, a missing gradient; NonFiniteError
-    before a step with NaN or infinite gradients is taken; on all ranks, or on none.
+    An average of the weights (EMA, `torch.optim.swa_utils.AveragedModel`) over supports that move
+    is denser than the model: call `sparsity.apply_to(averaged)` before it is used.
+
+    Raises UsageError for a density that empties a layer, a pattern that does not divide, a weight
+    that is recomputed at every forward, an optimizer that holds other parameters than the model's,
+    a missing gradient, and for weights that changed outside the support or with no step seen;
+    NonFiniteError before a step with NaN or infinite gradients; before steps on all ranks or none.
     """
     run = SparseRun(model, optimizer, trainer, total_steps, include, exclude, seed, group)
-    with around_steps(optimizer, run.before_step, run.after_step):
+    with (
+        around_steps(run.optimizer, run.before_step, run.after_step),
+        around_ascents(run.followed, run.before_ascent, run.after_ascent),
+        around_wrappers(run.followed, run.before_wrapper, run.after_wrapper),
+    ):
         if state is None:
             run.start(loss)
         else:
             run.load_state_dict(state)
         yield run
+        run.check()
 
 
 class SparseRun:
@@ -85,11 +106,16 @@ class SparseRun:
     ) -> None:
         if isinstance(trainer, type) or not isinstance(trainer, Trainer):
             raise UsageError(f"{trainer!r} is not an instance of a training method")
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise UsageError(f"total_steps is a whole number of at least 1, not {total_steps!r}")
+        check_total(total_steps)
         self.model, self._ranks = unwrapped(model, group)
-        self.optimizer, self.trainer, self.total_steps = optimizer, trainer, total_steps
-        self.layers = trained_layers(self.model, optimizer, include, exclude, trainer.scales)
+        self.trainer, self.total_steps = trainer, total_steps
+        self.layers = trained_layers(self.model, include, exclude, trainer.scales)
+        self.followed = follow(optimizer, [x.weight for x in self.layers])
+        self.optimizer = self.followed.optimizer
+        check_held(self.model, self.optimizer, self.layers)
+        check_kept(self.model, self.layers, exclude, trainer.card.name)
+        frozen = frozen_layers(self.model, include, exclude, trainer.scales)
+        self._guard = Guard(self.layers, frozen, self.followed.name)
         for layer in self.layers:
             check_pattern(trainer.pattern, layer.matrix_shape, layer.name)
         self.step = 0
@@ -101,6 +127,7 @@ class SparseRun:
         self._hidden: dict[str, Tensor] = {}
         self._own: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
+        self._entered: list[int] = []
 
     def start(self, loss: Callable[[], Tensor] | None = None) -> None:
         """Choose the first supports and apply them; the model is untouched if that fails."""
@@ -119,6 +146,7 @@ class SparseRun:
         self.masks = {name: mask.clone() for name, mask in masks.items()}
         self._ever = {name: mask.clone() for name, mask in masks.items()}
         self._apply()
+        self._guard.begin(self.step)
 
     @property
     def supports(self) -> dict[str, Support]:
@@ -131,7 +159,8 @@ class SparseRun:
 
     @property
     def density(self) -> float:
-        """The measured share of kept weights over all layers in the run."""
+        """The measured share of kept weights over all layers in the run; checked as by `check`."""
+        self.check()
         kept = sum(int(mask.sum()) for mask in self.masks.values())
         return kept / sum(mask.numel() for mask in self.masks.values())
 
@@ -141,6 +170,20 @@ class SparseRun:
         seen = sum(int(mask.sum()) for mask in self._ever.values())
         return seen / sum(mask.numel() for mask in self._ever.values())
 
+    def check(self) -> None:
+        """Raise UsageError for weights of this rank outside the supports, or changed unseen."""
+        self._guard.check(self.step, self.masks)
+
+    def apply_to(self, model: nn.Module) -> float:
+        """Zero the weights outside the current supports in a copy or an average of the model.
+
+        model: an `AveragedModel` (EMA, SWA), a deep copy, or the model in training itself, after
+        other weights were loaded into it. Returns the share that was dropped, as the norm of it
+        over the norm of all weights of these layers; where it is large, average only after the
+        supports stopped moving. Batch norms of an average want new statistics afterwards.
+        """
+        return mask_copy(self.layers, self.masks, model)
+
     def mask_gradients(self) -> None:
         """Zero the gradients outside the support; first keep them whole where growth needs them.
 
@@ -148,7 +191,7 @@ class SparseRun:
         weights behind the support keep all gradients.
         """
         if self._wants_gradients():
-            self._gradients = self._whole_gradients()
+            self._gradients = whole_gradients(self.layers, self.trainer.card.name, self._ranks)
         if not self.trainer.dense:
             self._mask_gradients()
 
@@ -159,9 +202,15 @@ class SparseRun:
                 "a fused optimizer that skips steps on its own hides them from sparse training; "
                 "construct it with fused=False"
             )
+        self._follow_devices()
         if self._wants_gradients() and not self._gradients:
             self.mask_gradients()
-        self._check_gradients()
+        try:
+            self._guard.check_step(self.masks, self._gradients, self._ranks)
+        except UsageError:
+            self._gradients = {}
+            raise
+        self._take_over()
         if self.trainer.dense or self.trainer.owns:
             self._refine()
         if not self.trainer.dense:
@@ -200,11 +249,33 @@ class SparseRun:
         for name, mask in self.masks.items():
             self._ever[name] |= mask
 
+    def before_wrapper(self) -> None:
+        """Note where a step of a wrapper around the optimizer begins."""
+        self._entered.append(self.step)
+
+    def after_wrapper(self) -> None:
+        """Hold the support against what a wrapper did after the optimizer's step, as Lookahead
+        does when it moves to its slow weights."""
+        if self._entered.pop() == self.step:
+            return  # no step within: what changed then is for `check` to find
+        self._take_over()
+        self._apply()
+
+    def before_ascent(self) -> None:
+        """Keep a perturbation of the weights, for one gradient, inside the support."""
+        self._mask_gradients()
+
+    def after_ascent(self) -> None:
+        """The same against what it adds beside the gradient."""
+        for layer in self.layers:
+            layer.clear(layer.weight, self.masks[layer.name])
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the run needs to continue bit for bit, as tensors and plain numbers.
 
-        Save it beside the model's and the optimizer's own state.
+        Save it beside the model's and the optimizer's own state. Checked as by `check`.
         """
+        self.check()
 
         def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor.clone() for name, tensor in tensors.items()}
@@ -226,20 +297,14 @@ class SparseRun:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`. Raises FormatError, nothing changed, if it does not fit."""
         mine = {"version": VERSION, "trainer": repr(self.trainer), "total_steps": self.total_steps}
-        for key, value in mine.items():
-            if state.get(key) != value:
-                raise FormatError(f"training state: {key} is {state.get(key)!r}, not {value!r}")
         shapes = {x.name: x.matrix_shape for x in self.layers}
-        want = dict.fromkeys(("masks", "ever"), shapes)
+        want: dict[str, Mapping[str, Any]] = dict.fromkeys(("masks", "ever"), shapes)
         if self.trainer.dense:
             want["hidden"] = shapes
         if self.trainer.owns:
             own = self.trainer.own(self._infos(), torch.Generator())
             want["own"] = {name: tensor.shape for name, tensor in own.items()}
-        for part, expected in want.items():
-            found = {name: tensor.shape for name, tensor in state.get(part, {}).items()}
-            if found != expected:
-                raise FormatError(f"training state: {part} are not those of this model's layers")
+        check_state(state, mine, want)
 
         def copies(part: str) -> dict[str, Tensor]:
             device = {x.name: x.weight.device for x in self.layers}
@@ -251,6 +316,20 @@ class SparseRun:
         self._hidden = copies("hidden") if self.trainer.dense else {}
         self._own = copies("own") if self.trainer.owns else {}
         self._apply()
+        self._guard.begin(self.step)
+
+    def _take_over(self) -> None:
+        """Dense weights behind the support learn of what changed the kept ones since."""
+        for layer in self.layers if self.trainer.dense else ():
+            hidden, mask = self._hidden[layer.name], self.masks[layer.name]
+            hidden.copy_(torch.where(mask, layer.matrix(layer.weight), hidden))
+
+    def _follow_devices(self) -> None:
+        """Masks and the like lie where the weights are, also after `model.to(...)`."""
+        for layer in self.layers:
+            for tensors in (self.masks, self._ever, self._hidden, self._own):
+                if layer.name in tensors:
+                    tensors[layer.name] = tensors[layer.name].to(layer.weight.device)
 
     def _wants_gradients(self) -> bool:
         return self.trainer.gradients_at_update and self.trainer.due(
@@ -277,40 +356,6 @@ class SparseRun:
                     f"{layer.name}: {self.trainer.card.name} would leave no weight; keep more "
                     "weights or exclude this layer"
                 )
-
-    def _whole_gradients(self) -> dict[str, Tensor]:
-        """The gradients of all weights by layer, the same on all ranks.
-
-        Those of DDP are averaged already, but not where a step was taken under no_sync.
-        """
-        missing = [x.name for x in self.layers if x.weight.grad is None]
-        if self._ranks.any(bool(missing)):
-            raise UsageError(
-                f"{missing[0] if missing else 'on another rank a layer'}: has no gradient, and "
-                f"{self.trainer.card.name} grows weights by it in this step; call backward() on a "
-                "loss that was not computed under no_grad"
-            )
-        found = {}
-        for layer in self.layers:
-            gradient = layer.weight.grad
-            assert gradient is not None
-            found[layer.name] = layer.matrix(gradient).clone()
-            if not is_sharded(gradient):
-                self._ranks.average([found[layer.name]])
-        return found
-
-    def _check_gradients(self) -> None:
-        bad = ""
-        for layer in self.layers:
-            for gradient in (layer.weight.grad, self._gradients.get(layer.name)):
-                if gradient is not None and not bool(torch.isfinite(local(gradient)).all()):
-                    bad = bad or layer.name
-        if self._ranks.any(bool(bad)):
-            self._gradients = {}
-            raise NonFiniteError(
-                f"{bad or 'a layer of another rank'}: its gradient holds NaN or infinity; the step "
-                "is not taken"
-            )
 
     @torch.no_grad()
     def _refine(self) -> None:
@@ -347,9 +392,8 @@ class SparseRun:
                 layer.write(layer.weight, hidden.masked_fill(~mask, 0))
                 continue
             layer.clear(layer.weight, mask)
-            for value in self.optimizer.state.get(layer.weight, {}).values():
-                if isinstance(value, Tensor) and value.shape == layer.weight.shape:
-                    layer.clear(value, mask)
+            for _, _, value in self.followed.states(layer.weight):
+                layer.clear(value, mask)
 
 
 __all__ = ["SparseRun", "TrainedLayer", "sparse_training"]

@@ -12,9 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gossamer.core.errors import NonFiniteError, UsageError
-from gossamer.core.matrix import is_transposed
+from gossamer.core.matrix import is_transposed, why_not_plain
 from gossamer.engine.distributed import Ranks, is_sharded, local, local_part, whole
+from gossamer.engine.optimizers import held_by
 from gossamer.models.layers import adapter_prefixes, prunable_layers
+from gossamer.models.weights import find_weights
+
+_CHANCE = 0.01
+"""So many zeros a dense weight may have, of padding entries or by rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,43 +73,93 @@ class TrainedLayer:
 
 def trained_layers(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
     include: Sequence[str],
     exclude: Sequence[str],
     scales: bool = False,
 ) -> list[TrainedLayer]:
     """The trainable prunable layers, or with `scales` the batch norms, one per distinct weight.
 
-    Raises UsageError when the optimizer holds parameters that the model lacks or lacks one that
-    would be masked, and when every layer is frozen.
+    Raises UsageError when every layer is frozen.
     """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if scales and include:
+        raise UsageError("a method that acts on batch norms takes all of them; narrow by exclude=")
+    return norm_layers(model, exclude) if scales else unfrozen_layers(model, include, exclude)
+
+
+def check_held(
+    model: nn.Module, optimizer: torch.optim.Optimizer, layers: Sequence[TrainedLayer]
+) -> None:
+    """Raise UsageError when the optimizer holds parameters that the model lacks, or lacks one that
+    would be masked."""
+    held = held_by(optimizer)
     foreign = held - {id(p) for p in model.parameters()}
     if foreign:
         raise UsageError(
             f"the optimizer holds {len(foreign)} parameters that are not the model's; construct it "
-            "from model.parameters() after the model is in its final form"
+            "from model.parameters() after the model is in its final form, without master copies "
+            "and not of an average of it"
         )
-    if scales and include:
-        raise UsageError("a method that acts on batch norms takes all of them; narrow by exclude=")
-    layers = norm_layers(model, exclude) if scales else unfrozen_layers(model, include, exclude)
     for layer in layers:
-        if not isinstance(layer.weight, nn.Parameter) or id(layer.weight) not in held:
+        if id(layer.weight) not in held:
             raise UsageError(
                 f"{layer.name}: its weight is not in the optimizer; freeze or exclude it"
             )
-    return layers
+
+
+def check_kept(
+    model: nn.Module, layers: Sequence[TrainedLayer], exclude: Sequence[str], method: str
+) -> None:
+    """Raise UsageError for trainable weights with zeros that no mask of the run would hold.
+
+    For Keep, which promises to hold the zeros that are there. Weights that `exclude` names, and
+    those without or with nothing but zeros, are no matter.
+    """
+    if method != "keep":
+        return
+    held = {id(x.weight) for x in layers}
+    adapters = adapter_prefixes(model)
+    for name, weight in find_weights(model).items():
+        parameter = weight.module._parameters.get(weight.parameter)
+        named = any(fnmatchcase(name, pattern) for pattern in exclude)
+        if parameter is None or not parameter.requires_grad or id(parameter) in held or named:
+            continue
+        zeros = float((local(weight.tensor) == 0).float().mean())
+        if _CHANCE < zeros < 1 and not (adapters and name.startswith(adapters)):
+            remedy = "name it in include=" if weight.plain else "freeze it (requires_grad_(False))"
+            raise UsageError(
+                f"{name}: {zeros:.0%} of its weights are zero, and this run would not hold them; "
+                f"{remedy}"
+            )
+
+
+def chosen_layers(
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str]
+) -> list[TrainedLayer]:
+    """The prunable layers, frozen or not, one per distinct weight.
+
+    Raises UsageError for a weight that is recomputed at every forward.
+    """
+    layers: dict[int, TrainedLayer] = {}
+    for name, (module, block) in prunable_layers(model, include, exclude, tied=True).items():
+        weight = own_parameter(name, module)
+        if id(weight) not in layers:
+            layers[id(weight)] = TrainedLayer(name, module, weight, block)
+    return list(layers.values())
+
+
+def frozen_layers(
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str], scales: bool = False
+) -> list[TrainedLayer]:
+    """The prunable layers that a run leaves alone because they are frozen."""
+    layers = [] if scales else chosen_layers(model, include, exclude)
+    return [x for x in layers if not x.weight.requires_grad]
 
 
 def unfrozen_layers(
     model: nn.Module, include: Sequence[str], exclude: Sequence[str]
 ) -> list[TrainedLayer]:
     """The trainable prunable layers, one per distinct weight; UsageError when all are frozen."""
-    layers: dict[int, TrainedLayer] = {}
-    for name, (module, block) in prunable_layers(model, include, exclude, tied=True).items():
-        weight = module.weight
-        if weight.requires_grad and id(weight) not in layers:
-            layers[id(weight)] = TrainedLayer(name, module, cast(nn.Parameter, weight), block)
+    layers = [x for x in chosen_layers(model, include, exclude) if x.weight.requires_grad]
     if not layers:
         hint = (
             "; adapters stay dense, and sparse_lora of gossamer.integrations.peft holds the zeros"
@@ -112,13 +167,21 @@ def unfrozen_layers(
         raise UsageError(
             "every layer that could be masked is frozen" + hint * bool(adapter_prefixes(model))
         )
-    return list(layers.values())
+    return layers
+
+
+def own_parameter(name: str, module: nn.Module) -> nn.Parameter:
+    """The weight of a layer. Raises UsageError, with the remedy, where it is recomputed at every
+    forward: what is written to it would be lost at the next."""
+    if "weight" not in module._parameters:
+        raise UsageError(f"{name}: {why_not_plain(module)}; or exclude it")
+    return cast(nn.Parameter, module.weight)
 
 
 def norm_layers(model: nn.Module, exclude: Sequence[str]) -> list[TrainedLayer]:
     """The batch norms with a trainable scale, less those that `exclude` names."""
     layers = [
-        TrainedLayer(name, module, module.weight, None)
+        TrainedLayer(name, module, own_parameter(name, module), None)
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm)
         and module.affine
@@ -169,6 +232,28 @@ def start_gradients(
                 f"{layer.name}: the loss of the first batch has no finite gradient"
             )
     return gradients
+
+
+def whole_gradients(layers: Sequence[TrainedLayer], method: str, ranks: Ranks) -> dict[str, Tensor]:
+    """The gradients of all weights by layer, the same on all ranks.
+
+    Those of DDP are averaged already, but not where a step was taken under no_sync.
+    """
+    missing = [x.name for x in layers if x.weight.grad is None]
+    if ranks.any(bool(missing)):
+        raise UsageError(
+            f"{missing[0] if missing else 'on another rank a layer'}: has no gradient, and "
+            f"{method} grows weights by it in this step; call backward() on a loss that was not "
+            "computed under no_grad"
+        )
+    found = {}
+    for layer in layers:
+        gradient = layer.weight.grad
+        assert gradient is not None
+        found[layer.name] = layer.matrix(gradient).clone()
+        if not is_sharded(gradient):
+            ranks.average([found[layer.name]])
+    return found
 
 
 def _gradients(

@@ -15,15 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.allocation import LayerInfo
-from gossamer.core.errors import FormatError, NonFiniteError, UsageError
-from gossamer.engine.hooks import around_steps, observe_gradients
+from gossamer.core.errors import NonFiniteError, UsageError
+from gossamer.core.matrix import why_not_plain
+from gossamer.engine.distributed import unwrapped
+from gossamer.engine.hooks import around_ascents, around_steps, observe_gradients
+from gossamer.engine.optimizers import follow, held_by
 from gossamer.engine.protocols import Rewirer
+from gossamer.engine.train_guard import check_state, check_total, check_unmoved, fingerprint, thawed
+from gossamer.engine.train_layers import own_parameter
 from gossamer.models.layers import prunable_layers
 from gossamer.nn.sparse import SparseConv2d, SparseLayer, SparseLinear, carry, random_positions
 
 VERSION = 1
 _BLOCK = 1 << 18
 """So many numbers of a dense gradient exist at a time: 1 MB."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def sparse_layers(
@@ -38,13 +44,16 @@ def sparse_layers(
 
     Counts come from the trainer's allocation; kept weights and biases keep their values. include,
     exclude: as in `prune`. Construct the optimizer afterwards. Raises UsageError, nothing changed,
-    for a method that needs dense weights or a convolution of another kind.
+    for a method that needs dense weights, a convolution of another kind, and a layer that does
+    more than its class: a weight recomputed at every forward, a forward of its own, hooks.
     """
     _check_trainer(trainer)
-    chosen = prunable_layers(model, include, exclude)
+    inner, _ = unwrapped(model)
+    chosen = prunable_layers(inner, include, exclude)
     infos = []
     for name, (module, block) in chosen.items():
-        weight: Any = module.weight
+        weight = own_parameter(name, module)
+        _check_plain(inner, name, module)
         if not isinstance(module, nn.Linear) and tuple(weight.shape[2:]) != (1, 1):
             raise UsageError(f"{name}: only Linear and 1x1 Conv2d train sparsely; exclude it")
         shape = tuple(weight.shape)
@@ -60,7 +69,7 @@ def sparse_layers(
         elif isinstance(module, nn.Linear):
             made[info.name] = SparseLinear.from_linear(module, positions)
     for name, layer in made.items():
-        model.set_submodule(name, layer)
+        inner.set_submodule(name, layer)
     return model
 
 
@@ -77,20 +86,24 @@ def true_sparse_training(
     """Train inside, with `optimizer.step()` as usual; sparse layers are rewired by the trainer.
 
     The model holds SparseLinear or SparseConv2d layers, whose values the optimizer holds. state:
-    an earlier `state_dict()`, to continue from, beside the model's and the optimizer's own. Not
-    for a GradScaler, whose skipped steps it does not see; autocast to bfloat16 needs none.
+    an earlier `state_dict()`, to continue from, beside the model's and the optimizer's own.
+    optimizer: as in `sparse_training`. Not for a GradScaler, whose skipped steps it does not see;
+    autocast to bfloat16 needs none.
 
     Raises UsageError for a model without such layers, a method that needs dense weights, a missing
-    gradient; NonFiniteError before a step with NaN or infinite gradients is taken.
+    gradient, and for weights that changed while no step was seen; NonFiniteError before a step
+    with NaN or infinite gradients is taken.
     """
     run = TrueSparseRun(model, optimizer, trainer, total_steps, seed)
     if state is not None:
         run.load_state_dict(state)
     with (
-        around_steps(optimizer, run.before_step, run.after_step),
+        around_steps(run.optimizer, run.before_step, run.after_step),
+        around_ascents(run.followed, run.forget, run.forget),
         observe_gradients(run.layers, run.wants_gradients, run.see),
     ):
         yield run
+        run.check()
 
 
 class TrueSparseRun:
@@ -105,29 +118,42 @@ class TrueSparseRun:
         seed: int = 0,
     ) -> None:
         _check_trainer(trainer)
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise UsageError(f"total_steps is a whole number of at least 1, not {total_steps!r}")
-        self.optimizer, self.trainer, self.total_steps = optimizer, trainer, total_steps
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.layers: dict[str, SparseLayer] = {}
-        for name, module in model.named_modules():
-            if isinstance(module, SparseLayer) and module.values.requires_grad:
-                if id(module.values) not in held:
-                    raise UsageError(f"{name}: its values are not in the optimizer")
-                self.layers[name] = module
+        check_total(total_steps)
+        self.trainer, self.total_steps = trainer, total_steps
+        model, _ = unwrapped(model)
+        every = {n: m for n, m in model.named_modules() if isinstance(m, SparseLayer)}
+        self.layers = {n: m for n, m in every.items() if m.values.requires_grad}
+        self._frozen = {n: m for n, m in every.items() if n not in self.layers}
         if not self.layers:
             raise UsageError("the model has no sparse layer to train; see sparse_layers")
+        self.followed = follow(optimizer, [x.values for x in self.layers.values()])
+        self.optimizer = self.followed.optimizer
+        held = held_by(self.optimizer)
+        for name, layer in self.layers.items():
+            if id(layer.values) not in held:
+                raise UsageError(f"{name}: its values are not in the optimizer")
         self.step = 0
         self.changed = 0
         """Weights that the last update dropped or grew."""
         self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._generator = torch.Generator().manual_seed(seed)
+        self._begin()
 
     @property
     def density(self) -> float:
         """The share of kept weights over the sparse layers."""
         kept = sum(layer.values.numel() for layer in self.layers.values())
         return kept / sum(x.shape[0] * x.shape[1] for x in self.layers.values())
+
+    def check(self) -> None:
+        """Raise UsageError where weights changed and no step was seen."""
+        if self.step == self._begun:
+            weights = [x.values for x in self.layers.values()]
+            check_unmoved(weights, self._first, self.followed.name)
+
+    def forget(self) -> None:
+        """Drop what was seen of a gradient that no step follows, as before a second one of SAM."""
+        self._seen = {}
 
     def wants_gradients(self) -> bool:
         """Whether the next step's update grows by gradient."""
@@ -140,7 +166,10 @@ class TrueSparseRun:
         self._seen.setdefault(name, []).append(pair)
 
     def before_step(self) -> None:
-        """Check the gradients."""
+        """Check the gradients, and that frozen layers still are."""
+        for name, layer in self._frozen.items():
+            if layer.values.requires_grad:
+                raise thawed(name)
         for name, layer in self.layers.items():
             if self.wants_gradients() and name not in self._seen:
                 raise UsageError(
@@ -165,7 +194,9 @@ class TrueSparseRun:
             self._rewire(layer, seen.get(name, []))
 
     def state_dict(self) -> dict[str, Any]:
-        """What the run needs to continue bit for bit, beside the model and the optimizer."""
+        """What the run needs to continue bit for bit, beside the model and the optimizer; checked
+        as by `check`."""
+        self.check()
         return {
             "version": VERSION,
             "trainer": repr(self.trainer),
@@ -178,11 +209,14 @@ class TrueSparseRun:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`. Raises FormatError, nothing changed, if it does not fit."""
         mine = {"version": VERSION, "trainer": repr(self.trainer), "total_steps": self.total_steps}
-        for key, value in mine.items():
-            if state.get(key) != value:
-                raise FormatError(f"training state: {key} is {state.get(key)!r}, not {value!r}")
+        check_state(state, mine, {})
         self._generator.set_state(state["generator"])
         self.step, self.changed = int(state["step"]), int(state["changed"])
+        self._begin()
+
+    def _begin(self) -> None:
+        self._begun = self.step
+        self._first = fingerprint([x.values for x in self.layers.values()])
 
     def _due(self, step: int) -> bool:
         return step <= self.total_steps and self.trainer.due(step, self.total_steps)
@@ -202,11 +236,10 @@ class TrueSparseRun:
                 dropped = old[~stay]
                 some = torch.randperm(room, generator=self._generator)[: room - free]
                 grown = torch.cat([grown, dropped[some]])
-        before = values.shape
+        states = list(self.followed.states(values))
         origin = layer.rewire(torch.cat([kept, grown]).sort().values, carried)
-        for key, state in self.optimizer.state.get(values, {}).items():
-            if isinstance(state, Tensor) and state.shape == before and state.dim():
-                self.optimizer.state[values][key] = carry(state, origin)
+        for state, key, value in states:
+            state[key] = carry(value, origin)
         self.changed += 2 * int((origin < 0).sum())
 
 
@@ -252,4 +285,21 @@ def _check_trainer(trainer: Any) -> None:
     if isinstance(trainer, type) or not isinstance(trainer, Rewirer):
         raise UsageError(
             f"{trainer!r} cannot train where only kept weights exist; StaticRandom, SET and RigL can"
+        )
+
+
+def _check_plain(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Raise UsageError for a layer whose work a sparse one would not do."""
+    if reason := why_not_plain(module):
+        raise UsageError(f"{name}: {reason}; exclude it, a sparse layer would do the plain product")
+    if any(getattr(module, x) for x in _HOOKS):
+        raise UsageError(
+            f"{name}: hooks hang on it, which would be lost; remove them and add them to the "
+            "sparse layer, or exclude it"
+        )
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+        raise UsageError(
+            f"{name}: {type(parent).__name__} reads its weight, which a sparse layer does not "
+            "have; exclude it"
         )

@@ -6,7 +6,7 @@ trainer = Trainer(model, args, train_dataset=data, callbacks=[SparseTraining(gs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +56,15 @@ class SparseTraining(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Mask the model, or continue from the checkpoint that the Trainer resumes from."""
-        self._open.close()
+        with suppress(UsageError):  # of a training that failed
+            self._open.close()
         self._release(args)
-        optimizer = kwargs["optimizer"]
         model: nn.Module = kwargs["model"]
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.run = self._open.enter_context(
             sparse_training(
                 model,
-                getattr(optimizer, "optimizer", optimizer),
+                kwargs["optimizer"],
                 self.method,
                 total_steps=state.max_steps,
                 include=self.include,
@@ -101,9 +101,13 @@ class SparseTraining(TrainerCallback):
             write_state(_folder(args, state.global_step) / FILE, self.run.state_dict())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the hooks away; the model keeps its zeros."""
-        self._open.close()
+        """Take the hooks away; the model keeps its zeros, of the best checkpoint if that was
+        loaded."""
+        best = state.best_model_checkpoint
+        if self.run is not None and args.load_best_model_at_end and best is not None:
+            self.run.load_state_dict(self._read(Path(best)))
         self._release(args)
+        self._open.close()
 
     def _release(self, args: Any) -> None:
         if self._clip is not None:
@@ -112,7 +116,9 @@ class SparseTraining(TrainerCallback):
     def _saved(self, args: Any, step: int) -> Mapping[str, Any] | None:
         if step == 0:
             return None
-        folder = Path(self.checkpoint) if self.checkpoint else _folder(args, step)
+        return self._read(Path(self.checkpoint) if self.checkpoint else _folder(args, step))
+
+    def _read(self, folder: Path) -> Mapping[str, Any]:
         if not (folder / FILE).is_file():
             raise UsageError(
                 f"{folder} holds no {FILE}; pass SparseTraining(checkpoint=...), the folder that "

@@ -2,60 +2,132 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+from collections.abc import Set
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
-from gossamer.core.errors import UsageError
+from gossamer.core.errors import FormatError, UsageError
 from gossamer.core.matrix import is_transposed
-from gossamer.io.atomic import new_folder
-from gossamer.io.load import _build, load
+from gossamer.core.result import CompressResult, PruneResult, unwrap
+from gossamer.io.atomic import check_target, new_folder
+from gossamer.io.load import load
 from gossamer.io.manifest import NAME, read_manifest
+from gossamer.io.names import check_savable, plain_names
 from gossamer.io.save import distinct, write_config, write_tensors
-from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d, QuantizedLinear
+from gossamer.io.skeleton import CONFIG, outline, read_config
+from gossamer.io.tensors import PLAIN
+from gossamer.nn import PackedConv2d
+from gossamer.nn.serving import Packed
+
+DIFFUSERS = "diffusion_pytorch_model"
+_BESIDE = frozenset({
+    "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "chat_template.json", "chat_template.jinja", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json", "modules.json",
+    "config_sentence_transformers.json", "sentence_bert_config.json",
+})  # fmt: skip
+"""Files of tokenizers, processors and SentenceTransformer that go along, besides `*token*`."""
+_STEP = re.compile(r"[0-9]+_[A-Za-z]+")
+"""Folders of SentenceTransformer, one for each step behind the encoder, as `1_Pooling`."""
 
 
 def export(
-    folder: str | Path, out: str | Path, *, dense: bool = True, overwrite: bool = False
+    source: str | Path | nn.Module | PruneResult | CompressResult,
+    out: str | Path,
+    *,
+    model: nn.Module | None = None,
+    dense: bool = True,
+    overwrite: bool = False,
+    verify: bool = True,
 ) -> Path:
-    """Turn a folder that `save` wrote into an ordinary masked one that plain transformers loads.
+    """Turn a packed model into an ordinary masked checkpoint that plain loaders read.
 
-    dense: must be True; other forms do not exist yet. Raises FormatError, UsageError like `load`
-    and `save`. Memory: the dense weights.
+    source: a folder that `save` wrote, or a model in memory, which stays as it is. model: for a
+    folder that does not describe its model (plain modules, timm), an instance to fill, as for
+    `load`. What transformers or diffusers described is written for their `from_pretrained`, with
+    the tokenizer and the other files that belong to it; of other modules model.safetensors holds
+    the state dict. dense: must be True; other forms do not exist yet. verify: as for `load`.
+
+    Raises FormatError, UsageError like `load` and `save`. Memory: the dense weights.
     """
     if not dense:
         raise UsageError("only dense=True can be exported")
-    source = Path(folder)
-    if not (source / NAME).exists():
-        raise UsageError(f"{source} holds no {NAME}; it is already an ordinary folder")
-    read_manifest(source)
-    model = load(source)
-    shapes = _build(source)
-    tensors = _dense_state(model, shapes)
+    check_target(Path(out), overwrite)
+    folder = Path(source) if isinstance(source, str | Path) else None
+    if folder is not None:
+        root, transposed = _loaded(folder, model, verify)
+    elif model is not None:
+        raise UsageError("model= is for a folder; here the model itself is given")
+    else:
+        root = unwrap(source)  # type: ignore[arg-type]
+        check_savable(root)
+        transposed = _transposed(root)
+    tensors = dense_state(root, transposed)
     with new_folder(Path(out), overwrite) as place:
-        write_config(model, place, None)
-        for path in sorted(source.iterdir()):
-            if path.is_file() and not path.is_symlink() and _belongs_to_tokenizer(path.name):
-                (place / path.name).write_bytes(path.read_bytes())
-        write_tensors(tensors, place)
+        write_config(root, place, None)
+        if folder is not None:
+            _copy_beside(folder, place)
+        name = DIFFUSERS if hasattr(root, "save_config") else PLAIN
+        write_tensors(tensors, place, name)
     return Path(out)
 
 
-def _dense_state(model: nn.Module, shapes: nn.Module) -> dict[str, Tensor]:
-    kinds = BitmapLinear | NMLinear | PackedConv2d | QuantizedLinear
-    packed = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
+def _loaded(folder: Path, model: nn.Module | None, verify: bool) -> tuple[nn.Module, Set[str]]:
+    """The folder's model, and the names of its layers that store their weight as (in, out)."""
+    if not (folder / NAME).exists():
+        raise UsageError(f"{folder} holds no {NAME}; it is already an ordinary folder")
+    read_manifest(folder, verify=verify)
+    if model is not None:
+        transposed = _transposed(model := unwrap(model))
+        return load(folder, model=model, costs="rule", verify=verify), transposed
+    root = load(folder, costs="rule", verify=verify)
+    return root, _transposed(outline(read_config(folder)))
+
+
+def _transposed(model: nn.Module) -> Set[str]:
+    """Layers of transformers' Conv1D, in a model or, where they are packed, by its config."""
+    found = {name for name, module in model.named_modules() if is_transposed(module)}
+    config: Any = getattr(model, "config", None)
+    packed = any(isinstance(module, Packed) for module in model.modules())
+    if packed and hasattr(config, "to_json_string"):
+        facts = {**json.loads(config.to_json_string()), "architectures": [type(model).__name__]}
+        try:
+            found |= _transposed(outline(facts))
+        except FormatError:
+            return found  # a class of the user's own: its layers are as they are
+    return found
+
+
+def dense_state(model: nn.Module, transposed: Set[str]) -> dict[str, Tensor]:
+    """The state dict that the model had before its layers were packed."""
+    plain = plain_names(model)
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, Packed)}
     hidden = {f"{name}.{part}" for name, layer in packed.items() for part in layer._buffers}
-    state = {key: value for key, value in distinct(model).items() if key not in hidden}
-    for name, layer in packed.items():
-        matrix = layer.to_matrix()
+    state = {plain(key): value for key, value in distinct(model).items() if key not in hidden}
+    for key, layer in packed.items():
+        matrix, name = layer.to_matrix(), plain(key)
         if isinstance(layer, PackedConv2d):
             shaped = matrix.reshape(matrix.shape[0], *layer.window.kernel, -1)
             state[f"{name}.weight"] = shaped.permute(0, 3, 1, 2).contiguous()
-            continue
-        turned = is_transposed(shapes.get_submodule(name))
-        state[f"{name}.weight"] = matrix.t().contiguous() if turned else matrix
+        else:
+            state[f"{name}.weight"] = matrix.t().contiguous() if name in transposed else matrix
     return state
 
 
-def _belongs_to_tokenizer(name: str) -> bool:
-    return "token" in name or name in ("vocab.json", "merges.txt", "vocab.txt")
+def _copy_beside(source: Path, target: Path) -> None:
+    """What belongs to the model besides its weights; links are never followed."""
+    for path in sorted(source.iterdir()):
+        if path.is_symlink() or path.name in (CONFIG, NAME):
+            continue
+        if path.is_file() and ("token" in path.name or path.name in _BESIDE):
+            shutil.copyfile(path, target / path.name)
+        elif path.is_dir() and _STEP.fullmatch(path.name):
+            (target / path.name).mkdir()
+            for inner in sorted(path.iterdir()):
+                if inner.is_file() and not inner.is_symlink():
+                    shutil.copyfile(inner, target / path.name / inner.name)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import stat
 from dataclasses import dataclass, fields, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from gossamer.core.errors import FormatError, PatternError
 from gossamer.core.pattern import NM, Pattern, parse_pattern
+from gossamer.io.digests import HINT, digest_of_content
+from gossamer.io.stored import DTYPES as STORABLE
+from gossamer.io.stored import Stored
 
 NAME = "gossamer.json"
-VERSION = 1
+VERSION = 2
 MAX_JSON = 16 << 20
 DTYPES = ("float32", "bfloat16")
 QUANTIZED = ("int4", "int8")
@@ -57,33 +61,45 @@ class Decided:
     predicted: dict[str, float]
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
+def read_manifest(folder: str | Path, *, verify: bool = True) -> dict[str, Any]:
     """The checked content of gossamer.json; `layers` maps names to `PackedLayer`.
 
-    `decisions` maps names of layers, packed and dense, to `Decided`; it is empty where the folder
-    does not hold them. Raises FormatError for a missing, damaged or hostile file, or one of a newer
-    version.
+    `stored` maps names of tensors to `Stored`, `decisions` names of layers, packed and dense, to
+    `Decided`, `files` names to their digests; each is empty where the folder does not hold it.
+    `rebuild` says why the folder alone does not describe the model, None where it does. verify:
+    whether the content must have the digest that it names. Raises FormatError for a missing,
+    damaged or hostile file, or one of a newer version.
     """
-    data = read_json(Path(folder), NAME)
-    common = {"format", "version", "layers", "method", "provenance"}
-    _keys(data, common | ({"decisions"} & set(data)), NAME)
-    if data["format"] != "gossamer":
-        raise FormatError(f"{NAME}: format is {_short(data['format'])}, not 'gossamer'")
-    version = data["version"]
+    return parse_manifest(read_json(Path(folder), NAME), verify=verify)
+
+
+def parse_manifest(data: dict[str, Any], *, verify: bool = True) -> dict[str, Any]:
+    """`read_manifest` of the JSON that was read."""
+    if data.get("format") != "gossamer":
+        raise FormatError(f"{NAME}: format is {_short(data.get('format'))}, not 'gossamer'")
+    version = data.get("version")
     if type(version) is not int or version < 1:
         raise FormatError(f"{NAME}: version is {_short(version)}, not a whole number from 1")
     if version > VERSION:
         raise FormatError(f"{NAME}: version {version} is newer than {VERSION}; upgrade gossamer")
-    if not isinstance(data["layers"], dict) or not isinstance(data["provenance"], dict):
-        raise FormatError(f"{NAME}: layers and provenance are objects")
-    if data["method"] is not None and not isinstance(data["method"], str):
-        raise FormatError(f"{NAME}: method is a text or null")
-    layers = {name: _layer(name, value) for name, value in data["layers"].items()}
-    decisions = data.get("decisions", {})
-    if not isinstance(decisions, dict):
-        raise FormatError(f"{NAME}: decisions is an object")
-    decided = {name: _decided(name, value) for name, value in decisions.items()}
-    return {**data, "layers": layers, "decisions": decided}
+    common = {"format", "version", "layers", "method", "provenance"}
+    further = {"decisions"} | ({"stored", "files", "rebuild", "digest"} if version > 1 else set())
+    _keys(data, common | (further & set(data)), NAME)
+    if verify and "digest" in data and data["digest"] != digest_of_content(data):
+        raise FormatError(f"{NAME}: its content does not have the digest that it names; {HINT}")
+    for key in ("layers", "provenance", "decisions", "stored", "files"):
+        if not isinstance(data.setdefault(key, {}), dict):
+            raise FormatError(f"{NAME}: {key} is an object")
+    for key in ("method", "rebuild"):
+        if data.setdefault(key, None) is not None and not isinstance(data[key], str):
+            raise FormatError(f"{NAME}: {key} is a text or null")
+    parsed = {
+        "layers": {name: _layer(name, value) for name, value in data["layers"].items()},
+        "decisions": {name: _decided(name, value) for name, value in data["decisions"].items()},
+        "stored": {name: _stored(name, value) for name, value in data["stored"].items()},
+        "files": {name: _file(name, value) for name, value in data["files"].items()},
+    }
+    return {**data, **parsed}
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -106,7 +122,7 @@ def regular_file(folder: Path, name: str, largest: int | None = None) -> Path:
         raise FormatError(f"{_short(name)} is not a plain file name")
     path = folder / name
     try:
-        facts = path.lstat()
+        facts = path.stat() if _in_cache(path) else path.lstat()
     except (OSError, ValueError):
         raise FormatError(f"{name}: missing from {folder}") from None
     if not stat.S_ISREG(facts.st_mode):
@@ -114,6 +130,15 @@ def regular_file(folder: Path, name: str, largest: int | None = None) -> Path:
     if largest is not None and facts.st_size > largest:
         raise FormatError(f"{name}: {facts.st_size} bytes, more than the {largest} allowed")
     return path
+
+
+def _in_cache(path: Path) -> bool:
+    """A link as Hugging Face's cache makes them: from `snapshots/REVISION/NAME` into `blobs`."""
+    if not path.is_symlink():
+        return False
+    blobs = path.parent.resolve().parent.parent / "blobs"
+    cached = path.parent.resolve().parent.name == "snapshots"
+    return cached and path.resolve().parent == blobs and not path.resolve().is_symlink()
 
 
 def _layer(name: str, value: Any) -> PackedLayer:
@@ -149,6 +174,36 @@ def _layer(name: str, value: Any) -> PackedLayer:
     if "kernel" in further:
         return replace(plain, kernel=_kernel(value["kernel"], where))
     return replace(plain, **_quantized(value, nnz, where)) if quantized else plain
+
+
+def _stored(name: str, value: Any) -> Stored:
+    where = f"{NAME}: stored {_short(name)}"
+    if not isinstance(value, dict):
+        raise FormatError(f"{where}: not an object")
+    _keys(value, {"shape", "dtype", "nnz", "served"}, where)
+    shape, nnz, dtype = value["shape"], value["nnz"], value["dtype"]
+    whole = isinstance(shape, list) and 2 <= len(shape) <= 8 and all(type(n) is int for n in shape)
+    if not whole or min(shape) < 1 or max(shape) >= 1 << 48 or prod(shape) >= 1 << 48:
+        raise FormatError(f"{where}: shape is {_short(shape)}, not whole numbers from 1")
+    if type(nnz) is not int or not 0 <= nnz <= prod(shape):
+        raise FormatError(f"{where}: nnz is {_short(nnz)}, which its shape cannot hold")
+    if not isinstance(dtype, str) or dtype not in STORABLE or type(value["served"]) is not bool:
+        raise FormatError(f"{where}: dtype or served is not one of the known values")
+    return Stored(tuple(shape), dtype, nnz, value["served"])
+
+
+def _file(name: str, value: Any) -> dict[str, Any]:
+    where = f"{NAME}: file {_short(name)}"
+    if not isinstance(value, dict):
+        raise FormatError(f"{where}: not an object")
+    kind = "sums" if name.endswith(".safetensors") else "sha256"
+    _keys(value, {"bytes", kind}, where)
+    if type(value["bytes"]) is not int or not isinstance(value[kind], str):
+        raise FormatError(f"{where}: a number of bytes and a digest are needed")
+    parts = name.split("/")  # a tokenizer may have folders of its own
+    if any(part.startswith(".") or not part or set(part) & set("\\\0") for part in parts):
+        raise FormatError(f"{where}: not the name of a file in the folder")
+    return value
 
 
 def _decided(name: str, value: Any) -> Decided:

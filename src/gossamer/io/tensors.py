@@ -12,7 +12,12 @@ from torch import Tensor
 from gossamer.core.errors import FormatError
 from gossamer.io.manifest import _one_line, _unique, read_json, regular_file
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = "{}.safetensors"
+INDEX = SINGLE + ".index.json"
+SHARD = "{}-{:05d}-of-{:05d}.safetensors"
+PLAIN, PACKED = "model", "gossamer"
+"""What weight files are called: as everywhere, or by a name that plain loaders do not look for,
+since they would take the packed layers' weights for missing and draw random ones."""
 MAX_HEADER = 100 << 20
 _WIDTH = {
     "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -25,21 +30,28 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
     Raises FormatError for missing, damaged, contradictory or hostile files.
     """
-    if not (folder / INDEX).exists() and not (folder / INDEX).is_symlink():
-        return _read_file(folder, SINGLE)
-    index = read_json(folder, INDEX)
+    name = PACKED if _has(folder, PACKED) else PLAIN
+    single, index_name = SINGLE.format(name), INDEX.format(name)
+    if not (folder / index_name).exists() and not (folder / index_name).is_symlink():
+        return _read_file(folder, single)
+    index = read_json(folder, index_name)
     places = index.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
-        raise FormatError(f"{INDEX}: weight_map is not an object of file names")
+        raise FormatError(f"{index_name}: weight_map is not an object of file names")
     result: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
-        for key, tensor in _read_file(folder, name).items():
-            if places.get(key) != name:
-                raise FormatError(f"{name}: holds a tensor that {INDEX} does not place there")
+    for file in sorted(set(places.values())):
+        for key, tensor in _read_file(folder, file).items():
+            if places.get(key) != file:
+                raise FormatError(f"{file}: holds a tensor that {index_name} does not place there")
             result[key] = tensor
     if set(result) != set(places):
-        raise FormatError(f"{INDEX}: names tensors that no file holds")
+        raise FormatError(f"{index_name}: names tensors that no file holds")
     return result
+
+
+def _has(folder: Path, name: str) -> bool:
+    paths = (folder / SINGLE.format(name), folder / INDEX.format(name))
+    return any(path.exists() or path.is_symlink() for path in paths)
 
 
 def _read_file(folder: Path, name: str) -> dict[str, Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from importlib import resources
 from typing import Any
 
+from gossamer.core import words
 from gossamer.core.card import Card
-from gossamer.core.errors import UsageError
+from gossamer.core.words import known
 from gossamer.methods import weights
 
 
@@ -24,10 +24,16 @@ def verdicts() -> dict[str, str]:
 
 def find(name: str) -> type[Any]:
     """The method's class by its card's name, in any case; raises UsageError naming near misses."""
-    word = name.strip().lower()
-    known = weights.METHODS | weights.TRAINERS | weights.ROUNDS
-    if word in known:
-        return known[word]
-    near = difflib.get_close_matches(word, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
-    raise UsageError(f"unknown method {name!r}; {hint}")
+    return known(name, _all(), "method")
+
+
+def build(text: str) -> Any:
+    """A method from its name and options: `sparsegpt`, `sparsegpt:block=64,damping=0.02`.
+
+    Raises UsageError for an unknown name or option, naming near ones, or a value that is refused.
+    """
+    return words.build(text, _all(), "method")
+
+
+def _all() -> dict[str, type[Any]]:
+    return weights.METHODS | weights.TRAINERS | weights.ROUNDS

@@ -23,11 +23,11 @@ _LARGEST = 1 << 20
 
 
 def machine() -> dict[str, str | int]:
-    """What measured costs depend on: processor, instructions, threads and versions."""
+    """What measured costs and records depend on: processor, instructions, threads and versions."""
     import gossamer
 
     return {
-        "cpu": _dispatch.processor(),
+        **_dispatch.processor(),
         "isa": _dispatch.isa(),
         "threads": torch.get_num_threads(),
         "gossamer": gossamer.__version__,

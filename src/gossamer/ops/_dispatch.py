@@ -123,11 +123,29 @@ def describe() -> str:
     return f"{name}: the best this processor has"
 
 
-def processor() -> str:
-    """The processor's name, as the system tells it."""
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+def processor() -> dict[str, str | bool]:
+    """Which processor this is: its name, and whether it has the dot products that speeds hang on.
+
+    Clouds sell several generations under one name, so the name ends in family and model where the
+    system tells them. bfloat16_dot, int8_dot: instructions that multiply such numbers and sum them
+    in 32 bits; left out where the system does not list its instructions.
+    """
+    facts = _cpuinfo()
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in facts and "model" in facts:
+        name = f"{name} (family {facts['cpu family']}, model {facts['model']})"
+    found: dict[str, str | bool] = {"cpu": name}
+    if flags := set((facts.get("flags") or facts.get("Features") or "").split()):
+        found["bfloat16_dot"] = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+        found["int8_dot"] = bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
+    return found
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the first core."""
+    if not os.path.exists("/proc/cpuinfo"):
+        return {}
+    with open("/proc/cpuinfo") as file:
+        block = file.read().split("\n\n", 1)[0]
+    pairs = (line.split(":", 1) for line in block.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}

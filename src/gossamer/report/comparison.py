@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from gossamer.core.errors import UsageError
-from gossamer.report.html import figures, page, table
-from gossamer.report.tables import better, human, ratio, row, same_loop
+from gossamer.report.html import figures, page, speed_card, table
+from gossamer.report.notes import speed_notes
+from gossamer.report.tables import amounts, better, gain, ratio, row, speeds
 
 HEADER = ("", "dense", "sparse", "ratio")
 
@@ -22,23 +23,46 @@ class Comparison:
 
     quality: with `metric` and `better`, lower or higher. bytes: of all stored tensors, in memory.
     speed: with `unit`, `ratio` (sparse over dense), `repeats`, `threads` and more, as in
-    `engine.evaluate.Speed`. machine: what the speeds were measured on.
+    `engine.evaluate.Speed`. machine: what the speeds were measured on. models: what the two are
+    called.
     """
 
     quality: Mapping[str, Any]
     bytes: Mapping[str, Any]
     speed: Mapping[str, Any]
     machine: Mapping[str, Any]
+    models: Mapping[str, str] = field(default_factory=dict)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Cells (what, dense, sparse, sparse over dense)."""
         return [
-            row(f"{self.quality['metric']} ({better(self.quality)} is better)", self.quality, ".4f"),
-            ("bytes of all weights", human(self.bytes["dense"]), human(self.bytes["sparse"]),
-             ratio(self.bytes)),
-            row(f"speed, {self.speed['unit']}", self.speed, ".1f"),
-            *same_loop(self.speed),
-        ]  # fmt: skip
+            row(
+                f"{self.quality['metric']} ({better(self.quality)} is better)", self.quality, ".4f"
+            ),
+            amounts("bytes of all weights", self.bytes),
+            *speeds(self.speed),
+        ]
+
+    @property
+    def title(self) -> str:
+        """The two models by name, as far as they have one."""
+        names = {"dense": "Dense", "sparse": "sparse", **self.models}
+        return f"{names['dense']} against {names['sparse']}"
+
+    def __repr__(self) -> str:
+        """One line with the three figures that matter."""
+        quality = (
+            f"{self.quality['metric']} {self.quality['dense']:.4g} -> {self.quality['sparse']:.4g}"
+        )
+        return (
+            f"Comparison({quality}, bytes {ratio(self.bytes)}, "
+            f"speed {gain(self.speed):.2f}x in the same loop)"
+        )
+
+    def _repr_html_(self) -> str:
+        """The table, as notebooks show it."""
+        cells = [[escape(cell) for cell in cells] for cells in self.rows()]
+        return f"<p>{escape(self.title)}</p>{table(HEADER, cells)}"
 
     def __str__(self) -> str:
         """The rows as text, a line each."""
@@ -70,19 +94,15 @@ class Comparison:
         quality, speed = self.quality, self.speed
         cards = [
             (ratio(self.bytes), "the bytes of all weights"),
-            (f"{speed['ratio']:.2f}x", f"the speed, {speed['sparse']:.1f} {speed['unit']}"),
+            speed_card(speed),
             (f"{quality['sparse'] - quality['dense']:+.4f}", str(quality["metric"])),
         ]
-        how = (
-            f"Speed: both models in one process in turns, median of {speed['repeats']} repeats, "
-            f"{speed['threads']} threads."
-        )
         parts = [
-            "<h1>Dense against sparse</h1>",
+            f"<h1>{escape(self.title)}</h1>",
             figures(cards),
             table(HEADER, [[escape(cell) for cell in cells] for cells in self.rows()]),
-            f"<p>{escape(how)}</p>",
+            *(f"<p>{escape(line)}</p>" for line in speed_notes(speed)),
             "<h2>Machine</h2>",
             table(("", ""), [[escape(str(k)), escape(str(v))] for k, v in self.machine.items()]),
         ]
-        return page("Dense against sparse", parts)
+        return page(self.title, parts)

@@ -5,18 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+WIDE = 0.1
+"""The range of a ratio, as a share of it, from which on it is printed."""
+
 
 def headline(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Rows (what, dense, sparse, sparse over dense) of quality, bytes, FLOPs and speed."""
-    quality, size, work = result["quality"], result["bytes"], result["flops"]
-    speed = result["speed"]
-    return [
+    """Rows (what, dense, sparse, sparse over dense) of quality, bytes, FLOPs and speed.
+
+    Files of older versions hold fewer of them.
+    """
+    quality, size = result["quality"], result["bytes"]
+    rows = [
         row(f"{quality['metric']} ({better(quality)} is better)", quality, ".4f"),
-        ("bytes of the pruned layers", human(size["dense"]), human(size["sparse"]), ratio(size)),
-        ("FLOPs per token", human(work["dense"]), human(work["sparse"]), ratio(work)),
-        row(f"speed, {speed['unit']}", speed, ".1f"),
-        *same_loop(speed),
+        amounts("bytes of the pruned layers", size),
     ]
+    if size.get("files") and size.get("model_dense"):
+        whole = {"dense": size["model_dense"], "sparse": size["files"]}
+        rows.append(amounts("bytes of the whole model's files", whole))
+    for work in (result["flops"], result.get("flops_pruned")):
+        if work:
+            rows.append(amounts(f"FLOPs {work['what']}", work))
+    return rows + speeds(result["speed"])
+
+
+def amounts(name: str, pair: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Cells of a pair of large numbers."""
+    return name, human(pair["dense"]), human(pair["sparse"]), ratio(pair)
 
 
 def better(quality: Mapping[str, Any]) -> str:
@@ -24,12 +38,31 @@ def better(quality: Mapping[str, Any]) -> str:
     return str(quality.get("better", "lower"))
 
 
-def same_loop(speed: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """The dense model under our compiled loop: what the loop gives, apart from the zeros."""
+def speeds(speed: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """What the zeros give, in the same loop; then, where that is another, what the loop adds."""
+    unit = speed["unit"] + (", machine busy" if speed.get("disturbed") else "")
     if not speed.get("dense_compiled"):
-        return []
-    pair = {"dense": speed["dense_compiled"], "sparse": speed["sparse"]}
-    return [row(f"the same, dense in our compiled loop too, {speed['unit']}", pair, ".1f")]
+        return [_ranged(row(f"speed, {unit}", speed, ".1f"), speed)]
+    alone = {"dense": speed["dense_compiled"], "sparse": speed["sparse"]}
+    return [
+        _ranged(row(f"speed by zeros alone, {unit}", alone, ".1f"), speed),
+        row(f"speed by zeros and loop, {unit}", speed, ".1f"),
+    ]
+
+
+def _ranged(
+    cells: tuple[str, str, str, str], speed: Mapping[str, Any]
+) -> tuple[str, str, str, str]:
+    """With the range over the rounds beside the ratio, where that is wide."""
+    low, high = speed.get("gain_low", 1.0), speed.get("gain_high", 1.0)
+    if high - low <= WIDE * gain(speed):
+        return cells
+    return (*cells[:3], f"{cells[3]} ({low:.2f} to {high:.2f})")
+
+
+def gain(speed: Mapping[str, Any]) -> float:
+    """Sparse over dense in the same loop: what the zeros alone give."""
+    return float(speed["sparse"] / (speed.get("dense_compiled") or speed["dense"]))
 
 
 def human(number: float) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.core.errors import MissingExtra, UsageError
+from gossamer.core.errors import MissingExtra
+from gossamer.core.text import text_batches
 
 __all__ = [
     "calibration_batches",
@@ -57,15 +58,7 @@ def calibration_batches(
     text: other bytes than the bundled calibration text. Raises UsageError when it is too short.
     """
     data = calibration_text() if text is None else text
-    if len(data) <= length:
-        raise UsageError(
-            f"calibration text holds {len(data)} bytes; windows of {length} need more than that"
-        )
-    ids = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, len(data) - length, (n,), generator=generator).tolist()
-    rows = torch.stack([ids[start : start + length] for start in starts])
-    return [{"input_ids": part} for part in rows.split(batch)]
+    return text_batches(None, data, samples=n, length=length, batch=batch, seed=seed)
 
 
 def digits(test_share: float = 0.25, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -36,7 +38,7 @@ def linear(
 ) -> Tensor:
     """Row by row of x: the sum of the active lines times their inputs, plus bias."""
     results = []
-    for row in x.reshape(-1, values.shape[0]).float():
+    for row in x.reshape(math.prod(x.shape[:-1]), values.shape[0]).float():
         active = (above(row, threshold) if index is None else index).long()
         results.append(row[active] @ to_float(values, scale)[active])
     y = torch.stack(results) if results else torch.empty(0, values.shape[1])
@@ -56,7 +58,7 @@ def gated_mlp(
     """Down of the kept neurons of silu(gate x) * (up x), row by row of x."""
     gate_rows, up_rows, down_rows = to_float(*gate), to_float(*up), to_float(*down)
     results = []
-    for row in x.reshape(-1, gate_rows.shape[1]).float():
+    for row in x.reshape(math.prod(x.shape[:-1]), gate_rows.shape[1]).float():
         score = functional.silu(gate_rows @ row)
         hidden = score * (up_rows @ row)
         score = score if by_gate else hidden

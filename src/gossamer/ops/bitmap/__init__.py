@@ -99,6 +99,7 @@ def _forward(
     unpack_from: int | None = None,
     columns: Tensor | None = None,
 ) -> Tensor:
+    native.check(x, values, bitmap, row_ptr, bias, in_features)
     if _dispatch.isa_index() < 0:
         return reference.linear(x, values, bitmap, bias, in_features)
     return native.linear(x, values, bitmap, row_ptr, bias, in_features, unpack_from, columns)

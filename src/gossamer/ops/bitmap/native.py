@@ -52,7 +52,6 @@ def linear(
     values float32 or bfloat16, contiguous; row_ptr from `row_offsets`, columns from `columns_of`.
     O(rows of x * nnz), for up to 8 rows without columns O(out * in).
     """
-    _check(x, values, bitmap, row_ptr, bias, in_features)
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.detach().float()
     rows = x.numel() // max(1, in_features)
@@ -207,7 +206,7 @@ def _module() -> Any:
     return module
 
 
-def _check(
+def check(
     x: Tensor,
     values: Tensor,
     bitmap: Tensor,
@@ -215,6 +214,7 @@ def _check(
     bias: Tensor | None,
     in_features: int,
 ) -> None:
+    """Raise UsageError where input, bias and packed matrix do not fit each other."""
     if x.shape[-1] != in_features:
         raise UsageError(f"expected inputs of width {in_features}, not {tuple(x.shape)}")
     if values.dtype not in (torch.float32, torch.bfloat16):

@@ -61,9 +61,19 @@ def row_offsets(bitmap: Tensor, in_features: int) -> Tensor:
 def linear(
     x: Tensor, values: Tensor, bitmap: Tensor, bias: Tensor | None, in_features: int
 ) -> Tensor:
-    """x (..., in) times the matrix transposed, plus bias (out,); in float32, cast to x's dtype."""
-    matrix = unpack(values, bitmap, in_features)
-    result = x.float() @ matrix.float().t()
+    """x (..., in) times the matrix transposed, plus bias (out,); in float32, cast to x's dtype.
+
+    Columns that a row does not keep never touch its result, even where x is NaN.
+    """
+    matrix = unpack(values, bitmap, in_features).float()
+    inputs = x.float()
+    finite = torch.nan_to_num(inputs, nan=0.0, posinf=0.0, neginf=0.0)
+    result = finite @ matrix.t()
+    if bool((odd := ~torch.isfinite(inputs)).any()):
+        keeps = unpack_mask(bitmap, in_features)
+        for *row, column in odd.nonzero().tolist():
+            at = (*row, keeps[:, column])
+            result[at] += inputs[(*row, column)] * matrix[keeps[:, column], column]
     if bias is not None:
         result = result + bias.float()
     return result.to(x.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from gossamer.ops.csr.reference import rows_of
@@ -23,7 +25,7 @@ def linear(
     Blocks that are not kept touch nothing, even where x is NaN.
     """
     width, height = values.shape[1:]
-    flat = x.reshape(-1, x.shape[-1]).float()
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).float()
     y = flat.new_zeros(flat.shape[0], splits.shape[1], height)
     rows = rows_of(splits)
     for c in range(width):

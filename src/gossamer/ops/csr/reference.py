@@ -3,6 +3,8 @@ times the kept weights."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def linear(
 ) -> Tensor:
     """x (..., in) times the matrix transposed, plus bias, in x's dtype."""
     rows, columns = rows_of(splits), columns.long()
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y = x.new_zeros(flat.shape[0], splits.shape[1])
     for part, out in _chunks(flat, values.numel(), y):
         out.index_add_(1, rows, part[:, columns] * values)
@@ -46,7 +48,8 @@ def linear(
 def sampled(x: Tensor, dy: Tensor, columns: Tensor, splits: Tensor) -> Tensor:
     """(nnz,): for each entry the sum over the batch of dy[., row] * x[., column]."""
     rows, columns = rows_of(splits), columns.long()
-    x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    batch = math.prod(x.shape[:-1])
+    x, dy = x.reshape(batch, x.shape[-1]), dy.reshape(batch, dy.shape[-1])
     grad = x.new_zeros(columns.numel())
     for part, other in _chunks(x, columns.numel(), dy):
         grad += (part[:, columns] * other[:, rows]).sum(0)

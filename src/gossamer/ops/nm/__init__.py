@@ -80,6 +80,7 @@ def linear(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, layout
 def _forward(
     x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, layout: Layout
 ) -> Tensor:
+    native.check_linear(x, values, codes, bias, layout)
     return _dispatch.home(reference, native).linear(x, values, codes, bias, layout)
 
 

@@ -34,7 +34,6 @@ def linear(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, layout
     Up to 8 rows of x by the matrix-vector kernel, O(rows of x * stored values). More rows: dense
     products with blocks of unpacked rows that stay in the cache, O(rows of x * out * in).
     """
-    _check(x, values, codes, bias, layout)
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.detach().float()
     out = values.shape[0]
@@ -116,7 +115,10 @@ def _module() -> Any:
     return module
 
 
-def _check(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, layout: Layout) -> None:
+def check_linear(
+    x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, layout: Layout
+) -> None:
+    """Raise UsageError where input, bias and packed matrix do not fit each other."""
     if x.shape[-1] != layout.cols:
         raise UsageError(f"expected inputs of width {layout.cols}, not {tuple(x.shape)}")
     if values.dtype not in (torch.float32, torch.bfloat16):

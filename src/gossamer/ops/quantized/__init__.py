@@ -259,6 +259,10 @@ def linear(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
 
 
 def _forward(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
+    if x.shape[-1] != m.shape[1]:
+        raise UsageError(f"expected inputs of width {m.shape[1]}, not {tuple(x.shape)}")
+    if not (x.is_cpu and m.values.is_cpu):
+        raise UsageError("the quantised kernels run on the CPU only")
     if _dispatch.isa_index() < 0:
         return reference.linear(x, unpack(m), m.outliers, bias)
     return native.linear(x, m, bias)

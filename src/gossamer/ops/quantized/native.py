@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gossamer.core.errors import UsageError
 from gossamer.ops._dispatch import ISAS, isa_index, kernels
 from gossamer.ops.quantized.reference import SLACK, outlier_matrix, padded_width, quantize_input
 
@@ -40,10 +39,6 @@ def linear(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
     The inputs are rounded to 8-bit integers, scaled per 128. Processors without byte dot products
     multiply more than 8 rows of them, as float32, by weights unpacked piece by piece.
     """
-    if x.shape[-1] != m.shape[1]:
-        raise UsageError(f"expected inputs of width {m.shape[1]}, not {tuple(x.shape)}")
-    if not (x.is_cpu and m.values.is_cpu):
-        raise UsageError("the quantised kernels run on the CPU only")
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.detach().float()
     rows = x.numel() // max(1, m.shape[1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -117,7 +119,7 @@ def linear(
 ) -> Tensor:
     """x W^T + bias through the dense matrix; columns that a row does not keep count as zero."""
     matrix = to_matrix(parts, shape).float()
-    rows = x.reshape(-1, shape[1]).float()
+    rows = x.reshape(math.prod(x.shape[:-1]), shape[1]).float()
     finite = torch.nan_to_num(rows, nan=0.0, posinf=0.0, neginf=0.0)
     result = finite @ matrix.t()
     if (odd := ~torch.isfinite(rows)).any():

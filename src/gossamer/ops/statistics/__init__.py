@@ -11,8 +11,13 @@ from gossamer.ops.statistics import reference
 
 __all__ = ["add_gram", "top_mask"]
 
-_ROWS = 1024
-"""Rows of x in one float32 product, whose own rounding nothing repairs."""
+_ROWS = 256
+"""Rows of x in one float32 product, whose own rounding nothing repairs.
+
+Each BLAS sums in an order of its own: some narrow products run through one accumulator. The bound
+for any order is rows / 2^24, so fewer rows are more exact and slower. Of 4096 x 1024, 1024 rows
+take 72 ms, 256 take 80, 64 take 105 (one thread of a Zen 4).
+"""
 _COLUMNS = 512
 """Columns on a side of a block of x^T x; only blocks on and above the diagonal are computed."""
 _SMALL = 1 << 16
@@ -42,9 +47,10 @@ def add_gram(total: Tensor, rest: Tensor, x: Tensor) -> None:
     """total + rest += x^T x in place, in the blocks on and above the diagonal.
 
     total, rest: (in, in) float32, contiguous; x: (rows, in) float32. The products are float32 over
-    1024 rows each; their sums lose nothing that a second float32 can hold ("A Floating-Point
-    Technique for Extending the Available Precision", 1971). What lies below the diagonal blocks is
-    undefined: the result is symmetric. O(rows * in^2 / 2) multiplications.
+    256 rows each, wrong by at most 2^-16 of the sum of their terms' magnitudes in any order of
+    summation. Their sums lose nothing that a second float32 can hold ("A Floating-Point Technique
+    for Extending the Available Precision", 1971). What lies below the diagonal blocks is undefined:
+    the result is symmetric. O(rows * in^2 / 2) multiplications.
 
     Raises UsageError for other shapes, dtypes or devices.
     """

@@ -1,0 +1,97 @@
+"""Every public name of `gossamer`."""
+
+from gossamer.api import compare, prune
+from gossamer.core.allocation import ER, ERK, LAMP, OWL, Global, Uniform, UniformPlus
+from gossamer.core.card import Card
+from gossamer.core.costs import Costs
+from gossamer.core.coupling import Coupled
+from gossamer.core.errors import (
+    FormatError,
+    GossamerError,
+    MissingExtra,
+    NonFiniteError,
+    PatternError,
+    UsageError,
+)
+from gossamer.core.pattern import NM, Block, Channel, Unstructured, format_pattern, parse_pattern
+from gossamer.core.result import CompressResult, Coverage, LayerRecord, LeftOut, PruneResult
+from gossamer.core.select import select, select_global
+from gossamer.core.support import Support
+from gossamer.core.text import text_batches
+from gossamer.engine.compress import compress
+from gossamer.engine.generate import generate
+from gossamer.engine.measure_costs import calibrate_costs
+from gossamer.engine.rounds import Part, RoundsResult, train_rounds
+from gossamer.engine.structure import ShrinkResult, coupled_channels, fixed_channels, shrink
+from gossamer.engine.train import SparseRun, sparse_training
+from gossamer.engine.true_sparse import TrueSparseRun, sparse_layers, true_sparse_training
+from gossamer.engine.unpack import unpack
+from gossamer.io import export, load, save
+from gossamer.methods import cards, find
+from gossamer.methods.weights.catalogue import *  # noqa: F403 - every method by its name
+from gossamer.methods.weights.catalogue import CATALOGUE
+from gossamer.methods.weights.training.keep import Keep
+from gossamer.nn.semi_structured import from_semi_structured, to_semi_structured
+from gossamer.report.comparison import Comparison
+
+__all__ = [
+    "ER",
+    "ERK",
+    "LAMP",
+    "NM",
+    "OWL",
+    "Block",
+    "Card",
+    "Channel",
+    "Comparison",
+    "CompressResult",
+    "Costs",
+    "Coupled",
+    "Coverage",
+    "FormatError",
+    "Global",
+    "GossamerError",
+    "Keep",
+    "LayerRecord",
+    "LeftOut",
+    "MissingExtra",
+    "NonFiniteError",
+    "Part",
+    "PatternError",
+    "PruneResult",
+    "RoundsResult",
+    "ShrinkResult",
+    "SparseRun",
+    "Support",
+    "TrueSparseRun",
+    "Uniform",
+    "UniformPlus",
+    "Unstructured",
+    "UsageError",
+    "calibrate_costs",
+    "cards",
+    "compare",
+    "compress",
+    "coupled_channels",
+    "export",
+    "find",
+    "fixed_channels",
+    "format_pattern",
+    "from_semi_structured",
+    "generate",
+    "load",
+    "parse_pattern",
+    "prune",
+    "save",
+    "select",
+    "select_global",
+    "shrink",
+    "sparse_layers",
+    "sparse_training",
+    "text_batches",
+    "to_semi_structured",
+    "train_rounds",
+    "true_sparse_training",
+    "unpack",
+]
+__all__ += [x.__name__ for x in CATALOGUE]

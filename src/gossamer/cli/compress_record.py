@@ -1,0 +1,121 @@
+"""What `gossamer compress` writes down: result.json, from what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gossamer.core.result import CompressResult, LayerRecord, PruneResult
+from gossamer.engine.data import Batch, call
+from gossamer.engine.flops import forward_work
+from gossamer.engine.tasks import Task
+from gossamer.nn.costs import machine as this_machine
+from gossamer.ops import _dispatch
+
+
+def record(
+    pruned: PruneResult,
+    packed: CompressResult,
+    task: Task,
+    quality: Mapping[str, float],
+    work: Mapping[str, float],
+    dtype: torch.dtype,
+    bits: int | None,
+) -> dict[str, Any]:
+    """Everything but the speed, the sweep and the options; `work` from `work_of`."""
+    ours = layers_of(pruned, packed)
+    name = str(dtype).removeprefix("torch.")
+    weights = {id(p): p.numel() for p in task.subject.model.parameters()}
+    return {
+        "method": pruned.method,
+        "pattern": pruned.pattern,
+        "bits": bits,
+        "requested_density": pruned.requested_density,
+        "measured_density": pruned.measured_density,
+        "coverage": {
+            "pruned": dataclasses.asdict(pruned.coverage),
+            "packed": dataclasses.asdict(packed.coverage),
+        },
+        "layers": [dataclasses.asdict(layer) for layer in packed.layers],
+        "quality": {"metric": task.metric, "better": task.better, "text_bytes": len(task.text),
+                    **quality},
+        "bytes": {
+            "dense": sum(layer.dense_bytes for layer in ours),
+            "sparse": sum(layer.sparse_bytes for layer in ours),
+            "model_dense": sum(weights.values()) * dtype.itemsize,
+            "what": f"weights of the pruned layers, dense in {name}, kept ones in "
+            + (name if bits is None else f"integers of {bits} bits"),
+        },
+        **flops(pruned, packed, work),
+        "machine": machine(packed),
+        "command": "gossamer " + " ".join(shlex.quote(word) for word in sys.argv[1:]),
+    }  # fmt: skip
+
+
+def flops(
+    pruned: PruneResult, packed: CompressResult, work: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """FLOPs per token: of the whole model as it runs here, and of the pruned layers.
+
+    A layer that runs dense, or whose integers are held dense, multiplies its zeros too.
+    """
+    share = {x.name: x.density for x in packed.layers if x.kernel and "dense" not in x.kernel}
+    chosen = {layer.name for layer in pruned.layers}
+
+    def count(names: Mapping[str, float] | set[str]) -> dict[str, float]:
+        mine = {name: work.get(name, 0.0) for name in names}
+        run = sum(times * share.get(name, 1.0) for name, times in mine.items())
+        return {"dense": 2 * sum(mine.values()), "sparse": 2 * run}
+
+    return {
+        "flops": {**count(work), "what": "per token, whole model as it runs here"},
+        "flops_pruned": {**count(chosen), "what": "per token, pruned layers as they run here"},
+    }
+
+
+def work_of(model: nn.Module, batch: Batch) -> dict[str, float]:
+    """Multiply-adds of one token by the name of the layer, measured on a batch."""
+    ids = batch["input_ids"] if not isinstance(batch, torch.Tensor) else batch
+    found = forward_work(model, lambda: call(model, batch))
+    return {
+        name: found.pop(id(module.weight)) / ids.numel()
+        for name, module in model.named_modules()
+        if id(getattr(module, "weight", None)) in found and not isinstance(module, nn.Embedding)
+    }
+
+
+def layers_of(pruned: PruneResult, packed: CompressResult) -> list[LayerRecord]:
+    """The packed records of the pruned layers."""
+    chosen = {layer.name for layer in pruned.layers}
+    return [layer for layer in packed.layers if layer.name in chosen]
+
+
+def machine(packed: CompressResult) -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        **this_machine(),
+        "isa": packed.isa,
+        "kernels": _dispatch.describe(),
+        "threads": packed.threads,
+        "python": platform.python_version(),
+    }
+
+
+def source_dtype(folder: Path | None) -> str:
+    """The dtype of the weights in a folder's files, as safetensors names it; empty if unknown."""
+    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
+    if not files:
+        return ""
+    from safetensors import safe_open
+
+    with safe_open(files[0], framework="pt") as file:
+        dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    return "float32" if "F32" in dtypes else ""

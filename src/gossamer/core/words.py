@@ -1,0 +1,57 @@
+"""Methods and allocations as text, `name:option=value,...`, as files and the command line have them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from gossamer.core.errors import UsageError
+
+
+def build(text: str, kinds: Mapping[str, type[Any]], what: str) -> Any:
+    """An instance of one of the dataclasses `kinds`: `owl`, `sparsegpt:block=64,damping=0.02`.
+
+    Raises UsageError for an unknown name or option, naming near ones, or a value that is refused.
+    """
+    name, _, rest = text.partition(":")
+    kind = known(name, kinds, what)
+    fields = {each.name: each for each in dataclasses.fields(kind) if each.init}
+    options = {}
+    for word in filter(None, (word.strip() for word in rest.split(","))):
+        option, equals, value = (part.strip() for part in word.partition("="))
+        if not equals:
+            raise UsageError(
+                f"{word!r} in {text!r} is not option=value, such as {_example(fields)}"
+            )
+        known(option, fields, f"option of {name.strip()}")
+        options[option] = _value(value)
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise UsageError(f"{text!r}: {error}") from None
+
+
+def known(word: str, choices: Mapping[str, Any], what: str) -> Any:
+    """What stands under a word, in any case; raises UsageError naming near ones."""
+    key = word.strip().lower()
+    if key in choices:
+        return choices[key]
+    near = get_close_matches(key, choices, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(choices) or 'none'}"
+    raise UsageError(f"unknown {what} {word!r}; {hint}")
+
+
+def _example(fields: Mapping[str, Any]) -> str:
+    return f"{next(iter(fields), 'option')}=1"
+
+
+def _value(text: str) -> Any:
+    """A number, a truth value or else the text itself."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False, "none": None}.get(text.lower(), text)
