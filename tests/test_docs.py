@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from gossamer.cli import COMMANDS
 
@@ -21,11 +22,50 @@ def test_method_pages_are_current():
     assert generate.BENCHMARKS.read_text() == generate.benchmarks(), "run make docs"
 
 
+def test_the_own_model_page_runs(tiny_llama, tmp_path, monkeypatch):
+    text = (ROOT / "docs/guide/own-model.md").read_text()
+    load, *blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 7 and "AutoTokenizer.from_pretrained(name)" in load
+    notes = "".join(f"line {n}: the quick brown fox jumps over {n * n} dogs\n" for n in range(400))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text(notes)
+    (tmp_path / "held_out.txt").write_text(notes[:2000])
+    names = {"model": tiny_llama(), "tokenizer": Bytes()}
+    exec("\n".join(blocks), names)
+    assert names["result"].measured_density == pytest.approx(0.5, abs=0.01)
+    assert (tmp_path / "small-dense" / "config.json").is_file()
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes, with what the page calls."""
+
+    def __call__(self, text, return_tensors=None):
+        ids = list(text.encode())
+        return {"input_ids": torch.tensor([ids]) if return_tensors else ids}
+
+    def decode(self, ids):
+        return bytes(ids.tolist()).decode("utf-8", "replace")
+
+    def save_pretrained(self, folder):
+        pass
+
+
+def test_the_readme_is_short():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    sentences = [
+        s for line in lines if not line.startswith(("|", "`", " ")) for s in line.split(". ")
+    ]
+    assert len(lines) < 110 and max(len(s.split()) for s in sentences) < 25
+
+
 @pytest.mark.parametrize(
     "path",
     [
         "README.md",
         "docs/guide/index.md",
+        "docs/guide/own-model.md",
+        "docs/guide/lm-eval.md",
+        "docs/guide/results.md",
         "docs/guide/benchmarks.md",
         "docs/guide/training.md",
         "docs/guide/train-command.md",

@@ -26,7 +26,7 @@ from gossamer.engine.structure import ShrinkResult, coupled_channels, fixed_chan
 from gossamer.engine.train import SparseRun, sparse_training
 from gossamer.engine.true_sparse import TrueSparseRun, sparse_layers, true_sparse_training
 from gossamer.engine.unpack import unpack
-from gossamer.io import export, load, save
+from gossamer.io import export, load, push, save
 from gossamer.methods import cards, find
 from gossamer.methods.weights.catalogue import *  # noqa: F403 - every method by its name
 from gossamer.methods.weights.catalogue import CATALOGUE
@@ -82,6 +82,7 @@ __all__ = [
     "load",
     "parse_pattern",
     "prune",
+    "push",
     "save",
     "select",
     "select_global",

@@ -9,6 +9,8 @@ import time
 import pytest
 
 from gossamer.core.costs import Costs
+from gossamer.io.load import read_content
+from gossamer.io.stored import unpack
 from gossamer.nn.costs import machine, store_costs
 
 
@@ -42,3 +44,15 @@ def kill_at():
         killed.wait()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def stored_tensors():
+    """stored_tensors(folder): what a folder without packed layers holds, as a state dict."""
+
+    def read(folder):
+        content = read_content(folder, verify=True, given=True)
+        parts = {n: unpack(n, f, *content.parts[n]) for n, f in content.stored.items()}
+        return content.tensors | parts
+
+    return read

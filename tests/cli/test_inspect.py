@@ -123,6 +123,43 @@ def test_a_name_from_a_stranger_does_not_steer_the_terminal(saved, capsys):
     assert "\x1b[31m" not in shown(folder, capsys).out
 
 
+def test_verify_compares_every_file(saved, capsys):
+    _, folder = saved
+    assert "as it was written" in shown(folder, capsys, "--verify").out
+    (weights,) = folder.glob("*.safetensors")
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    with pytest.raises(SystemExit) as caught:
+        main(["inspect", str(folder), "--verify", "--json"])
+    found = capsys.readouterr()
+    assert caught.value.code == 2 and weights.name in json.loads(found.out)["wrong"][0]
+    assert weights.name in found.err
+
+
+def test_layers_of_a_kind_stand_in_one_line_unless_asked(tmp_path, capsys, tiny_llama, monkeypatch):
+    model = tiny_llama()
+    gs.save(gs.compress(gs.prune(model, gs.Magnitude(), density=0.5), costs="rule"), tmp_path / "a")
+    text = shown(tmp_path / "a", capsys).out
+    assert "model.layers.*.mlp.up_proj" in text and "layers.0.mlp" not in text
+    every = shown(tmp_path / "a", capsys, "--layers").out
+    assert "model.layers.1.mlp.up_proj" in every and len(every) > len(text)
+    monkeypatch.setenv("COLUMNS", "60")
+    narrow = shown(tmp_path / "a", capsys).out
+    assert "model.layers.*.self_attn.q_proj\n" in narrow
+    assert max(map(len, narrow.splitlines()[1:])) <= 60  # the first has the path
+    kernels = json.loads(shown(tmp_path / "a", capsys, "--json").out)["layers"]
+    assert all(facts["kernel"] and facts["window"] is None for facts in kernels.values())
+
+
+def test_folders_that_gossamer_did_not_write_are_explained(tmp_path, capsys, tiny_llama):
+    tiny_llama(layers=1).save_pretrained(tmp_path / "plain")
+    for folder, says in ((tmp_path / "plain", "an ordinary model folder"), (tmp_path, "holds no")):
+        with pytest.raises(SystemExit) as caught:
+            main(["inspect", str(folder)])
+        assert caught.value.code == 2 and says in capsys.readouterr().err
+
+
 def test_serves_says_what_unprepared_layers_do_with_batches(saved):
     result, _ = saved
     layer = result.model[0]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from gossamer.cli import main
 from gossamer.engine.fit import Fit
@@ -53,7 +52,7 @@ def result(out):
     return json.loads((out / "result.json").read_text())
 
 
-def test_digits_end_to_end(tmp_path, capsys):
+def test_digits_end_to_end(tmp_path, capsys, stored_tensors):
     out, log = tmp_path / "out", tmp_path / "log"
     pytest.importorskip("tensorboard")
     options = json.dumps({"every": 5, "drop": 0.5})
@@ -61,7 +60,7 @@ def test_digits_end_to_end(tmp_path, capsys):
     printed = capsys.readouterr()
     assert "ITOP" in printed.out and "loss" in printed.err
     found = result(out)
-    tensors = load_file(out / "model.safetensors")
+    tensors = stored_tensors(out)
     kept = total = 0
     for layer in found["layers"]:
         weight = tensors[f"{layer['name']}.weight"]
@@ -89,7 +88,7 @@ def test_a_killed_run_resumes_bitwise(tmp_path, kill_at, over_threads):
     one, two = result(tmp_path / "whole"), result(tmp_path / "cut")
     for key in ("quality", "loss", "topology", "flops", "layers"):
         assert one[key] == two[key], key
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    files = [(tmp_path / name / "gossamer.safetensors").read_bytes() for name in ("whole", "cut")]
     assert files[0] == files[1]
     assert not checkpoint.exists()
 

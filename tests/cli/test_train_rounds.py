@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from safetensors.torch import load_file
 
 from gossamer.cli import main
 
@@ -19,7 +18,7 @@ def result(out):
     return json.loads((out / "result.json").read_text())
 
 
-def test_imp_reports_all_rounds_together(tmp_path, capsys):
+def test_imp_reports_all_rounds_together(tmp_path, capsys, stored_tensors):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -30,7 +29,7 @@ def test_imp_reports_all_rounds_together(tmp_path, capsys):
     found = result(out)
     kept = [layer["density"] for layer in found["layers"]]
     assert found["densities"] == pytest.approx([1, 0.2, 0.04], abs=0.001)
-    tensors = load_file(out / "model.safetensors")
+    tensors = stored_tensors(out)
     weights = [tensors[f"{layer['name']}.weight"] for layer in found["layers"]]
     for weight, density in zip(weights, kept, strict=True):
         assert int((weight != 0).sum()) <= round(density * weight.numel())
@@ -64,7 +63,7 @@ def test_a_run_killed_inside_a_round_resumes_bitwise(tmp_path, kill_at, over_thr
     one, two = result(tmp_path / "whole"), result(tmp_path / "cut")
     for key in ("quality", "loss", "topology", "flops", "layers", "densities", "steps_together"):
         assert one[key] == two[key], key
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    files = [(tmp_path / name / "gossamer.safetensors").read_bytes() for name in ("whole", "cut")]
     assert files[0] == files[1]
     assert not folder.exists()
 

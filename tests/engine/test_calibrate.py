@@ -11,7 +11,7 @@ from torch import nn
 from gossamer.core.matrix import Weight, inputs_of
 from gossamer.core.stats import LayerStats
 from gossamer.engine import calibrate, hooks
-from gossamer.engine.calibrate import Calibrator, gather_dense
+from gossamer.engine.calibrate import Calibrator
 from gossamer.engine.data import real_tokens
 from gossamer.engine.prune import prune
 from gossamer.methods.weights import METHODS
@@ -26,7 +26,7 @@ def weights_of(model):
 
 def whole_model_stats(model, layers, batches):
     with hooks.evaluating(model):
-        return gather_dense(model, layers, batches, NEEDS)
+        return Calibrator(model, [], layers, batches).gather(layers, None, NEEDS)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert", "vit", "mlp"])

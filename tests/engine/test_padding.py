@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gossamer.engine.padding import Padding, padding_of, real_rows
+from gossamer.engine.padding import Padding, is_two_sided, padding_of, real_rows
 from gossamer.engine.prune import prune
 from gossamer.methods.weights import METHODS
 
@@ -52,6 +52,13 @@ def test_sides_of_an_encoder_decoder():
     assert alone.mask_of("decoder.layers.0.fc1", (2, 11, 4)) is None
     assert Padding(encoder).mask_of("model.decoder.layers.0.fc1") is encoder
     assert Padding(encoder, text=True).mask_of("model.vision_tower.layers.0.fc1") is None
+
+
+def test_a_decoder_beside_an_encoder():
+    assert is_two_sided(["", "encoder", "decoder", "decoder.layers"])
+    assert is_two_sided(["model", "model.encoder", "model.decoder"])
+    assert not is_two_sided(["model.decoder", "model.decoder.layers"])
+    assert not is_two_sided(["vision.encoder", "text.model.decoder"])
 
 
 def test_masks_of_a_batch():

@@ -6,7 +6,7 @@ from torch import nn
 
 from gossamer.core.matrix import Weight
 from gossamer.engine import hooks
-from gossamer.engine.calibrate import gather_dense
+from gossamer.engine.calibrate import Calibrator
 from gossamer.engine.products import observe_products, unfused
 from gossamer.models import choose_weights, find_weights
 
@@ -99,9 +99,41 @@ def test_experts_in_a_loop_in_a_batch_and_grouped(transposed):
     assert all(torch.equal(rows[str(i)], batch[i]) for i in range(3))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_that_are_picked_for_every_token(transposed):
+    module = Bare(3, 4, 8) if transposed else Bare(3, 8, 4)
+    weights = {str(i): Weight(module, "w", i, transposed) for i in range(3)}
+    x, chosen = torch.randn(5, 4), torch.tensor([2, 0, 2, 2, 0])
+
+    def batched():
+        picked = module.w[chosen]
+        if transposed:
+            return torch.bmm(x.unsqueeze(1), picked)
+        return torch.bmm(picked, x.unsqueeze(2))
+
+    def summed():
+        return torch.einsum("ti,tio->to" if transposed else "ti,toi->to", x, module.w[chosen])
+
+    for run in (batched, summed):
+        rows, ways = seen_by(weights, run)
+        assert set(rows) == {"0", "2"} and all(ways[name] == {transposed} for name in rows)
+        assert torch.equal(rows["0"], x[chosen == 0]) and torch.equal(rows["2"], x[chosen == 2])
+
+
+def test_several_experts_for_every_token():
+    module = Bare(4, 8, 6)
+    weights = {str(i): Weight(module, "w", i) for i in range(4)}
+    x, chosen = torch.randn(5, 6), torch.tensor([[0, 1], [1, 2], [0, 2], [2, 1], [1, 0]])
+    rows, ways = seen_by(weights, lambda: torch.einsum("ti,taoi->tao", x, module.w[chosen]))
+    assert set(rows) == {"0", "1", "2"} and all(way == {False} for way in ways.values())
+    for name in rows:
+        assert torch.equal(rows[name], x[(chosen == int(name)).any(1)])
+
+
 def norms_of(model, batches):
     with hooks.evaluating(model):
-        return gather_dense(model, choose_weights(model).weights, batches, ("norm",))
+        weights = choose_weights(model).weights
+        return Calibrator(model, [], weights, batches).gather(weights, None, ("norm",))
 
 
 def test_attention_by_itself_and_across():

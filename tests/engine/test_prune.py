@@ -216,7 +216,8 @@ def test_same_result_twice(tiny, family):
     assert unchanged(first, second.state_dict())
 
 
-def test_progress_goes_to_stderr(tiny, capfd):
+def test_progress_goes_to_stderr(tiny, capfd, monkeypatch):
+    monkeypatch.setattr("gossamer.engine.progress._WORTH", 0.0)
     model, _ = tiny("mlp")
     prune(model, Magnitude(), density=0.5, progress=True)
     out, err = capfd.readouterr()

@@ -182,9 +182,11 @@ def test_save_pretrained_writes_what_can_be_read_back(how, tmp_path):
     out = tmp_path / "out"
     llama().save_pretrained(out)  # weights of another model that lie there already
     (out / "notes.txt").write_text("mine")
+    (out / "README.md").write_text("mine")
     fast.save_pretrained(out)
+    assert (out / "README.md").read_text() == "mine"
     assert sorted(os.listdir(out)) == [
-        "config.json", "generation_config.json", "gossamer.json", "gossamer.safetensors",
+        "README.md", "config.json", "generation_config.json", "gossamer.json", "gossamer.safetensors",
         "notes.txt",
     ]  # fmt: skip
     torch.testing.assert_close(logits(gs.load(out)), expected)

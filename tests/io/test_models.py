@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import gossamer as gs
-from gossamer.core.errors import UsageError
+from gossamer.core.errors import FormatError, UsageError
 from gossamer.io.manifest import read_manifest
 from gossamer.io.skeleton import outline, parameters_on_meta, skeleton
 
@@ -270,3 +270,58 @@ def test_a_transposed_view_of_a_square_weight_is_not_taken_for_its_tie(tmp_path)
     again = gs.load(tmp_path / "out", model=nn.Sequential(*(nn.Linear(6, 6, bias=False),) * 1,
                                                           nn.Linear(6, 6, bias=False)))  # fmt: skip
     assert torch.equal(again[1].weight, net[1].weight)
+
+
+class Twice(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(64, 64)
+        self.b = nn.Sequential(self.a)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_layer_under_two_names_is_stored_once_and_shared_again(packed, tmp_path):
+    net = Twice()
+    gs.prune(net, gs.Magnitude(), density=0.2)
+    dense = net.a.weight.detach().clone()
+    gs.save(gs.compress(net, costs="rule") if packed else net, tmp_path / "out")
+    again = gs.load(tmp_path / "out", model=Twice())
+    assert again.a is again.b[0] and torch.equal(torch.as_tensor(again.a.weight), dense)
+    assert hasattr(again.a, "bitmap") == packed
+
+
+def test_a_packed_instance_to_fill_is_refused_and_said_how(tmp_path):
+    net = mlp()
+    gs.prune(net, gs.Magnitude(), density=0.2)
+    gs.save(gs.compress(net, costs="rule"), tmp_path / "out")
+    with pytest.raises(UsageError, match=r"layer 0 is packed.*unpack"):
+        gs.load(tmp_path / "out", model=net)
+    with pytest.raises(UsageError, match="unpack"):
+        gs.export(tmp_path / "out", tmp_path / "dense", model=net)
+    assert not (tmp_path / "dense").exists()
+
+
+def test_what_is_loaded_can_be_unpacked(tmp_path):
+    model = COMPUTED["bigcode"]().eval()
+    gs.prune(model, gs.Magnitude(), density=0.2)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    gs.save(gs.compress(model, costs="rule"), tmp_path / "out")
+    again = gs.unpack(gs.load(tmp_path / "out"))
+    assert type(again.lm_head) is nn.Linear
+    assert all(torch.equal(p, weights[name]) for name, p in again.named_parameters())
+
+
+def test_a_config_that_asks_for_endless_buffers_gets_none(tmp_path):
+    resource = pytest.importorskip("resource")
+    model = COMPUTED["xglm"]()
+    gs.save(model, tmp_path / "out")
+    path = tmp_path / "out/config.json"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps({**facts, "max_position_embeddings": 1 << 40}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(FormatError, match="buffers"):
+        gs.load(tmp_path / "out", verify=False)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000

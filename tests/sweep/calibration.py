@@ -60,6 +60,8 @@ def real_rows(given: Tensor, mask: Tensor | None) -> Tensor:
     """The inputs as rows, without those of padded positions."""
     if mask is not None and given.dim() >= 3 and given.shape[:2] == mask.shape:
         given = given[mask.bool()]
+    elif mask is not None and given.dim() == 3 and given.shape[:2] == mask.t().shape:
+        given = given[mask.bool().t()]
     elif mask is not None and given.dim() == 2 and given.shape[0] == mask.numel():
         given = given[mask.bool().flatten()]
     return given.reshape(-1, given.shape[-1])

@@ -167,22 +167,22 @@ def untouched(model: nn.Module, before: Mapping[str, Any], names: Iterable[str])
 
 
 def groups_of_four(model: nn.Module, name: str, weight: Tensor) -> None:
-    """At most two of every four neighbouring inputs; for kinds unknown here, along any axis."""
+    """At most two of every four neighbouring inputs; for kinds unknown here, along any axis.
+
+    A convolution's inputs run over its channels first, then over its window.
+    """
     module = dict(model.named_modules()).get(name)
-    if isinstance(module, nn.Linear | nn.Embedding) or "in_proj_weight" in name:
-        axes = [weight.dim() - 1]
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        ways = [weight.movedim(1, -1).flatten(1)]
+    elif isinstance(module, nn.Linear | nn.Embedding) or "in_proj_weight" in name:
+        ways = [weight]
     elif type(module).__name__ == "Conv1D":
-        axes = [0]
-    elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        axes = [1]
+        ways = [weight.t()]
     else:
-        axes = list(range(weight.dim()))
-    for axis in axes:
-        turned = weight.movedim(axis, -1)
-        if turned.shape[-1] % 4 == 0:
-            groups = turned.reshape(-1, turned.shape[-1] // 4, 4)
-            if bool(((groups != 0).sum(-1) <= 2).all()):
-                return
+        ways = [weight.movedim(axis, -1) for axis in range(weight.dim())]
+    for way in ways:
+        if way.shape[-1] % 4 == 0 and bool(((way.reshape(-1, 4) != 0).sum(1) <= 2).all()):
+            return
     raise Wrong(f"{name}: a group of four keeps more than two")
 
 

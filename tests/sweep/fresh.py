@@ -13,26 +13,28 @@ from safetensors.torch import load_file, load_model
 from torch import nn
 
 EXPORT_GAP = 1e-5
+DESCRIBED = (("transformers",), ("diffusers",))
+"""What families whose folders say how to build them need."""
 
 
 def load(row: Row, family: Family, folder: Path, name: str) -> None:
     """Load the packed folder, compare, generate; then export it."""
     import gossamer as gs
 
-    others = {} if "transformers" in family.needs else {"model": family.make(seed=1)}
+    described = family.needs in DESCRIBED
+    others = {} if described else {"model": family.make(seed=1)}
     wanted, model = load_file(folder / "wanted.safetensors"), None
     with row.step(f"load {name}", too_late):
         model = gs.load(folder / "packed", costs="rule", **others)
         checks.gap(checks.run(model, family.data()), wanted, checks.LARGEST_GAP)
     if row.passed(f"load {name}") and family.decodes:
         generate(row, family, model, folder, name)
-    if not others:
+    if "transformers" in family.needs:
         with row.step(f"from_pretrained {name}", too_late):
             model = from_pretrained(type(family.build()), folder / "packed")
             checks.gap(checks.run(model.eval(), family.data()), wanted, checks.LARGEST_GAP)
     with row.step(f"export {name}", too_late):
-        if others:
-            others = {"model": family.make(seed=1)}
+        others = {} if described else {"model": family.make(seed=1)}
         gs.export(folder / "packed", folder / "plain", **others)
 
 
@@ -70,7 +72,7 @@ def plain(row: Row, family: Family, folder: Path, name: str) -> None:
         return
     with row.step(f"plain {name}"):
         model = family.make(seed=2)
-        if "transformers" in family.needs:
+        if family.needs in DESCRIBED:
             model = from_pretrained(type(model), folder / "plain")
         else:
             load_model(model, folder / "plain" / "model.safetensors")

@@ -4,9 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+
+import gossamer as gs
 
 pytest.importorskip("transformers")
 
@@ -17,13 +21,16 @@ FEW = (
 )  # fmt: skip
 sys.path.insert(0, str(HERE))
 try:
-    import families
+    import calibration
+    import checks
     import page
+    from families import every as every_family
     from rows import Row, Wrong
 
-    EVERY = [family.name for family in families.every()]
+    FAMILIES = every_family()
 finally:
     sys.path.remove(str(HERE))
+EVERY = [family.name for family in FAMILIES]
 
 
 def sweep(work, names):
@@ -86,17 +93,102 @@ def test_the_record_is_of_these_families_and_sound():
     assert sum(row.whole() for row in done) >= len(done) * 55 / 60
 
 
-def test_a_refusal_that_names_nothing_is_wrong():
+def test_an_outcome_says_what_happened():
     row = Row("x", "torch.nn")
     with row.step("prune"):
-        raise ValueError("no Gossamer error")
+        raise ValueError("not one of ours")
     with row.step("load"):
         raise Wrong("a number")
+    with row.step("export"):
+        raise gs.UsageError("layer 3")
     with row.step("save"):
         pass
+    with row.step("save", None):
+        raise Wrong("the second time")
     assert row.steps == {
-        "prune": "CRASH: ValueError: no Gossamer error",
+        "prune": "CRASH: ValueError: not one of ours",
         "load": "WRONG: a number",
-        "save": "ok",
+        "export": "refused: layer 3",
+        "save": "WRONG: the second time",
     }
-    assert set(row.faults()) == {"prune", "load"} and not row.whole()
+    assert set(row.faults()) == {"prune", "load", "save"} and not row.whole()
+
+
+@pytest.fixture
+def pruned():
+    """A perceptron with its state before, and the honest result of pruning it."""
+    family = next(family for family in FAMILIES if family.name == "mlp")
+    model = family.make()
+    before = checks.snapshot(model)
+    return model, before, gs.prune(model, gs.Magnitude(), pattern=gs.NM(2, 4), exclude=["4"])
+
+
+def look(model, before, result):
+    checks.restored(model, before)
+    checks.pruned_weights(model, before, result, "2:4", 0.5)
+    checks.coverage(model, result)
+
+
+def test_an_honest_result_passes(pruned):
+    look(*pruned)
+
+
+@pytest.mark.parametrize(
+    ("tamper", "told"),
+    [
+        (lambda m: m[0].weight[0].fill_(1.0), "0: told"),
+        (lambda m: m[2].weight.copy_(m[2].weight.roll(2, 1)), "a group of four"),
+        (lambda m: m[0].bias.add_(1.0), "0.bias changed"),
+        (lambda m: m[0].train(), "training of 0"),
+        (lambda m: m[0].register_forward_hook(print), "hooks of 0"),
+        (lambda m: m[0].bias.requires_grad_(False), "grad of 0.bias"),
+    ],
+)
+def test_a_changed_model_is_seen(pruned, tamper, told):
+    with torch.no_grad():
+        tamper(pruned[0])
+    with pytest.raises(Wrong, match=told):
+        look(*pruned)
+
+
+@pytest.mark.parametrize("what", ["total", "matrices", "pruned", "nonzero"])
+def test_a_wrong_count_is_seen(pruned, what):
+    model, before, result = pruned
+    told = replace(result.coverage, **{what: getattr(result.coverage, what) + 1})
+    with pytest.raises(Wrong, match=f"coverage.{what}"):
+        look(model, before, replace(result, coverage=told))
+
+
+def test_a_wrong_density_and_a_silent_leftover_are_seen(pruned):
+    model, before, result = pruned
+    with pytest.raises(Wrong, match="the weights keep"):
+        look(model, before, replace(result, measured_density=0.4))
+    with pytest.raises(Wrong, match="left out of"):
+        look(model, before, replace(result, coverage=replace(result.coverage, left_out=())))
+
+
+def test_a_refusal_must_name_a_layer_and_change_nothing(pruned):
+    model, before, _ = pruned
+    with pytest.raises(Wrong, match="changed before the refusal"):
+        checks.refused_well(model, before, "0: cannot be pruned")
+    now = checks.snapshot(model)
+    checks.refused_well(model, now, "Sequential has no layer to prune")
+    with pytest.raises(Wrong, match="names no layer"):
+        checks.refused_well(model, now, "this cannot be pruned")
+
+
+def test_a_gap_is_seen():
+    right = {"out": torch.tensor([1.0, -2.0])}
+    assert checks.gap({"out": torch.tensor([1.0, -2.0 + 1e-5])}, right, 1e-4) < 1e-5
+    for wrong in ([1.0, -2.1], [1.0, float("nan")], [1.0]):
+        with pytest.raises(Wrong):
+            checks.gap({"out": torch.tensor(wrong)}, right, 1e-4)
+    with pytest.raises(Wrong):
+        checks.gap({}, right, 1e-4)
+
+
+def test_another_choice_than_wandas_is_seen():
+    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    calibration.ranked("a", scores, torch.tensor([[False, False, True, True]]))
+    with pytest.raises(Wrong, match="a: 1 of 1 rows"):
+        calibration.ranked("a", scores, torch.tensor([[False, True, False, True]]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import fnmatch
 import glob
 import json
 import shutil
@@ -31,6 +32,7 @@ from gossamer.cli.options import Share, fraction
 from gossamer.cli.output import print_json, print_table, print_text
 from gossamer.core.allocation import ALLOCATIONS
 from gossamer.core.errors import UsageError
+from gossamer.core.matrix import is_prunable
 from gossamer.core.pattern import NM, Pattern, parse_pattern
 from gossamer.core.result import CompressResult, PruneResult
 from gossamer.engine.compress import compress
@@ -251,16 +253,23 @@ class Compress:
         if self.bits is None:
             quality = task.quality(dense, pruned.model)
             _cast(pruned.model, self._store)
-            packed = compress(pruned, costs=plan["costs"])
+            packed = compress(pruned, costs=plan["costs"], exclude=self._unpacked(dense))
         else:
             _cast(pruned.model, self._store)  # so that dense bytes are those of the stored dtype
-            packed = compress(pruned, bits=self.bits, group=self.group)
+            packed = compress(
+                pruned, bits=self.bits, group=self.group, exclude=self._unpacked(dense)
+            )
             _cast(pruned.model, torch.float32)
             quality = task.quality(dense, pruned.model)
             _cast(pruned.model, self._store)
         stored = sum(layer.sparse_bytes for layer in layers_of(pruned, packed))
         point = {"density": pruned.measured_density, "quality": quality, "bytes": stored}
         return pruned, packed, point
+
+    def _unpacked(self, model: nn.Module) -> list[str]:
+        """The patterns of --exclude that name layers which could be packed."""
+        names = [name for name, module in model.named_modules() if is_prunable(module)]
+        return [each for each in self.exclude if fnmatch.filter(names, each)]
 
     def _write(
         self,

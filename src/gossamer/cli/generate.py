@@ -10,6 +10,7 @@ from gossamer.cli.inputs import BUNDLED, read_model
 from gossamer.cli.output import note, print_json
 from gossamer.core.errors import UsageError
 from gossamer.engine.generate import generate
+from gossamer.engine.progress import track
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Generate:
     prompt: str = "import "
     """text to continue"""
     tokens: int = 64
-    """how many tokens to add"""
+    """how many tokens to add at most; fewer where the model ends its text"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype in which the model is read"""
     json: bool = False
@@ -41,14 +42,16 @@ class Generate:
         subject = read_model(self.model, self.dtype)
         ids = subject.ids(self.prompt.encode()).unsqueeze(0)
         start = time.perf_counter()
-        out = generate(subject.model, ids, self.tokens)[0].tolist()
-        rate = self.tokens / (time.perf_counter() - start)
+        with track(None, True, "generating"):
+            out = generate(subject.model, ids, self.tokens)[0].tolist()
+        made = len(out) - ids.shape[1]
+        rate = made / (time.perf_counter() - start)
         if subject.tokenizer is None:
             text = bytes(out).decode("utf-8", "replace")
         else:
-            text = subject.tokenizer.decode(out)
+            text = subject.tokenizer.decode(out, skip_special_tokens=True)
         if self.json:
-            print_json({"text": text, "tokens": self.tokens, "tokens_per_second": rate})
+            print_json({"text": text, "tokens": made, "tokens_per_second": rate})
         else:
             print(text)
-            note(f"{rate:.1f} tokens/s, prompt included")
+            note(f"{made} tokens, {rate:.1f} tokens/s with the prompt")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.cli.output import note, print_json, print_table, print_text
-from gossamer.core.errors import UsageError
-from gossamer.io import read_manifest
+from gossamer.core.errors import FormatError, UsageError
+from gossamer.io import read_manifest, verify
 from gossamer.io.manifest import NAME, Decided, PackedLayer
 from gossamer.report.notes import coverage_notes, layer_notes, starred
 from gossamer.report.tables import human
@@ -34,6 +34,8 @@ class Inspect:
     """folder that gossamer compress or gs.save wrote"""
     layers: bool = False
     """a line for every layer, instead of one for all layers of a kind"""
+    verify: bool = False
+    """compare every file with the digest that was written with it, and say what has changed"""
     json: bool = False
     """print one JSON object"""
 
@@ -41,6 +43,9 @@ class Inspect:
         """Print the manifest."""
         folder = Path(self.model)
         _check(folder)
+        if self.verify:
+            _verify(folder, self.json)
+            return
         manifest = read_manifest(folder)
         layers, decisions = manifest["layers"], manifest["decisions"]
         if self.json:
@@ -79,6 +84,17 @@ def _check(folder: Path) -> None:
             f"{NAME}); gossamer compress {folder} --out small writes a packed one"
         )
     raise UsageError(f"--model {folder}: holds no {NAME}; give a folder that Gossamer wrote")
+
+
+def _verify(folder: Path, as_json: bool) -> None:
+    """Print what has changed; raises FormatError if anything has."""
+    wrong = verify(folder)
+    if as_json:
+        print_json({"folder": str(folder), "wrong": wrong})
+    elif not wrong:
+        print(f"{folder}: every file is as it was written")
+    if wrong:
+        raise FormatError(f"{folder}: {'; '.join(map(_printable, wrong))}")
 
 
 def _coverage(folder: Path) -> Mapping[str, Any]:

@@ -64,6 +64,8 @@ def own_forward(module: nn.Module) -> str | None:
     """Why a module of a known kind may not compute what its kind computes; None where it does."""
     if "forward" in vars(module):
         return "its forward was replaced on the instance, so what it computes is unknown"
+    if type(module).__call__ is not nn.Module.__call__:
+        return f"{type(module).__name__} is called its own way, so what it computes is unknown"
     kind = next((kind for kind in _PLAIN if isinstance(module, kind)), None)
     for method in _PLAIN.get(kind, ("forward",)):  # type: ignore[arg-type]
         own = getattr(type(module), method)

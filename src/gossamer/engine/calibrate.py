@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.core.errors import NonFiniteError, UsageError
+from gossamer.core.errors import GossamerError, NonFiniteError, UsageError
 from gossamer.core.matrix import Weight, inputs_of, windows_of
 from gossamer.core.stats import ColumnNorm, Hessian, LayerStats, Moment
 from gossamer.engine import hooks
@@ -167,7 +167,7 @@ class Calibrator:
     ) -> None:
         self.model, self.batches, self.tick = model, batches, tick
         self.blocks = [block for _, block in blocks]
-        two_sided = is_two_sided(weights)
+        two_sided = is_two_sided(name for name, _ in model.named_modules())
         self.paddings = [padding_of(batch, two_sided) for batch in batches]
         self._mixtures = {
             id(weight.module): name for name, weight in weights.items()
@@ -231,11 +231,20 @@ class Calibrator:
         """Run the model on a copy of one batch: a model that works in place would change it."""
         self._padding = self.paddings[index]
         batch = self.batches[index]
+        copy: Batch
         if isinstance(batch, Tensor):
-            call(self.model, batch.clone())
+            copy = batch.clone()
         else:
-            copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()}
-            call(self.model, copies)
+            copy = {k: v.clone() if isinstance(v, Tensor) else v for k, v in batch.items()}
+        try:
+            call(self.model, copy)
+        except GossamerError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"the model cannot be run on calibration batch {index}: {type(error).__name__}: "
+                f"{' '.join(str(error).split())}"
+            ) from error
 
     def _traced(self, index: int) -> Trace:
         trace = Trace(len(self.blocks), keep=False)
@@ -263,19 +272,6 @@ class Calibrator:
                 for index in range(len(self.batches)):
                     self._hidden[index] = self._run(index)
             self._position += 1
-
-
-def gather_dense(
-    model: nn.Module,
-    weights: Mapping[str, Weight],
-    batches: Sequence[Batch],
-    needs: Sequence[str],
-) -> dict[str, LayerStats]:
-    """Statistics of all weights at once over the model as it is; meant for the small `norm`.
-
-    Call it inside `hooks.evaluating(model)`.
-    """
-    return Calibrator(model, [], weights, batches).gather(weights, None, needs)
 
 
 def probe(calibrator: Calibrator, weights: Mapping[str, Weight]) -> tuple[Recording, bool]:

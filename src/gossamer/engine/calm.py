@@ -6,9 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from gossamer.nn.timing import CALM, calm, rate
-
-__all__ = ["CALM", "Watched", "calm", "rate", "watched_rounds"]
+from gossamer.nn.timing import CALM, calm
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,8 @@ def _other(
         return left[owner]
     if is_router(model, owner, model.get_submodule(owner)):
         return EXPECTED["router"]
+    if isinstance(model.get_submodule(owner), nn.EmbeddingBag):
+        return EXPECTED["embedding"]
     if parameter.numel() == max(parameter.shape) or _TABLE.search(name):
         return EXPECTED["table"]
     return f"a parameter of {kind}, whose use in products Gossamer does not know"

@@ -18,11 +18,11 @@ from gossamer.core.errors import UsageError
 from gossamer.core.matrix import why_not_plain
 from gossamer.nn import BitmapLinear, NMLinear, QuantizedLinear
 from gossamer.nn.chain import watched
+from gossamer.nn.dispatch import FAMILIES
 from gossamer.ops._dispatch import isa_index, kernels
 from gossamer.ops.nm.native import arguments as nm_arguments
 from gossamer.ops.quantized.native import arguments
 
-FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 _ROPES = ("default", "linear", "llama3", "yarn")
 _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

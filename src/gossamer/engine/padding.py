@@ -78,10 +78,14 @@ def hides_padding(batch: Batch) -> bool:
     return mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)
 
 
-def is_two_sided(names: Iterable[str]) -> bool:
-    """Whether a model, by the names of its weights, has a decoder beside an encoder."""
-    parts = {part for name in names for part in name.split(".")}
-    return {"encoder", "decoder"} <= parts
+def is_two_sided(modules: Iterable[str]) -> bool:
+    """Whether a model, by the dotted names of its modules, has a decoder beside an encoder.
+
+    An encoder of images before a language model with a `decoder` is not beside it.
+    """
+    names = set(modules)
+    owners = (name.rpartition("decoder") for name in names if name.split(".")[-1] == "decoder")
+    return any(f"{owner}encoder" in names for owner, _, _ in owners)
 
 
 def real_rows(x: Tensor, mask: Tensor) -> Tensor | None:

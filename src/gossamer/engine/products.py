@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +24,8 @@ Seen = Callable[[str, Tensor, bool], None]
 def observe_products(weights: Mapping[str, Weight], seen: Seen) -> Iterator[None]:
     """While open, call `seen` at every matrix product in which one of the weights is an operand.
 
-    Views, transposes and row slices of a parameter are recognised by their memory. Copies of it,
-    as a cast or an advanced index makes them, are not.
+    Views, transposes and row slices of a parameter are recognised by their memory, and so are
+    experts that were picked by their numbers. Other copies, as a cast makes them, are not.
     """
     if not weights:
         yield
@@ -56,25 +58,83 @@ class _Products(TorchDispatchMode):
         super().__init__()
         self._seen = seen
         self._at: dict[int, list[tuple[str, Tensor]]] = {}
+        self._stacks: dict[int, dict[int, str]] = {}
+        """By memory, the experts that a parameter stacks."""
+        self._picked: deque[_Picked] = deque(maxlen=2)
         for name, weight in weights.items():
             tensor = weight.tensor
             if tensor.dim() == 2:
                 self._at.setdefault(_memory(tensor), []).append((name, tensor))
+            if isinstance(weight.part, int):
+                self._stacks.setdefault(_memory(tensor), {})[weight.part] = name
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         products = _PRODUCTS.get(str(func))
         if products is not None:
+            found: dict[tuple[str, bool], list[Tensor]] = {}
             for rows, matrix in products(self._watches, *args):
-                for name, tensor in self._at.get(_memory(matrix), ()):
-                    flipped = _covers(matrix, tensor)
-                    if flipped is not None and rows.numel():
-                        self._seen(name, rows.detach(), flipped)
-        return func(*args, **(kwargs or {}))
+                for use in self._uses(matrix):
+                    found.setdefault(use, []).append(rows)
+            for (name, flipped), parts in found.items():
+                rows = torch.cat(parts).detach() if len(parts) > 1 else parts[0].detach()
+                if rows.numel():
+                    self._seen(name, rows, flipped)
+        output = func(*args, **(kwargs or {}))
+        if str(func) in ("aten.index.Tensor", "aten.index_select.default"):
+            self._pick(args, output)
+        return output
 
     def _watches(self, tensor: Tensor) -> bool:
-        return _memory(tensor) in self._at
+        memory = _memory(tensor)
+        return memory in self._at or any(memory == _memory(each.copy) for each in self._picked)
+
+    def _uses(self, matrix: Tensor) -> Iterator[tuple[str, bool]]:
+        """The weights that an (in, out) matrix holds, and whether they lie so."""
+        memory = _memory(matrix)
+        for name, tensor in self._at.get(memory, ()):
+            flipped = _covers(matrix, tensor)
+            if flipped is not None:
+                yield name, flipped
+        for picked in self._picked:
+            if memory == _memory(picked.copy):
+                yield from picked.uses(matrix)
+
+    def _pick(self, args: tuple[Any, ...], output: Tensor) -> None:
+        """Remember a copy of experts that was picked by their numbers, one for each token."""
+        names = self._stacks.get(_memory(args[0]))
+        index = args[2] if len(args) > 2 else args[1]
+        index = index[0] if isinstance(index, (list, tuple)) and len(index) == 1 else index
+        if names is None or not isinstance(index, Tensor) or index.dtype == torch.bool:
+            return
+        if args[0].dim() == 3 and output.is_contiguous():
+            numbers = index.reshape(-1).tolist()
+            self._picked.append(_Picked(output, [names.get(number) for number in numbers]))
+
+
+@dataclass(frozen=True, eq=False)
+class _Picked:
+    """Experts that were copied side by side, (..., rows, columns), and their names in order."""
+
+    copy: Tensor
+    names: list[str | None]
+
+    def uses(self, matrix: Tensor) -> Iterator[tuple[str, bool]]:
+        """The experts that an (in, out) matrix holds, and whether they lie so."""
+        shape = self.copy.shape[-2:]
+        size = shape[0] * shape[1]
+        first = int(matrix.storage_offset()) - int(self.copy.storage_offset())
+        one = self.copy.reshape(-1, *shape)[0]
+        flipped = matrix.shape == shape and _same_layout(matrix, one)
+        rows = matrix if flipped else matrix.t()
+        if not _same_layout(rows, one) or rows.shape[1] != shape[1]:
+            return
+        if first % size or rows.shape[0] % shape[0]:
+            return
+        for name in self.names[first // size : first // size + rows.shape[0] // shape[0]]:
+            if name is not None:
+                yield name, flipped
 
 
 def _memory(tensor: Tensor) -> int:

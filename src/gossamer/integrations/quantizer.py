@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import MissingExtra, UsageError
+from gossamer.io.card import README
 from gossamer.io.digests import check as check_files
 from gossamer.io.fill import convert, serve, serve_dense
 from gossamer.io.layers import packed_layer
@@ -227,7 +228,8 @@ def _saving(usual: Any) -> Any:
     @wraps(usual)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         packed = any(isinstance(module, Packed) for module in self.modules())
-        if not packed and getattr(self, "quantization_method", None) != METHOD:
+        ours = packed or getattr(self, "quantization_method", None) == METHOD
+        if not ours or getattr(self, "_hf_peft_config_loaded", False):  # adapters are saved alone
             return usual(self, save_directory, *args, **kwargs)
         if kwargs.get("push_to_hub"):
             raise UsageError("push_to_hub: save the packed model first, then push its folder")
@@ -248,6 +250,7 @@ def _write_into(model: nn.Module, folder: Path) -> None:
             for old in folder.glob(kind):
                 old.unlink()
         for file in new.iterdir():
-            file.replace(folder / file.name)
+            if file.name != README or not (folder / README).exists():
+                file.replace(folder / file.name)
     finally:
         shutil.rmtree(new, ignore_errors=True)

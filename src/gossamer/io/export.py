@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from collections.abc import Set
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
-from gossamer.core.errors import FormatError, UsageError
-from gossamer.core.matrix import is_transposed
+from gossamer.core.errors import UsageError
 from gossamer.core.result import CompressResult, PruneResult, unwrap
 from gossamer.io.atomic import check_target, new_folder
 from gossamer.io.load import load
 from gossamer.io.manifest import NAME, read_manifest
 from gossamer.io.names import check_savable, plain_names
 from gossamer.io.save import distinct, write_config, write_tensors
-from gossamer.io.skeleton import CONFIG, outline, read_config
+from gossamer.io.skeleton import CONFIG
 from gossamer.io.tensors import PLAIN
-from gossamer.nn import PackedConv2d
-from gossamer.nn.serving import Packed
+from gossamer.nn.packed import PackedLayer
 
 DIFFUSERS = "diffusion_pytorch_model"
 _BESIDE = frozenset({
@@ -60,14 +55,13 @@ def export(
     check_target(Path(out), overwrite)
     folder = Path(source) if isinstance(source, str | Path) else None
     if folder is not None:
-        root, transposed = _loaded(folder, model, verify)
+        root = _loaded(folder, model, verify)
     elif model is not None:
         raise UsageError("model= is for a folder; here the model itself is given")
     else:
         root = unwrap(source)  # type: ignore[arg-type]
         check_savable(root)
-        transposed = _transposed(root)
-    tensors = dense_state(root, transposed)
+    tensors = dense_state(root)
     with new_folder(Path(out), overwrite) as place:
         write_config(root, place, None)
         if folder is not None:
@@ -77,46 +71,20 @@ def export(
     return Path(out)
 
 
-def _loaded(folder: Path, model: nn.Module | None, verify: bool) -> tuple[nn.Module, Set[str]]:
-    """The folder's model, and the names of its layers that store their weight as (in, out)."""
+def _loaded(folder: Path, model: nn.Module | None, verify: bool) -> nn.Module:
     if not (folder / NAME).exists():
         raise UsageError(f"{folder} holds no {NAME}; it is already an ordinary folder")
     read_manifest(folder, verify=verify)
-    if model is not None:
-        transposed = _transposed(model := unwrap(model))
-        return load(folder, model=model, costs="rule", verify=verify), transposed
-    root = load(folder, costs="rule", verify=verify)
-    return root, _transposed(outline(read_config(folder)))
+    return load(folder, model=model, costs="rule", verify=verify)
 
 
-def _transposed(model: nn.Module) -> Set[str]:
-    """Layers of transformers' Conv1D, in a model or, where they are packed, by its config."""
-    found = {name for name, module in model.named_modules() if is_transposed(module)}
-    config: Any = getattr(model, "config", None)
-    packed = any(isinstance(module, Packed) for module in model.modules())
-    if packed and hasattr(config, "to_json_string"):
-        facts = {**json.loads(config.to_json_string()), "architectures": [type(model).__name__]}
-        try:
-            found |= _transposed(outline(facts))
-        except FormatError:
-            return found  # a class of the user's own: its layers are as they are
-    return found
-
-
-def dense_state(model: nn.Module, transposed: Set[str]) -> dict[str, Tensor]:
+def dense_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict that the model had before its layers were packed."""
     plain = plain_names(model)
-    packed = {n: m for n, m in model.named_modules() if isinstance(m, Packed)}
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLayer)}
     hidden = {f"{name}.{part}" for name, layer in packed.items() for part in layer._buffers}
     state = {plain(key): value for key, value in distinct(model).items() if key not in hidden}
-    for key, layer in packed.items():
-        matrix, name = layer.to_matrix(), plain(key)
-        if isinstance(layer, PackedConv2d):
-            shaped = matrix.reshape(matrix.shape[0], *layer.window.kernel, -1)
-            state[f"{name}.weight"] = shaped.permute(0, 3, 1, 2).contiguous()
-        else:
-            state[f"{name}.weight"] = matrix.t().contiguous() if name in transposed else matrix
-    return state
+    return state | {f"{plain(key)}.weight": each.dense_weight() for key, each in packed.items()}
 
 
 def _copy_beside(source: Path, target: Path) -> None:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.costs import Predictor
-from gossamer.core.errors import FormatError
-from gossamer.core.matrix import as_matrix, is_prunable, is_transposed, why_not_plain
+from gossamer.core.errors import FormatError, UsageError
+from gossamer.core.matrix import as_matrix, is_prunable, is_transposed
 from gossamer.io.layers import Packed
 from gossamer.io.stored import Stored, unpack
 from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d, QuantizedLinear
 from gossamer.nn.conv import no_kernel
-from gossamer.nn.dispatch import why_dense
+from gossamer.nn.dispatch import FAMILIES, why_dense
 from gossamer.nn.packed import PackedLayer
 from gossamer.nn.places import put, why_not_here
 
@@ -36,7 +36,16 @@ class Content:
 
 
 def check(root: nn.Module, content: Content) -> None:
-    """Raise FormatError unless the content fits the model: every name, shape and kind of number."""
+    """Raise FormatError unless the content fits the model: every name, shape and kind of number.
+
+    Raises UsageError for a model whose layers are packed already.
+    """
+    for name, module in root.named_modules():
+        if isinstance(module, PackedLayer):
+            raise UsageError(
+                f"model= is an instance to fill, but its layer {name} is packed: pass a new one, or "
+                "call gossamer.unpack(model) first"
+            )
     modules = dict(root.named_modules())
     for name, layer in content.layers.items():
         _check_layer(name, modules.get(name), layer, content.kernels[name])
@@ -81,9 +90,11 @@ def _check_layer(
 
 
 def _wanted(root: nn.Module, layers: Iterable[str]) -> dict[str, Tensor]:
-    inside = tuple(f"{name}." for name in layers)
-    state = root.state_dict()
-    return {k: v for k, v in state.items() if not (inside and k.startswith(inside))}
+    """The state dict without the tensors of the layers, under whatever names these stand."""
+    modules = dict(root.named_modules(remove_duplicate=False))
+    packed = {id(modules[name]) for name in layers if name in modules}
+    inside = {name for name, module in modules.items() if id(module) in packed}
+    return {k: v for k, v in root.state_dict().items() if k.rpartition(".")[0] not in inside}
 
 
 def _missing(
@@ -135,17 +146,17 @@ def serve(
     batches: bool,
 ) -> None:
     """Put the packed layer in its place, or its dense weight among `tensors`."""
-    module = root.get_submodule(name)
+    module: Any = root.get_submodule(name)
     packed: PackedLayer = layer
     if isinstance(module, nn.Conv2d) and isinstance(layer, BitmapLinear):
         packed = PackedConv2d.from_conv(module, layer)
     reason = why_not_here(root, name, module)
     if reason is None and isinstance(packed, BitmapLinear | NMLinear | PackedConv2d):
-        reason = why_dense(packed, costs, batches)
+        reason = why_dense(packed, costs, batches, type(root).__name__ not in FAMILIES)
     if reason is None:
         put(root, module, packed)
         return
-    module.dense_reason = reason  # type: ignore[assignment]
+    module.dense_reason = reason
     packed.transposed = is_transposed(module)
     tensors[f"{name}.weight"] = packed.dense_weight()
     if layer.bias is not None:
@@ -163,9 +174,10 @@ def serve_dense(
     """Whether a linear layer's stored weight went behind a kernel, dense where it was written."""
     path, _, own = name.rpartition(".")
     module = root.get_submodule(path) if path else root
-    plain = own == "weight" and path and why_not_plain(module) is None
-    linear = isinstance(module, nn.Linear) or is_transposed(module)
-    if not plain or not linear or weight.dtype not in (torch.float32, torch.bfloat16):
+    linear = own == "weight" and (isinstance(module, nn.Linear) or is_transposed(module))
+    if not path or not linear or why_not_here(root, path, module) is not None:
+        return False
+    if weight.dtype not in (torch.float32, torch.bfloat16):
         return False
     matrix = weight.t().contiguous() if is_transposed(module) else weight
     bias: Any = tensors.get(f"{path}.bias", module.bias)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gossamer.core.costs import Costs, Predictor
+from gossamer.core.costs import Predictor
 from gossamer.core.errors import FormatError, UsageError
 from gossamer.core.result import unwrap
 from gossamer.io.digests import changed
@@ -39,7 +39,7 @@ def load(
     model: nn.Module | None = None,
     dtype: torch.dtype | None = None,
     batches: bool | None = None,
-    costs: Costs | Literal["rule"] | None = None,
+    costs: Predictor | Literal["rule"] | None = None,
     verify: bool = True,
 ) -> nn.Module:
     """The model of a folder that `save` wrote, in eval mode, packed layers behind their kernels.

@@ -85,8 +85,7 @@ def parse_manifest(data: dict[str, Any], *, verify: bool = True) -> dict[str, An
     common = {"format", "version", "layers", "method", "provenance"}
     further = {"decisions"} | ({"stored", "files", "rebuild", "digest"} if version > 1 else set())
     _keys(data, common | (further & set(data)), NAME)
-    if verify and "digest" in data and data["digest"] != digest_of_content(data):
-        raise FormatError(f"{NAME}: its content does not have the digest that it names; {HINT}")
+    own = digest_of_content(data) if verify and "digest" in data else None
     for key in ("layers", "provenance", "decisions", "stored", "files"):
         if not isinstance(data.setdefault(key, {}), dict):
             raise FormatError(f"{NAME}: {key} is an object")
@@ -99,6 +98,8 @@ def parse_manifest(data: dict[str, Any], *, verify: bool = True) -> dict[str, An
         "stored": {name: _stored(name, value) for name, value in data["stored"].items()},
         "files": {name: _file(name, value) for name, value in data["files"].items()},
     }
+    if own is not None and own != data["digest"]:  # last: another reason says more
+        raise FormatError(f"{NAME}: its content does not have the digest that it names; {HINT}")
     return {**data, **parsed}
 
 

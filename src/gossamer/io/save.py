@@ -18,6 +18,7 @@ from gossamer.core.files import write_safetensors
 from gossamer.core.matrix import as_matrix
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwrap
 from gossamer.io.atomic import check_target, new_folder
+from gossamer.io.card import README, model_card
 from gossamer.io.digests import digest_of, digest_of_content
 from gossamer.io.fill import check_tensors, reasons_of
 from gossamer.io.manifest import NAME, VERSION, Decided, _one_line
@@ -44,13 +45,15 @@ def save(
     tokenizer: Any = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    readme: bool = True,
 ) -> Path:
     """Write `model` to a new folder, all of it or nothing, and return the folder.
 
     A Hugging Face model brings its config.json, a tokenizer its own files. The result of `compress`
     brings why each layer is packed or dense, which `gossamer inspect` shows. Every tensor with
     enough zeros is stored as its other numbers, whatever serves it in memory. What torch.compile,
-    DataParallel or DDP wrap is written under its own names.
+    DataParallel or DDP wrap is written under its own names. readme: whether a sparse model
+    of transformers or diffusers gets a README.md, the card that the Hub shows.
 
     Whether `load` can rebuild the model from the folder is tried before anything is written; where
     it cannot, gossamer.json and a logged warning say why, and `load` needs `model=`.
@@ -85,6 +88,9 @@ def save(
         weights = write_tensors(tensors, place, PACKED if packed or stored else PLAIN)
         write_config(root, place, tokenizer, weights if packed or stored else None)
         manifest["rebuild"] = _why_not_rebuilt(place, packed, present)
+        if readme and (packed or stored) and (place / CONFIG).exists():
+            outside = {name: f[0] for name, f in present.items() if not _inside(name, packed)}
+            (place / README).write_text(model_card(manifest, outside, type(root).__name__))
         write_manifest(manifest, place)
     if manifest["rebuild"] is not None:
         level = logging.WARNING if hasattr(root, "config") else logging.INFO
@@ -101,8 +107,11 @@ def _root(model: Any) -> nn.Module:
 
 
 def write_manifest(manifest: dict[str, Any], folder: Path) -> None:
-    """gossamer.json, with the digest of every other file in the folder and of its own content."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    """gossamer.json, with the digest of every other file in the folder and of its own content.
+
+    README.md has none: it is there to be edited.
+    """
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != README)
     manifest["files"] = {path.relative_to(folder).as_posix(): digest_of(path) for path in paths}
     manifest["digest"] = digest_of_content(json.loads(json.dumps(manifest)))
     (folder / NAME).write_text(json.dumps(manifest, indent=2) + "\n")

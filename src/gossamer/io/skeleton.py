@@ -17,7 +17,7 @@ from gossamer.core.errors import FormatError, MissingExtra, UsageError
 from gossamer.io.manifest import _one_line, read_json
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-LARGEST_BUFFERS = 8 << 30
+LARGEST_BUFFERS = 4 << 30
 """Bytes of computed buffers that a config may ask for; no file backs them."""
 _FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 _DTYPES = {"float32", "bfloat16", "float16", "float64"}

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from gossamer.core.matrix import Weight, is_prunable
 
-_EXPERTS = re.compile(r"expert|moe|mixture", re.IGNORECASE)
+_EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
 _INNER = re.compile(r"down|w2|wo$|output", re.IGNORECASE)
 """Names of the matrices that lead out of an expert; the others lead in."""
 
@@ -62,7 +62,7 @@ def _experts(path: str, module: nn.Module) -> Iterator[tuple[str, Weight]]:
     """One matrix for each expert of every 3-D parameter that holds experts."""
     names = [*module._parameters, *getattr(module, "parametrizations", ())]
     stacks = {name: getattr(module, name) for name in names}
-    stacks = {n: p for n, p in stacks.items() if isinstance(p, Tensor) and p.dim() == 3}
+    stacks = {n: p for n, p in stacks.items() if isinstance(p, Tensor) and _is_stack(n, p)}
     owner = f"{path.rpartition('.')[2]} {type(module).__name__}"
     for name, stack in stacks.items():
         if not _EXPERTS.search(f"{owner} {name}"):
@@ -70,6 +70,13 @@ def _experts(path: str, module: nn.Module) -> Iterator[tuple[str, Weight]]:
         flipped = stored_transposed(module, stacks)
         for index in range(stack.shape[0]):
             yield f"{name}.{index}", Weight(module, name, index, flipped)
+
+
+def _is_stack(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter holds matrices side by side, rather than biases or scales."""
+    if nn.parameter.is_lazy(parameter) or parameter.dim() != 3:
+        return False
+    return min(parameter.shape[1:]) > 1 and not re.search("bias|scale", name)
 
 
 def stored_transposed(module: nn.Module, stacks: dict[str, Tensor]) -> bool:

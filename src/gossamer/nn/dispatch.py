@@ -26,6 +26,8 @@ BATCH = 128
 """Rows of input for which layers of a model that sees batches are chosen."""
 COLUMNS_UP_TO = {"avx512": 0.12, "avx2": 0.3}
 """Densities up to which reading columns beats expanding bitmaps, by instructions."""
+FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+"""Models whose decoding is compiled into one loop, where a product of one row costs no call."""
 PIXELS = 196
 """Pixels for which a convolution is chosen: 14 x 14, the middle of a usual network."""
 

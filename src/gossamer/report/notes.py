@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gossamer.report.tables import human
+from gossamer.report.tables import WIDE, gain, human
 
 _SHOWN = 4
 """Groups that are named one by one."""
@@ -30,8 +30,23 @@ def notes(result: Mapping[str, Any]) -> list[str]:
             f"The source holds {result['source']}; weights are stored as {result['dtype']}, and "
             f"ratios are to a dense model in {result['dtype']} (--dtype {result['source']} keeps it)."
         )
+    return lines + kernel_notes(result)
+
+
+def kernel_notes(result: Mapping[str, Any]) -> list[str]:
+    """What chose the kernels, and what to do where the result is slower."""
+    served = [layer for layer in result["layers"] if layer["kernel"]]
+    lines = []
     if any(layer.get("predicted") for layer in result["layers"]):
         lines.append("Kernels are chosen by costs measured on this machine.")
+    elif any(layer.get("decided") == "by rule" for layer in served):
+        lines.append(
+            "Kernels are chosen by rule. After gossamer calibrate, once on an idle machine, each "
+            "layer gets what is fastest there, sparse or dense."
+        )
+    speed = result["speed"]
+    if served and gain(speed) < 1 - WIDE and not speed.get("disturbed"):
+        lines.append("The zeros make this model slower here: fewer bytes, but no faster product.")
     return lines
 
 
