@@ -82,7 +82,7 @@ def test_calibration_windows():
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again))
     assert bytes(batches[0]["input_ids"][0].tolist()) in calibration_text()
     assert calibration_text()[:2000] not in heldout_text()
-    with pytest.raises(UsageError, match="holds 5 bytes"):
+    with pytest.raises(UsageError, match="holds 5 tokens"):
         calibration_batches(length=32, text=b"short")
 
 
