@@ -1,17 +1,34 @@
 """What tests of several folders share."""
 
+import os
+
 import pytest
 import torch
+
+from gossamer.core.errors import UsageError
+from gossamer.testbed.packaged import smollm2
 
 
 @pytest.fixture(autouse=True, scope="session")
 def no_cached_costs(tmp_path_factory):
     """No test reads or writes the costs that this user has measured, or goes by speeds of now:
-    `costs=None` is the rule. What measures is tested by hand."""
+    `costs=None` is the rule. What measures is tested by hand. Gives the user's setting."""
     with pytest.MonkeyPatch.context() as patch:
+        users = os.environ.get("XDG_CACHE_HOME", "")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr("gossamer.nn.costs.measure_here", lambda: None)
-        yield
+        yield users
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(no_cached_costs):
+    """SmolLM2-135M as `make test-models` fetches it; skips where it is absent."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", no_cached_costs)
+        try:
+            return smollm2()
+        except UsageError as error:
+            pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

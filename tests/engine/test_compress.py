@@ -103,3 +103,15 @@ def test_a_refusal_changes_nothing():
     with pytest.raises(UsageError, match="Sequential"):
         gs.compress(model[0], costs="rule")
     assert isinstance(gs.compress(model, costs="rule").model[0], BitmapLinear)
+
+
+def test_every_matrix_has_one_record():
+    model = nn.Sequential(
+        nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 16, 1), nn.Flatten(1), nn.Linear(16 * 36, 32),
+        nn.LSTM(32, 16),
+    ).eval()  # fmt: skip
+    result = gs.compress(gs.prune(model, gs.Magnitude(), density=0.3), costs="rule")
+    names = [record.name for record in result.layers]
+    assert sorted(names) == ["0", "1", "3", "4.weight_hh_l0", "4.weight_ih_l0"]
+    reasons = {record.name: record.reason for record in result.layers}
+    assert reasons["4.weight_ih_l0"] == "no kernel for weight_ih_l0 of LSTM"

@@ -6,36 +6,27 @@ import pytest
 import torch
 
 import gossamer as gs
-from gossamer.core.errors import UsageError
 from gossamer.engine.evaluate import bits_per_byte
 from gossamer.engine.generate import generate
 from gossamer.engine.tasks import Subject
-from gossamer.testbed import calibration_text, heldout_text, packaged
+from gossamer.testbed import calibration_text, heldout_text
 
 pytestmark = pytest.mark.models
 
 
 @pytest.fixture(scope="module")
-def folder():
-    try:
-        return packaged.smollm2()
-    except UsageError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
+def tokenizer(smollm2_folder):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(smollm2_folder, local_files_only=True)
 
 
 @pytest.fixture(scope="module")
-def dense(folder):
+def dense(smollm2_folder):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True
+        smollm2_folder, dtype=torch.float32, local_files_only=True
     ).eval()
 
 

@@ -15,7 +15,7 @@ from gossamer.core.errors import UsageError
 from gossamer.core.matrix import as_matrix, is_prunable
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwrap
 from gossamer.engine.coverage import nonzeros
-from gossamer.engine.packed_coverage import packed_coverage
+from gossamer.engine.packed_coverage import other_records, packed_coverage
 from gossamer.models.layers import matching
 from gossamer.nn.bitmap import BitmapLinear, serves_batches
 from gossamer.nn.chain import fuse
@@ -103,7 +103,9 @@ def compress(
             raise UsageError(f"{record.name} stays dense: {reason}")
     records = [_serve(module, record, reason, call) for module, record, reason in plans]
     coverage = packed_coverage(root, records)
-    records += [_depthwise_record(root, name) for name in fuse(root)]
+    others = {record.name: record for record in other_records(root)}
+    others.update((name, _depthwise_record(root, name)) for name in fuse(root))
+    records += others.values()
     threads = torch.get_num_threads()
     return CompressResult(root, tuple(records), _dispatch.isa(), threads, coverage)
 

@@ -29,7 +29,7 @@ def packed_coverage(root: nn.Module, records: Sequence[LayerRecord]) -> Coverage
         matrices, prunable = matrices + count, prunable + (count if ours else 0)
         if kept < count:
             kind = type(module).__name__
-            reason = (ours and reasons.get(owner)) or f"no kernel for {name} of {kind}"
+            reason = (ours and reasons.get(owner)) or _no_kernel(module, name)
             left.append(LeftOut(f"{owner}.{name}".lstrip("."), kind, count, reason))
     for module in root.modules():
         if isinstance(module, PackedLayer):
@@ -38,6 +38,35 @@ def packed_coverage(root: nn.Module, records: Sequence[LayerRecord]) -> Coverage
             prunable, packed = prunable + size, packed + size
             nonzero += round(module.density * size)
     return Coverage(total, matrices, prunable, 0, nonzero, packed, tuple(left))
+
+
+def other_records(root: nn.Module) -> list[LayerRecord]:
+    """A record of every matrix that lies in no layer of a packed kind: experts, routers, recurrent
+    weights, grouped convolutions. All run dense; `shape` is (rest, last axis)."""
+    records = []
+    for owner, module, name, parameter in _parameters(root):
+        if parameter.dim() < 2 or isinstance(module, nn.Embedding | PackedLayer):
+            continue
+        if is_prunable(module) and name == "weight":
+            continue
+        count, kept = parameter.numel(), nonzeros(parameter)
+        width = parameter.shape[-1]
+        records.append(
+            LayerRecord(
+                name=owner if name == "weight" else f"{owner}.{name}".lstrip("."),
+                shape=(count // max(1, width), width),
+                density=kept / count if count else 1.0,
+                requested=kept / count if count else 1.0,
+                reason="no zeros" if kept == count else _no_kernel(module, name),
+                dense_bytes=parameter.nbytes,
+                sparse_bytes=parameter.nbytes,
+            )
+        )
+    return records
+
+
+def _no_kernel(module: nn.Module, name: str) -> str:
+    return f"no kernel for {name} of {type(module).__name__}"
 
 
 def _parameters(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
