@@ -68,6 +68,7 @@ def test_a_verdict_needs_an_interval_on_one_side():
     assert ledger.verdict([ledger.promise("", [0.0, 0.0, 0.0])]) == ledger.FAILS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_the_short_form_runs(path):
     found = load(path.stem).check(True)

@@ -88,17 +88,26 @@ def _ends(model: nn.Module, eos: int | Sequence[int] | None) -> list[int]:
     return [token for token in ([eos] if isinstance(eos, int) else eos) if token >= 0]
 
 
+_ATTENDS = ("attention", "full_attention", "sliding_attention", "chunked_attention")
+
+
+def _is_hybrid(model: nn.Module) -> bool:
+    """Whether some of its layers attend and others keep a state."""
+    config = getattr(model, "config", None)
+    kinds = getattr(config, "layers_block_type", None) or getattr(config, "layer_types", None)
+    return any(kind not in _ATTENDS for kind in kinds or ())
+
+
 def next_token(
     model: nn.Module, ids: Tensor, cache: Any, done: int | None = None
 ) -> tuple[Tensor, Any]:
     """The most probable token after `ids` (batch, new tokens), as (batch, 1), and the new cache.
 
-    done: how many tokens the cache holds, for models whose cache does not count them rightly.
+    done: how many tokens the cache holds, which some hybrid models have to be told.
     """
     facts: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
-    counted = getattr(cache, "get_seq_length", lambda: done)()
-    if done and counted != done and "position_ids" in signature(model.forward).parameters:
-        # layers without attention count nothing: Bamba's first layer would say 0 for ever
+    if done and _is_hybrid(model) and "position_ids" in signature(model.forward).parameters:
+        # of these some, such as Bamba, take every call for the beginning of a text
         places = torch.arange(done, done + ids.shape[1], device=ids.device)
         facts["position_ids"] = places.expand(ids.shape)
     output = model(**facts)
