@@ -1,6 +1,10 @@
-"""Every model type that transformers can build is one that a folder can describe."""
+"""Model types that transformers can build are types that a folder can describe: one in twelve.
+
+All of them take about half an hour: EVERY=1.
+"""
 
 import json
+import os
 
 import pytest
 import torch
@@ -10,14 +14,14 @@ from gossamer.io.fill import check_tensors
 from gossamer.io.skeleton import LARGEST_BUFFERS, computed_bytes, outline, skeleton
 
 tf = pytest.importorskip("transformers")
+EVERY = int(os.environ.get("EVERY", "12"))
 ENDINGS = ("Model", "ForCausalLM", "ForConditionalGeneration")
 
 
 def configs():
-    """config.json at the defaults of every public class that builds with them."""
-    for name in dir(tf):
-        if not name.endswith(ENDINGS) or name.startswith("Auto"):
-            continue
+    """config.json at the defaults of public classes that build with them."""
+    names = [n for n in dir(tf) if n.endswith(ENDINGS) and not n.startswith("Auto")]
+    for name in names[::EVERY]:
         kind = getattr(tf, name, None)
         if not (isinstance(kind, type) and issubclass(kind, tf.PreTrainedModel)):
             continue
@@ -33,7 +37,7 @@ def configs():
 
 
 @pytest.mark.slow
-def test_every_type_is_rebuilt_with_real_buffers_and_without_weights():
+def test_types_are_rebuilt_with_real_buffers_and_without_weights():
     tf.logging.set_verbosity_error()
     tried, failed = 0, {}
     for name, config in configs():
@@ -48,4 +52,4 @@ def test_every_type_is_rebuilt_with_real_buffers_and_without_weights():
             assert not any(buffer.is_meta for buffer in built.buffers())
         except (FormatError, AssertionError) as error:
             failed[name] = str(error)[:200]
-    assert tried > 500 and not failed, failed
+    assert tried > 1000 // EVERY and not failed, failed

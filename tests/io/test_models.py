@@ -47,6 +47,18 @@ COMPUTED = {
 }  # fmt: skip
 
 
+def test_a_type_that_cannot_draw_its_own_numbers_is_built(tmp_path):
+    config = tf.Pix2StructTextConfig(
+        vocab_size=64, hidden_size=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4
+    )
+    with torch.device("meta"):
+        model = tf.Pix2StructTextModel(config)
+    facts = {**json.loads(config.to_json_string()), "architectures": ["Pix2StructTextModel"]}
+    built = skeleton(facts)
+    assert built.state_dict().keys() == model.state_dict().keys()
+    assert not any(buffer.is_meta for buffer in built.buffers())
+
+
 def inputs(name):
     if name == "swin":
         return {"pixel_values": torch.randn(1, 3, 32, 32, generator=torch.Generator())}

@@ -83,17 +83,29 @@ def _build(config: Mapping[str, Any], outline: bool) -> nn.Module:
     facts = {k: _decoded(v) for k, v in config.items() if k not in _NOT_STRUCTURE}
     name = facts.get("dtype", facts.get("torch_dtype"))
     dtype = getattr(torch, name) if isinstance(name, str) and name in _DTYPES else torch.float32
-    place = torch.device("meta") if outline else parameters_on_meta()
     try:
-        with place:
-            if hasattr(kind, "_from_config"):
-                built = kind._from_config(kind.config_class.from_dict(facts), dtype=dtype)
-            else:
-                built = kind.from_config(facts)
+        built = _made(kind, facts, dtype, torch.device("meta") if outline else parameters_on_meta())
     except Exception as error:  # whatever a hostile config provokes inside the library
         raise FormatError(f"config.json: {type(error).__name__}: {_one_line(error)}") from None
     assert isinstance(built, nn.Module)
     return built
+
+
+def _made(kind: Any, facts: dict[str, Any], dtype: torch.dtype, place: Any) -> Any:
+    """An instance; its class first draws the numbers that buffers get, where it is able to."""
+    if not hasattr(kind, "_from_config"):  # of diffusers
+        with place:
+            return kind.from_config(facts)
+    try:
+        with place:
+            return kind._from_config(kind.config_class.from_dict(facts), dtype=dtype)
+    except AttributeError:
+        # transformers builds some types on the meta device alone, where it never draws
+        if isinstance(place, torch.device):
+            raise
+        quiet = import_module("transformers.initialization").no_init_weights
+        with parameters_on_meta(), quiet():
+            return kind._from_config(kind.config_class.from_dict(facts), dtype=dtype)
 
 
 _NOT_STRUCTURE = ("auto_map", "quantization_config", "transformers_weights")
