@@ -1,5 +1,6 @@
 """gossamer bench: limits that are real, no speed for a wrong kernel, JSON that says what it is."""
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -382,7 +383,8 @@ def test_a_record_says_how_calm_it_was():
 def test_resume_measures_disturbed_cases_again(monkeypatch, tmp_path, capsys):
     shares = {"a": iter([0.9]), "b": iter([0.3, 0.2, 0.95]), "c": iter([0.5, 0.7, 0.6])}
     times = {label: itertools.count(1) for label in shares}
-    monkeypatch.setattr(bench, "measure_limits", lambda patience=0.0: LIMITS)
+    here = dataclasses.replace(LIMITS, threads=torch.get_num_threads())
+    monkeypatch.setattr(bench, "measure_limits", lambda patience=0.0: here)
 
     def measured(case, limits, rounds):
         turns = Turns({"gossamer": next(times[case.name]), "dense": 9.0}, next(shares[case.name]))

@@ -10,7 +10,7 @@ from torch import nn
 from gossamer.core.errors import FormatError, UsageError
 from gossamer.core.matrix import as_matrix
 from gossamer.engine.compress import compress
-from gossamer.io.export import dense_state
+from gossamer.engine.unpack import unpack
 from gossamer.io.load import load
 from gossamer.io.save import save
 from gossamer.nn import BitmapLinear, ConvChain, DepthwiseConv2d, PackedConv2d
@@ -132,7 +132,7 @@ def test_round_trip(tmp_path):
     with torch.inference_mode():
         assert torch.equal(back(x), net(x))
     dense = model(1.0)
-    dense.load_state_dict(dense_state(net))
+    dense.load_state_dict(unpack(copy.deepcopy(net)).state_dict())
     with torch.inference_mode():
         torch.testing.assert_close(dense(x), net(x), rtol=1e-4, atol=1e-5)
     for wrong in (nn.Conv2d(16, 40, 1, dilation=2), nn.Conv2d(4, 40, 2), nn.Linear(16, 40)):

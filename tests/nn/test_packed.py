@@ -334,3 +334,22 @@ def test_operators_pass_torch_s_own_check(kind):
         packed = [layer.values, layer.bitmap, layer.row_ptr]
         calls = (x, layer.bias, parts, [64, 128], packed, [128, -1], stamp)
     torch.library.opcheck(operators.pop(), calls)
+
+
+@pytest.mark.parametrize(
+    "pattern, density", [("unstructured", 0.3), ("2:4", None), ("block:16x1", 0.3)]
+)
+@pytest.mark.parametrize(
+    "options", [{"batches": False}, {"batches": True}, {"bits": 8}, {"bits": 4}]
+)
+def test_results_may_be_written_into_in_place(pattern, density, options):
+    net = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 64)).eval()
+    gs.prune(net, "magnitude", pattern=pattern, density=density)
+    layer = gs.compress(net, costs="rule", **options).model[0]
+    for shape in [(), (1,), (6,), (2, 12), (100,)]:
+        x = torch.randn(*shape, 128, requires_grad=True)
+        wanted = layer(x.detach()) + 1
+        y = layer(x)
+        y += 1
+        y.sum().backward()
+        assert torch.equal(y.detach(), wanted) and x.grad is not None

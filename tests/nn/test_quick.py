@@ -12,6 +12,8 @@ from gossamer.nn.dispatch import choose_forms, prepare_where_it_pays, why_dense
 from gossamer.nn.quick import QuickCosts
 from gossamer.ops._dispatch import isa_index
 
+AMPLE = 1e9
+"""Seconds that no machine takes, however busy."""
 FAST = {"dense": 5.0, "bitmap-matvec": 2.0, "csr-matvec": 3.0, "sell-spmm": 1.0, "bitmap-spmm": 4.0,
         "bitmap-unpack": 6.0, "block-spmm": 0.5}  # fmt: skip
 
@@ -42,7 +44,7 @@ def net(density=0.3, out=256, inputs=512):
 
 
 def test_every_shape_is_timed_once_and_decides(timed):
-    known = QuickCosts()
+    known = QuickCosts(AMPLE)
     for batches in (True, True, False):
         result = gs.compress(net(), costs=known, batches=batches)
         assert all(isinstance(result.model[i], BitmapLinear) for i in (0, 2))
@@ -56,32 +58,35 @@ def test_every_shape_is_timed_once_and_decides(timed):
 
 def test_what_would_be_slower_stays_dense_and_says_so(timed, monkeypatch):
     monkeypatch.setitem(FAST, "dense", 0.1)
-    result = gs.compress(net(), costs=QuickCosts(), batches=True)
+    result = gs.compress(net(), costs=QuickCosts(AMPLE), batches=True)
     assert all(type(result.model[i]) is nn.Linear for i in (0, 2))
     assert result.layers[0].reason.startswith("no kernel wins: timed here dense 0.1 ms, sell-spmm")
     assert result.summary == "0 of 2 layers run sparse, 2 dense (2 no kernel wins)"
     packed = gs.compress(net(), costs="rule").model[0]
-    assert why_dense(packed, QuickCosts(), True).startswith("no kernel wins: timed here dense")
+    assert why_dense(packed, QuickCosts(AMPLE), True).startswith("no kernel wins: timed here dense")
     assert (
-        why_dense(packed, QuickCosts(), False) is not None and why_dense(packed, None, True) is None
+        why_dense(packed, QuickCosts(AMPLE), False) is not None
+        and why_dense(packed, None, True) is None
     )
     monkeypatch.setitem(FAST, "dense", 5.0)
-    assert why_dense(packed, QuickCosts(), True) is None
+    assert why_dense(packed, QuickCosts(AMPLE), True) is None
 
 
 def test_other_kinds_are_asked_about_too(timed, monkeypatch):
     conv = nn.Conv2d(8, 16, 3, 2, 1)
     conv.weight.data[torch.rand_like(conv.weight) > 0.1] = 0
     model = nn.Sequential(conv)
-    assert "sparse-conv" in gs.compress(model, costs=QuickCosts()).layers[0].kernel
-    assert isinstance(model[0], PackedConv2d) and why_dense(model[0], QuickCosts(), True) is None
+    assert "sparse-conv" in gs.compress(model, costs=QuickCosts(AMPLE)).layers[0].kernel
+    assert (
+        isinstance(model[0], PackedConv2d) and why_dense(model[0], QuickCosts(AMPLE), True) is None
+    )
     blocks = gs.prune(net(1.0), gs.Magnitude(), pattern=gs.Block(16, 1), density=0.25)
-    result = gs.compress(blocks, costs=QuickCosts(), batches=True)
+    result = gs.compress(blocks, costs=QuickCosts(AMPLE), batches=True)
     assert "block-spmm" in result.layers[0].kernel
     pruned = gs.prune(nn.Sequential(nn.Linear(640, 64)), gs.Magnitude(), pattern=gs.NM(1, 4))
-    layer = gs.compress(pruned, costs=QuickCosts(), batches=False).model[0]
-    assert isinstance(layer, NMLinear) and why_dense(layer, QuickCosts(), False) is None
-    ints = gs.compress(net(), costs=QuickCosts(), bits=8).layers[0]
+    layer = gs.compress(pruned, costs=QuickCosts(AMPLE), batches=False).model[0]
+    assert isinstance(layer, NMLinear) and why_dense(layer, QuickCosts(AMPLE), False) is None
+    ints = gs.compress(net(), costs=QuickCosts(AMPLE), bits=8).layers[0]
     assert "timed here" in ints.decided
 
 
@@ -99,7 +104,10 @@ def test_after_the_time_is_up_the_nearest_shape_counts(timed):
 
 def test_loading_goes_by_it_too(timed, tmp_path):
     gs.save(gs.compress(net(), costs="rule"), tmp_path / "out")
-    model, known = gs.load(tmp_path / "out", model=net(), costs="rule", batches=False), QuickCosts()
+    model, known = (
+        gs.load(tmp_path / "out", model=net(), costs="rule", batches=False),
+        QuickCosts(AMPLE),
+    )
     use_costs(model, known)
     choose_forms(model, known, True)
     prepare_where_it_pays(model, known)
@@ -109,7 +117,11 @@ def test_loading_goes_by_it_too(timed, tmp_path):
 
 def test_a_busy_machine_is_noted(timed, monkeypatch):
     monkeypatch.setattr(quick, "calm", lambda: 0.5)
-    assert gs.compress(net(), costs=QuickCosts()).layers[0].decided.endswith("(on a busy machine)")
+    assert (
+        gs.compress(net(), costs=QuickCosts(AMPLE))
+        .layers[0]
+        .decided.endswith("(on a busy machine)")
+    )
 
 
 def test_nothing_is_measured_where_nobody_asks(monkeypatch):
@@ -121,7 +133,7 @@ def test_nothing_is_measured_where_nobody_asks(monkeypatch):
 def test_real_times_change_no_random_state():
     if isa_index() < 0:
         pytest.skip("the kernels are not built")
-    state, known = torch.random.get_rng_state(), QuickCosts()
+    state, known = torch.random.get_rng_state(), QuickCosts(AMPLE)
     work = Work(256, 256, 0.1)
     times = [known.seconds(n, "float32", 1, work) for n in ("dense", "bitmap-matvec", "csr-matvec")]
     assert all(0 < taken < 0.1 for taken in times)

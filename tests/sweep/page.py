@@ -31,6 +31,14 @@ TITLES = {
     "timm": "timm",
     "diffusers": "diffusers",
 }
+USUAL = {
+    "an embedding": "embeddings",
+    "an output head": "output head",
+    "a router": "router",
+    "a depthwise": "depthwise convolutions",
+    "by its shape": "vectors and tables",
+}
+"""Reasons that name a kind better than its class does, by their first words."""
 INTRODUCTION = """# Model families
 
 Which models Gossamer prunes, packs, saves and gives back. Each row is one family: a small instance
@@ -100,7 +108,9 @@ def render(made: dict[str, Any]) -> str:
     done = [row for row in rows if not row.steps.get("build", "").startswith("skipped")]
     whole, bad = sum(row.whole() for row in done), [row for row in done if row.faults()]
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    told = f"Run with {versions}, on {made['processor']} ({made['kernels']} kernels)."
+    cpu = made["processor"]
+    cpu = cpu["cpu"] if isinstance(cpu, dict) else cpu
+    told = f"Run with {versions}, on {cpu} ({made['kernels']} kernels)."
     count = f"**{whole} of {len(done)} families go the whole path.**"
     parts = [INTRODUCTION, f"{told} {count}\n"]
     for kind, title in TITLES.items():
@@ -171,31 +181,42 @@ def generates(row: Row) -> str:
 
 
 def left_out(row: Row) -> str:
-    """The kinds with the largest shares first."""
-    shares = {kind: sum(why.values()) for kind, why in row.facts.get("left_out", {}).items()}
+    """What was left out, the largest shares first; less than half a percent is not shown."""
+    shares: dict[str, float] = {}
+    for kind, why in row.facts.get("left_out", {}).items():
+        for reason, share in why.items():
+            name = next((name for start, name in USUAL.items() if reason.startswith(start)), kind)
+            shares[name] = shares.get(name, 0.0) + share
     ordered = sorted(shares.items(), key=lambda item: -item[1])
-    return ", ".join(f"{kind} {share:.0%}" for kind, share in ordered) or "nothing"
+    return ", ".join(f"{name} {share:.0%}" for name, share in ordered if share >= 0.005) or "–"
 
 
 def notes(rows: list[Row], *starts: str) -> list[str]:
-    """Each message once for each family, with its steps."""
-    lines = []
+    """Each message once, with the steps and the families that met it."""
+    found: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        steps: dict[str, list[str]] = {}
+        steps: dict[tuple[str, str], list[str]] = {}
         for step, told in row.steps.items():
             if told.startswith(starts):
-                steps.setdefault(told.partition(": ")[2], []).append(step)
-        lines += [f"{row.name}, {', '.join(names)}: {told}" for told, names in steps.items()]
-    return lines
+                kind, _, variant = step.partition(" ")
+                message = told.partition(": ")[2].replace(row.facts.get("model", "\0"), "the model")
+                steps.setdefault((kind, message), []).append(variant)
+        for (kind, message), variants in steps.items():
+            tried = sum(step.startswith(f"{kind} ") for step in row.steps)
+            which = "" if len(variants) == tried else f" ({', '.join(variants)})"
+            found.setdefault((kind + which, message), []).append(row.name)
+    return [f"{', '.join(names)}: {what}: {told}" for (what, told), names in found.items()]
 
 
 def reasons(rows: list[Row]) -> list[str]:
-    """Each reason to leave a kind out, with the families."""
+    """Each reason to leave matrices out, with the kinds and the families."""
     found: dict[str, dict[str, None]] = {}
     for row in rows:
         for kind, why in row.facts.get("left_out", {}).items():
             for reason in why:
-                found.setdefault(f"{kind}: {reason}", {})[row.name] = None
+                usual = any(reason.startswith(start) for start in USUAL)
+                told = reason if usual else f"{kind}: {reason}"
+                found.setdefault(told, {})[row.name] = None
     return [f"{why} ({few(list(names))})" for why, names in sorted(found.items())]
 
 

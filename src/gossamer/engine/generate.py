@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def generate(
     with hooks.evaluating(model):
         step, cache = ids, None
         for _ in range(max_new_tokens):
-            step, cache = next_token(model, step, cache)
+            done = sum(row.shape[1] for row in rows) - step.shape[1]
+            step, cache = next_token(model, step, cache, done)
             if ends:  # a finished row repeats the token that ended it
                 step = torch.where(finished.unsqueeze(1), rows[-1][:, -1:], step)
                 finished |= torch.isin(step.squeeze(1), torch.tensor(ends, device=ids.device))
@@ -86,9 +88,20 @@ def _ends(model: nn.Module, eos: int | Sequence[int] | None) -> list[int]:
     return [token for token in ([eos] if isinstance(eos, int) else eos) if token >= 0]
 
 
-def next_token(model: nn.Module, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """The most probable token after `ids` (batch, new tokens), as (batch, 1), and the new cache."""
-    output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+def next_token(
+    model: nn.Module, ids: Tensor, cache: Any, done: int | None = None
+) -> tuple[Tensor, Any]:
+    """The most probable token after `ids` (batch, new tokens), as (batch, 1), and the new cache.
+
+    done: how many tokens the cache holds, for models whose cache does not count them rightly.
+    """
+    facts: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+    counted = getattr(cache, "get_seq_length", lambda: done)()
+    if done and counted != done and "position_ids" in signature(model.forward).parameters:
+        # layers without attention count nothing: Bamba's first layer would say 0 for ever
+        places = torch.arange(done, done + ids.shape[1], device=ids.device)
+        facts["position_ids"] = places.expand(ids.shape)
+    output = model(**facts)
     grown = getattr(output, "past_key_values", None)
     if grown is None:
         raise UsageError(f"{type(model).__name__} keeps no key-value cache, so it cannot decode")

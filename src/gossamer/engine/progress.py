@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 LOG = logging.getLogger("gossamer")
-LOG.addHandler(logging.NullHandler())
 PAUSE = 10.0
 """Seconds between two lines where no bar can be drawn."""
 _WORTH = 2.0

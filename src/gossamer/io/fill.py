@@ -14,7 +14,7 @@ from gossamer.core.errors import FormatError, UsageError
 from gossamer.core.matrix import as_matrix, is_prunable, is_transposed
 from gossamer.io.layers import Packed
 from gossamer.io.stored import Stored, unpack
-from gossamer.nn import BitmapLinear, PackedConv2d, QuantizedLinear
+from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d, QuantizedLinear
 from gossamer.nn.conv import no_kernel
 from gossamer.nn.dispatch import FAMILIES, why_dense
 from gossamer.nn.packed import PackedLayer
@@ -131,6 +131,10 @@ def fill(root: nn.Module, content: Content, costs: Predictor | None, batches: bo
     tie: Any = getattr(root, "tie_weights", None)
     if tie is not None:
         tie()
+    kind = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
+    for module in root.modules():  # integers do not tell the dtype of what they stand for
+        if isinstance(module, QuantizedLinear):
+            module.typed = module.typed.to(kind)
 
 
 def serve(
@@ -143,28 +147,20 @@ def serve(
 ) -> None:
     """Put the packed layer in its place, or its dense weight among `tensors`."""
     module: Any = root.get_submodule(name)
-    placed: Packed | PackedConv2d = layer
+    packed: PackedLayer = layer
     if isinstance(module, nn.Conv2d) and isinstance(layer, BitmapLinear):
-        placed = PackedConv2d.from_conv(module, layer)
-    reason = None
-    if not isinstance(placed, QuantizedLinear):  # asked for, and never as dense weights again
-        calls = type(root).__name__ not in FAMILIES
-        reason = why_dense(placed, costs, batches, calls)
+        packed = PackedConv2d.from_conv(module, layer)
+    reason = why_not_here(root, name, module)
+    if reason is None and isinstance(packed, BitmapLinear | NMLinear | PackedConv2d):
+        reason = why_dense(packed, costs, batches, type(root).__name__ not in FAMILIES)
     if reason is None:
-        put(root, module, placed)
+        put(root, module, packed)
         return
     module.dense_reason = reason
-    tensors[f"{name}.weight"] = _laid_as(module, layer.to_matrix())
+    packed.transposed = is_transposed(module)
+    tensors[f"{name}.weight"] = packed.dense_weight()
     if layer.bias is not None:
         tensors[f"{name}.bias"] = layer.bias.detach()
-
-
-def _laid_as(module: nn.Module, matrix: Tensor) -> Tensor:
-    """A matrix (out, in) as the layer stores its weight."""
-    if isinstance(module, nn.Conv2d):
-        out, channels = matrix.shape[0], module.in_channels
-        return matrix.reshape(out, *module.kernel_size, channels).movedim(-1, 1).contiguous()
-    return matrix.t().contiguous() if is_transposed(module) else matrix
 
 
 def serve_dense(
@@ -198,6 +194,7 @@ def convert(root: nn.Module, dtype: torch.dtype) -> None:
     for module in root.modules():
         skipped = module._non_persistent_buffers_set
         if isinstance(module, QuantizedLinear):
+            module.typed = module.typed.to(dtype)
             skipped = skipped | module._buffers.keys()
         for parts in (module._parameters, module._buffers):
             for name, tensor in parts.items():

@@ -96,6 +96,14 @@ def plain(x: Tensor) -> bool:
     return x.is_cpu and not watched and not torch.is_autocast_enabled(x.device.type)
 
 
+def owned(result: Tensor) -> Tensor:
+    """The result of a registered operator as a tensor of its own, no view: callers may write into
+    it in place, as into the result of torch's operators. Nothing is copied."""
+    if not result._is_view():
+        return result
+    return torch.ops.aten._unsafe_view.default(result, list(result.shape))
+
+
 def refuse_tracing() -> None:
     """Raise UsageError inside torch.jit.trace and exporters, which do not see what kernels write."""
     if is_tracing():

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gossamer.ops import _dispatch, blocks, sell
 from gossamer.ops import bitmap as bitmaps
-from gossamer.ops import blocks, sell
 from gossamer.ops import conv as convs
 from gossamer.ops import nm as nms
 from gossamer.ops.bitmap.native import MATVEC_ROWS
@@ -84,13 +84,14 @@ def _prepared_linear(
     stamp: int,
 ) -> Tensor:
     if version(packed[0]) == stamp and suits(x, shape[1]):
-        return by_form(x, _form(form, shape), bias)
+        return _dispatch.owned(by_form(x, _form(form, shape), bias))
     if len(facts) == 3:
-        return nms.linear(x, packed[0], packed[1], bias, Layout(*facts))
+        return _dispatch.owned(nms.linear(x, packed[0], packed[1], bias, Layout(*facts)))
     values, bitmap, offsets, *columns = packed
     start = None if facts[1] < 0 else facts[1]
     kept = columns[0] if columns else None
-    return bitmaps.linear(x, values, bitmap, offsets, bias, facts[0], start, kept)
+    result = bitmaps.linear(x, values, bitmap, offsets, bias, facts[0], start, kept)
+    return _dispatch.owned(result)
 
 
 @_prepared_linear.register_fake

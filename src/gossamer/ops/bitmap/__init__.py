@@ -116,7 +116,8 @@ def _bitmap_linear(
     unpack_from: int | None = None,
     columns: Tensor | None = None,
 ) -> Tensor:
-    return _forward(x, values, bitmap, row_ptr, bias, in_features, unpack_from, columns)
+    result = _forward(x, values, bitmap, row_ptr, bias, in_features, unpack_from, columns)
+    return _dispatch.owned(result)
 
 
 @_bitmap_linear.register_fake

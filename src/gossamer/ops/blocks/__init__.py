@@ -86,7 +86,8 @@ def linear(x: Tensor, weight: Blocks, bias: Tensor | None = None) -> Tensor:
 def _blocks_linear(
     x: Tensor, values: Tensor, columns: Tensor, splits: Tensor, bias: Tensor | None
 ) -> Tensor:
-    return _dispatch.home(reference, native).linear(x, values, columns, splits, bias)
+    home = _dispatch.home(reference, native)
+    return _dispatch.owned(home.linear(x, values, columns, splits, bias))
 
 
 @_blocks_linear.register_fake

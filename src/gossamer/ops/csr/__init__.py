@@ -151,7 +151,7 @@ def _csr_linear(
     column_splits: Tensor,
     places: Tensor,
 ) -> Tensor:
-    return _forward(x, values, bias, columns, splits)
+    return _dispatch.owned(_forward(x, values, bias, columns, splits))
 
 
 @_csr_linear.register_fake

@@ -88,7 +88,7 @@ def _forward(
 def _nm_linear(
     x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, keep: int, group: int, cols: int
 ) -> Tensor:
-    return _forward(x, values, codes, bias, Layout(keep, group, cols))
+    return _dispatch.owned(_forward(x, values, codes, bias, Layout(keep, group, cols)))
 
 
 @_nm_linear.register_fake

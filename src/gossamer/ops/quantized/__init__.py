@@ -296,7 +296,7 @@ def _matrix(parts: tuple[Any, ...]) -> QuantizedMatrix:
     schema=f"(Tensor x, Tensor? bias, {_PARTS}) -> Tensor",
 )
 def _quantized_linear(x: Tensor, bias: Tensor | None, *parts: Any) -> Tensor:
-    return _forward(x, _matrix(parts), bias)
+    return _dispatch.owned(_forward(x, _matrix(parts), bias))
 
 
 @_quantized_linear.register_fake

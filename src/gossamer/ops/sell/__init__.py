@@ -93,9 +93,8 @@ def _sell_linear(
     in_features: int,
 ) -> Tensor:
     parts = (values, columns, rows, groups, offsets)
-    return _dispatch.home(reference, native).linear(
-        x, parts, (out_features, in_features), bias, relu
-    )
+    home = _dispatch.home(reference, native)
+    return _dispatch.owned(home.linear(x, parts, (out_features, in_features), bias, relu))
 
 
 @_sell_linear.register_fake
