@@ -40,18 +40,19 @@ PROCESSES.set_forkserver_preload(
 )
 
 
-def stage(which: str, work: Path, name: str) -> None:
+def stage(which: str, work: Path, name: str, quick: bool) -> None:
     """What a process does: one stage of one family."""
     family = next(family for family in every() if family.name == name)
     row = read(work, family)
     if which == "write":
         import steps
 
-        steps.walk(row, family, work)
+        steps.walk(row, family, work, steps.variants(quick))
     else:
         reading(which, row, family, work)
     if which == "plain" and "gossamer" in sys.modules:
         row.steps["plain"] = "WRONG: the process without Gossamer imported it"
+    row.facts.setdefault("finished", []).append(which)
     (work / f"{name}.json").write_text(json.dumps(asdict(row)))
 
 
@@ -71,7 +72,7 @@ def reading(which: str, row: Row, family: Family, work: Path) -> None:
         (fresh.load if which == "load" else fresh.plain)(row, family, folder, name)
 
 
-def through(family: Family, work: Path) -> Row:
+def through(family: Family, work: Path, quick: bool) -> Row:
     """All stages of one family, each in a fresh process."""
     missing = [need for need in family.needs if importlib.util.find_spec(need) is None]
     if missing:
@@ -79,25 +80,26 @@ def through(family: Family, work: Path) -> Row:
     (work / f"{family.name}.json").unlink(missing_ok=True)
     shutil.rmtree(work / family.name, ignore_errors=True)
     for which in STAGES:
-        process = PROCESSES.Process(target=stage, args=(which, work, family.name))
+        process = PROCESSES.Process(target=stage, args=(which, work, family.name, quick))
         process.start()
         process.join(PATIENCE)
         if process.exitcode is None:
             process.kill()
-        if process.exitcode != 0:
-            row = read(work, family)
+        row = read(work, family)
+        # 255 is also what multiprocessing says where it lost the status of a process that ended.
+        if process.exitcode not in (0, 255) or which not in row.facts.get("finished", ()):
             row.steps[f"process {which}"] = f"CRASH: the process ended with {process.exitcode}"
             return row
     return read(work, family)
 
 
-def sweep(names: list[str], work: Path, beside: int = 2) -> Iterator[Row]:
+def sweep(names: list[str], work: Path, quick: bool = False, beside: int = 2) -> Iterator[Row]:
     """The rows of the families named, or of all, `beside` of them at a time on one thread each."""
     known = {family.name: family for family in every()}
     work.mkdir(parents=True, exist_ok=True)
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
     with ThreadPoolExecutor(beside) as pool:
-        yield from pool.map(lambda name: through(known[name], work), names or list(known))
+        yield from pool.map(lambda name: through(known[name], work, quick), names or list(known))
 
 
 def main() -> None:
@@ -105,11 +107,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="families; all by default")
     parser.add_argument("--work", type=Path, help="where folders and rows go, by default temporary")
+    parser.add_argument("--quick", action="store_true", help="three prunings instead of seven")
     parser.add_argument("--write", action="store_true", help="write the record and the page")
     asked = parser.parse_args()
     work = asked.work or Path(tempfile.mkdtemp(prefix="sweep-"))
     rows = []
-    for row in sweep(asked.names, work):
+    for row in sweep(asked.names, work, asked.quick):
         rows.append(row)
         bad = "FAULT" if row.faults() else "ok"
         print(f"{row.name:30} {sum(row.seconds.values()):6.1f} s  {bad}", flush=True)

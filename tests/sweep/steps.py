@@ -19,19 +19,21 @@ METHODS = {"sparsegpt": gs.SparseGPT, "wanda": gs.Wanda, "magnitude": gs.Magnitu
 PATTERNS = {"50%": (gs.Unstructured(), 0.5), "2:4": (gs.NM(2, 4), 0.5)}
 SPARSE = "magnitude 90%"
 """Sparse enough that convolutions are packed too."""
+QUICK = ("sparsegpt 50%", "wanda 2:4", SPARSE)
 
 
-def variants() -> dict[str, tuple[Any, Any, float]]:
-    """Name to method, pattern and density."""
+def variants(quick: bool = False) -> dict[str, tuple[Any, Any, float]]:
+    """Name to method, pattern and density; with `quick` one of each method."""
     found = {
         f"{method} {pattern}": (kind(), *how)
         for method, kind in METHODS.items()
         for pattern, how in PATTERNS.items()
     }
-    return found | {SPARSE: (gs.Magnitude(), gs.Unstructured(), 0.1)}
+    found[SPARSE] = (gs.Magnitude(), gs.Unstructured(), 0.1)
+    return {name: found[name] for name in QUICK} if quick else found
 
 
-def walk(row: Row, family: Family, place: Path) -> None:
+def walk(row: Row, family: Family, place: Path, ways: dict[str, tuple[Any, Any, float]]) -> None:
     """Everything up to the saved folders; `fresh.py` reads them in other processes."""
     with row.step("build"):
         model, _ = family.make(), family.data()
@@ -39,9 +41,9 @@ def walk(row: Row, family: Family, place: Path) -> None:
         row.facts["parameters"] = sum(p.numel() for p in model.parameters())
     if not row.passed("build"):
         return
-    for name, (method, pattern, density) in variants().items():
+    for name, (method, pattern, density) in ways.items():
         result = prune(row, family, name, method, pattern, density)
-        if row.passed(f"prune {name}") and name == "wanda 50%":
+        if row.passed(f"prune {name}") and name.startswith("wanda"):
             with row.step("calibration"):
                 calibration.check(family, list(result.supports))
         if row.passed(f"prune {name}"):
