@@ -341,7 +341,7 @@ def test_cases_of_two_runs_are_judged_by_the_same_limits(before, monkeypatch, tm
     out = tmp_path / "nm.json"
     argv = ["bench", "--suite=nm", "--patience=0", f"--out={out}", "--json"]
     for limits, only in ((before, "case 0"), (LIMITS.read, "case")):
-        found = Limits(limits, LIMITS.flops, LIMITS.threads)
+        found = Limits(limits, LIMITS.flops, torch.get_num_threads())
         monkeypatch.setattr(bench, "measure_limits", lambda found=found, **_: found)
         main([*argv, f"--only={only}", "--resume"])
     shares = [case["fraction_of_limit"] for case in json.loads(out.read_text())["cases"]]

@@ -70,13 +70,13 @@ def test_batches_that_are_prepared_and_integers(tmp_path, capsys):
     assert decisions["2"]["batches"].startswith("int4-")
 
 
-def test_a_bare_model_is_known_by_its_kernels_alone(saved, tmp_path, capsys, monkeypatch):
+def test_a_bare_model_keeps_why_layers_are_dense(saved, tmp_path, capsys):
     result, _ = saved
     gs.save(result.model, tmp_path / "bare")
     decisions = json.loads(shown(tmp_path / "bare", capsys, "--json").out)["decisions"]
-    assert list(decisions) == ["0"] and decisions["0"]["kernel"] == serves(result.model[0])[0]
-    monkeypatch.setenv("COLUMNS", "200")
-    assert "does not say why" in shown(tmp_path / "bare", capsys).err
+    assert list(decisions) == ["0", "1"]
+    assert decisions["0"]["kernel"] == serves(result.model[0])[0]
+    assert decisions["1"]["reason"].startswith("no kernel wins")
 
 
 def test_folders_without_decisions_load_and_are_shown(saved, capsys):

@@ -52,10 +52,11 @@ def result(out):
     return json.loads((out / "result.json").read_text())
 
 
-def test_digits_end_to_end(tmp_path, capsys, stored_tensors):
+def test_digits_end_to_end(tmp_path, capsys, stored_tensors, monkeypatch):
     out, log = tmp_path / "out", tmp_path / "log"
     pytest.importorskip("tensorboard")
     options = json.dumps({"every": 5, "drop": 0.5})
+    monkeypatch.setattr("gossamer.engine.progress.PAUSE", 0.1)
     main(flags(data="digits", steps=60, density=0.1, options=options, out=out, log=log))
     printed = capsys.readouterr()
     assert "ITOP" in printed.out and "loss" in printed.err

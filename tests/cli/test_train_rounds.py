@@ -18,12 +18,13 @@ def result(out):
     return json.loads((out / "result.json").read_text())
 
 
-def test_imp_reports_all_rounds_together(tmp_path, capsys, stored_tensors):
+def test_imp_reports_all_rounds_together(tmp_path, capsys, stored_tensors, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out, log = tmp_path / "out", tmp_path / "log"
     options = json.dumps({"rounds": 2, "rewind": 5})
+    monkeypatch.setattr("gossamer.engine.progress.PAUSE", 0.1)
     main(flags(out, method="imp", density=0.04, steps=30, options=options, log=log))
     assert "round 2 of 2" in capsys.readouterr().err
     found = result(out)

@@ -168,6 +168,9 @@ class Calibrator:
         self.model, self.batches, self.tick = model, batches, tick
         self.blocks = [block for _, block in blocks]
         two_sided = is_two_sided(name for name, _ in model.named_modules())
+        config: Any = getattr(model, "config", None)
+        if hasattr(config, "is_encoder_decoder"):  # no: as in Funnel, both read the same tokens
+            two_sided = two_sided and bool(config.is_encoder_decoder)
         self.paddings = [padding_of(batch, two_sided) for batch in batches]
         self._mixtures = {
             id(weight.module): name for name, weight in weights.items()
