@@ -381,3 +381,21 @@ def test_keep_names_zeros_that_it_would_not_hold(include, match):
     if include:
         with pytest.raises(gs.UsageError, match=r"lm_head.*include="):
             opened(model, sgd(model), gs.Keep()).__enter__()
+
+
+class Standardised(nn.Linear):
+    """As in timm's ScaledStdConv2d: the stored weight is not the one that multiplies."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean(dim=1, keepdim=True)
+        return nn.functional.linear(x, weight, self.bias)
+
+
+def test_what_trains_dense_is_named(caplog):
+    model = nn.Sequential(nn.Linear(8, 8), Standardised(8, 8), nn.LSTM(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with gs.sparse_training(model, optimizer, gs.RigL(density=0.5), total_steps=4) as run:
+        assert [layer.name for layer in run.layers] == ["0"]
+        assert sorted(run.left_out) == ["1", "2.weight_hh_l0", "2.weight_ih_l0"]
+        assert "forward of its own" in run.left_out["1"]
+    assert "1 and 2 more trains dense" in caplog.text

@@ -21,7 +21,15 @@ from gossamer.nn.bitmap import BitmapLinear, serves_batches
 from gossamer.nn.chain import fuse
 from gossamer.nn.conv import PackedConv2d, why_not
 from gossamer.nn.costs import choose_unpacking, known_costs
-from gossamer.nn.dispatch import FAMILIES, Decision, choose_columns, choose_form, decide, prepare
+from gossamer.nn.dispatch import (
+    FAMILIES,
+    SLOWER,
+    Decision,
+    choose_columns,
+    choose_form,
+    decide,
+    prepare,
+)
 from gossamer.nn.nm import NMLinear, pays_as_nm
 from gossamer.nn.places import put, why_not_here
 from gossamer.nn.quantized import QuantizedLinear
@@ -172,6 +180,8 @@ def _decide(
 def _serve(module: nn.Module, record: LayerRecord, reason: str | None, call: _Call) -> LayerRecord:
     """Replace one layer, unless there is a reason to leave it dense."""
     if reason is not None:
+        if reason.startswith(SLOWER):  # kept with the model, so that a file says it too
+            module.dense_reason = reason  # type: ignore[assignment]
         return replace(record, reason=reason, sparse_bytes=record.dense_bytes)
     bits = call.bits_of(module)
     return _swap(module, record, call) if bits is None else _quantize(module, record, bits, call)
@@ -249,7 +259,7 @@ def _refusal(module: nn.Module, record: LayerRecord, call: _Call, bits: int | No
 
 
 def _by_costs(record: LayerRecord, decision: Decision) -> tuple[LayerRecord, str | None]:
-    reason = f"no kernel wins: {decision}" if decision.chosen == "dense" else None
+    reason = f"{SLOWER}: {decision}" if decision.chosen == "dense" else None
     decided = f"by measured costs: {decision}"
     return replace(record, decided=decided, predicted=decision.predicted), reason
 

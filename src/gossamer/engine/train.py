@@ -32,8 +32,10 @@ from gossamer.engine.train_layers import (
     check_held,
     check_kept,
     frozen_layers,
+    left_dense,
     start_gradients,
     trained_layers,
+    warn_dense,
     whole_gradients,
 )
 
@@ -110,6 +112,9 @@ class SparseRun:
         self.model, self._ranks = unwrapped(model, group)
         self.trainer, self.total_steps = trainer, total_steps
         self.layers = trained_layers(self.model, include, exclude, trainer.scales)
+        self.left_out = left_dense(self.model, self.layers, exclude)
+        """Why the other prunable weights train dense, by name."""
+        warn_dense(self.left_out)
         self.followed = follow(optimizer, [x.weight for x in self.layers])
         self.optimizer = self.followed.optimizer
         check_held(self.model, self.optimizer, self.layers)

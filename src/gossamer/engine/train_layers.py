@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import cast
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gossamer.core.errors import NonFiniteError, UsageError
-from gossamer.core.matrix import is_transposed, why_not_plain
+from gossamer.core.matrix import is_transposed, own_forward, why_not_plain
 from gossamer.engine.distributed import Ranks, is_sharded, local, local_part, whole
 from gossamer.engine.optimizers import held_by
-from gossamer.models.layers import adapter_prefixes, prunable_layers
+from gossamer.models.layers import EXPECTED, adapter_prefixes, default_reasons, prunable_layers
 from gossamer.models.weights import find_weights
 
 _CHANCE = 0.01
@@ -137,12 +138,16 @@ def chosen_layers(
 ) -> list[TrainedLayer]:
     """The prunable layers, frozen or not, one per distinct weight.
 
+    A layer with a forward of its own is among them only if it is named, for zeros in its stored
+    weight may be none in what it computes.
+
     Raises UsageError for a weight that is recomputed at every forward.
     """
     layers: dict[int, TrainedLayer] = {}
     for name, (module, block) in prunable_layers(model, include, exclude, tied=True).items():
         weight = own_parameter(name, module)
-        if id(weight) not in layers:
+        named = any(fnmatchcase(name, pattern) for pattern in include)
+        if id(weight) not in layers and (named or own_forward(module) is None):
             layers[id(weight)] = TrainedLayer(name, module, weight, block)
     return list(layers.values())
 
@@ -168,6 +173,38 @@ def unfrozen_layers(
             "every layer that could be masked is frozen" + hint * bool(adapter_prefixes(model))
         )
     return layers
+
+
+def left_dense(
+    model: nn.Module, layers: Sequence[TrainedLayer], exclude: Sequence[str]
+) -> dict[str, str]:
+    """Why prunable weights are in no layer of the run, by name."""
+    masked, expected = {id(x.weight) for x in layers}, default_reasons(model)
+    found = {}
+    for name, weight in find_weights(model).items():
+        parameter = weight.module._parameters.get(weight.parameter)
+        if parameter is None or id(parameter) in masked:
+            continue
+        reason = expected.get(name) or own_forward(weight.module) or _UNMASKED
+        if not parameter.requires_grad:
+            reason = _FROZEN
+        if any(fnmatchcase(name, pattern) for pattern in exclude):
+            reason = EXPECTED["exclude"]
+        found[name] = reason
+    return found
+
+
+def warn_dense(left: Mapping[str, str]) -> None:
+    """Log the weights that train dense for a reason that nobody asked for."""
+    odd = [name for name, reason in left.items() if reason not in (*EXPECTED.values(), _FROZEN)]
+    if odd:
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        text = "%s%s trains dense: %s; the run's left_out names all"
+        logging.getLogger("gossamer").warning(text, odd[0], more, left[odd[0]])
+
+
+_FROZEN = "it is frozen"
+_UNMASKED = "training masks Linear, Conv1D and ungrouped Conv2d layers alone"
 
 
 def own_parameter(name: str, module: nn.Module) -> nn.Parameter:

@@ -73,9 +73,9 @@ class _Awaited(nn.Module):
     def __init__(self, kept: nn.Module, facts: PackedLayer, parts: dict[str, Tensor]) -> None:
         super().__init__()
         self.facts = facts
-        self.replaced = [kept]  # in a list: not part of the model meanwhile
         for name, tensor in parts.items():
             self.register_buffer(name, tensor)
+        self.replaced = [kept]  # in a list: not part of the model meanwhile
 
     @property
     def weight(self) -> Tensor:
@@ -84,6 +84,15 @@ class _Awaited(nn.Module):
         assert isinstance(weight, Tensor)
         vars(weight)["_is_hf_initialized"] = True
         return weight
+
+    def __getattr__(self, name: str) -> Any:
+        """Else that of the layer replaced, such as its widths, for a parent that asks meanwhile."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "replaced":
+                raise
+            return getattr(self.replaced[0], name)
 
 
 class GossamerQuantizer(HfQuantizer):

@@ -52,9 +52,10 @@ def load(
     the layers where it is predicted to be the fastest. Each packed layer's `batches_decided` says
     what was predicted. None: unless the model generates text.
     costs: what the prediction goes by, as in `compress`. None: what `calibrate_costs` measured on
-    this machine, where it did. "rule", and else: every layer gets the form. Where costs say that
-    the dense product is the fastest, a layer gets its dense weight, whatever the file holds, and
-    its `dense_reason` says why.
+    this machine; where it did not, every distinct shape is timed now, in up to 3 seconds. "rule":
+    nothing is timed, and every layer gets the form. Where costs say that the dense product is the
+    fastest, a layer gets its dense weight, whatever the file holds, and its `dense_reason` says
+    why.
     verify: compare every file with the digest in gossamer.json, where it holds any.
 
     Raises FormatError for anything wrong with the files, UsageError where `model` is missing.

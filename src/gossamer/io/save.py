@@ -27,6 +27,7 @@ from gossamer.io.skeleton import CONFIG, GENERATION, outline, read_config
 from gossamer.io.stored import BITMAP, VALUES, pack
 from gossamer.io.tensors import INDEX, PACKED, PLAIN, SHARD, SINGLE
 from gossamer.nn import NMLinear, PackedConv2d, QuantizedLinear
+from gossamer.nn.dispatch import SLOWER
 from gossamer.nn.serving import Packed, serves
 
 LARGEST = 4 << 30
@@ -156,10 +157,6 @@ def _store(
             "served": bool(reason) and str(reason).startswith(SLOWER),
         }
     return found
-
-
-SLOWER = "no kernel wins"
-"""How the reason begins of a layer that is dense because that is faster where it was decided."""
 
 
 def _decisions(

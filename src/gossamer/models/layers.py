@@ -138,6 +138,12 @@ def nothing_to_prune(model: nn.Module, left: Mapping[str, str]) -> str:
     return f"{said}: {name or 'the model itself'} is left out: {reason}{others}"
 
 
+def default_reasons(model: nn.Module) -> dict[str, str]:
+    """Why weights stay dense unless they are named, by name, for those that do."""
+    weights = find_weights(model)
+    return _expected(model, weights, _blocks_of(model, weights))
+
+
 def _expected(
     model: nn.Module, weights: Mapping[str, Weight], blocks: Mapping[str, int | None]
 ) -> dict[str, str]:

@@ -26,6 +26,8 @@ BATCH = 128
 """Rows of input for which layers of a model that sees batches are chosen."""
 COLUMNS_UP_TO = {"avx512": 0.12, "avx2": 0.3}
 """Densities up to which reading columns beats expanding bitmaps, by instructions."""
+SLOWER = "no kernel wins"
+"""How the reason begins of a layer that is dense because that is faster where it was decided."""
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 """Models whose decoding is compiled into one loop, where a product of one row costs no call."""
 PIXELS = 196
@@ -104,7 +106,7 @@ def why_dense(
     else:
         decision = _by_linear(layer.values.dtype, record, costs, batches, calls)
     wins = decision is None or decision.chosen != "dense"
-    return None if wins else f"no kernel wins: {decision}"
+    return None if wins else f"{SLOWER}: {decision}"
 
 
 def _by_convolution(
