@@ -42,7 +42,7 @@ USUAL = {
 INTRODUCTION = """# Model families
 
 Which models Gossamer prunes, packs, saves and gives back. Each row is one family: a small instance
-with random weights that went the whole path on the machine named below. `make sweep` runs it
+with random weights, sent along the whole path on the machine named below. `make sweep` runs it
 again and writes this page.
 
 The path: prune by SparseGPT, Wanda and Magnitude at 50% and at 2:4, and by Magnitude at 90%.
