@@ -42,7 +42,7 @@ USUAL = {
 INTRODUCTION = """# Model families
 
 Which models Gossamer prunes, packs, saves and gives back. Each row is one family: a small instance
-with random weights that went the whole path on the machine named below. `make sweep` runs it
+with random weights, sent along the whole path on the machine named below. `make sweep` runs it
 again and writes this page.
 
 The path: prune by SparseGPT, Wanda and Magnitude at 50% and at 2:4, and by Magnitude at 90%.
@@ -50,7 +50,7 @@ Compress each result and compare its outputs with those of the masked dense mode
 them. Load them in a fresh process, compare again, and generate text where the model does. Export
 them, and read the export in a process without Gossamer. The sweep counts zeros in the weights
 themselves. It also checks that all other weights keep their bits, and that training flags and
-hooks are as they were.
+hooks are as they were. Wanda's choice in two linear layers is compared with a plain computation over the whole model.
 
 - **pruned**: the share of the model's matrix weights that `gs.prune` takes by default. Embeddings
   and output heads count as matrices.
@@ -203,7 +203,9 @@ def notes(rows: list[Row], *starts: str) -> list[str]:
                 steps.setdefault((kind, message), []).append(variant)
         for (kind, message), variants in steps.items():
             tried = sum(step.startswith(f"{kind} ") for step in row.steps)
-            which = "" if len(variants) == tried else f" ({', '.join(variants)})"
+            which = (
+                "" if len(variants) == tried or not any(variants) else f" ({', '.join(variants)})"
+            )
             found.setdefault((kind + which, message), []).append(row.name)
     return [f"{', '.join(names)}: {what}: {told}" for (what, told), names in found.items()]
 
