@@ -56,7 +56,7 @@ def test_digits_end_to_end(tmp_path, capsys, stored_tensors, monkeypatch):
     out, log = tmp_path / "out", tmp_path / "log"
     pytest.importorskip("tensorboard")
     options = json.dumps({"every": 5, "drop": 0.5})
-    monkeypatch.setattr("gossamer.engine.progress.PAUSE", 0.1)
+    monkeypatch.setattr("gossamer.engine.progress.PAUSE", 0.002)
     main(flags(data="digits", steps=60, density=0.1, options=options, out=out, log=log))
     printed = capsys.readouterr()
     assert "ITOP" in printed.out and "loss" in printed.err

@@ -24,7 +24,7 @@ def test_imp_reports_all_rounds_together(tmp_path, capsys, stored_tensors, monke
 
     out, log = tmp_path / "out", tmp_path / "log"
     options = json.dumps({"rounds": 2, "rewind": 5})
-    monkeypatch.setattr("gossamer.engine.progress.PAUSE", 0.1)
+    monkeypatch.setattr("gossamer.engine.progress.PAUSE", 0.002)
     main(flags(out, method="imp", density=0.04, steps=30, options=options, log=log))
     assert "round 2 of 2" in capsys.readouterr().err
     found = result(out)
