@@ -11,7 +11,7 @@ from gossamer.cli import main
 from gossamer.cli.costs import costs_named
 from gossamer.core.costs import Costs
 from gossamer.core.errors import DisturbedError, FormatError, UsageError
-from gossamer.nn.costs import cache_file, cached_costs, machine
+from gossamer.nn.costs import cache_file, cached_costs, known_costs, machine
 from gossamer.ops._dispatch import isa_index
 
 MADE = Costs(machine(), {"dense float32": {1: (1e-6, 0.0, 1e-9, 0.0, 0.0), 128: (0.0,) * 5}})
@@ -28,13 +28,14 @@ def measured(monkeypatch, tmp_path):
     return calls
 
 
-def test_auto_takes_what_calibrate_kept_and_measures_nothing(measured, capsys):
-    assert costs_named("auto") == "rule" and not measured
+def test_auto_takes_what_calibrate_kept_else_short_timings(measured, monkeypatch, capsys):
+    monkeypatch.setattr("gossamer.nn.costs.measure_here", lambda: "timings")
+    assert known_costs(costs_named("auto")) == "timings" and not measured
     main(["calibrate"])
-    assert costs_named("auto") == MADE == cached_costs() and len(measured) == 1
+    assert known_costs(costs_named("auto")) == MADE == cached_costs() and len(measured) == 1
     assert "measuring" in capsys.readouterr().err
     cache_file().write_text("damaged")
-    assert costs_named("auto") == "rule"
+    assert known_costs(costs_named("auto")) == "timings"
 
 
 def test_a_busy_machine_is_one_error_and_nothing_is_kept(measured, monkeypatch):

@@ -96,8 +96,8 @@ class Compress:
     group: int = 128
     """with --bits, columns that share a scale: a power of two from 64 on"""
     costs: str = "auto"
-    """what chooses the kernels: auto (what `gossamer calibrate` measured, else the rule), rule, or
-    the file of another calibration"""
+    """what chooses the kernels: auto (what `gossamer calibrate` measured, else short timings), rule,
+    or the file of another calibration"""
     sweep: str = ""
     """further sparsities to measure, such as 0.3,0.5,0.7, for the quality-against-size chart"""
     tokens: int = 64

@@ -9,7 +9,7 @@ from gossamer.cli.output import note
 from gossamer.core.costs import Costs
 from gossamer.core.errors import UsageError
 from gossamer.engine.measure_costs import calibrate_costs
-from gossamer.nn.costs import cached_costs, read_costs, store_costs
+from gossamer.nn.costs import read_costs, store_costs
 
 
 def measure_costs() -> Costs:
@@ -23,10 +23,10 @@ def measure_costs() -> Costs:
     return costs
 
 
-def costs_named(name: str) -> Costs | Literal["rule"]:
-    """What `--costs` says: measured costs, from the cache or a file, or the rule.
+def costs_named(name: str) -> Costs | Literal["rule"] | None:
+    """What `--costs` says, as the argument of `gossamer.compress`: None stands for auto.
 
-    Nothing is measured here: on a busy machine that would leave every layer dense.
+    Raises UsageError for a file that does not exist, FormatError for one that is damaged.
     """
     if name == "rule":
         return "rule"
@@ -34,4 +34,4 @@ def costs_named(name: str) -> Costs | Literal["rule"]:
         if not Path(name).is_file():
             raise UsageError(f"--costs is auto, rule or a file, not {name!r}")
         return read_costs(Path(name))
-    return cached_costs() or "rule"
+    return None

@@ -37,7 +37,13 @@ def kernel_notes(result: Mapping[str, Any]) -> list[str]:
     """What chose the kernels, and what to do where the result is slower."""
     served = [layer for layer in result["layers"] if layer["kernel"]]
     lines = []
-    if any(layer.get("predicted") for layer in result["layers"]):
+    told = " ".join(str(layer.get("decided") or layer.get("reason")) for layer in result["layers"])
+    if "timed here" in told:
+        lines.append(
+            "Kernels are chosen by short timings on this machine. After gossamer calibrate, once on "
+            "an idle machine, they go by thorough ones."
+        )
+    elif any(layer.get("predicted") for layer in result["layers"]):
         lines.append("Kernels are chosen by costs measured on this machine.")
     elif any(layer.get("decided") == "by rule" for layer in served):
         lines.append(
