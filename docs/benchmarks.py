@@ -268,7 +268,7 @@ Random weights in the geometry of a Llama of 1.1 billion parameters, one process
 
 ## Choosing by measured costs
 
-`gossamer calibrate` times every kernel on a few layers of this machine, fits what a call, the vectors, all positions and the kept weights cost, and keeps the result in the user's cache folder. `gs.compress`, `gs.load` and `gossamer compress` use it where it is there: each layer gets the kernel that is predicted to be fastest, for one row of input in models that generate text and 128 rows in others, or stays dense where none wins, and its record has the predictions. Without it fixed rules decide, and records say so. Measure on an idle machine: whatever else runs is measured too.
+`gossamer calibrate` times every kernel on a few layers of this machine, fits what a call, the vectors, all positions and the kept weights cost, and keeps the result in the user's cache folder. `gs.compress`, `gs.load` and `gossamer compress` use it where it is there: each layer gets the kernel that is predicted to be fastest, for one row of input in models that generate text and 128 rows in others, or stays dense where none wins, and its record has the predictions. Without it short timings decide, and records say so. Measure on an idle machine: whatever else runs is measured too.
 
 Files hold the smallest form; memory may hold a faster one. One row of input takes the bitmap, or where few weights are kept their columns (2 bytes more for each); scattered 4-bit integers are dense; many rows have the forms of [the table above](#layers). Records, `rows_decided`, `form_decided` and `batches_decided` of a layer say which and why.
 """
