@@ -56,39 +56,61 @@ def compress(
     head_bits: int = 8,
     costs: Costs | Literal["rule"] | None = None,
 ) -> CompressResult:
-    """Replace, in place, every linear layer whose zeros pay by a kernel-backed `BitmapLinear` or,
-    pruned N:M and smaller so, `NMLinear`, every such convolution of one group, in float32, by a
-    `PackedConv2d`. Then 3x3 depthwise convolutions get a dense kernel for the same layout, and each
-    Sequential around convolutions becomes a `ConvChain`, which in eval mode runs them with their
-    batch norms and ReLUs folded in.
+    """Replace each sparse layer, in place, by one with a sparse kernel where that is faster.
 
-    Any zeros count, whoever made them. A layer stays dense, and its record says why, when no kernel
-    is predicted to be faster than the dense product, when its density exceeds `max_density`, when
-    its weight is tied to another module, when no kernel serves its kind, dtype or device, or when
-    it may compute something else than the product with its weight. A packed layer keeps the hooks,
-    attributes and bias of the layer that it replaces, and a read-only `weight`; `gs.unpack` undoes
-    the call.
+    A Linear becomes a `BitmapLinear` or, pruned N:M, an `NMLinear`. A float32 Conv2d of one group
+    becomes a `PackedConv2d`. 3x3 depthwise convolutions get a kernel for the same layout, and a
+    Sequential around convolutions becomes a `ConvChain`, which folds batch norms and ReLUs in.
 
-    include: only layers whose dotted names match one of these `fnmatch` patterns; none: all.
-    exclude: not these.
+    Any zeros count, whoever made them. Every matrix has a record that names its kernel, or the
+    reason why it stays dense: no kernel is faster, its weight is tied or multiplied by its parent,
+    its forward is its own, or no kernel serves its kind, dtype or device. A packed layer keeps the
+    hooks, attributes and bias of the layer that it replaces, and has a read-only `weight`.
+    `gs.unpack` undoes the call.
 
-    costs: what decides. None: what `calibrate_costs` measured on this machine, where it did; else
-    every distinct shape, density and dtype is timed here against the dense product, for at most
-    three seconds in all. A model that generates text is judged by one row of input, others by 128.
-    So an encoder in bfloat16 mostly stays dense on a processor with bfloat16 products. "rule":
-    nothing is measured; a layer is packed where that takes at most 0.9 of the dense bytes, a
-    convolution up to density 0.25. What files store does not depend on it.
+    Parameters
+    ----------
+    model : nn.Module or PruneResult
+        Changed in place.
+    include, exclude : sequence of str
+        `fnmatch` patterns on dotted names: pack only layers that match, and none of these.
+    max_density : float, optional
+        Leave denser layers dense.
+    batches : bool, optional
+        Also keep, in memory only, a form of the weights for more than 8 rows of input (3 to 4 bytes
+        more per kept bfloat16 weight). By default for models that do not generate text.
+    strict : bool
+        Raise UsageError where a layer that holds zeros, and was not left out, stays dense.
+    bits : {4, 8}, optional
+        Also round the weights of every untied linear layer, sparse or dense, to integers, to the
+        nearest. Each becomes a `QuantizedLinear`. Measure what the rounding costs.
+    group : int
+        Columns that share a scale, with `bits`: a power of two from 64 on.
+    head_bits : {4, 8}
+        The width of a language model's output head, with `bits`.
+    costs : Costs or "rule", optional
+        What decides. By default what `calibrate_costs` measured on this machine; without it every
+        distinct shape, density and dtype is timed, for at most three seconds in all. Models that
+        generate text are judged by one row of input, others by 128, so on a processor with bfloat16
+        products an encoder in bfloat16 mostly stays dense. "rule" measures nothing: a layer is
+        packed at up to 0.9 of its dense bytes, a convolution up to density 0.25. What files store
+        does not depend on it.
 
-    batches: also keep, in memory only, the form of the weights that serves more than 8 rows of
-    input at once (about 3 to 4 bytes per kept bfloat16 weight on top), in every layer where the
-    costs, or without any the rule, say that it is the fastest. None: yes, unless
-    the model generates text, where most products have one row and memory decides the speed.
-    strict: raise UsageError when a layer that holds zeros stays dense, unless it was left out.
+    Returns
+    -------
+    CompressResult
+        The model, a record per matrix, and the coverage of the whole model.
 
-    bits: 4 or 8 also rounds the weights to integers of so many bits, with one scale per row and
-    `group` columns (a power of two from 64 on), in every linear layer that is not tied, with or
-    without zeros, and a model's output head to `head_bits`; every becomes a `QuantizedLinear`.
-    Rounding is to the nearest; measure what it costs.
+    Raises
+    ------
+    UsageError
+        For bad arguments, patterns that match nothing, and weights on the meta device; nothing is
+        changed then.
+
+    Examples
+    --------
+    >>> fast = gs.compress(gs.prune(model, "magnitude", sparsity=0.7))  # doctest: +SKIP
+    >>> print(fast.summary)  # doctest: +SKIP
     """
     root = unwrap(model)
     _check(root, bits, group, head_bits)
