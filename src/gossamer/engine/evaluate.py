@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from gossamer.engine.generate import compiled_serves, next_token
 from gossamer.engine.progress import track
 
 Measurable = nn.Module | PruneResult | CompressResult
+_SHORT, _MOST = 0.2, 10
+"""A measurement of fewer seconds is repeated in its round, so many times at most."""
 PATIENCE = 10.0
 """Seconds in which rounds that others disturbed are taken again."""
 
@@ -176,11 +179,14 @@ def decode_speed(
 
     def turn() -> dict[str, float]:
         return {
-            name: (_compiled_seconds if compiled else _decode_seconds)(
-                model, ids.to(device_of(model)), new_tokens
+            name: _steady(
+                partial(
+                    _compiled_seconds if compiled else _decode_seconds,
+                    model, ids.to(device_of(model)), new_tokens,
+                )
             )
             for name, (model, compiled) in runs.items()
-        }
+        }  # fmt: skip
 
     with hooks.evaluating(dense), hooks.evaluating(sparse):
         watched = _rounds(turn, repeats, progress, f"speed of decoding {new_tokens} tokens")
@@ -207,7 +213,7 @@ def encode_speed(
 
     def turn() -> dict[str, float]:
         return {
-            name: _encode_seconds(model, rows)
+            name: _steady(partial(_encode_seconds, model, rows))
             for name, model in (("dense", dense), ("sparse", sparse))
         }
 
@@ -224,6 +230,13 @@ def _rounds(
         turn()
         step("")
         return watched_rounds(turn, repeats, PATIENCE, step)
+
+
+def _steady(seconds: Callable[[], float]) -> float:
+    """The median of one measurement, or of several where one is too short to be trusted."""
+    first = seconds()
+    more = min(_MOST, int(_SHORT / max(first, 1e-9)))
+    return statistics.median([first, *(seconds() for _ in range(more))])
 
 
 def _speed(watched: Watched, count: int, unit: str, loop: str) -> Speed:
