@@ -9,6 +9,16 @@ from gossamer.core.matrix import as_matrix
 from gossamer.nn import NMLinear, QuantizedLinear
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tiny_llama):
+    """A folder with a small packed model; copy it before changing anything."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    model = tiny_llama(positions=64)
+    gs.prune(model, gs.Magnitude(), density=0.4)
+    gs.save(gs.compress(model), folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def as_nm():
     def as_nm(pruned, pattern):

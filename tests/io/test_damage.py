@@ -15,15 +15,6 @@ from gossamer.core.errors import FormatError
 from gossamer.io.digests import digest_of_content
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, tiny_llama):
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    model = tiny_llama(positions=64)
-    gs.prune(model, gs.Magnitude(), density=0.4)
-    gs.save(gs.compress(model), folder)
-    return folder
-
-
 def edit(folder, change):
     """As by someone who knows the format: digests agree with what is there."""
     data = json.loads((folder / "gossamer.json").read_text())

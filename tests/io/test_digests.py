@@ -16,15 +16,6 @@ from gossamer.io import digests
 tf = pytest.importorskip("transformers")
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, tiny_llama):
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    model = tiny_llama(positions=64)
-    gs.prune(model, gs.Magnitude(), density=0.4)
-    gs.save(gs.compress(model), folder)
-    return folder
-
-
 @pytest.fixture
 def copy(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "model")
