@@ -1,5 +1,7 @@
 """Costs measured on the spot: what is asked is timed, once, for a bounded time."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d, quick
 from gossamer.nn.costs import known_costs, use_costs
 from gossamer.nn.dispatch import choose_forms, prepare_where_it_pays, why_dense
 from gossamer.nn.quick import QuickCosts
+from gossamer.nn.timings import read_timings, store_timings
 from gossamer.ops._dispatch import isa_index
 
 AMPLE = 1e9
@@ -141,3 +144,21 @@ def test_real_times_change_no_random_state():
     assert 0 < free < times[1] or free == 1e-9
     assert known.seconds("nothing", "float32", 1, work) is None
     assert torch.equal(state, torch.random.get_rng_state()) and known.spent > 0
+
+
+def test_what_was_timed_is_remembered_between_processes(timed, tmp_path, monkeypatch):
+    path = tmp_path / "new" / "timings.json"
+    keep = partial(store_timings, path)
+    first = gs.compress(net(), costs=QuickCosts(AMPLE, store=keep), batches=False)
+    count = len(timed)
+    again = QuickCosts(AMPLE, found=read_timings(path), store=keep)
+    second = gs.compress(net(), costs=again, batches=False)
+    assert len(timed) == count > 0 and again.spent == 0
+    assert [x.decided for x in second.layers] == [x.decided for x in first.layers]
+    for damage in ("[", "{}", '[{"kind": "linear"}]', path.read_text().replace("0.002", "-1")):
+        path.write_text(damage)
+        assert read_timings(path) == {}
+    monkeypatch.setattr(quick, "calm", lambda: 0.1)
+    path.unlink()
+    gs.compress(net(), costs=QuickCosts(AMPLE, store=keep), batches=False)
+    assert not path.exists()  # of a busy machine nothing is kept

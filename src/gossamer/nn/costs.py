@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from gossamer.core.costs import Costs, Predictor, Work
 from gossamer.core.errors import FormatError
 from gossamer.nn.bitmap import BitmapLinear
 from gossamer.nn.quick import QuickCosts
+from gossamer.nn.timings import read_timings, store_timings
 from gossamer.ops import _dispatch
 
 _LARGEST = 1 << 20
@@ -41,10 +43,10 @@ def cache_folder() -> Path:
     return (Path(named) if Path(named).is_absolute() else Path.home() / ".cache") / "gossamer"
 
 
-def cache_file() -> Path:
-    """Where the costs of this machine are kept: one file per machine."""
+def cache_file(what: str = "costs") -> Path:
+    """Where the costs, or timings, of this machine are kept: one file per machine."""
     key = json.dumps(machine(), sort_keys=True).encode()
-    return cache_folder() / f"costs-{hashlib.sha256(key).hexdigest()[:16]}.json"
+    return cache_folder() / f"{what}-{hashlib.sha256(key).hexdigest()[:16]}.json"
 
 
 def read_costs(path: Path) -> Costs:
@@ -80,8 +82,14 @@ def known_costs(costs: Predictor | Literal["rule"] | None) -> Predictor | None:
 
 
 def measure_here() -> Predictor | None:
-    """What measures when asked; None where no compiled kernels run."""
-    return None if _dispatch.isa_index() < 0 else QuickCosts()
+    """What measures when asked, and remembers it between processes; None without kernels."""
+    if _dispatch.isa_index() < 0:
+        return None
+    try:
+        path = cache_file("timings")
+    except RuntimeError:  # there is no home folder
+        return QuickCosts()
+    return QuickCosts(found=read_timings(path), store=partial(store_timings, path))
 
 
 def store_costs(costs: Costs) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from gossamer.nn.bitmap import BitmapLinear
 from gossamer.nn.conv import PackedConv2d
 from gossamer.nn.quantized import QuantizedLinear
 from gossamer.nn.timing import CALM, calm, copies, in_turns, random_matrix
+from gossamer.nn.timings import Key
 from gossamer.ops.bitmap import WIDEST
 from gossamer.ops.bitmap.native import MATVEC_ROWS
 
@@ -25,8 +27,6 @@ _COLD, _WARM = 64 << 20, 8 << 20
 _TINY = Work(16, 64, 0.5)
 """What such a layer takes is taken for the cost of a call."""
 
-Key = tuple[str, str, int, Work]
-
 
 @dataclass
 class QuickCosts:
@@ -35,12 +35,13 @@ class QuickCosts:
     Random weights of the shape, density and dtype in question are timed, some ten milliseconds for
     each kernel, and remembered. After `budget` seconds in all, times of the nearest shape that was
     measured count, scaled by the weights; where there is none, nothing is known and the rule
-    decides. `note` says where the machine was not calm.
+    decides. `note` says where the machine was not calm; where it was, `store` keeps what was found.
     """
 
     budget: float = 3.0
     spent: float = 0.0
     found: dict[Key, dict[str, float]] = field(default_factory=dict)
+    store: Callable[[Mapping[Key, Mapping[str, float]]], None] | None = None
     word: str = "timed here"
     note: str = ""
 
@@ -75,10 +76,12 @@ class QuickCosts:
             if self.spent >= self.budget:
                 return self._nearest(key)
             start = time.perf_counter()
-            if not self.found and calm() < CALM:
+            if not self.spent and calm() < CALM:
                 self.note = " (on a busy machine)"
             self.found[key] = _measure(*key)
             self.spent += time.perf_counter() - start
+            if self.store is not None and not self.note:
+                self.store(self.found)
         return self.found[key]
 
     def _nearest(self, key: Key) -> dict[str, float]:
