@@ -66,8 +66,11 @@ sweep: $(READY)
 	$(BIN)/python tests/sweep/run.py --write
 
 FUZZ_SECONDS ?= 60
+FUZZ_SEED ?= $(shell date +%s)
 fuzz: $(READY)
-	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz
+	FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/fuzz
+	HYPOTHESIS_PROFILE=default $(BIN)/python -m pytest tests/core tests/io tests/ops \
+		tests/engine/test_structure_kinds.py
 
 # The copy of the package beside the sanitized extension; every set of instructions in turn. Fresh
 # memory is NaN, and reports go past pytest. Then the ordinary kernels with a closed page behind all

@@ -4,9 +4,14 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 from gossamer.core.errors import UsageError
 from gossamer.testbed.packaged import smollm2
+
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+"""`make test` tries the same examples every time; `make fuzz` tries new ones."""
 
 
 @pytest.fixture(autouse=True, scope="session")

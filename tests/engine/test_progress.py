@@ -1,6 +1,7 @@
 """Progress: lines where no bar can be drawn, a log for all others, silence for short steps."""
 
 import logging
+import threading
 import time
 
 import pytest
@@ -51,9 +52,9 @@ def test_a_terminal_gets_a_bar(soon, monkeypatch, capsys):
 
 
 def test_the_thread_ends_with_an_error(soon):
-    import threading
-
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.raises(ValueError, match="stop"), track(2, True):
+        (beating,) = set(threading.enumerate()) - before
+        assert beating.is_alive()
         raise ValueError("stop")
-    assert threading.active_count() == before
+    assert not beating.is_alive()

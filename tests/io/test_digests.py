@@ -130,6 +130,22 @@ def test_the_digest_depends_on_every_byte_and_its_place(size, tmp_path, monkeypa
         assert digests.digest_of(path) != digest
 
 
+@pytest.mark.parametrize("first, second", [(0, 8), (4, 1020), (8, 1032), (0, 4096)])
+def test_exchanged_words_and_signs_are_noticed(first, second, tmp_path):
+    data = bytearray(torch.randn(2048, generator=torch.Generator().manual_seed(0)).numpy())
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(data)
+    digest, other = digests.digest_of(path), bytearray(data)
+    for at, place in ((first, second), (second, first)):
+        other[at : at + 4] = data[place : place + 4]
+    path.write_bytes(other)
+    assert digests.digest_of(path) != digest
+    for at in (first, second):
+        data[at + 7] ^= 128  # the highest bits of two words: their changes cancel in a plain sum
+    path.write_bytes(data)
+    assert digests.digest_of(path) != digest
+
+
 def test_digests_do_not_depend_on_threads(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     path.write_bytes(os.urandom(300_000))
