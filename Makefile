@@ -70,13 +70,13 @@ FUZZ_SEED ?= $(shell date +%s)
 fuzz: $(READY)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/fuzz
 	HYPOTHESIS_PROFILE=default $(BIN)/python -m pytest tests/core tests/io tests/ops \
-		tests/engine/test_structure_kinds.py
+		tests/engine/prune/test_structure_kinds.py
 
 # The copy of the package beside the sanitized extension; every set of instructions in turn. Fresh
 # memory is NaN, and reports go past pytest. Then the ordinary kernels with a closed page behind all
 # their memory: sanitizers do not see what masked vectors and gathers touch.
 SANITIZED := $(CURDIR)/build/sanitize
-KERNEL_TESTS := tests/ops tests/nn tests/fuzz tests/engine/test_decoder.py
+KERNEL_TESTS := tests/ops tests/nn tests/fuzz tests/engine/serve/test_decoder.py
 PLAINLY := -p no:cacheprovider --capture=sys
 sanitize: $(READY)
 	rm -rf $(SANITIZED)/src && mkdir -p $(SANITIZED)/src && cp -r src/gossamer $(SANITIZED)/src/

@@ -21,7 +21,7 @@ def no_cached_costs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         users = os.environ.get("XDG_CACHE_HOME", "")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("gossamer.nn.costs.measure_here", lambda: None)
+        patch.setattr("gossamer.nn.kernel_choice.machine.measure_here", lambda: None)
         yield users
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import gossamer as gs
 from gossamer.cli import main
-from gossamer.engine.evaluate import bits_per_byte, embedding_similarity
+from gossamer.engine.measure.evaluate import bits_per_byte, embedding_similarity
 
 TEXT = "".join(f"line {n}: the quick brown fox jumps over {n * n} dogs\n" for n in range(40))
 

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import gossamer as gs
-from gossamer.engine.evaluate import bits_per_byte
+from gossamer.engine.measure.evaluate import bits_per_byte
 from gossamer.nn import QuantizedLinear
-from gossamer.nn.costs import machine
+from gossamer.nn.kernel_choice.machine import machine
 from gossamer.ops.quantized import reference
 from gossamer.testbed import calibration_batches, heldout_text, language_model
 

@@ -18,10 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gossamer as gs
 from gossamer.bench.measure import measure_limits
-from gossamer.engine.evaluate import decode_speed
-from gossamer.engine.generate import generate
+from gossamer.engine.measure.evaluate import decode_speed
+from gossamer.engine.serve.generate import generate
 from gossamer.nn import BitmapLinear
-from gossamer.nn.costs import machine
+from gossamer.nn.kernel_choice.machine import machine
 
 OUT = Path(__file__).parents[1] / "results" / "llama_1b.json"
 

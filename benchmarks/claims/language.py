@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import gossamer as gs
-from gossamer.engine.evaluate import bits_per_byte
+from gossamer.engine.measure.evaluate import bits_per_byte
 from gossamer.testbed import calibration_batches, heldout_text, language_model
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from gossamer.nn.costs import machine
+from gossamer.nn.kernel_choice.machine import machine
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "claims"
 HOLDS, FAILS, UNTESTABLE = "holds", "does not hold here", "not testable at this size"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import gossamer as gs
 from gossamer.core.allocation import LayerInfo
-from gossamer.methods.weights.training.topology import Fixed
+from gossamer.methods.weights.topology import Fixed
 
 COUPLED = (
     gs.Coupled(128, ("1",), (), (), ("3",)),

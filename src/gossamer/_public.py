@@ -3,7 +3,6 @@
 from gossamer.api import compare, prune
 from gossamer.core.allocation import ER, ERK, LAMP, OWL, Global, Uniform, UniformPlus
 from gossamer.core.card import Card
-from gossamer.core.costs import Costs
 from gossamer.core.coupling import Coupled
 from gossamer.core.errors import (
     FormatError,
@@ -18,19 +17,20 @@ from gossamer.core.result import CompressResult, Coverage, LayerRecord, LeftOut,
 from gossamer.core.select import select, select_global
 from gossamer.core.support import Support
 from gossamer.core.text import text_batches
-from gossamer.engine.compress import compress
-from gossamer.engine.generate import generate
-from gossamer.engine.measure_costs import calibrate_costs
-from gossamer.engine.rounds import Part, RoundsResult, train_rounds
-from gossamer.engine.structure import ShrinkResult, coupled_channels, fixed_channels, shrink
-from gossamer.engine.train import SparseRun, sparse_training
-from gossamer.engine.true_sparse import TrueSparseRun, sparse_layers, true_sparse_training
-from gossamer.engine.unpack import unpack
+from gossamer.engine.prune.structure import ShrinkResult, coupled_channels, fixed_channels, shrink
+from gossamer.engine.serve.compress import compress
+from gossamer.engine.serve.generate import generate
+from gossamer.engine.serve.measure_latency import calibrate_costs
+from gossamer.engine.serve.unpack import unpack
+from gossamer.engine.train.compressed import TrueSparseRun, sparse_layers, true_sparse_training
+from gossamer.engine.train.masked import SparseRun, sparse_training
+from gossamer.engine.train.rounds import Part, RoundsResult, train_rounds
 from gossamer.io import export, load, push, save
 from gossamer.methods import cards, find
 from gossamer.methods.weights.catalogue import *  # noqa: F403 - every method by its name
 from gossamer.methods.weights.catalogue import CATALOGUE
-from gossamer.methods.weights.training.keep import Keep
+from gossamer.methods.weights.keep import Keep
+from gossamer.nn.kernel_choice.latency import Costs
 from gossamer.nn.semi_structured import from_semi_structured, to_semi_structured
 from gossamer.report.comparison import Comparison
 

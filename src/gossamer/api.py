@@ -15,12 +15,12 @@ from gossamer.core.errors import UsageError
 from gossamer.core.pattern import Pattern, parse_pattern
 from gossamer.core.result import PruneResult, unwrap
 from gossamer.core.words import build
-from gossamer.engine import prune as engine
 from gossamer.engine.data import Batch, read_batches
-from gossamer.engine.evaluate import Measurable
+from gossamer.engine.measure.evaluate import Measurable
+from gossamer.engine.measure.tasks import Outputs, Subject, Task, is_causal, reads_text, task_of
 from gossamer.engine.protocols import Allocation, Method
-from gossamer.engine.tasks import Outputs, Subject, Task, is_causal, reads_text, task_of
-from gossamer.nn.costs import machine
+from gossamer.engine.prune import run as engine
+from gossamer.nn.kernel_choice.machine import machine
 from gossamer.report.comparison import Comparison
 
 

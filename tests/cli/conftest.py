@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from gossamer.core.costs import Costs
 from gossamer.io.load import read_content
 from gossamer.io.stored import unpack
-from gossamer.nn.costs import machine, store_costs
+from gossamer.nn.kernel_choice.latency import Costs
+from gossamer.nn.kernel_choice.machine import machine, store_costs
 
 
 @pytest.fixture(autouse=True, scope="module")

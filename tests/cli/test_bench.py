@@ -25,9 +25,10 @@ from gossamer.bench.measure import Limits, Turns, interleaved, measure_limits
 from gossamer.cli import bench, main
 from gossamer.cli.bench import _improve, describe
 from gossamer.core.errors import GossamerError
-from gossamer.engine import decoder
-from gossamer.engine.compress import compress
-from gossamer.nn import BitmapLinear, NMLinear, QuantizedLinear, timing
+from gossamer.engine.serve import decoder
+from gossamer.engine.serve.compress import compress
+from gossamer.nn import BitmapLinear, NMLinear, QuantizedLinear
+from gossamer.nn.kernel_choice import timing
 from gossamer.ops import _dispatch
 from gossamer.ops._dispatch import ISAS, isa
 from gossamer.ops._dispatch import kernels as compiled

@@ -14,7 +14,7 @@ import torch
 
 import gossamer as gs
 from gossamer.cli import COMMANDS, main
-from gossamer.engine.evaluate import bits_per_byte
+from gossamer.engine.measure.evaluate import bits_per_byte
 from gossamer.methods import verdicts
 
 transformers = pytest.importorskip("transformers")

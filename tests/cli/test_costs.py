@@ -9,9 +9,9 @@ import pytest
 from gossamer.cli import costs as module
 from gossamer.cli import main
 from gossamer.cli.costs import costs_named
-from gossamer.core.costs import Costs
 from gossamer.core.errors import DisturbedError, FormatError, UsageError
-from gossamer.nn.costs import cache_file, cached_costs, known_costs, machine
+from gossamer.nn.kernel_choice.latency import Costs
+from gossamer.nn.kernel_choice.machine import cache_file, cached_costs, known_costs, machine
 from gossamer.ops._dispatch import isa_index
 
 MADE = Costs(machine(), {"dense float32": {1: (1e-6, 0.0, 1e-9, 0.0, 0.0), 128: (0.0,) * 5}})
@@ -29,7 +29,7 @@ def measured(monkeypatch, tmp_path):
 
 
 def test_auto_takes_what_calibrate_kept_else_short_timings(measured, monkeypatch, capsys):
-    monkeypatch.setattr("gossamer.nn.costs.measure_here", lambda: "timings")
+    monkeypatch.setattr("gossamer.nn.kernel_choice.machine.measure_here", lambda: "timings")
     assert known_costs(costs_named("auto")) == "timings" and not measured
     main(["calibrate"])
     assert known_costs(costs_named("auto")) == MADE == cached_costs() and len(measured) == 1
@@ -77,6 +77,6 @@ def test_calibrate_prints_a_table_or_json(measured, capsys):
 
 
 def test_another_process_finds_the_same_costs():
-    code = "from gossamer.nn.costs import cached_costs; print(cached_costs() is not None)"
+    code = "from gossamer.nn.kernel_choice.machine import cached_costs; print(cached_costs() is not None)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "True", done.stderr

@@ -9,8 +9,8 @@ from torch import nn
 
 import gossamer as gs
 from gossamer.cli import main
-from gossamer.core.costs import Costs
-from gossamer.nn.costs import machine
+from gossamer.nn.kernel_choice.latency import Costs
+from gossamer.nn.kernel_choice.machine import machine
 from gossamer.nn.serving import serves
 
 TERMS = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gossamer.cli import main
-from gossamer.engine.fit import Fit
+from gossamer.engine.train.fit import Fit
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
@@ -230,7 +230,7 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(tmp_path, ca
     with pytest.raises(SystemExit) as caught:
         main(argv)
     assert caught.value.code == 2 and "gossamer: error: " in capsys.readouterr().err
-    from gossamer.engine.checkpoint import read_state
+    from gossamer.engine.train.checkpoint import read_state
 
     state = read_state(tmp_path / ".out.train" / "checkpoint.safetensors")
     assert state["step"] >= 1
@@ -240,7 +240,7 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(tmp_path, ca
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, capsys):
     hidden = tmp_path / ".out.train"
     argv = flags(data="digits", model="mlp", steps=4, lr=0.1, out=tmp_path / "out")
-    from gossamer.engine.checkpoint import write_state
+    from gossamer.engine.train.checkpoint import write_state
 
     write_state(hidden / "checkpoint.safetensors", {"fingerprint": json.dumps({"lr": 3})})
     with pytest.raises(SystemExit) as caught:

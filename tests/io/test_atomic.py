@@ -12,7 +12,7 @@ from torch import nn
 
 import gossamer as gs
 from gossamer.core.errors import FormatError
-from gossamer.engine.checkpoint import write_state
+from gossamer.engine.train.checkpoint import write_state
 from gossamer.io import atomic
 from gossamer.nn import BitmapLinear
 

@@ -9,12 +9,12 @@ from torch import nn
 
 from gossamer.core.errors import FormatError, UsageError
 from gossamer.core.matrix import as_matrix
-from gossamer.engine.compress import compress
-from gossamer.engine.unpack import unpack
+from gossamer.engine.serve.compress import compress
+from gossamer.engine.serve.unpack import unpack
 from gossamer.io.load import load
 from gossamer.io.save import save
 from gossamer.nn import BitmapLinear, ConvChain, DepthwiseConv2d, PackedConv2d
-from gossamer.nn.conv import MAX_DENSITY, MAX_GROUPED
+from gossamer.nn.packed.conv import MAX_DENSITY, MAX_GROUPED
 from gossamer.ops.conv import Window
 
 

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 import gossamer as gs
-from gossamer.core.costs import Work
-from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d, quick
-from gossamer.nn.costs import known_costs, use_costs
-from gossamer.nn.dispatch import choose_forms, prepare_where_it_pays, why_dense
-from gossamer.nn.quick import QuickCosts
-from gossamer.nn.timings import read_timings, store_timings
+from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d
+from gossamer.nn.kernel_choice import quick
+from gossamer.nn.kernel_choice.decide import choose_forms, prepare_where_it_pays, why_dense
+from gossamer.nn.kernel_choice.latency import Work
+from gossamer.nn.kernel_choice.machine import known_costs, use_costs
+from gossamer.nn.kernel_choice.quick import QuickCosts
+from gossamer.nn.kernel_choice.timings import read_timings, store_timings
 from gossamer.ops._dispatch import isa_index
 
 AMPLE = 1e9

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from gossamer.nn.costs import machine
+from gossamer.nn.kernel_choice.machine import machine
 from gossamer.ops import _dispatch
 
 ZEN4 = """processor	: 0

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import gossamer as gs
-from gossamer.engine.evaluate import bits_per_byte
-from gossamer.engine.generate import generate
-from gossamer.engine.tasks import Subject
+from gossamer.engine.measure.evaluate import bits_per_byte
+from gossamer.engine.measure.tasks import Subject
+from gossamer.engine.serve.generate import generate
 from gossamer.testbed import calibration_text, heldout_text
 
 pytestmark = pytest.mark.models

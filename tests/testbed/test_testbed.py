@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gossamer.core.errors import UsageError
-from gossamer.engine.evaluate import bits_per_byte
+from gossamer.engine.measure.evaluate import bits_per_byte
 from gossamer.testbed import (
     baselines,
     calibration_batches,

@@ -25,7 +25,7 @@ from gossamer.core.errors import GossamerError
 from gossamer.core.matrix import as_matrix, write_matrix
 from gossamer.core.pattern import Unstructured
 from gossamer.core.select import select
-from gossamer.engine.compress import compress
+from gossamer.engine.serve.compress import compress
 from gossamer.nn import BitmapLinear, PackedConv2d
 from gossamer.nn.chain import fuse
 

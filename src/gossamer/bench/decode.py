@@ -12,9 +12,9 @@ from gossamer.bench.measure import Limits
 from gossamer.core.errors import MissingExtra, UsageError
 from gossamer.core.pattern import Unstructured
 from gossamer.core.select import select
-from gossamer.engine.compress import compress
-from gossamer.engine.evaluate import decode_speed
-from gossamer.nn.bitmap import BitmapLinear
+from gossamer.engine.measure.evaluate import decode_speed
+from gossamer.engine.serve.compress import compress
+from gossamer.nn.packed.bitmap import BitmapLinear
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from gossamer.bench import integer_peers, peers
 from gossamer.bench.measure import Limits, Rounds, interleaved
 from gossamer.core.errors import GossamerError
 from gossamer.nn import BitmapLinear, QuantizedLinear
-from gossamer.nn.dispatch import choose_columns, choose_form
+from gossamer.nn.kernel_choice.decide import choose_columns, choose_form
 from gossamer.ops._dispatch import isa
 from gossamer.ops.bitmap.native import MATVEC_ROWS
 from gossamer.ops.quantized.reference import quantize_input

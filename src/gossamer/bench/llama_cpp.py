@@ -26,8 +26,8 @@ from gossamer.bench.measure import Limits
 from gossamer.core.errors import GossamerError, MissingExtra
 from gossamer.core.pattern import Pattern, parse_pattern
 from gossamer.core.select import select
-from gossamer.engine.compress import compress
-from gossamer.engine.decoder import Decoder
+from gossamer.engine.serve.compress import compress
+from gossamer.engine.serve.decoder import Decoder
 from gossamer.io import load, save
 from gossamer.nn import BitmapLinear, QuantizedLinear
 from gossamer.nn.serving import serves

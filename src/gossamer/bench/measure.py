@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gossamer.core.errors import UsageError
-from gossamer.nn.timing import CALM, calm, rate
+from gossamer.nn.kernel_choice.timing import CALM, calm, rate
 from gossamer.ops._dispatch import isa_index, kernels
 
 Call = Callable[[], object]

@@ -17,9 +17,9 @@ from gossamer.bench import active, conv, decode, kernels, llama_cpp, nm, spgemm,
 from gossamer.bench.measure import Limits, Rounds, measure_limits, when_calm
 from gossamer.cli.output import note, print_json, print_table
 from gossamer.core.errors import UsageError
-from gossamer.engine.journal import write_whole
-from gossamer.nn.costs import cache_folder, machine
-from gossamer.nn.timing import CALM
+from gossamer.engine.prune.journal import write_whole
+from gossamer.nn.kernel_choice.machine import cache_folder, machine
+from gossamer.nn.kernel_choice.timing import CALM
 from gossamer.ops import _dispatch
 
 Timed = Callable[[], dict[str, Any]]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from gossamer.cli.costs import measure_costs
 from gossamer.cli.output import print_json, print_table
-from gossamer.core.costs import Costs, Work
-from gossamer.nn.costs import cache_file
-from gossamer.nn.dispatch import BATCH, PIXELS
+from gossamer.nn.kernel_choice.decide import BATCH, PIXELS
+from gossamer.nn.kernel_choice.latency import Costs, Work
+from gossamer.nn.kernel_choice.machine import cache_file
 
 _SHOWN = Work(4096, 4096), Work(4096, 4096, 0.5)
 

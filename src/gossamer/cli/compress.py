@@ -35,10 +35,10 @@ from gossamer.core.errors import UsageError
 from gossamer.core.matrix import is_prunable
 from gossamer.core.pattern import NM, Pattern, parse_pattern
 from gossamer.core.result import CompressResult, PruneResult
-from gossamer.engine.compress import compress
+from gossamer.engine.measure.tasks import Subject, Task, task_of
 from gossamer.engine.progress import track
-from gossamer.engine.prune import prune
-from gossamer.engine.tasks import Subject, Task, task_of
+from gossamer.engine.prune.run import prune
+from gossamer.engine.serve.compress import compress
 from gossamer.io.atomic import check_target, new_folder
 from gossamer.io.save import save
 from gossamer.methods import find

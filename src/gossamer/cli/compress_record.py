@@ -15,9 +15,9 @@ from torch import nn
 
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult
 from gossamer.engine.data import Batch, call
-from gossamer.engine.flops import forward_work
-from gossamer.engine.tasks import Task
-from gossamer.nn.costs import machine as this_machine
+from gossamer.engine.measure.tasks import Task
+from gossamer.engine.train.flops import forward_work
+from gossamer.nn.kernel_choice.machine import machine as this_machine
 from gossamer.ops import _dispatch
 
 

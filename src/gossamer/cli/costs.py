@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from gossamer.cli.output import note
-from gossamer.core.costs import Costs
 from gossamer.core.errors import UsageError
-from gossamer.engine.measure_costs import calibrate_costs
-from gossamer.nn.costs import read_costs, store_costs
+from gossamer.engine.serve.measure_latency import calibrate_costs
+from gossamer.nn.kernel_choice.latency import Costs
+from gossamer.nn.kernel_choice.machine import read_costs, store_costs
 
 
 def measure_costs() -> Costs:

@@ -9,8 +9,8 @@ from typing import Literal
 from gossamer.cli.inputs import BUNDLED, read_model
 from gossamer.cli.output import note, print_json
 from gossamer.core.errors import UsageError
-from gossamer.engine.generate import generate
 from gossamer.engine.progress import track
+from gossamer.engine.serve.generate import generate
 
 
 @dataclass

@@ -13,8 +13,8 @@ from torch import nn
 from gossamer.cli.hub import model_folder
 from gossamer.core import text
 from gossamer.core.errors import FormatError, MissingExtra, UsageError
+from gossamer.engine.measure.tasks import Subject, is_causal, main_input, reads_text
 from gossamer.engine.progress import track
-from gossamer.engine.tasks import Subject, is_causal, main_input, reads_text
 from gossamer.io import load
 
 BUNDLED, BUNDLED_TEXT = "testbed:lm", "testbed:text"

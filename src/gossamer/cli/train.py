@@ -27,16 +27,16 @@ from gossamer.cli.train_tasks import Images, Text, read_work
 from gossamer.core.allocation import ALLOCATIONS
 from gossamer.core.errors import MissingExtra, UsageError
 from gossamer.core.pattern import parse_pattern
-from gossamer.engine.fit import Fit, Recipe
-from gossamer.engine.flops import expected_flops, steps_for
-from gossamer.engine.journal import write_whole
 from gossamer.engine.progress import track
 from gossamer.engine.protocols import Rounds
-from gossamer.engine.rounds import expected_rounds_flops
+from gossamer.engine.prune.journal import write_whole
+from gossamer.engine.train.fit import Fit, Recipe
+from gossamer.engine.train.flops import expected_flops, steps_for
+from gossamer.engine.train.rounds import expected_rounds_flops
 from gossamer.io.atomic import check_target, new_folder
 from gossamer.io.save import save
 from gossamer.methods import find
-from gossamer.nn.costs import machine
+from gossamer.nn.kernel_choice.machine import machine
 from gossamer.report.training import (
     SWEEP_HEADER,
     headline,

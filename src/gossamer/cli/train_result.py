@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gossamer.cli.train_tasks import Work
 from gossamer.core.pattern import format_pattern
-from gossamer.engine.fit import Fit
+from gossamer.engine.train.fit import Fit
 
 
 def log_step(writer: Any, fit: Fit, prefix: str, step: int = 0, flops: float = 0.0) -> None:

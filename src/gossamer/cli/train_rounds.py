@@ -21,11 +21,11 @@ from gossamer.cli.train_result import layers_of, log_step, quality
 from gossamer.cli.train_tasks import Images, Text
 from gossamer.core.errors import FormatError
 from gossamer.core.pattern import format_pattern
-from gossamer.engine.fit import Fit, Recipe
-from gossamer.engine.journal import check_same_run, write_whole
 from gossamer.engine.progress import track
 from gossamer.engine.protocols import Rounds, Trainer
-from gossamer.engine.rounds import Part, RoundsResult, parts_of, train_rounds
+from gossamer.engine.prune.journal import check_same_run, write_whole
+from gossamer.engine.train.fit import Fit, Recipe
+from gossamer.engine.train.rounds import Part, RoundsResult, parts_of, train_rounds
 
 MEMBER = 10_007
 """Between the seeds of the batches of a soup's copies."""

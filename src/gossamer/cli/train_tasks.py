@@ -21,9 +21,9 @@ from gossamer.cli.inputs import BUNDLED, BUNDLED_TEXT, check_model, read_model, 
 from gossamer.core.errors import FormatError, MissingExtra, UsageError
 from gossamer.core.text import windows
 from gossamer.engine.data import digest
-from gossamer.engine.evaluate import bits_per_byte
 from gossamer.engine.hooks import evaluating
-from gossamer.engine.tasks import Subject
+from gossamer.engine.measure.evaluate import bits_per_byte
+from gossamer.engine.measure.tasks import Subject
 
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
 """Training images, training labels, test images, test labels."""

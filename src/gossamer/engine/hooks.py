@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import UsageError
-from gossamer.engine.optimizers import ASCENTS, Followed
+from gossamer.engine.train.optimizers import ASCENTS, Followed
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and keyword arguments of one call of a module."""

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from gossamer.core.errors import MissingExtra, UsageError
 from gossamer.engine.protocols import Trainer
-from gossamer.engine.train import SparseRun, sparse_training
+from gossamer.engine.train.masked import SparseRun, sparse_training
 
 try:
     from lightning.pytorch.callbacks import Callback

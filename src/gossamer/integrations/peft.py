@@ -22,8 +22,8 @@ from gossamer.core.errors import MissingExtra, UsageError
 from gossamer.core.result import PruneResult
 from gossamer.core.support import Support
 from gossamer.engine.hooks import adjust_outputs
-from gossamer.engine.train_guard import fingerprint
-from gossamer.engine.train_layers import TrainedLayer
+from gossamer.engine.train.guard import fingerprint
+from gossamer.engine.train.layers import TrainedLayer
 
 try:
     from peft import PeftModel

@@ -26,8 +26,8 @@ from gossamer.io.manifest import NAME, PackedLayer, read_manifest
 from gossamer.io.save import METHOD, save
 from gossamer.io.stored import BITMAP, VALUES, Stored, unpack
 from gossamer.io.tensors import INDEX, PACKED, SINGLE, check_header
-from gossamer.nn.bitmap import serves_batches
-from gossamer.nn.costs import known_costs
+from gossamer.nn.kernel_choice.machine import known_costs
+from gossamer.nn.packed.bitmap import serves_batches
 from gossamer.nn.serving import Packed
 
 try:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import MissingExtra, UsageError
-from gossamer.engine.checkpoint import read_state, write_state
 from gossamer.engine.protocols import Trainer
-from gossamer.engine.train import SparseRun, sparse_training
+from gossamer.engine.train.checkpoint import read_state, write_state
+from gossamer.engine.train.masked import SparseRun, sparse_training
 
 try:
     from transformers import TrainerCallback

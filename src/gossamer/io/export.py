@@ -17,7 +17,7 @@ from gossamer.io.names import check_savable, plain_names
 from gossamer.io.save import distinct, write_config, write_tensors
 from gossamer.io.skeleton import CONFIG
 from gossamer.io.tensors import PLAIN
-from gossamer.nn.packed import PackedLayer
+from gossamer.nn.packed.base import PackedLayer
 
 DIFFUSERS = "diffusion_pytorch_model"
 _BESIDE = frozenset({

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.core.costs import Predictor
 from gossamer.core.errors import FormatError, UsageError
 from gossamer.core.matrix import as_matrix, is_prunable, is_transposed
 from gossamer.io.layers import Packed
 from gossamer.io.stored import Stored, unpack
 from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d, QuantizedLinear
-from gossamer.nn.conv import no_kernel
-from gossamer.nn.dispatch import FAMILIES, why_dense
-from gossamer.nn.packed import PackedLayer
-from gossamer.nn.places import put, why_not_here
+from gossamer.nn.kernel_choice.decide import FAMILIES, why_dense
+from gossamer.nn.kernel_choice.latency import Predictor
+from gossamer.nn.packed.base import PackedLayer
+from gossamer.nn.packed.conv import no_kernel
+from gossamer.nn.packed.places import put, why_not_here
 
 
 @dataclass

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gossamer.core.costs import Predictor
 from gossamer.core.errors import FormatError, UsageError
 from gossamer.core.result import unwrap
 from gossamer.io.digests import changed
@@ -29,8 +28,9 @@ from gossamer.io.stored import take
 from gossamer.io.tensors import read_tensors
 from gossamer.nn import serves_batches
 from gossamer.nn.chain import fuse
-from gossamer.nn.costs import known_costs, use_costs
-from gossamer.nn.dispatch import choose_forms, prepare_where_it_pays
+from gossamer.nn.kernel_choice.decide import choose_forms, prepare_where_it_pays
+from gossamer.nn.kernel_choice.latency import Predictor
+from gossamer.nn.kernel_choice.machine import known_costs, use_costs
 
 
 def load(

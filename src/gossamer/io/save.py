@@ -27,7 +27,7 @@ from gossamer.io.skeleton import CONFIG, GENERATION, outline, read_config
 from gossamer.io.stored import BITMAP, VALUES, pack
 from gossamer.io.tensors import INDEX, PACKED, PLAIN, SHARD, SINGLE
 from gossamer.nn import NMLinear, PackedConv2d, QuantizedLinear
-from gossamer.nn.dispatch import SLOWER
+from gossamer.nn.kernel_choice.decide import SLOWER
 from gossamer.nn.serving import Packed, serves
 
 LARGEST = 4 << 30

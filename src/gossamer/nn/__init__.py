@@ -1,11 +1,11 @@
 """Modules that hold sparse weights."""
 
-from gossamer.nn.bitmap import BitmapLinear, serves_batches
 from gossamer.nn.chain import ConvChain
-from gossamer.nn.conv import DepthwiseConv2d, PackedConv2d
 from gossamer.nn.dense import to_dense
-from gossamer.nn.nm import NMLinear, prepare_batches
-from gossamer.nn.quantized import QuantizedLinear
+from gossamer.nn.packed.bitmap import BitmapLinear, serves_batches
+from gossamer.nn.packed.conv import DepthwiseConv2d, PackedConv2d
+from gossamer.nn.packed.nm import NMLinear, prepare_batches
+from gossamer.nn.packed.quantized import QuantizedLinear
 from gossamer.nn.semi_structured import from_semi_structured, to_semi_structured
 from gossamer.nn.sparse import SparseConv2d, SparseLinear
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.matrix import as_matrix
-from gossamer.nn.conv import (
+from gossamer.nn.packed.conv import (
     DepthwiseConv2d,
     PackedConv2d,
     no_kernel,
     serves_depthwise,
     window_of,
 )
-from gossamer.nn.places import put, why_not_here
+from gossamer.nn.packed.places import put, why_not_here
 from gossamer.ops import _dispatch
 from gossamer.ops import conv as ops
 from gossamer.ops.conv import Before, Ends, Stage, Window

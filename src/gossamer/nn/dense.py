@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from gossamer.nn.chain import unfuse
-from gossamer.nn.places import take_all_back
+from gossamer.nn.packed.places import take_all_back
 from gossamer.nn.sparse import SparseLayer
 
 

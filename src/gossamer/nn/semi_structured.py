@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gossamer.core.errors import UsageError
-from gossamer.nn.bitmap import BitmapLinear
-from gossamer.nn.nm import NMLinear
+from gossamer.nn.packed.bitmap import BitmapLinear
+from gossamer.nn.packed.nm import NMLinear
 from gossamer.ops import nm as ops
 
 _DTYPES = (torch.float16, torch.bfloat16)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from gossamer.nn.bitmap import BitmapLinear
-from gossamer.nn.conv import PackedConv2d
-from gossamer.nn.nm import NMLinear
-from gossamer.nn.quantized import QuantizedLinear
+from gossamer.nn.packed.bitmap import BitmapLinear
+from gossamer.nn.packed.conv import PackedConv2d
+from gossamer.nn.packed.nm import NMLinear
+from gossamer.nn.packed.quantized import QuantizedLinear
 from gossamer.ops import _dispatch
 from gossamer.ops.bitmap import kernel_name
 from gossamer.ops.bitmap.native import MATVEC_ROWS, unpacks

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from gossamer.core.errors import FormatError, GossamerError, MissingExtra, UsageError
 from gossamer.io.atomic import new_folder
-from gossamer.nn.costs import cache_folder
+from gossamer.nn.kernel_choice.machine import cache_folder
 
 __all__ = ["fetch", "smollm2"]
 

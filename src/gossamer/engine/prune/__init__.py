@@ -1,0 +1,1 @@
+"""Pruning a trained model: the plan, calibration, blocks in order, whole channels."""

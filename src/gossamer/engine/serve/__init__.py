@@ -1,0 +1,1 @@
+"""Serving: packed layers for a model, decoding, generation."""

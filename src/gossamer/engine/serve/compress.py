@@ -1,0 +1,332 @@
+"""Putting sparse kernels behind the layers whose zeros pay."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.core.errors import UsageError
+from gossamer.core.matrix import as_matrix, is_prunable
+from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwrap
+from gossamer.engine.prune.coverage import nonzeros
+from gossamer.engine.serve.coverage import other_records, packed_coverage
+from gossamer.models.layers import matching
+from gossamer.nn.chain import fuse
+from gossamer.nn.kernel_choice.decide import (
+    FAMILIES,
+    SLOWER,
+    Decision,
+    choose_columns,
+    choose_form,
+    decide,
+    prepare,
+)
+from gossamer.nn.kernel_choice.latency import Costs, Predictor
+from gossamer.nn.kernel_choice.machine import choose_unpacking, known_costs
+from gossamer.nn.packed.bitmap import BitmapLinear, serves_batches
+from gossamer.nn.packed.conv import PackedConv2d, why_not
+from gossamer.nn.packed.nm import NMLinear, pays_as_nm
+from gossamer.nn.packed.places import put, why_not_here
+from gossamer.nn.packed.quantized import QuantizedLinear
+from gossamer.nn.serving import serves
+from gossamer.ops import _dispatch
+from gossamer.ops.bitmap import bitmap_bytes
+from gossamer.ops.conv import kernel_name as conv_kernel_name
+from gossamer.ops.quantized import BITS
+
+MAX_BYTES = 0.9
+"""Without measured costs a packed weight must be at most this fraction of the dense one."""
+
+
+def compress(
+    model: nn.Module | PruneResult,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    max_density: float | None = None,
+    batches: bool | None = None,
+    strict: bool = False,
+    bits: int | None = None,
+    group: int = 128,
+    head_bits: int = 8,
+    costs: Costs | Literal["rule"] | None = None,
+) -> CompressResult:
+    """Replace each sparse layer, in place, by one with a sparse kernel where that is faster.
+
+    A Linear becomes a `BitmapLinear` or, pruned N:M, an `NMLinear`. A float32 Conv2d of one group
+    becomes a `PackedConv2d`. 3x3 depthwise convolutions get a kernel for the same layout, and a
+    Sequential around convolutions becomes a `ConvChain`, which folds batch norms and ReLUs in.
+
+    Any zeros count, whoever made them. Every matrix has a record that names its kernel, or the
+    reason why it stays dense: no kernel is faster, its weight is tied or multiplied by its parent,
+    its forward is its own, or no kernel serves its kind, dtype or device. A packed layer keeps the
+    hooks, attributes and bias of the layer that it replaces, and has a read-only `weight`.
+    `gs.unpack` undoes the call.
+
+    Parameters
+    ----------
+    model : nn.Module or PruneResult
+        Changed in place.
+    include, exclude : sequence of str
+        `fnmatch` patterns on dotted names: pack only layers that match, and none of these.
+    max_density : float, optional
+        Leave denser layers dense.
+    batches : bool, optional
+        Also keep, in memory only, a form of the weights for more than 8 rows of input (3 to 4 bytes
+        more per kept bfloat16 weight). By default for models that do not generate text.
+    strict : bool
+        Raise UsageError where a layer that holds zeros, and was not left out, stays dense.
+    bits : {4, 8}, optional
+        Also round the weights of every untied linear layer, sparse or dense, to integers, to the
+        nearest. Each becomes a `QuantizedLinear`. Measure what the rounding costs.
+    group : int
+        Columns that share a scale, with `bits`: a power of two from 64 on.
+    head_bits : {4, 8}
+        The width of a language model's output head, with `bits`.
+    costs : Costs or "rule", optional
+        What decides. By default what `calibrate_costs` measured on this machine; without it every
+        distinct shape, density and dtype is timed, for at most three seconds in all. Models that
+        generate text are judged by one row of input, others by 128, so on a processor with bfloat16
+        products an encoder in bfloat16 mostly stays dense. "rule" measures nothing: a layer is
+        packed at up to 0.9 of its dense bytes, a convolution up to density 0.25. What files store
+        does not depend on it.
+
+    Returns
+    -------
+    CompressResult
+        The model, a record per matrix, and the coverage of the whole model.
+
+    Raises
+    ------
+    UsageError
+        For bad arguments, patterns that match nothing, and weights on the meta device; nothing is
+        changed then.
+
+    Examples
+    --------
+    >>> fast = gs.compress(gs.prune(model, "magnitude", sparsity=0.7))  # doctest: +SKIP
+    >>> print(fast.summary)  # doctest: +SKIP
+    """
+    root = unwrap(model)
+    _check(root, bits, group, head_bits)
+    layers = {n: m for n, m in root.named_modules() if is_prunable(m)}
+    names = {name: name for name in layers}
+    wanted = matching(include, names, root, "include") if include else set(layers)
+    call = _Call(
+        root, wanted - matching(exclude, names, root, "exclude"), max_density,
+        serves_batches(root, batches), bits, group, head_bits, known_costs(costs), _head(root),
+        type(root).__name__ not in FAMILIES, _uses(root),
+    )  # fmt: skip
+    requested = {r.name: r for r in model.layers} if isinstance(model, PruneResult) else {}
+    plans = [
+        (module, *_decide(name, module, requested.get(name), call))
+        for name, module in layers.items()
+        if not _untouched_embedding(module)
+    ]
+    for _, record, reason in plans if strict else ():
+        if reason is not None and record.density < 1.0 and record.name in call.wanted:
+            raise UsageError(f"{record.name} stays dense: {reason}")
+    records = [_serve(module, record, reason, call) for module, record, reason in plans]
+    coverage = packed_coverage(root, records)
+    others = {record.name: record for record in other_records(root)}
+    others.update((name, _depthwise_record(root, name)) for name in fuse(root))
+    records += others.values()
+    threads = torch.get_num_threads()
+    return CompressResult(root, tuple(records), _dispatch.isa(), threads, coverage)
+
+
+def _check(root: nn.Module, bits: int | None, group: int, head_bits: int) -> None:
+    """Raise UsageError for what cannot be right, before anything changes."""
+    if is_prunable(root):
+        raise UsageError("the model is itself one layer; wrap it in torch.nn.Sequential")
+    if bits is not None and (bits not in BITS or head_bits not in BITS):
+        raise UsageError(f"bits and head_bits are 4 or 8, not {bits} and {head_bits}")
+    if group < 64 or group & (group - 1):
+        raise UsageError(f"group is a power of two from 64 on, not {group}")
+    for name, tensor in root.named_parameters():
+        if tensor.is_meta:
+            raise UsageError(
+                f"{name} is on the meta device, so it holds no numbers; load the weights first"
+            )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call of `compress` wants of every layer, and what it knows of the whole model."""
+
+    root: nn.Module
+    wanted: set[str]
+    max_density: float | None
+    batches: bool
+    bits: int | None
+    group: int
+    head_bits: int
+    costs: Predictor | None
+    head: nn.Module | None
+    calls: bool
+    uses: Counter[int]
+
+    def bits_of(self, module: nn.Module) -> int | None:
+        """The width of the integers that the layer's weights become."""
+        if self.bits is None or isinstance(module, nn.Conv2d):
+            return None
+        return self.head_bits if module is self.head else self.bits
+
+
+def _uses(root: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter, by its id."""
+    modules = root.modules()
+    return Counter(id(p) for module in modules for p in module.parameters(recurse=False))
+
+
+def _decide(
+    name: str, module: nn.Module, asked: LayerRecord | None, call: _Call
+) -> tuple[LayerRecord, str | None]:
+    """The layer's record with what decided, and the reason to leave it dense, if any."""
+    record, bits = _record(name, module, asked), call.bits_of(module)
+    reason = _refusal(module, record, call, bits)
+    if reason is not None or bits is not None:
+        return record, reason
+    if call.costs is not None:
+        decision = decide(module, record, call.costs, call.batches, call.calls)
+        if decision is not None:
+            return _by_costs(record, decision)
+    return _by_rule(module, record)
+
+
+def _serve(module: nn.Module, record: LayerRecord, reason: str | None, call: _Call) -> LayerRecord:
+    """Replace one layer, unless there is a reason to leave it dense."""
+    if reason is not None:
+        if reason.startswith(SLOWER):  # kept with the model, so that a file says it too
+            module.dense_reason = reason  # type: ignore[assignment]
+        return replace(record, reason=reason, sparse_bytes=record.dense_bytes)
+    bits = call.bits_of(module)
+    return _swap(module, record, call) if bits is None else _quantize(module, record, bits, call)
+
+
+def _head(root: nn.Module) -> nn.Module | None:
+    """The layer that turns a language model's states into logits."""
+    asked: Any = getattr(root, "get_output_embeddings", None)
+    return asked() if callable(asked) else None
+
+
+def _depthwise_record(root: nn.Module, name: str) -> LayerRecord:
+    """Of a convolution that stays dense, by the kernel that suits what surrounds it."""
+    weight = root.get_parameter(f"{name}.weight")
+    shape, density = (weight.shape[0], 9), float((weight != 0).float().mean())
+    return LayerRecord(
+        name, shape, density, 1.0, conv_kernel_name(None), dense_bytes=weight.nbytes,
+        sparse_bytes=weight.nbytes, batches=conv_kernel_name(None),
+    )  # fmt: skip
+
+
+def _untouched_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and bool((module.weight != 0).all(dim=1).any())
+
+
+def _record(name: str, module: nn.Module, asked: LayerRecord | None) -> LayerRecord:
+    if _unknown(module):
+        return LayerRecord(name, (), 1.0, 1.0)
+    matrix = as_matrix(module)
+    nnz, total = nonzeros(matrix), matrix.numel()
+    width = matrix.element_size()
+    return LayerRecord(
+        name=name,
+        shape=(matrix.shape[0], matrix.shape[1]),
+        density=nnz / total if total else 1.0,
+        requested=asked.requested if asked else (nnz / total if total else 1.0),
+        pattern=asked.pattern if asked else "",
+        dense_bytes=total * width,
+        sparse_bytes=nnz * width + matrix.shape[0] * bitmap_bytes(matrix.shape[1]),
+    )
+
+
+def _unknown(module: nn.Module) -> str | None:
+    """Why the numbers of a layer's weight cannot be seen; None where they can."""
+    weight: Any = module.weight
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight has no shape yet; run the model once first"
+    data = weight.data
+    return None if type(data) is Tensor else f"its weight is a {type(data).__name__}, no tensor"
+
+
+def _refusal(module: nn.Module, record: LayerRecord, call: _Call, bits: int | None) -> str | None:
+    weight: Any = module.weight
+    if record.name not in call.wanted:
+        return "left out by `include` or `exclude`"
+    if (unknown := _unknown(module)) is not None:
+        return unknown
+    if isinstance(module, nn.Embedding):
+        return "an embedding looks rows up, so zeros save no multiplication"
+    if record.density == 1.0 and bits is None:
+        return "no zeros"
+    if weight.device.type != "cpu":
+        return f"the kernels run on the CPU, the weight is on {weight.device.type}"
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"no kernel for {weight.dtype}"
+    if call.uses[id(weight)] > 1:
+        return "its weight is tied to another module"
+    if (reason := why_not_here(call.root, record.name, module)) is not None:
+        return reason
+    if bits is not None:
+        return None
+    if call.max_density is not None and record.density > call.max_density:
+        return f"density {record.density:.2f} is above {call.max_density:.2f}"
+    return why_not(module, 0.0) if isinstance(module, nn.Conv2d) else None
+
+
+def _by_costs(record: LayerRecord, decision: Decision) -> tuple[LayerRecord, str | None]:
+    reason = f"{SLOWER}: {decision}" if decision.chosen == "dense" else None
+    decided = f"by measured costs: {decision}"
+    return replace(record, decided=decided, predicted=decision.predicted), reason
+
+
+def _by_rule(module: nn.Module, record: LayerRecord) -> tuple[LayerRecord, str | None]:
+    share = record.sparse_bytes / max(1, record.dense_bytes)
+    if isinstance(module, nn.Conv2d):
+        reason = why_not(module, record.density)
+    else:
+        reason = f"packed it would take {share:.2f} of the dense bytes, which does not pay"
+        reason = reason if share > MAX_BYTES else None
+    return replace(record, decided="by rule"), reason
+
+
+def _swap(module: nn.Module, record: LayerRecord, call: _Call) -> LayerRecord:
+    bias, matrix = module._parameters.get("bias"), as_matrix(module)
+    exact = not isinstance(module, nn.Conv2d) and pays_as_nm(matrix, record.pattern)
+    packed: BitmapLinear | NMLinear
+    packed = (NMLinear if exact else BitmapLinear).from_matrix(matrix, bias, record.pattern)
+    packed.density_requested = record.requested
+    if isinstance(module, nn.Conv2d) and isinstance(packed, BitmapLinear):
+        conv = PackedConv2d.from_conv(module, packed)
+        put(call.root, module, conv)
+        kernel, many = serves(conv)
+        return replace(record, kernel=kernel, batches=many)
+    if isinstance(packed, BitmapLinear):
+        choose_unpacking(packed, call.costs)
+        choose_columns(packed, call.costs)
+    prepared = call.batches and prepare(packed, call.costs)
+    put(call.root, module, packed)
+    kernel, many = serves(packed)
+    kernel += f" + {many}" if prepared else ""
+    size = packed.nbytes if isinstance(packed, NMLinear) else record.sparse_bytes
+    return replace(record, kernel=kernel, batches=many, sparse_bytes=size)
+
+
+def _quantize(module: nn.Module, record: LayerRecord, bits: int, call: _Call) -> LayerRecord:
+    bias, matrix = module._parameters.get("bias"), as_matrix(module)
+    packed = QuantizedLinear.from_matrix(matrix, bias, record.pattern, bits=bits, group=call.group)
+    packed.density_requested = record.requested
+    size, density = packed.matrix.nbytes, packed.density
+    choose_form(packed, call.costs, call.batches)
+    put(call.root, module, packed)
+    kernel, many = serves(packed)
+    decided = f"asked for; {packed.form_decided}".removesuffix("; ")
+    return replace(
+        record, kernel=kernel, batches=many, sparse_bytes=size, density=density, decided=decided
+    )

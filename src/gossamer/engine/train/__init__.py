@@ -1,0 +1,1 @@
+"""Sparse training: masked weights, compressed weights, rounds, and the training loop."""

@@ -1,0 +1,129 @@
+"""GMP: gradual magnitude pruning on a cubic schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gossamer.core.allocation import LayerInfo, Uniform
+from gossamer.core.card import Card
+from gossamer.core.errors import UsageError
+from gossamer.core.schedule import Cubic
+from gossamer.core.select import kept_count
+from gossamer.methods.weights.topology import (
+    Fixed,
+    ShapeAllocation,
+    check_every,
+    check_fraction,
+    every_weight,
+    keep_largest,
+    layer_counts,
+    top_among,
+)
+
+
+@dataclass(frozen=True)
+class GMP(Fixed):
+    """Every `every` steps between the fractions `begin` and `end` of the run, prune by magnitude.
+
+    scope: `tensor` ranks each layer against its own target from the allocation, `global` all
+    layers together (each keeps at least one weight).
+    """
+
+    density: float
+    allocation: ShapeAllocation = field(default_factory=Uniform)
+    every: int = 100
+    begin: float = 0.0
+    end: float = 0.75
+    scope: Literal["tensor", "global"] = "tensor"
+
+    card: ClassVar[Card] = Card(
+        name="gmp",
+        kind="trainer",
+        title="To prune, or not to prune: exploring the efficacy of pruning for model compression",
+        year=2017,
+        link="https://arxiv.org/abs/1710.01878",
+        needs=(),
+        patterns=("unstructured",),
+        claim="Large sparse networks beat small dense ones of equal non-zero count.",
+        status="stable",
+        summary="Starts dense and removes the smallest weights on a cubic schedule; what is gone "
+        "stays gone.",
+        defaults="every 100 steps from the start to 75% of the run; the same density in each "
+        "layer.",
+        notes="The ramp ends at the final density even where `every` does not divide it. Ending "
+        "the ramp at the last step, or during warm-up, costs accuracy.",
+    )
+
+    def __post_init__(self) -> None:
+        check_every(self.every, "GMP")
+        check_fraction(self.begin, "begin")
+        check_fraction(self.end, "end")
+        if self.begin > self.end or self.scope not in ("tensor", "global"):
+            raise UsageError("GMP needs begin <= end and a scope of tensor or global")
+
+    def start(
+        self,
+        layers: Sequence[LayerInfo],
+        gradients: Mapping[str, Tensor],
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """Every weight; the target is checked now rather than at the first update."""
+        layer_counts(layers, self.allocation, self.density)
+        return every_weight(layers)
+
+    def due(self, step: int, total: int) -> bool:
+        """At `begin`, every `every` steps after it, and at `end`."""
+        first, last = ramp(self.begin, self.end, total)
+        return first <= step <= last and ((step - first) % self.every == 0 or step == last)
+
+    def update(
+        self,
+        step: int,
+        total: int,
+        layers: Sequence[LayerInfo],
+        gradients: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        generator: torch.Generator,
+    ) -> list[dict[str, Tensor]]:
+        """The largest weights of those still kept."""
+        first, last = ramp(self.begin, self.end, total)
+        progress = (step - first) / (last - first) if last > first else 1.0
+        if self.scope == "global":
+            density = Cubic(1.0, self.density)(progress)
+            return [prune_globally(layers, masks, density)]
+        targets = layer_counts(layers, self.allocation, self.density)
+        pruned = {}
+        for x in layers:
+            count = round(Cubic(x.size, targets[x.name])(progress))
+            pruned[x.name] = keep_largest(x.weight, masks[x.name], count)
+        return [pruned]
+
+
+def ramp(begin: float, end: float, total: int) -> tuple[int, int]:
+    """First and last step of a ramp given as fractions of the run; steps count from 1."""
+    first = max(1, math.floor(begin * total))
+    return first, max(first, math.floor(end * total))
+
+
+def prune_globally(
+    layers: Sequence[LayerInfo], masks: Mapping[str, Tensor], density: float
+) -> dict[str, Tensor]:
+    """Keep the largest |w| of the kept weights over all layers, down to `density` of all weights.
+
+    The largest weight of each layer is always kept, so that no layer is cut off.
+    """
+    budget = kept_count(sum(x.size for x in layers), density)
+    scores, sizes = [], [x.size for x in layers]
+    for x in layers:
+        score = x.weight.abs().double().masked_fill(~masks[x.name], -torch.inf)
+        score.view(-1)[score.argmax()] = torch.inf
+        scores.append(score.reshape(-1))
+    kept = torch.cat([masks[x.name].reshape(-1) for x in layers])
+    chosen = top_among(torch.cat(scores), kept, budget).split(sizes)
+    return {x.name: part.reshape(x.weight.shape) for x, part in zip(layers, chosen, strict=True)}

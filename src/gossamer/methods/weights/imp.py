@@ -1,0 +1,65 @@
+"""Iterative magnitude pruning with rewinding: lottery tickets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from gossamer.core.allocation import LayerInfo
+from gossamer.core.card import Card
+from gossamer.core.errors import UsageError
+from gossamer.core.select import check_density
+from gossamer.methods.weights.gmp import prune_globally
+from gossamer.methods.weights.keep import Keep
+from gossamer.methods.weights.topology import check_whole
+
+
+@dataclass(frozen=True)
+class IMP:
+    """Train, prune the same share of what is left by magnitude over all layers, set the survivors
+    back to what they were at step `rewind`, and train again; `rounds` times."""
+
+    density: float
+    rounds: int = 5
+    rewind: int = 0
+
+    members: ClassVar[int] = 1
+    card: ClassVar[Card] = Card(
+        name="imp",
+        kind="rounds",
+        title="Linear Mode Connectivity and the Lottery Ticket Hypothesis",
+        year=2020,
+        link="https://arxiv.org/abs/1912.05671",
+        needs=(),
+        patterns=("unstructured",),
+        claim="Subnetworks found by iterative magnitude pruning and rewound to an early step train "
+        "to the dense accuracy; the same subnetworks drawn anew or at random do not.",
+        status="stable",
+        summary="Trains, prunes the smallest weights, rewinds the rest to an early step and trains "
+        "again, in rounds.",
+        defaults="5 rounds of equal relative pruning, one ranking over all layers, rewinding to "
+        "the initial weights.",
+        notes="Each round keeps density^(1/rounds) of what the one before kept. Every parameter "
+        "and buffer of the model is rewound, biases and norms included, and optimizer state "
+        "starts anew at the rewinding step, in the dense round too. Each layer keeps at least one "
+        "weight. The cost is rounds + 1 trainings.",
+    )
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+        check_whole(self.rounds, "IMP: rounds")
+        if isinstance(self.rewind, bool) or not isinstance(self.rewind, int) or self.rewind < 0:
+            raise UsageError(f"rewind is a step of the dense training, not {self.rewind!r}")
+
+    def prune(
+        self, layers: Sequence[LayerInfo], masks: Mapping[str, Tensor], index: int
+    ) -> dict[str, Tensor]:
+        """The support of round `index`, from 1."""
+        return prune_globally(layers, masks, self.density ** (index / self.rounds))
+
+    def hold(self, masks: Mapping[str, Tensor]) -> Keep:
+        """Training under these masks."""
+        return Keep(masks)

@@ -1,1 +1,0 @@
-"""Regularisers: terms that push whole groups to zero while the model trains."""

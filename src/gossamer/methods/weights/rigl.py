@@ -1,0 +1,102 @@
+"""RigL: dropping by magnitude and growing by the dense gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gossamer.core.allocation import ERK, LayerInfo
+from gossamer.core.card import Card
+from gossamer.core.schedule import Cosine
+from gossamer.methods.weights.topology import (
+    Fixed,
+    ShapeAllocation,
+    check_every,
+    check_fraction,
+    drop_and_regrow,
+    layer_counts,
+    random_masks,
+    without_smallest,
+)
+
+
+@dataclass(frozen=True)
+class RigL(Fixed):
+    """Every `every` steps until the fraction `until` of the run, drop a cosine-decayed fraction
+    (from `drop`) of each layer's smallest |w| and grow its largest |gradient|."""
+
+    density: float
+    allocation: ShapeAllocation = field(default_factory=ERK)
+    every: int = 100
+    drop: float = 0.3
+    until: float = 0.75
+
+    gradients_at_update: ClassVar[bool] = True
+    growth: ClassVar[Literal["random", "gradient"]] = "gradient"
+    card: ClassVar[Card] = Card(
+        name="rigl",
+        kind="trainer",
+        title="Rigging the Lottery: Making All Tickets Winners",
+        year=2020,
+        link="https://arxiv.org/abs/1911.11134",
+        needs=("gradients",),
+        patterns=("unstructured",),
+        claim="Training sparse from start to end matches or beats dense-to-sparse training at a "
+        "fixed cost.",
+        status="stable",
+        summary="Rewires a fixed budget: the smallest weights go, those with the largest gradient "
+        "come.",
+        defaults="every 100 steps until 75% of the run, drop 0.3 decayed by a cosine; ERK.",
+        notes="New weights start at zero with fresh optimizer state. A weight that is dropped and "
+        "grown at once keeps its value. Here the optimizer's step of an update is taken before "
+        "the update; the gradient that grows is the one of that step. Dense gradients of those "
+        "steps are part of the cost. Batch norm multiplies the gradient into an emptied channel by "
+        "1 / sqrt(eps): at 1e-5 whole layers' growth can land there, and a small network collapses "
+        "on some seeds (benchmarks/results/rigl_stability.json); eps 1e-3 or rarer updates avoid it.",
+    )
+
+    def __post_init__(self) -> None:
+        check_every(self.every, "RigL")
+        check_fraction(self.drop, "drop")
+        check_fraction(self.until, "until")
+
+    def counts(self, layers: Sequence[LayerInfo]) -> dict[str, int]:
+        """The allocation's exact counts."""
+        return layer_counts(layers, self.allocation, self.density)
+
+    def start(
+        self,
+        layers: Sequence[LayerInfo],
+        gradients: Mapping[str, Tensor],
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """Random masks with the allocation's exact counts."""
+        return random_masks(layers, self.counts(layers), generator)
+
+    def due(self, step: int, total: int) -> bool:
+        """Every `every` steps before `until`."""
+        return step % self.every == 0 and step < self.until * total
+
+    def update(
+        self,
+        step: int,
+        total: int,
+        layers: Sequence[LayerInfo],
+        gradients: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        generator: torch.Generator,
+    ) -> list[dict[str, Tensor]]:
+        """The same count in each layer, rewired."""
+        return [drop_and_regrow(layers, gradients, masks, self._fraction(step, total))]
+
+    def stay(self, values: Tensor, step: int, total: int) -> Tensor:
+        """All but the fraction of the smallest |w| that is dropped at this step."""
+        mask = torch.ones_like(values, dtype=torch.bool)
+        return without_smallest(values, mask, self._fraction(step, total))
+
+    def _fraction(self, step: int, total: int) -> float:
+        return Cosine(self.drop)(step / (self.until * total))

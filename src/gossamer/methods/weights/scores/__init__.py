@@ -1,1 +1,0 @@
-"""Scorers: a number per weight, low is removed."""

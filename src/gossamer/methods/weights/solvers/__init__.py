@@ -1,1 +1,0 @@
-"""Solvers: choose the support and repair the kept weights together."""

@@ -1,0 +1,63 @@
+"""Sparse model soups: averages of retrained copies that share one support."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from gossamer.core.allocation import LayerInfo
+from gossamer.core.card import Card
+from gossamer.core.select import check_density
+from gossamer.methods.weights.gmp import prune_globally
+from gossamer.methods.weights.keep import Keep
+from gossamer.methods.weights.topology import check_whole
+
+
+@dataclass(frozen=True)
+class SparseModelSoups:
+    """In each of `rounds` phases prune the same share by magnitude over all layers, retrain
+    `members` copies that differ in one factor, and go on from the mean of their weights."""
+
+    density: float
+    rounds: int = 3
+    members: int = 3
+
+    rewind: ClassVar[None] = None
+    card: ClassVar[Card] = Card(
+        name="sparsemodelsoups",
+        kind="rounds",
+        title="Sparse Model Soups: A Recipe for Improved Pruning via Model Averaging",
+        year=2024,
+        link="https://arxiv.org/abs/2306.16788",
+        needs=(),
+        patterns=("unstructured",),
+        claim="The average of copies retrained from one pruned model beats each of them and plain "
+        "iterative pruning, at the inference cost of one.",
+        status="stable",
+        summary="Prunes in phases; in each, several copies retrain under one support and their "
+        "weights are averaged.",
+        defaults="3 phases, 3 copies, uniform averages; the training function makes the copies "
+        "differ by `part.member`.",
+        notes="All copies of a phase start from the same pruned weights, so their supports are "
+        "equal, which is checked. Statistics of batch norms are taken anew on training data before "
+        "the soup is used. With `evaluate` the soup is greedy: copies in order of their score, "
+        "each taken in if the soup does not get worse.",
+    )
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+        check_whole(self.rounds, "SparseModelSoups: rounds")
+        check_whole(self.members, "SparseModelSoups: members")
+
+    def prune(
+        self, layers: Sequence[LayerInfo], masks: Mapping[str, Tensor], index: int
+    ) -> dict[str, Tensor]:
+        """The support of phase `index`, from 1."""
+        return prune_globally(layers, masks, self.density ** (index / self.rounds))
+
+    def hold(self, masks: Mapping[str, Tensor]) -> Keep:
+        """Training under these masks."""
+        return Keep(masks)

@@ -1,1 +1,0 @@
-"""Methods that choose weights while the model trains."""

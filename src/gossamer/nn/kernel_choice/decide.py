@@ -1,0 +1,272 @@
+"""Choosing what serves a layer by measured costs: the dense product or one of the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from gossamer.core.errors import PatternError
+from gossamer.core.matrix import as_matrix
+from gossamer.core.pattern import Block, parse_pattern
+from gossamer.core.result import LayerRecord
+from gossamer.nn.kernel_choice.latency import Predictor, Work
+from gossamer.nn.packed.bitmap import BitmapLinear
+from gossamer.nn.packed.conv import PackedConv2d
+from gossamer.nn.packed.nm import NMLinear
+from gossamer.nn.packed.quantized import QuantizedLinear
+from gossamer.ops import _dispatch
+from gossamer.ops.bitmap import WIDEST
+from gossamer.ops.blocks import HEIGHTS
+from gossamer.ops.conv import sharing, suits_tiles
+from gossamer.ops.quantized.native import has_byte_products
+
+BATCH = 128
+"""Rows of input for which layers of a model that sees batches are chosen."""
+COLUMNS_UP_TO = {"avx512": 0.12, "avx2": 0.3}
+"""Densities up to which reading columns beats expanding bitmaps, by instructions."""
+SLOWER = "no kernel wins"
+"""How the reason begins of a layer that is dense because that is faster where it was decided."""
+FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+"""Models whose decoding is compiled into one loop, where a product of one row costs no call."""
+PIXELS = 196
+"""Pixels for which a convolution is chosen: 14 x 14, the middle of a usual network."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The fastest, `dense` or a kernel, and the seconds predicted of each for `rows` of input."""
+
+    chosen: str
+    predicted: dict[str, float]
+    rows: int
+    unit: str = "row"
+    word: str = "predicted"
+    note: str = ""
+
+    def __str__(self) -> str:
+        """`predicted bitmap-matvec 0.22 ms, dense 0.41 ms for 1 row`: the fastest first."""
+        order = sorted(self.predicted.items(), key=lambda item: item[1])
+        times = ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in order)
+        unit = self.unit + ("s" if self.rows > 1 else "")
+        return f"{self.word} {times} for {self.rows} {unit}{self.note}"
+
+
+def decide(
+    module: nn.Module, record: LayerRecord, costs: Predictor, batches: bool, calls: bool = True
+) -> Decision | None:
+    """The fastest for one linear layer or convolution; None where it was not measured.
+
+    Models that generate text are judged by one row, others by `BATCH` rows, convolutions by
+    `PIXELS`. calls: whether one row costs a call, which the compiled loop does not make.
+    """
+    if isinstance(module, nn.Conv2d):
+        family = convolution_family(module.kernel_size, module.stride)
+        return _by_convolution(as_matrix(module), family, module.weight.dtype, record, costs)
+    return _by_linear(module.weight.dtype, record, costs, batches, calls)
+
+
+def _by_linear(
+    dtype: Any, record: LayerRecord, costs: Predictor, batches: bool, calls: bool
+) -> Decision | None:
+    rows = BATCH if batches else 1
+    if batches:
+        names = ["dense", "sell-spmm", "bitmap-unpack", "bitmap-spmm"]
+    else:
+        names = ["dense", "bitmap-matvec"] + ["csr-matvec"] * (record.shape[1] <= WIDEST)
+    out, inputs = record.shape[0], record.shape[1]
+    high = block_height(record.pattern, out, inputs)
+    if batches and high:
+        names = ["dense", "block-spmm", "bitmap-unpack", "bitmap-spmm"]
+    work = Work(out, inputs, record.density)
+    predicted = _predict(costs, names, dtype, rows, work, high, calls or rows > 1)
+    return _fastest(costs, predicted, rows, "row")
+
+
+def why_dense(
+    layer: BitmapLinear | NMLinear | PackedConv2d,
+    costs: Predictor | None,
+    batches: bool,
+    calls: bool = True,
+) -> str | None:
+    """Why the dense product is the faster one for a packed layer here; None where it is not.
+
+    What a file stores does not depend on it. Arguments as in `decide`; costs None: nothing is known
+    and the layer stays as it is.
+    """
+    if costs is None:
+        return None
+    shape = (layer.out_features, layer.in_features)
+    record = LayerRecord("", shape, layer.density, layer.density, pattern=layer.pattern)
+    if isinstance(layer, PackedConv2d):
+        window, matrix = layer.window, layer.to_matrix()
+        family = convolution_family(window.kernel, window.stride)
+        decision = _by_convolution(matrix, family, layer.values.dtype, record, costs)
+    else:
+        decision = _by_linear(layer.values.dtype, record, costs, batches, calls)
+    wins = decision is None or decision.chosen != "dense"
+    return None if wins else f"{SLOWER}: {decision}"
+
+
+def _by_convolution(
+    matrix: Tensor, family: str, dtype: Any, record: LayerRecord, costs: Predictor
+) -> Decision | None:
+    """By the form that its zeros would get, and its family of kernel and stride."""
+    kernel = "tiled-conv" if suits_tiles(matrix) else "sparse-conv"
+    work = Work(record.shape[0], record.shape[1], record.density)
+    if kernel == "tiled-conv":
+        work = replace(work, high=sharing(matrix))
+    predicted = {}
+    for name in ("dense-conv", kernel):
+        named = str(dtype).removeprefix("torch.")
+        seconds = costs.seconds(name + family, named, PIXELS, work)
+        if seconds is not None:
+            predicted[name.replace("dense-conv", "dense")] = seconds
+    return _fastest(costs, predicted, PIXELS, "pixel")
+
+
+def convolution_family(kernel: tuple[int, ...], stride: tuple[int, ...]) -> str:
+    """What the costs of a convolution are called behind its kernel: 1x1 ones, and all others.
+
+    Others were measured at 3x3 with stride 1 and 2; larger kernels differ in their inputs alone.
+    A 1x1 one with a horizontal stride above 2 picks its pixels first and is a plain one then.
+    """
+    if tuple(kernel) == (1, 1):
+        return "" if max(stride) == 1 or stride[1] > 2 else "-1x1s2"
+    return "-3x3" if max(stride) == 1 else "-3x3s2"
+
+
+def _fastest(
+    costs: Predictor, predicted: dict[str, float], rows: int, unit: str
+) -> Decision | None:
+    if "dense" not in predicted or len(predicted) < 2:
+        return None
+    chosen = min(predicted, key=lambda name: predicted[name])
+    return Decision(chosen, predicted, rows, unit, costs.word, costs.note)
+
+
+def _wins(
+    name: str, costs: Predictor | None, predicted: dict[str, float], rows: int, rule: bool
+) -> tuple[bool, str]:
+    """Whether a kernel is the fastest, and why; `rule` where that is not known."""
+    if costs is None or name not in predicted or len(predicted) < 2:
+        return rule, "by rule"
+    chosen = min(predicted, key=lambda each: predicted[each])
+    decision = Decision(chosen, predicted, rows, "row", costs.word, costs.note)
+    return chosen == name, f"by measured costs: {decision}"
+
+
+def _predict_layer(
+    costs: Predictor | None,
+    names: list[str],
+    layer: BitmapLinear | NMLinear | QuantizedLinear,
+    dtype: Any,
+    rows: int,
+    high: int = 0,
+) -> dict[str, float]:
+    """`_predict` for what a layer keeps, which is counted only where there are costs."""
+    if costs is None:
+        return {}
+    work = Work(layer.out_features, layer.in_features, layer.density)
+    return _predict(costs, names, dtype, rows, work, high)
+
+
+def _predict(
+    costs: Predictor,
+    names: list[str],
+    dtype: Any,
+    rows: int,
+    work: Work,
+    high: int,
+    calls: bool = True,
+) -> dict[str, float]:
+    """Seconds of every named kernel that was measured; blocks have `high` rows."""
+    predicted = {}
+    for name in names:
+        amount = replace(work, high=high) if name == "block-spmm" else work
+        seconds = costs.seconds(name, str(dtype).removeprefix("torch."), rows, amount, calls)
+        if seconds is not None:
+            predicted[name] = seconds
+    return predicted
+
+
+def prepare_where_it_pays(model: nn.Module, costs: Predictor | None) -> None:
+    """`prepare` for every packed linear layer of a model."""
+    for module in model.modules():
+        if isinstance(module, BitmapLinear | NMLinear):
+            prepare(module, costs)
+
+
+def prepare(layer: BitmapLinear | NMLinear, costs: Predictor | None) -> bool:
+    """Build a packed layer's form for batches where that is predicted to be the fastest.
+
+    Judged by `BATCH` rows against what serves the layer without the form; costs None, or costs
+    that lack these kernels: always. The layer's `batches_decided` says what was done and why.
+    """
+    high = block_height(layer.pattern, layer.out_features, layer.in_features)
+    form = "block-spmm" if high and isinstance(layer, BitmapLinear) else "sell-spmm"
+    names = [form, "bitmap-unpack"] + ["bitmap-spmm"] * isinstance(layer, BitmapLinear)
+    predicted = _predict_layer(costs, names, layer, layer.values.dtype, BATCH, high)
+    wins, why = _wins(form, costs, predicted, BATCH, rule=True)
+    if wins:
+        layer.prepare_batches()
+    layer.batches_decided = f"{'prepared' if wins else 'not prepared'} {why}"
+    return wins
+
+
+def choose_forms(model: nn.Module, costs: Predictor | None, batches: bool) -> None:
+    """`choose_form` for every quantised layer of a model, `choose_columns` for those with bitmaps."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            choose_form(module, costs, batches)
+        elif isinstance(module, BitmapLinear):
+            choose_columns(module, costs)
+
+
+def choose_columns(layer: BitmapLinear, costs: Predictor | None) -> None:
+    """Hold the columns of kept weights where that is predicted to be faster for one row of input.
+
+    It costs 2 more bytes for each. Without costs of it by rule: up to a density that depends on the
+    instructions. The layer's `rows_decided` says what was done and why.
+    """
+    if layer.in_features > WIDEST:
+        return
+    names = ["bitmap-matvec", "csr-matvec"]
+    predicted = _predict_layer(costs, names, layer, layer.values.dtype, 1)
+    rule = layer.density <= COLUMNS_UP_TO.get(_dispatch.isa(), 0.0)
+    holds, why = _wins("csr-matvec", costs, predicted, 1, rule)
+    if holds:
+        layer.prepare_columns()
+    layer.rows_decided = f"{'columns' if holds else 'bitmap'} read {why}"
+
+
+def choose_form(layer: QuantizedLinear, costs: Predictor | None, batches: bool) -> None:
+    """Fill a sparse quantised layer where dense integers are predicted to be faster.
+
+    Judged by one row of input, or by `BATCH` rows. Without costs of them by rule: 4 bits, and where
+    bytes cannot be multiplied into 32-bit sums 8 bits too, take longer to put in their places than
+    dense ones to read, except where every 4 or 8 columns keep half. Portable kernels multiply what
+    is kept alone. The layer's `form_decided` says what was done and why.
+    """
+    if layer.bitmap is None or layer.matrix.run:
+        return
+    rows, names = (BATCH if batches else 1), ["bitmap-matvec", "dense"]
+    predicted = _predict_layer(costs, names, layer, f"int{layer.bits}", rows)
+    vectors = _dispatch.isa() in ("avx2", "avx512")
+    rule = vectors and (layer.bits == 4 or not has_byte_products())
+    fills, why = _wins("dense", costs, predicted, rows, rule)
+    if fills:
+        layer.fill()
+    layer.form_decided = f"{'dense' if fills else 'sparse'} integers in memory {why}"
+
+
+def block_height(pattern: str, out: int, inputs: int) -> int:
+    """Rows of a block where the pattern is one of whole blocks that a kernel serves, else 0."""
+    try:
+        parsed = parse_pattern(pattern)
+    except PatternError:
+        return 0
+    if not isinstance(parsed, Block) or out % parsed.rows or inputs % parsed.cols:
+        return 0
+    return parsed.rows if parsed.rows in HEIGHTS else 0

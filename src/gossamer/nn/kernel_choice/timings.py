@@ -1,0 +1,55 @@
+"""Short timings of kernels in the user's cache folder, so that a machine is timed once."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from gossamer.nn.kernel_choice.latency import Work
+
+Key = tuple[str, str, int, Work]
+"""Kernels that are timed together, dtype of the weights, rows of input, and the matrix."""
+_LARGEST = 1 << 20
+"""A file of more bytes is not one of ours."""
+
+
+def read_timings(path: Path) -> dict[Key, dict[str, float]]:
+    """Seconds by kernel that an earlier process kept; none where the file is absent or damaged."""
+    try:
+        if path.stat().st_size > _LARGEST:
+            return {}
+        return dict(_entry(each) for each in json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return {}
+
+
+def store_timings(path: Path, found: Mapping[Key, Mapping[str, float]]) -> None:
+    """Keep them, whole or not at all; a folder that cannot be written to keeps nothing."""
+    entries = [
+        {"kind": kind, "dtype": dtype, "rows": rows, **vars(work), "seconds": dict(seconds)}
+        for (kind, dtype, rows, work), seconds in found.items()
+    ]
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(entries))
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+
+
+def _entry(each: dict[str, object]) -> tuple[Key, dict[str, float]]:
+    """One timing; raises ValueError, TypeError or KeyError for anything else."""
+    whole = [each[name] for name in ("rows", "out", "inputs")]
+    numbers, seconds = [each["density"], each["high"]], each["seconds"]
+    if not isinstance(seconds, dict) or not all(isinstance(name, str) for name in seconds):
+        raise TypeError("seconds is an object")
+    if not all(type(n) is int and 0 < n < 1 << 31 for n in whole):
+        raise ValueError("sizes are whole numbers")
+    if not all(type(n) in (int, float) and 0 < n < 1e9 for n in [*numbers, *seconds.values()]):
+        raise ValueError("numbers are positive")
+    rows, out, inputs = (int(str(n)) for n in whole)
+    work = Work(out, inputs, float(str(numbers[0])), float(str(numbers[1])))
+    return (str(each["kind"]), str(each["dtype"]), rows, work), seconds

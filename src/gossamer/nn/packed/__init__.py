@@ -1,0 +1,1 @@
+"""Layers that hold weights packed for the sparse kernels."""
