@@ -47,6 +47,16 @@ TOPOLOGY = {
 }
 """Methods that choose supports while a model trains."""
 
+LEARNED = {
+    "mdgf": lambda: W.MdGf(gs.NM(1, 4)),
+    "mdgf-straight": lambda: W.MdGf(decay="exponential", gradient="straight", begin=0.0),
+    "maskllm": lambda: W.MaskLLM(rate=0.02),
+}
+"""Methods that learn or schedule masks through which layers see their weights."""
+
+REPLACERS: dict = {}
+PLANNERS: dict = {}
+
 PRUNERS = {x.card.name: x for x in methods(roles=("scorer", "solver")).values()}
 """Scorers and solvers; each is valid without arguments."""
 

@@ -12,18 +12,20 @@ then do the right thing unasked.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
 
+from gossamer.core.errors import UsageError
 from gossamer.engine.hooks import around_ascents, around_steps, around_wrappers
-from gossamer.engine.protocols import TopologyMethod
+from gossamer.engine.protocols import LearnedMask, TopologyMethod
+from gossamer.engine.train.learned import LearnedRun
 from gossamer.engine.train.run import SparseRun
 
 
-@contextmanager
+@overload
 def sparse_training(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -36,7 +38,38 @@ def sparse_training(
     seed: int = 0,
     state: Mapping[str, Any] | None = None,
     group: Any = None,
-) -> Iterator[SparseRun]:
+) -> AbstractContextManager[SparseRun]: ...
+
+
+@overload
+def sparse_training(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    method: LearnedMask,
+    *,
+    total_steps: int,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    loss: Callable[[], Tensor] | None = None,
+    seed: int = 0,
+    state: Mapping[str, Any] | None = None,
+    group: Any = None,
+) -> AbstractContextManager[LearnedRun]: ...
+
+
+def sparse_training(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    method: TopologyMethod | LearnedMask,
+    *,
+    total_steps: int,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    loss: Callable[[], Tensor] | None = None,
+    seed: int = 0,
+    state: Mapping[str, Any] | None = None,
+    group: Any = None,
+) -> AbstractContextManager[Any]:
     """Train inside, with `optimizer.step()` as usual; the weights follow the method's support.
 
     total_steps: optimizer steps of the whole run, for the schedules. include, exclude: as in
@@ -51,6 +84,11 @@ def sparse_training(
     GradScaler, after `unscale_`), so that the norm is that of the kept weights. Optimizer state is
     reset where it is shaped as the weight (SGD, Adam and kin; not Adafactor's factored moments).
 
+    A method that learns masks puts a module between each weight and its layer. The parameters of
+    these modules join the optimizer as a group with the method's own `rate` and no decay, and leave
+    it at the end. Make learning rate schedules inside the block, and load the states of model and
+    optimizer there to continue a run. Where the block ends by an error, the dense weights stay.
+
     An average of the weights (EMA, `torch.optim.swa_utils.AveragedModel`) over supports that move
     is denser than the model: call `sparsity.apply_to(averaged)` before it is used.
 
@@ -59,7 +97,22 @@ def sparse_training(
     a missing gradient, and for weights that changed outside the support or with no step seen;
     NonFiniteError before a step with NaN or infinite gradients; before steps on all ranks or none.
     """
-    run = SparseRun(model, optimizer, method, total_steps, include, exclude, seed, group)
+    if isinstance(method, LearnedMask) and not isinstance(method, type):
+        if loss is not None or group is not None:
+            raise UsageError("learned masks take neither loss= nor group=; leave them out")
+        masks = LearnedRun(model, optimizer, method, total_steps, include, exclude, seed)
+        return _learning(masks, state)
+    run = SparseRun(
+        model, optimizer, cast(TopologyMethod, method), total_steps, include, exclude, seed, group
+    )
+    return _rewiring(run, loss, state)
+
+
+@contextmanager
+def _rewiring(
+    run: SparseRun, loss: Callable[[], Tensor] | None, state: Mapping[str, Any] | None
+) -> Iterator[SparseRun]:
+    """A run of a topology method, with what must happen around steps."""
     with (
         around_steps(run.optimizer, run.before_step, run.after_step),
         around_ascents(run.followed, run.before_ascent, run.after_ascent),
@@ -71,3 +124,18 @@ def sparse_training(
             run.load_state_dict(state)
         yield run
         run.check()
+
+
+@contextmanager
+def _learning(run: LearnedRun, state: Mapping[str, Any] | None) -> Iterator[LearnedRun]:
+    """A run of learned masks; they go at the end, whatever happens inside."""
+    try:
+        run.start()
+        if state is not None:
+            run.load_state_dict(state)
+        with around_steps(run.optimizer, run.before_step, run.after_step):
+            yield run
+    except BaseException:
+        run.close()
+        raise
+    run.finish()

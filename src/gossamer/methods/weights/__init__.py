@@ -6,7 +6,9 @@ from gossamer.methods.weights.granet import GraNet
 from gossamer.methods.weights.imp import IMP
 from gossamer.methods.weights.issp import ISSP
 from gossamer.methods.weights.magnitude import Magnitude
+from gossamer.methods.weights.maskllm import MaskLLM
 from gossamer.methods.weights.masksparsity import MaskSparsity
+from gossamer.methods.weights.mdgf import MdGf
 from gossamer.methods.weights.random import Random
 from gossamer.methods.weights.rigl import RigL
 from gossamer.methods.weights.scl import SCL
@@ -32,7 +34,9 @@ __all__ = [
     "FixedMasks",
     "GraNet",
     "Magnitude",
+    "MaskLLM",
     "MaskSparsity",
+    "MdGf",
     "Random",
     "RigL",
     "SdGf",
