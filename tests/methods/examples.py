@@ -54,7 +54,12 @@ LEARNED = {
 }
 """Methods that learn or schedule masks through which layers see their weights."""
 
-REPLACERS: dict = {}
+REPLACERS = {
+    "sltrain": lambda: W.SLTrain(),
+    "monarch": lambda: W.Monarch(),
+    "monarch-random": lambda: W.Monarch(2, "random"),
+}
+"""Methods that put cheaper layers in the places of ordinary ones; a density of 0.6 suits them."""
 PLANNERS: dict = {}
 
 PRUNERS = {x.card.name: x for x in methods(roles=("scorer", "solver")).values()}

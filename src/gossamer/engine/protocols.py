@@ -254,15 +254,6 @@ class Replacer(Protocol):
 
 
 @runtime_checkable
-class Folds(Protocol):
-    """A layer that can become an ordinary one with the same outputs."""
-
-    def fold(self) -> nn.Linear:
-        """A new Linear; this layer stays as it is."""
-        ...
-
-
-@runtime_checkable
 class Planner(Protocol):
     """A method that says which coupled units of a transformer block stay."""
 
@@ -300,3 +291,12 @@ def check_method(method: Any, statistics: Sequence[str]) -> None:
     for need in card.needs:
         if need not in statistics:
             raise UsageError(f"{card.name} needs {need}, which calibration does not gather")
+
+
+def check_no_mask(method: Any, who: str) -> None:
+    """Raise UsageError for a method that learns masks where only topology methods are followed."""
+    if isinstance(method, LearnedMask) and not isinstance(method, type):
+        raise UsageError(
+            f"{who} follows topology methods alone; {method.card.name} learns masks: use it in a "
+            "loop of your own, inside gs.sparse_training"
+        )

@@ -27,6 +27,7 @@ from gossamer.io.skeleton import CONFIG, GENERATION, outline, read_config
 from gossamer.io.stored import BITMAP, VALUES, pack
 from gossamer.io.tensors import INDEX, PACKED, PLAIN, SHARD, SINGLE
 from gossamer.nn import NMLinear, PackedConv2d, QuantizedLinear
+from gossamer.nn.foldable import Foldable
 from gossamer.nn.kernel_choice.decide import SLOWER
 from gossamer.nn.serving import Packed, serves
 
@@ -60,13 +61,14 @@ def save(
     it cannot, gossamer.json and a logged warning say why, and `load` needs `model=`.
 
     Raises UsageError when the folder is not empty and `overwrite` is not set, and for what cannot
-    be written: adapters of peft that are not merged, sharded models, tensors without numbers.
+    be written: layers that `replace_layers` made and nobody folded, adapters of peft that are not merged, sharded models, tensors without numbers.
     OSError when the disk is full.
     """
     target, root = Path(folder), _root(model)
     check_target(target, overwrite)
     plain = plain_names(root)
     modules = dict(root.named_modules())
+    _check_folded(modules)
     packed = {plain(name): each for name, each in modules.items() if isinstance(each, Packed)}
     records = model.layers if isinstance(model, CompressResult) else ()
     decisions = _decisions(root, packed, records, plain)
@@ -97,6 +99,15 @@ def save(
         level = logging.WARNING if hasattr(root, "config") else logging.INFO
         _LOG.log(level, "%s: gossamer.load needs model= (%s)", target, manifest["rebuild"])
     return target
+
+
+def _check_folded(modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        if isinstance(module, Foldable):
+            raise UsageError(
+                f"{name}: a {type(module).__name__} has no place in a folder; call "
+                "gs.fold_layers(model) first, or keep the model's state_dict()"
+            )
 
 
 def _root(model: Any) -> nn.Module:

@@ -9,11 +9,13 @@ from gossamer.methods.weights.magnitude import Magnitude
 from gossamer.methods.weights.maskllm import MaskLLM
 from gossamer.methods.weights.masksparsity import MaskSparsity
 from gossamer.methods.weights.mdgf import MdGf
+from gossamer.methods.weights.monarch import Monarch
 from gossamer.methods.weights.random import Random
 from gossamer.methods.weights.rigl import RigL
 from gossamer.methods.weights.scl import SCL
 from gossamer.methods.weights.sdgf import SdGf
 from gossamer.methods.weights.set import SET
+from gossamer.methods.weights.sltrain import SLTrain
 from gossamer.methods.weights.snip import SNIP
 from gossamer.methods.weights.soups import SparseModelSoups
 from gossamer.methods.weights.sparsegpt import SparseGPT
@@ -37,8 +39,10 @@ __all__ = [
     "MaskLLM",
     "MaskSparsity",
     "MdGf",
+    "Monarch",
     "Random",
     "RigL",
+    "SLTrain",
     "SdGf",
     "SparseGPT",
     "SparseModelSoups",
