@@ -27,11 +27,11 @@ from gossamer.cli.train_rounds import RoundsRun
 from gossamer.cli.train_tasks import Images, Text, read_work
 from gossamer.core.allocation import ALLOCATIONS
 from gossamer.core.errors import MissingExtra, UsageError
+from gossamer.core.files import write_whole
 from gossamer.core.pattern import parse_pattern
 from gossamer.core.words import listed
 from gossamer.engine.progress import track
 from gossamer.engine.protocols import Recipe
-from gossamer.engine.prune.journal import write_whole
 from gossamer.engine.train.fit import Fit, TrainingOptions
 from gossamer.engine.train.flops import expected_flops, steps_for
 from gossamer.engine.train.rounds import expected_rounds_flops
