@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, cast
 
 from torch import nn
 
-from gossamer import methods
 from gossamer.core.allocation import ALLOCATIONS
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import Pattern, parse_pattern
@@ -18,15 +17,18 @@ from gossamer.core.words import build
 from gossamer.engine.data import Batch, read_batches
 from gossamer.engine.measure.evaluate import Measurable
 from gossamer.engine.measure.tasks import Outputs, Subject, Task, is_causal, reads_text, task_of
-from gossamer.engine.protocols import Allocation, Method
+from gossamer.engine.protocols import Allocation, Method, Planner
 from gossamer.engine.prune import run as engine
+from gossamer.engine.prune.widths import prune_widths
+from gossamer.methods import build as build_method
+from gossamer.methods import find
 from gossamer.nn.kernel_choice.machine import machine
 from gossamer.report.comparison import Comparison
 
 
 def prune(
     model: nn.Module | PruneResult,
-    method: Method | str,
+    method: Method | Planner | str,
     *,
     pattern: Pattern | str | None = None,
     density: float | None = None,
@@ -42,7 +44,7 @@ def prune(
 ) -> PruneResult:
     """Prune `model` in place and return it with its supports and figures.
 
-    method: a scorer or a solver, or its name: `"wanda"`, `"sparsegpt:block=64,damping=0.02"`.
+    method: a scorer, a solver or a planner, or its name: `"wanda"`, `"sparsegpt:block=64,damping=0.02"`.
     pattern: by default the method's own; `NM(2, 4)` or `"2:4"`. density: the fraction kept, in
     (0, 1]; may be left out for N:M. sparsity: the fraction removed instead, in [0, 1). allocation:
     how one density becomes one per layer; `Uniform()` by default; `ERK()` or `"erk"`. data: batches
@@ -63,6 +65,10 @@ def prune(
     `coverage` of the result says how much of the model was pruned and names every other matrix,
     with the reason; where that is little or unusual, the logger `gossamer` warns.
 
+    A planner, such as `Widths()`, cuts whole neurons and heads out of a model of transformers, and
+    writes the new widths into its config; plain transformers saves and loads the result. It takes
+    density or sparsity alone.
+
     Bad arguments, patterns that do not fit, weights that hold NaN or are recomputed at every
     forward, and data that reaches nothing raise before anything changes. An error after that (NaN
     activations in a later block, a full disk) leaves the blocks before it pruned and the rest
@@ -78,26 +84,48 @@ def prune(
     """
     if isinstance(method, str):
         method = _pruner(method)
+    if sparsity is not None:
+        density = _density_of(sparsity, density)
+    if isinstance(method, Planner) and not isinstance(method, type):
+        others = {"pattern": pattern, "allocation": allocation, "data": data, "include": include,
+                  "exclude": exclude, "keep_zeros": keep_zeros, "journal": journal}  # fmt: skip
+        return _prune_widths(unwrap(model), method, density, others)
     if isinstance(pattern, str):
         pattern = parse_pattern(pattern)
     if isinstance(allocation, str):
         allocation = cast(Allocation, build(allocation, ALLOCATIONS, "allocation"))
-    if sparsity is not None:
-        density = _density_of(sparsity, density)
     return engine.prune(
-        unwrap(model), method, pattern=pattern, density=density, allocation=allocation, data=data,
+        unwrap(model), cast(Method, method), pattern=pattern, density=density, allocation=allocation, data=data,
         include=include, exclude=exclude, uncalled=uncalled, keep_zeros=keep_zeros,
         journal=journal, progress=progress,
     )  # fmt: skip
 
 
-def _pruner(text: str) -> Method:
-    if methods.find(text.partition(":")[0]).card.role not in ("scorer", "solver"):
+def _pruner(text: str) -> Method | Planner:
+    role = find(text.partition(":")[0]).card.role
+    if role == "replacer":
+        raise UsageError(f"method {text!r} replaces layers; use gs.replace_layers")
+    if role not in ("scorer", "solver", "planner"):
         raise UsageError(
             f"method {text!r} chooses weights while a model trains; use gs.sparse_training in a "
             "training loop, or a method for trained models here (see gs.cards())"
         )
-    return cast(Method, methods.build(text))
+    return cast(Method, build_method(text))
+
+
+def _prune_widths(
+    model: nn.Module, planner: Planner, density: float | None, others: Mapping[str, Any]
+) -> PruneResult:
+    """Cut neurons and heads out; raises UsageError for options of pruning single weights."""
+    for name, value in others.items():
+        if value is not None and value != () and value is not False:
+            raise UsageError(
+                f"{planner.card.name} cuts whole neurons and heads, the same number in every "
+                f"layer, so {name} cannot apply; leave it out"
+            )
+    if density is None:
+        raise UsageError(f"{planner.card.name} needs a density, the fraction of units kept")
+    return prune_widths(model, planner, density)
 
 
 def _density_of(sparsity: float, density: float | None) -> float:

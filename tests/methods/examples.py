@@ -60,7 +60,11 @@ REPLACERS = {
     "monarch-random": lambda: W.Monarch(2, "random"),
 }
 """Methods that put cheaper layers in the places of ordinary ones; a density of 0.6 suits them."""
-PLANNERS: dict = {}
+PLANNERS = {
+    "widths": lambda: W.Widths(),
+    "widths-random": lambda: W.Widths(W.Random(3)),
+}
+"""Methods that cut neurons and heads out of transformers."""
 
 PRUNERS = {x.card.name: x for x in methods(roles=("scorer", "solver")).values()}
 """Scorers and solvers; each is valid without arguments."""

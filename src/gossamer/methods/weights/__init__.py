@@ -23,6 +23,7 @@ from gossamer.methods.weights.srste import SRSTE
 from gossamer.methods.weights.static_random import StaticRandom
 from gossamer.methods.weights.wanda import Wanda
 from gossamer.methods.weights.wgsef import WGSEF
+from gossamer.methods.weights.widths import Widths
 
 __all__ = [
     "GMP",
@@ -48,4 +49,5 @@ __all__ = [
     "SparseModelSoups",
     "StaticRandom",
     "Wanda",
+    "Widths",
 ]
