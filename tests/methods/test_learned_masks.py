@@ -8,6 +8,7 @@ from examples import LEARNED
 from torch import nn
 
 import gossamer as gs
+from gossamer.engine.train.fit import Fit, TrainingOptions
 
 TOTAL = 12
 
@@ -138,6 +139,8 @@ def test_refusals_come_before_anything_changes(name):
 
     refuse("total_steps", total_steps=0)
     refuse("wrapped", nn.DataParallel(model))
+    with pytest.raises(gs.UsageError, match="Fit follows topology methods"):
+        Fit(model, method, lambda model, step: 0, TrainingOptions(steps=1, lr=0.1))
     refuse("neither loss=", loss=lambda: 0)
     tied = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     tied[1].weight = tied[0].weight
@@ -153,7 +156,7 @@ def test_what_no_step_did_is_noticed(name):
     model = build()
     optimizer = optimizer_of(model)
     with (
-        pytest.raises(gs.UsageError, match="no step of AdamW was seen"),
+        pytest.raises(gs.UsageError, match="not in a step of AdamW"),
         gs.sparse_training(model, optimizer, LEARNED[name](), total_steps=TOTAL) as run,
         torch.no_grad(),
     ):

@@ -91,6 +91,7 @@ def test_the_smaller_model_equals_the_silenced_one_and_reloads(family, name, kin
     size = sum(p.numel() for p in model.parameters())
     result = gs.prune(model, method, density=0.5)
     assert result.model is model and result.measured_density == 0.5
+    assert any(" neurons stay in each layer" in note for note in result.notes)
     assert sum(p.numel() for p in model.parameters()) < size
     torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-5)
     model.save_pretrained(tmp_path)

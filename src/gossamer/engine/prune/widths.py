@@ -53,7 +53,9 @@ def prune_widths(model: nn.Module, planner: Planner, density: float) -> PruneRes
         for slot in width.slots:
             _cut(model.get_submodule(slot.layer), slot.writes, slot.index[keep])
     _tell(model, config, fields, changed)
-    return _result(model, planner, density, before, fields)
+    units = {x.kind: x.units for x in widths}
+    kept = [f"{_count(n, density)} of {n} {kind} stay in each layer" for kind, n in units.items()]
+    return _result(model, planner, density, before, fields, kept)
 
 
 def _found(
@@ -239,6 +241,7 @@ def _result(
     density: float,
     before: Mapping[str, int],
     fields: Mapping[str, int],
+    kept: Sequence[str],
 ) -> PruneResult:
     weights, records = find_weights(model), []
     for name, size in before.items():
@@ -267,5 +270,5 @@ def _result(
         measured_density=sum(weights[n].tensor.numel() for n in before) / sum(before.values()),
         provenance={"method": repr(planner), "config": dict(fields), "torch": torch.__version__},
         coverage=coverage_of(model, weights, list(before), left),
-        notes=(f"config now says {', '.join(f'{k}={v}' for k, v in fields.items())}",),
+        notes=(*kept, f"config now says {', '.join(f'{k}={v}' for k, v in fields.items())}"),
     )

@@ -8,7 +8,6 @@ dict while the run is open.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import isclose
 from typing import Any, cast
 
 import torch
@@ -23,7 +22,7 @@ from gossamer.core.step import Step
 from gossamer.core.support import Support
 from gossamer.engine.protocols import AddsLoss, LearnedMask, Mask
 from gossamer.engine.train.distributed import is_sharded, unwrapped
-from gossamer.engine.train.guard import check_state, check_total, check_unmoved, fingerprint
+from gossamer.engine.train.guard import check_state, check_total, fingerprint
 from gossamer.engine.train.layers import (
     TrainedLayer,
     check_held,
@@ -290,15 +289,18 @@ class LearnedRun:
 
     def _check_still(self) -> None:
         """Raise UsageError where the weights, of which no step was seen, have moved."""
-        weights = [x.weight for x in self.layers]
-        if self.step == self._begun:
-            weights += [p for x in self.layers for p in self._views[x.name].parameters()]
-        check_unmoved(weights, self._expected[: len(weights)], self.followed.name)
+        count = len(self.layers)
+        found, expected = self._fingerprint(), self._expected
+        if self.step != self._begun:
+            found, expected = found[:count], expected[:count]
+        if not _same(found, expected):
+            raise UsageError(
+                f"weights or masks changed, but not in a step of {self.followed.name} that was "
+                "seen; call its step(), or pass the optimizer whose step() the loop calls"
+            )
 
     def _check_loaded(self) -> None:
-        found = self._fingerprint()
-        pairs = zip(sum(found, ()), sum(self._expected, ()), strict=True)
-        if not all(isclose(x, y, rel_tol=1e-6, abs_tol=1e-6) for x, y in pairs):
+        if not _same(self._fingerprint(), self._expected):
             raise UsageError(
                 "the weights or masks are not those with which state= was saved; load the model's "
                 "state dict inside the block, where it was saved"
@@ -314,6 +316,14 @@ class LearnedRun:
                     f"{layer.name}: its weight or its mask was replaced since the run began; end "
                     "the run before you change either"
                 )
+
+
+def _same(found: Sequence[tuple[float, float]], expected: Sequence[tuple[float, float]]) -> bool:
+    """Whether sums and norms agree, but for the order in which devices add."""
+    return len(found) == len(expected) and all(
+        abs(total - other) <= 1e-9 * norm and abs(size - norm) <= 1e-9 * norm
+        for (total, size), (other, norm) in zip(found, expected, strict=True)
+    )
 
 
 def _check_alone(model: nn.Module) -> None:
