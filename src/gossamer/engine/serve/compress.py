@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -137,6 +138,8 @@ def compress(
     others.update((name, _depthwise_record(root, name)) for name in fuse(root))
     records += others.values()
     threads = torch.get_num_threads()
+    if slow := _dispatch.shortfall():
+        logging.getLogger("gossamer").warning(slow)
     return CompressResult(root, tuple(records), _dispatch.isa(), threads, coverage)
 
 
