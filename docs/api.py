@@ -28,7 +28,7 @@ def write(folder: Path) -> None:
 
 def pages() -> dict[str, str]:
     """File name to content."""
-    topics = [topic for topic in methods.TOPICS if hasattr(gossamer, topic)]
+    topics = [topic for topic in getattr(methods, "TOPICS", ()) if hasattr(gossamer, topic)]
     groups: dict[str, list[str]] = {group: [] for group in GROUPS}
     for name in sorted(gossamer.__all__, key=str.lower):
         groups[group_of(getattr(gossamer, name))].append(name)
@@ -48,7 +48,11 @@ def group_of(thing: object) -> str:
     module = getattr(thing, "__module__", "")
     if inspect.isfunction(thing):
         return "Functions"
-    by_module = {"core.pattern": "Patterns", "core.allocation": "Allocations", "core.errors": "Errors"}
+    by_module = {
+        "core.pattern": "Patterns",
+        "core.allocation": "Allocations",
+        "core.errors": "Errors",
+    }
     return by_module.get(module.removeprefix("gossamer."), "Results and data")
 
 

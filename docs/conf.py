@@ -35,6 +35,7 @@ autosummary_generate = True
 autosummary_imported_members = True
 autodoc_typehints = "none"  # the sections of the docstrings say them in words
 autodoc_member_order = "bysource"
+add_module_names = False
 numpydoc_show_class_members = False
 templates_path = ["_templates"]
 
@@ -78,14 +79,11 @@ def site_links(text: str) -> str:
     return text.replace("](docs/", "](").replace("](../CONTRIBUTING.md", "](contributing.md")
 
 
-EXAMPLE = re.compile(r"^Examples?:$")
-
-
 def as_rst(app, what: str, name: str, obj, options, lines: list[str]) -> None:
-    """An indented block under `Example:` is code."""
-    for number, line in enumerate(lines):
-        if EXAMPLE.match(line):
-            lines[number] = ".. rubric:: Example\n\n.. code-block:: python"
+    """What is plain text in a docstring and a mark in reStructuredText: |w|, and `Example:`."""
+    text = "\n".join(lines)
+    text = re.sub(r"^Example:$", ".. rubric:: Example\n\n.. code-block:: python", text, flags=re.M)
+    lines[:] = re.sub(r"(?<![\\`])\|(?=[^|`]*\|)|(?<=[\w)])\|(?!`)", r"\|", text).split("\n")
 
 
 def setup(app) -> None:

@@ -17,7 +17,13 @@ def main() -> None:
     """Prune, pack, save and load a small network, and ask the command line for what it answers."""
     found = [name for name in COMPILERS if shutil.which(name)]
     assert not found, f"compilers are in reach: {found}"
-    for words in (["--help"], ["--version"], ["methods"], ["methods", "wanda"], ["compress", "--help"]):
+    for words in (
+        ["--help"],
+        ["--version"],
+        ["methods"],
+        ["methods", "wanda"],
+        ["compress", "--help"],
+    ):
         assert command(*words).strip(), words
     with tempfile.TemporaryDirectory() as folder:
         python(Path(folder) / "small")

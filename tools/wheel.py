@@ -53,7 +53,7 @@ def stable_python() -> str | None:
 def build(python: str, out: Path) -> Path:
     """Build one wheel; pip brings the build tools into an environment of their own."""
     with tempfile.TemporaryDirectory() as folder:
-        run(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, str(ROOT))
+        run(python, "-m", "pip", "wheel", "-qq", "--no-deps", "--wheel-dir", folder, str(ROOT))
         (built,) = Path(folder).glob("*.whl")
         out.mkdir(parents=True, exist_ok=True)
         return Path(shutil.move(built, out / built.name))
@@ -65,7 +65,7 @@ def attempt(python: str, wheel: Path) -> None:
         run(python, "-m", "venv", folder)
         bin = Path(folder) / "bin"
         # The pinned torch is the one that is tested; its CPU build exists where the pin says so.
-        run(str(bin / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+        run(str(bin / "python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check",
             "-c", str(ROOT / "constraints.txt"), str(wheel.resolve()))  # fmt: skip
         quiet = {k: v for k, v in os.environ.items() if k not in ("CC", "CXX", "PYTHONPATH")}
         script = shutil.copy(ROOT / "tools" / "try_wheel.py", folder)
