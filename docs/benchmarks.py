@@ -157,9 +157,9 @@ def _other_targets() -> list[Row]:
         rows.append((label, [case], over("scipy"), 1.5, SORT))
     for dtype, target in {"bfloat16": 1.3, "int8": 1.5, "int4": 1.4}.items():
         for case in cases("decode", dtype=dtype):
-            if (peer := case["case"].get("peer")) is None or case["case"]["density"] == 1.0:
+            if (baseline := case["case"].get("baseline")) is None or case["case"]["density"] == 1.0:
                 continue
-            label = f"Llama of 1.1 billion, {dtype} + {_zeros(case)}, over {peer}"
+            label = f"Llama of 1.1 billion, {dtype} + {_zeros(case)}, over {baseline}"
             rows.append((f"{label}, decoding", [case], best, target, UNPACK))
             rows.append((f"{label}, prompt of 256", [case], prompt, 1.0, PROMPTS))
     return rows
@@ -223,10 +223,12 @@ def _layers() -> str:
         facts, times = case["case"], case["milliseconds"]
         block = f", {facts['block']}" if facts.get("block") else ""
         block += ", held sparse" if facts.get("form") else ""
-        peer = f"{times[case['best_dense']]:.2f} ms ({case['best_dense'].replace(' dense', '')})"
+        baseline = (
+            f"{times[case['best_dense']]:.2f} ms ({case['best_dense'].replace(' dense', '')})"
+        )
         lines.append(
             f"| {facts['out']} x {facts['inputs']} | {facts['dtype']}{block} | "
-            f"{facts['batch']} | {facts['density']:g} | {times['gossamer']:.2f} ms | {peer} | "
+            f"{facts['batch']} | {facts['density']:g} | {times['gossamer']:.2f} ms | {baseline} | "
             f"{case['ratio']:.2f}x | {case['fraction_of_limit']:.2f} of {case['limit']} |"
         )
     return "\n".join(lines)
@@ -236,11 +238,11 @@ def _decode() -> str:
     lines = ["| ours | against | ours, tokens/s | its | decoding | prompt of 256 |"]
     lines.append("|---|---|---|---|---|---|")
     for case in read("decode")["cases"]:
-        if (peer := case["case"].get("peer")) is None:
+        if (baseline := case["case"].get("baseline")) is None:
             continue
         times = case["tokens_per_second"]
         lines.append(
-            f"| {case['case']['dtype']}, {_zeros(case)} | {peer} | {times['gossamer']:.1f} | {times[peer]:.1f} | "
+            f"| {case['case']['dtype']}, {_zeros(case)} | {baseline} | {times['gossamer']:.1f} | {times[baseline]:.1f} | "
             f"{case['ratio']:.2f}x | {case['prompt_ratio']:.2f}x |"
         )
     return "\n".join(lines)

@@ -71,7 +71,7 @@ def figures() -> dict[str, list[float]]:
     )
     bits = {name: one["bits_per_byte"] for name, one in smollm2["summary"].items()}
     speeds = {
-        (case["case"]["dtype"], case["case"].get("peer"), case["case"]["density"],
+        (case["case"]["dtype"], case["case"].get("baseline"), case["case"]["density"],
          case["case"].get("pattern")): case["ratio"]
         for case in decode["cases"]
     }  # fmt: skip
@@ -156,3 +156,15 @@ def test_links_and_commands_exist(path):
 def slug(heading: str) -> str:
     """The anchor of a heading, as GitHub and Sphinx make it."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+def test_contributing_quotes_classes_as_they_are():
+    def lines(text):  # of any indentation: ruff formats the blocks of this page
+        return "\n".join(line.strip() for line in text.split("\n") if line.strip())
+
+    files = sorted((ROOT / "src/gossamer/methods").rglob("*.py"))
+    source = "\n".join(lines(path.read_text()) for path in files)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    assert len(blocks) >= 2
+    for block in blocks:
+        assert lines(block) in source, block

@@ -52,12 +52,12 @@ def python(folder: Path) -> None:
 
     torch.manual_seed(0)
     model = network(nn)
-    fast = gs.compress(gs.prune(model, "magnitude", sparsity=0.9), costs="rule")
+    fast = gs.compress(gs.prune(model, "magnitude", sparsity=0.9), latency="rule")
     assert any(layer.kernel for layer in fast.layers), fast
     x = torch.randn(4, 256)
     expected = fast.model(x)
     gs.save(fast, folder)
-    loaded = gs.load(folder, model=network(nn), costs="rule")
+    loaded = gs.load(folder, model=network(nn), latency="rule")
     torch.testing.assert_close(loaded(x), expected)
     print(f"tried gossamer {gs.__version__}: Python {platform.python_version()}, "
           f"torch {torch.__version__}, {kernels}")  # fmt: skip

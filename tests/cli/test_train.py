@@ -103,12 +103,12 @@ def test_a_comparison_spends_equal_flops_from_equal_seeds(tmp_path, capsys):
     main([*argv, "--options", json.dumps({"every": 4}), "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found == result(out)
-    arms = [(arm["method"], arm["density"]) for arm in found["arms"]]
-    assert arms == [("dense", None), ("staticrandom", 0.1), ("staticrandom", 0.3), ("gmp", 0.1),
+    variants = [(variant["method"], variant["density"]) for variant in found["variants"]]
+    assert variants == [("dense", None), ("staticrandom", 0.1), ("staticrandom", 0.3), ("gmp", 0.1),
                     ("gmp", 0.3), ("srste", None)]  # fmt: skip
-    for arm in found["arms"]:
-        assert [run["seed"] for run in arm["runs"]] == [0, 1] and arm["steps"] >= 24
-        for run in arm["runs"]:
+    for variant in found["variants"]:
+        assert [run["seed"] for run in variant["runs"]] == [0, 1] and variant["steps"] >= 24
+        for run in variant["runs"]:
             assert run["flops"]["spent"] == pytest.approx(found["budget_flops"], rel=0.04)
     page = (out / "report.html").read_text()
     assert "staticrandom" in page and "<svg" in page and "±" in page
@@ -134,7 +134,7 @@ def test_an_interrupted_comparison_keeps_its_finished_runs(tmp_path, monkeypatch
     assert caught.value.code == 130 and "resumes the run" in capsys.readouterr().err
     main(argv("cut"))
     assert len(calls) == 3 + 2
-    assert result(tmp_path / "cut")["arms"] == result(tmp_path / "whole")["arms"]
+    assert result(tmp_path / "cut")["variants"] == result(tmp_path / "whole")["variants"]
 
 
 @pytest.mark.parametrize("scratch", ["true", "false"])

@@ -74,11 +74,11 @@ def test_a_comparison_gives_rounds_the_flops_of_one_run(tmp_path):
     main(flags(out, steps=20, sweep_methods="dense,rigl,imp", sweep_density="0.3", batch=32,
                options=json.dumps({"rounds": 2, "every": 4})))  # fmt: skip
     found = result(out)
-    steps = {arm["method"]: arm["steps"] for arm in found["arms"]}
+    steps = {variant["method"]: variant["steps"] for variant in found["variants"]}
     assert steps["imp"] == 20 < steps["dense"] < steps["rigl"]
-    for arm in found["arms"]:
-        spent = arm["runs"][0]["flops"]["spent"]
-        assert spent == pytest.approx(found["budget_flops"], rel=0.05), arm["method"]
+    for variant in found["variants"]:
+        spent = variant["runs"][0]["flops"]["spent"]
+        assert spent == pytest.approx(found["budget_flops"], rel=0.05), variant["method"]
 
 
 def refused(argv, capsys):

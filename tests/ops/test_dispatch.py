@@ -96,7 +96,7 @@ def test_where_no_vector_kernels_run_compress_says_so(error, said, fresh, monkey
 
     monkeypatch.setattr(_dispatch.importlib, "import_module", load)
     with caplog.at_level(logging.WARNING, "gossamer"):
-        result = gs.compress(nn.Sequential(nn.Linear(8, 8)), costs="rule")
+        result = gs.compress(nn.Sequential(nn.Linear(8, 8)), latency="rule")
     assert result.isa == ("portable" if error is None else "reference")
     (line,) = [record.getMessage() for record in caplog.records]
     assert said in line and "little or no time" in line
@@ -107,5 +107,5 @@ def test_nothing_is_said_of_vector_kernels_that_run_or_were_not_wanted(monkeypat
         pytest.skip("no vector kernels here")
     for isa in ("", "portable"):
         monkeypatch.setenv("GOSSAMER_ISA", isa)
-        gs.compress(nn.Sequential(nn.Linear(8, 8)), costs="rule")
+        gs.compress(nn.Sequential(nn.Linear(8, 8)), latency="rule")
     assert not caplog.records

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from gossamer.cli.compress_record import layers_of, record, source_dtype, work_of
-from gossamer.cli.costs import costs_named
 from gossamer.cli.inputs import (
     BUNDLED,
     BUNDLED_TEXT,
@@ -28,6 +27,7 @@ from gossamer.cli.inputs import (
     read_model,
     read_text,
 )
+from gossamer.cli.latency import latency_named
 from gossamer.cli.options import Share, fraction
 from gossamer.cli.output import print_json, print_table, print_text
 from gossamer.core.allocation import ALLOCATIONS
@@ -69,7 +69,7 @@ class Compress:
     density: Share | None = None
     """fraction of weights to keep, such as 0.3 or 30%, instead of --sparsity"""
     allocation: Literal["uniform", "uniform+", "er", "erk", "global", "lamp", "owl"] = "uniform"
-    """how the zeros are shared among layers"""
+    """how the density is shared among layers"""
     include: list[str] = field(default_factory=list)
     """further layers to prune, by name patterns such as '*embed*'; repeatable, or comma separated"""
     exclude: list[str] = field(default_factory=list)
@@ -95,7 +95,7 @@ class Compress:
     """also round the kept weights to integers of 4 or 8 bits, a language model's head to 8"""
     group: int = 128
     """with --bits, columns that share a scale: a power of two from 64 on"""
-    costs: str = "auto"
+    latency: str = "auto"
     """what chooses the kernels: auto (what `gossamer calibrate` measured, else short timings), rule,
     or the file of another calibration"""
     sweep: str = ""
@@ -118,7 +118,7 @@ class Compress:
         limit = eval_bytes(subject) if self.eval_bytes is None else self.eval_bytes
         task = task_of(subject, text[: limit or len(text)], progress=True)
         task.check(self.length, self.tokens)
-        plan["costs"] = costs_named(self.costs) if self.bits is None else None
+        plan["latency"] = latency_named(self.latency) if self.bits is None else None
         batches = task.calibration(calibration, self.samples, self.length, self.seed)
         dense = subject.model
         _round(dense, self._store)
@@ -253,7 +253,7 @@ class Compress:
         if self.bits is None:
             quality = task.quality(dense, pruned.model)
             _cast(pruned.model, self._store)
-            packed = compress(pruned, costs=plan["costs"], exclude=self._unpacked(dense))
+            packed = compress(pruned, latency=plan["latency"], exclude=self._unpacked(dense))
         else:
             _cast(pruned.model, self._store)  # so that dense bytes are those of the stored dtype
             packed = compress(
@@ -306,7 +306,7 @@ def _journals(target: Path) -> list[Path]:
 def _pruner(name: str) -> Any:
     """The method by name, with its defaults; raises UsageError for one that trains."""
     method = find(name)
-    if method.card.kind not in ("score", "solver"):
+    if method.card.role not in ("scorer", "solver"):
         raise UsageError(
             f"--method {name} chooses weights while a model trains; use gs.sparse_training in a "
             "training loop, or a method for trained models here (see gossamer methods)"

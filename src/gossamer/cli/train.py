@@ -28,9 +28,9 @@ from gossamer.core.allocation import ALLOCATIONS
 from gossamer.core.errors import MissingExtra, UsageError
 from gossamer.core.pattern import parse_pattern
 from gossamer.engine.progress import track
-from gossamer.engine.protocols import Rounds
+from gossamer.engine.protocols import Recipe
 from gossamer.engine.prune.journal import write_whole
-from gossamer.engine.train.fit import Fit, Recipe
+from gossamer.engine.train.fit import Fit, TrainingOptions
 from gossamer.engine.train.flops import expected_flops, steps_for
 from gossamer.engine.train.rounds import expected_rounds_flops
 from gossamer.io.atomic import check_target, new_folder
@@ -65,7 +65,7 @@ class Train:
     width: int = 0
     """of the small networks: first channels of the CNN (8), hidden units of the MLP (256)"""
     method: str = "rigl"
-    """a trainer of gossamer methods, imp or sparsemodelsoups (rounds of trainings), or dense"""
+    """a topology method or recipe of `gossamer methods weights`, or dense"""
     density: Share | None = None
     """fraction of weights to keep, such as 0.1 or 10%; 0.1 unless the pattern says otherwise"""
     sparsity: Share | None = None
@@ -81,7 +81,7 @@ class Train:
     exclude: list[str] = field(default_factory=list)
     """layers to leave dense, by name patterns such as '*head'; repeatable, or comma separated"""
     steps: int = 300
-    """optimizer steps, of each training in rounds; with a sweep, those of the costliest arm"""
+    """optimizer steps, of each training in rounds; with a sweep, those of the costliest variant"""
     batch: int = 64
     """images or text windows in a step"""
     length: int = 128
@@ -122,14 +122,14 @@ class Train:
         check_target(Path(self.out), self.overwrite)
         if self.save_every < 1 or self.seeds < 1:
             raise UsageError("--save-every and --seeds are at least 1")
-        arms = self._arms()
+        variants = self._arms()
         if self.seeds > 1 and not self._sweeps:
             raise UsageError("--seeds belongs to a comparison: give --sweep-methods too")
         with self._writer() as writer:
             if self._sweeps:
-                self._sweep(arms, writer)
+                self._sweep(variants, writer)
             else:
-                self._single(*arms[0], writer)
+                self._single(*variants[0], writer)
         shutil.rmtree(self._hidden, ignore_errors=True)
 
     def again(self) -> str:
@@ -159,19 +159,19 @@ class Train:
             raise UsageError("give --density or --sweep-density, not both")
         for value in densities:
             density_of(None, value)
-        arms: list[tuple[str, float | None]] = []
+        variants: list[tuple[str, float | None]] = []
         for name in names:
-            free = name != "dense" and "density" in _fields(_trainer(name))
+            free = name != "dense" and "density" in _fields(_method_class(name))
             for value in (densities or [density]) if free or not densities else [None]:
                 self._method(name, value)
-                arms.append((name, value))
-        return arms
+                variants.append((name, value))
+        return variants
 
     def _method(self, name: str, density: float | None) -> Any:
         """The method's instance; None for dense training."""
         if name == "dense":
             return None
-        kind = _trainer(name)
+        kind = _method_class(name)
         known, values = _fields(kind), dict(self.options)
         if self.sweep_methods:  # an option may concern some of the methods only
             values = {key: value for key, value in values.items() if key in known}
@@ -197,14 +197,14 @@ class Train:
             method = kind(**values)
         except TypeError as error:
             raise UsageError(f"--options: {name} cannot be made of them ({error})") from None
-        if isinstance(method, Rounds) and (method.rewind or 0) >= self.steps:
+        if isinstance(method, Recipe) and (method.rewind or 0) >= self.steps:
             raise UsageError(f"--options: {name} rewinds to a step before --steps {self.steps}")
         return method
 
-    def _recipe(self, text: bool, steps: int) -> Recipe:
+    def _recipe(self, text: bool, steps: int) -> TrainingOptions:
         name = self.optimizer or ("adamw" if text else "sgd")
         lr, decay = {"adamw": (1e-3, 0.1)}.get(name, (0.1, 5e-4))
-        return Recipe(
+        return TrainingOptions(
             steps,
             lr if self.lr is None else self.lr,
             name,
@@ -227,7 +227,7 @@ class Train:
         fingerprint = {k: v for k, v in options.items() if k not in OUTSIDE}
         fingerprint.update(run=[name, density, seed, steps], content=work.digest())
         prefix = f"{name}-{density}-{seed}/" if self._sweeps else ""
-        if isinstance(method, Rounds):
+        if isinstance(method, Recipe):
             rounds = RoundsRun(
                 work, method, self._recipe(isinstance(work, Text), steps), seed,
                 self.include, self.exclude, (self._hidden / file).with_suffix(""), fingerprint,
@@ -279,27 +279,30 @@ class Train:
         print_table(f"{name} on {self.data}, {self.steps} steps", ("", "value"), headline(result))
         note(f"wrote {self.out}: model, result.json, report.html")
 
-    def _sweep(self, arms: list[tuple[str, float | None]], writer: Any) -> None:
+    def _sweep(self, variants: list[tuple[str, float | None]], writer: Any) -> None:
         work = self._work(self.seed)
         model = work.build(self.seed)
         loss = partial(_first_loss, work, self.seed)
 
-        def cost(arm: tuple[str, float | None], steps: int) -> float:
-            method, names = self._method(*arm), {"include": self.include, "exclude": self.exclude}
-            if isinstance(method, Rounds):
+        def cost(variant: tuple[str, float | None], steps: int) -> float:
+            method, names = (
+                self._method(*variant),
+                {"include": self.include, "exclude": self.exclude},
+            )
+            if isinstance(method, Recipe):
                 return expected_rounds_flops(model, method, steps, loss, **names)
             return expected_flops(model, method, steps, loss, **names)
 
-        budget = max(cost(arm, self.steps) for arm in arms)
+        budget = max(cost(variant, self.steps) for variant in variants)
         result: dict[str, Any] = {
             **self._facts(), "metric": work.metric, "better": work.better,
             "budget_flops": budget, "seeds": [self.seed + k for k in range(self.seeds)],
-            "arms": [],
+            "variants": [],
         }  # fmt: skip
-        for name, density in arms:
+        for name, density in variants:
             steps = steps_for(budget, self.steps, partial(cost, (name, density)))
             runs = [self._arm(name, density, seed, steps, writer) for seed in result["seeds"]]
-            result["arms"].append(
+            result["variants"].append(
                 {"method": name, "density": density, "steps": steps, "runs": runs}
             )
         with new_folder(Path(self.out).resolve(), self.overwrite) as place:
@@ -352,12 +355,12 @@ class Train:
             writer.close()
 
 
-def _trainer(name: str) -> type[Any]:
+def _method_class(name: str) -> type[Any]:
     kind = find(name)
-    if kind.card.kind not in ("trainer", "rounds"):
+    if kind.card.role not in ("topology", "recipe"):
         raise UsageError(
-            f"--method {name} does not train: it is of kind {kind.card.kind}; choose a trainer of "
-            "gossamer methods, or gossamer compress"
+            f"--method {name} does not train: it is a {kind.card.role}; choose a topology "
+            "method or a recipe of gossamer methods weights, or use gossamer compress"
         )
     return kind
 
