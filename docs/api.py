@@ -28,17 +28,18 @@ def write(folder: Path) -> None:
 
 def pages() -> dict[str, str]:
     """File name to content."""
-    topics = [topic for topic in getattr(methods, "TOPICS", ()) if hasattr(gossamer, topic)]
     groups: dict[str, list[str]] = {group: [] for group in GROUPS}
     for name in sorted(gossamer.__all__, key=str.lower):
         groups[group_of(getattr(gossamer, name))].append(name)
     parts = ["# API reference\n\nEvery public name, with `import gossamer as gs`.\n"]
-    parts += [f"## {group}\n\n{GROUPS[group]}\n\n{summary(groups[group])}" for group in GROUPS]
-    for topic in topics:
-        names = [f"{topic}.{name}" for name in getattr(gossamer, topic).__all__]
+    parts += [
+        f"## {group}\n\n{GROUPS[group]}\n\n{summary('gossamer', groups[group])}" for group in GROUPS
+    ]
+    for topic in filter(methods.topic, methods.TOPICS):
+        module = methods.topic(topic)
         parts.append(
             f"## gs.{topic}\n\nMethods, each with [a page of its own](../methods/index.md).\n\n"
-            f"{summary(names)}"
+            f"{summary(module.__name__, sorted(module.__all__, key=str.lower))}"
         )
     return {"index.md": "\n".join(parts)}
 
@@ -56,10 +57,10 @@ def group_of(thing: object) -> str:
     return by_module.get(module.removeprefix("gossamer."), "Results and data")
 
 
-def summary(names: list[str]) -> str:
+def summary(module: str, names: list[str]) -> str:
     """A table of names with the first lines of their docstrings, and a page for each."""
     lines = "\n".join(f"   {name}" for name in names)
     return (
-        "```{eval-rst}\n.. currentmodule:: gossamer\n.. autosummary::\n   :toctree: names\n"
+        f"```{{eval-rst}}\n.. currentmodule:: {module}\n.. autosummary::\n   :toctree: names\n"
         f"   :nosignatures:\n\n{lines}\n```\n"
     )

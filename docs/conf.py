@@ -59,18 +59,26 @@ GUIDE = [
     "own-model", "weights", "training", "train-command", "ranks-and-trainers", "command-line",
     "kernels", "file-format", "lm-eval", "model-families", "results", "benchmarks", "limits",
 ]  # fmt: skip
-TOCTREES = {"guide/index": GUIDE, "methods/index": ["*", "*/*"]}
+METHODS = DOCS / "methods"
+TOCTREES = {
+    "guide/index": GUIDE,
+    "methods/index": sorted(
+        str(path.relative_to(METHODS).with_suffix(""))
+        for path in METHODS.rglob("*.md")
+        if path.name != "index.md"
+    ),
+}
 
 
 def complete(app, page: str, source: list[str]) -> None:
-    """Give a page what only the site needs: README as the home page, tables of contents."""
+    """Give a page what the site needs: README as the home page, links, tables of contents."""
     if page in ("index", "contributing"):
         name = "README.md" if page == "index" else "CONTRIBUTING.md"
         source[0] = site_links((DOCS.parent / name).read_text()) + source[0]
+    source[0] = re.sub(r"^(https?://\S+)$", r"<\1>", source[0], flags=re.MULTILINE)
     if page in TOCTREES:
-        glob = ":glob:\n" if "*" in TOCTREES[page] else ""
         entries = "\n".join(TOCTREES[page])
-        source[0] += f"\n```{{toctree}}\n:hidden:\n{glob}\n{entries}\n```\n"
+        source[0] += f"\n```{{toctree}}\n:hidden:\n\n{entries}\n```\n"
 
 
 def site_links(text: str) -> str:

@@ -1,14 +1,17 @@
 """The generated pages are current, and what the README and the guide name exists."""
 
 import importlib.util
+import inspect
 import json
 import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 import gossamer
+from gossamer import methods
 from gossamer.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -129,9 +132,42 @@ def test_every_public_name_is_in_the_api_reference():
     api = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(api)
     listed = re.findall(r"^   ([\w.]+)$", api.pages()["index.md"], re.MULTILINE)
-    assert set(gossamer.__all__) <= set(listed)
+    assert {name.rpartition(".")[2] for name in public()} == set(listed)
     groups = {name: api.group_of(getattr(gossamer, name)) for name in ("prune", "NM", "OWL")}
     assert groups == {"prune": "Functions", "NM": "Patterns", "OWL": "Allocations"}
+
+
+def public() -> dict[str, object]:
+    """Every public name, those of the topics included."""
+    found = {name: getattr(gossamer, name) for name in gossamer.__all__}
+    for topic in filter(methods.topic, methods.TOPICS):
+        module = methods.topic(topic)
+        found |= {f"{topic}.{name}": getattr(module, name) for name in module.__all__}
+    return found
+
+
+def documented(thing: object) -> list[str]:
+    """The names in the Parameters or Attributes of a docstring."""
+    text = inspect.getdoc(thing) or ""
+    section = re.search(
+        r"^(?:Parameters|Attributes)\n-+\n(.*?)(?=\n\n|\Z)", text, re.MULTILINE | re.DOTALL
+    )
+    lines = re.findall(r"^(\S.*?)(?: : .*)?$", section[1], re.MULTILINE) if section else []
+    return [name for line in lines for name in line.split(", ")]
+
+
+def test_docstrings_document_the_parameters_that_there_are():
+    found = {name: documented(thing) for name, thing in public().items()}
+    assert sum(map(bool, found.values())) > 60
+    for name, thing in public().items():
+        if is_dataclass(thing):
+            real = [field.name for field in fields(thing)]
+        elif inspect.isclass(thing):
+            continue
+        else:
+            real = list(inspect.signature(thing).parameters)
+        if found[name] or inspect.isfunction(thing):
+            assert sorted(found[name]) == sorted(real), name
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from statistics import median
 import pytest
 
 import gossamer
+from gossamer import methods
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -46,9 +47,8 @@ def words(sentence: str) -> int:
     return sum(any(c.isalnum() for c in word) for word in sentence.split())
 
 
-def docstring(name: str) -> str:
+def docstring(thing: object) -> str:
     """The docstrings of a public name: its own and, of a class, those of its public methods."""
-    thing = getattr(gossamer, name)
     texts = [inspect.getdoc(thing) or ""]
     if inspect.isclass(thing) and not issubclass(thing, Exception):
         members = [
@@ -73,8 +73,9 @@ def test_pages_have_short_sentences(page):
 
 
 def test_public_docstrings_have_short_sentences():
-    found = {name: sentences(docstring(name)) for name in gossamer.__all__}
-    check("docstrings", [s for part in found.values() for s in part])
+    modules = [gossamer, *map(methods.topic, filter(methods.topic, methods.TOPICS))]
+    things = [getattr(module, name) for module in modules for name in module.__all__]
+    check("docstrings", [s for thing in things for s in sentences(docstring(thing))])
 
 
 def check(name: str, found: list[str]) -> None:
