@@ -41,7 +41,7 @@ from gossamer.engine.prune.run import prune
 from gossamer.engine.serve.compress import compress
 from gossamer.io.atomic import check_target, new_folder
 from gossamer.io.save import save
-from gossamer.methods import find
+from gossamer.methods import build, parts
 from gossamer.ops.quantized import BITS
 from gossamer.report.html import render
 from gossamer.report.notes import notes, title
@@ -61,7 +61,8 @@ class Compress:
     """language model or text encoder: a Hugging Face folder, a hub name such as
     HuggingFaceTB/SmolLM2-135M (from the local cache first), or testbed:lm"""
     method: str = "sparsegpt"
-    """what chooses the weights, such as sparsegpt, wanda or magnitude; gossamer methods lists them"""
+    """scorer or solver, with its options, such as wanda or sparsegpt:block=64; `gossamer methods
+    weights` lists them"""
     pattern: str = "unstructured"
     """where zeros may lie: unstructured, unstructured:row, 2:4, 4:8, block:4x1, channel:1"""
     sparsity: Share | None = None
@@ -303,15 +304,15 @@ def _journals(target: Path) -> list[Path]:
     return sorted(target.parent.glob(f".{glob.escape(target.name)}.journal*"))
 
 
-def _pruner(name: str) -> Any:
-    """The method by name, with its defaults; raises UsageError for one that trains."""
-    method = find(name)
-    if method.card.role not in ("scorer", "solver"):
+def _pruner(text: str) -> Any:
+    """The method by name and options; raises UsageError for one that trains."""
+    kind, _ = parts(text)
+    if kind.card.role not in ("scorer", "solver"):
         raise UsageError(
-            f"--method {name} chooses weights while a model trains; use gs.sparse_training in a "
-            "training loop, or a method for trained models here (see gossamer methods)"
+            f"--method {kind.card.name} makes a model sparse while it trains: use gossamer train, "
+            "or a scorer or solver here (see gossamer methods weights)"
         )
-    return method()
+    return build(text)
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

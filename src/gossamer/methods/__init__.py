@@ -107,6 +107,11 @@ def build(text: str) -> Any:
     return words.build(text, _by_name(text.partition(":")[0]), "method")
 
 
+def parts(text: str) -> tuple[type[Any], dict[str, Any]]:
+    """A method's class and its options from such a text; raises UsageError as `build` does."""
+    return words.parts(text, _by_name(text.partition(":")[0]), "method")
+
+
 def _by_name(wanted: str) -> dict[str, type[Any]]:
     """Methods by name alone and by topic and name; raises where `wanted` is in several topics."""
     every, short = methods(), wanted.strip().lower()
