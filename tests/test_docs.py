@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import json
+import operator
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import gossamer
-from gossamer import methods
+from gossamer import cli, methods
 from gossamer.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -185,8 +186,13 @@ def test_links_and_commands_exist(path):
         if anchor and linked.suffix == ".md":
             headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
             assert anchor in {slug(heading) for heading in headings}, f"{target}#{anchor}"
-    for command in re.findall(r"^\s*gossamer (\w+)", text, re.MULTILINE):
+    for command, rest in re.findall(r"^\s*gossamer (\w+)((?:.|\\\n)*)", text, re.MULTILINE):
         assert command in COMMANDS, command
+        options = {field.name for field in fields(cli.command(command))} | {"config", "debug"}
+        for option in re.findall(r"--([\w-]+)", rest):
+            assert option.replace("-", "_") in options, f"gossamer {command} --{option}"
+    for name in re.findall(r"\bgs\.([A-Za-z_]+(?:\.[A-Z]\w*)?)", text):
+        assert operator.attrgetter(name)(gossamer), name
 
 
 def slug(heading: str) -> str:
