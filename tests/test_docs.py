@@ -43,6 +43,19 @@ def test_the_own_model_page_runs(tiny_llama, tmp_path, monkeypatch):
     assert (tmp_path / "small-dense" / "config.json").is_file()
 
 
+def test_the_readme_runs(tiny_llama, tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for line in block.splitlines() if "Auto" not in line]  # no hub in tests
+    assert len(lines) == len(block.splitlines()) - 3
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_text.txt").write_text("".join(f"line {n} of {n * n}\n" for n in range(900)))
+    names = {"model": tiny_llama(), "tokenizer": Bytes()}
+    exec("\n".join(lines), names)
+    assert names["result"].measured_density == pytest.approx(0.5, abs=0.01)
+    assert names["model"] is not names["fast"].model
+
+
 class Bytes:
     """A tokenizer whose tokens are bytes, with what the page calls."""
 
