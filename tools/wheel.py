@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +35,7 @@ def main() -> None:
                   "make wheel PYTHON=/path/to/python3.12", file=sys.stderr)  # fmt: skip
     for python in pythons:
         wheel = build(python, options.out)
+        check(wheel)
         print(f"built {wheel}", flush=True)
         if not options.no_try:
             attempt(python, wheel)
@@ -57,6 +59,16 @@ def build(python: str, out: Path) -> Path:
         (built,) = Path(folder).glob("*.whl")
         out.mkdir(parents=True, exist_ok=True)
         return Path(shutil.move(built, out / built.name))
+
+
+def check(wheel: Path) -> None:
+    """Refuse a wheel whose tag promises more than its binary, or that lacks the licence."""
+    names = zipfile.ZipFile(wheel).namelist()
+    suffix = ".abi3.so" if "-abi3-" in wheel.name else ".so"
+    if not any(Path(name).match(f"gossamer/_kernels*{suffix}") for name in names):
+        raise SystemExit(f"{wheel.name} holds no gossamer/_kernels*{suffix}")
+    if not any(name.endswith(".dist-info/licenses/LICENSE") for name in names):
+        raise SystemExit(f"{wheel.name} holds no LICENSE")
 
 
 def attempt(python: str, wheel: Path) -> None:
