@@ -28,10 +28,22 @@ from gossamer.nn.foldable import Foldable
 class ReplaceLayersResult:
     """What `replace_layers` did.
 
-    layers: one record for each new layer; its density is the number of its weights over that of the
-    matrix it replaced, biases left out. errors: by layer the norm of the change of its weight over
-    the norm of the old weight, infinite where the layer cannot be folded. left_out: every other
-    matrix that could be pruned, with the reason.
+    Parameters
+    ----------
+    model : nn.Module
+        The given model, with the new layers.
+    method : str
+        The name of the method.
+    layers : tuple of LayerRecord
+        One for each new layer. Its density is the number of its weights over that of the matrix it
+        replaced; biases are left out.
+    errors : mapping of str to float
+        By layer the norm of the change of its weight over the norm of the old weight; infinite
+        where the layer cannot be folded.
+    left_out : tuple of LeftOut
+        Every other matrix that could be pruned, with the reason.
+    requested_density : float
+        The density asked for.
     """
 
     model: nn.Module
@@ -113,11 +125,24 @@ def replace_layers(
 
 
 def fold_layers(model: nn.Module) -> tuple[str, ...]:
-    """Turn what `replace_layers` made into Linear layers again, in place; returns their names.
+    """Turn what `replace_layers` made into Linear layers again.
 
     Outputs agree to rounding. The parameters are new, so the optimizer must be made anew.
 
-    Raises UsageError where the model itself is such a layer: call its own `fold()`.
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place.
+
+    Returns
+    -------
+    tuple of str
+        The names of the layers.
+
+    Raises
+    ------
+    UsageError
+        Where the model itself is such a layer: call its own `fold()`.
     """
     found = {n: m for n, m in model.named_modules() if isinstance(m, Foldable)}
     if "" in found:

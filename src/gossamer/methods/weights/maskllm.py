@@ -48,10 +48,21 @@ _CHOICES = 70
 class MaskLLM:
     """Softmax over the patterns of each group, of scaled logits with Gumbel noise, ever colder.
 
-    rate: learning rate of the logits. temperature, scale, regulariser: (first, last) of a linear
-    schedule. regulariser: what the squared norm of the masked weights is multiplied by and taken
-    off the loss. prior: supports by layer name to begin near, None for the largest |w|. strength:
-    of the prior, in standard deviations of a layer's logits.
+    Parameters
+    ----------
+    pattern : NM
+        What remains.
+    rate : float
+        The learning rate of the logits.
+    temperature, scale : tuple of float
+        The first and the last value of a linear schedule.
+    regulariser : tuple of float
+        The same, of what the squared norm of the masked weights is multiplied by and taken off the
+        loss.
+    strength : float
+        Of the prior, in standard deviations of a layer's logits.
+    prior : mapping of str to Support, optional
+        Supports by layer name to begin near; by default the largest |w|.
     """
 
     pattern: NM = TWO_OF_FOUR

@@ -50,9 +50,18 @@ class MdGf:
     """Dense until the fraction `begin` of the run; then weights outside the mask shrink until
     `end`, from where the mask is hard.
 
-    decay: `linear` multiplies them by 1 - coefficient t after t steps, `exponential` by
-    exp(-coefficient t). coefficient: None for the one that fits the phase. gradient: `masked` is
-    that of the forward, `straight` gives the dense weights behind the whole gradient.
+    Parameters
+    ----------
+    pattern : NM
+        What remains.
+    decay : {"linear", "exponential"}
+        Multiplies them by 1 - coefficient t after t steps, or by exp(-coefficient t).
+    gradient : {"masked", "straight"}
+        That of the forward, or the whole one for the dense weights behind.
+    begin, end : float
+        Fractions of the run.
+    coefficient : float, optional
+        Per step; by default the one that fits the phase.
     """
 
     pattern: NM = TWO_OF_FOUR

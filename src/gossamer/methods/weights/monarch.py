@@ -35,8 +35,15 @@ from gossamer.nn.monarch import MonarchLinear, monarch_project
 
 @dataclass(frozen=True)
 class Monarch:
-    """Two block-diagonal factors of `blocks` blocks each; the rank of their slices follows from the
-    density. start: `project` the weight, or `random`."""
+    """Two block-diagonal factors; the rank of their slices follows from the density.
+
+    Parameters
+    ----------
+    blocks : int
+        Of each factor.
+    start : {"project", "random"}
+        The nearest to the given weight, or drawn anew.
+    """
 
     blocks: int = 4
     start: Literal["project", "random"] = "project"

@@ -38,8 +38,12 @@ from gossamer.nn.low_rank_sparse import LowRankSparseLinear
 class SLTrain:
     """W = (alpha / rank) B A + S with S at random places that stay.
 
-    sparse: the fraction of all places that S holds. alpha: what the product is scaled by, times the
-    rank.
+    Parameters
+    ----------
+    sparse : float
+        The fraction of all places that S holds.
+    alpha : float
+        What the product is scaled by, times the rank.
     """
 
     sparse: float = 0.03

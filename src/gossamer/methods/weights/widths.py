@@ -37,8 +37,12 @@ from gossamer.methods.weights.magnitude import Magnitude
 class Widths:
     """Keeps the units whose weights have the largest sum of scores.
 
-    scorer: a method that scores weights without data, such as Magnitude() or Random(). kinds: what
-    is cut, of `neurons` and `heads`.
+    Parameters
+    ----------
+    scorer : Scorer
+        A method that scores weights without data, such as Magnitude() or Random().
+    kinds : tuple of str
+        What is cut, of `neurons` and `heads`.
     """
 
     scorer: Any = field(default_factory=Magnitude)
