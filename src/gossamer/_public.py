@@ -1,7 +1,7 @@
 """Every public name of `gossamer`."""
 
 from gossamer.api import compare, prune
-from gossamer.core.allocation import ER, ERK, LAMP, OWL, Global, Uniform, UniformPlus
+from gossamer.core.allocation import ER, ERK, LAMP, OWL, ERKPlus, Global, Uniform, UniformPlus
 from gossamer.core.card import Card
 from gossamer.core.coupling import Coupled
 from gossamer.core.errors import (
@@ -50,6 +50,7 @@ __all__ = [
     "CompressResult",
     "Coupled",
     "Coverage",
+    "ERKPlus",
     "FormatError",
     "Global",
     "GossamerError",
