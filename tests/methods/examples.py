@@ -43,6 +43,9 @@ TOPOLOGY = {
     "wgsef-weighted": Example(
         lambda coupled, every: W.WGSEF(0.25, coupled, pooled=True, weighted=True), 1.0, None
     ),
+    "masksparsity-plain": Example(
+        lambda coupled, every: W.MaskSparsity(0.25, coupled, targeted=False), 1.0, 0.25
+    ),
     "masksparsity": Example(lambda coupled, every: W.MaskSparsity(0.25, coupled), 1.0, 0.25),
 }
 """Methods that choose supports while a model trains."""
