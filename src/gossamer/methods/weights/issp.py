@@ -1,7 +1,7 @@
 """ISS-P: iterative soft shrinkage before a hard support.
 
-Shrinks the smallest weights a little after every step, so that a weight can still come back, and
-zeroes them at the end of the stage.
+Shrinks the smallest weights a little after every step, so that a weight can still come back. At the
+end of the stage it zeroes them.
 
 **Paper.** Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution, 2023.
 https://arxiv.org/abs/2303.09650

@@ -19,8 +19,8 @@ from the first stage instead. The pull is added to the gradient before the optim
 channels are marked together, by the mean of their scales. Weight decay still shrinks the scales
 that stay unless the optimizer leaves them out. The shift of a dead channel lives on as a constant;
 gs.remove_channels folds it. The penalty must fit the run: too small a one leaves marked scales that
-the cut then takes. The cut by a share of energy, the penalties other than L1 and the release's cut
-of a layer whose scales are all tiny are left out.
+the cut then takes. The release also has penalties other than L1 and a cut by a share of energy,
+which are left out.
 """
 
 from __future__ import annotations

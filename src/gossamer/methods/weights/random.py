@@ -55,7 +55,7 @@ class Random:
         return Unstructured()
 
     def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
-        """Random scores of the weight's shape, on its device, the same for the same seed and name."""
+        """Random scores of the weight's shape, on its device; seed and layer name fix them."""
         digest = hashlib.sha256(f"{self.seed}:{stats.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         # Drawn on the CPU, so that every device gets the same numbers.

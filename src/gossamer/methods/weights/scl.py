@@ -13,13 +13,13 @@ FLOPs, without pruning criteria or sparsities per layer.
 
 **Notes.** There is no density to ask for: the price decides. The gradient of v is weight times
 gradient of the masked weight. It is normalised first and the price added then, so that the price is
-not rescaled. Plain descent without decay moves v, at `rate` times the learning rate of its weight,
-so that supports come to rest as the schedule does. A weight that is off gets no gradient, keeps its
+not rescaled. Plain descent without decay moves v, at `rate` times the learning rate of its weight.
+So supports come to rest as the schedule does. A weight that is off gets no gradient, keeps its
 value bit for bit whatever momentum and decay do, and comes back with it; only its optimizer state
-goes on. v = 0 counts as off. Each layer keeps at least one weight. Initial variables, rate and price
-are not confirmed from the paper, nor is the norm. Here it is the 2-norm over an output feature, so a
-price of p prunes what pulls less than p of that feature's gradient. The record shows how unequal
-the layers become with normalising and without.
+goes on. v = 0 counts as off. Each layer keeps at least one weight. Initial variables, rate and
+price are not confirmed from the paper, nor is the norm. Here it is the 2-norm over an output
+feature, so a price of p prunes what pulls less than p of that feature's gradient. The record shows
+how unequal the layers become with normalising and without.
 """
 
 from __future__ import annotations

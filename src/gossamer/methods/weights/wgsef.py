@@ -1,7 +1,7 @@
 """WGSEF: the weighted group sparse envelope and its exact proximal step.
 
-Pulls all but k groups of channels to zero by the exact proximal step of the convex envelope of 'at
-most k groups', so that they can be cut out.
+Pulls all but k groups of channels to zero, so that they can be cut out. What pulls is the exact
+proximal step of the convex envelope of 'at most k groups'.
 
 **Paper.** Learning k-Level Structured Sparse Neural Networks Using Group Envelope Regularization,
 2022. https://arxiv.org/abs/2212.12921
@@ -11,14 +11,14 @@ most k groups', so that they can be cut out.
 **Defaults.** Strength 0.1, times the learning rate, at every step until 75% of the run; one budget
 in each set of coupled channels; every group costs 1.
 
-**Notes.** The envelope is min over u of half the sum of |w_j|^2 / u_j, 0 <= u_j <= 1, with the
-costs of u within k. With s the strength times the learning rate, the step scales group j by
-u_j / (u_j + s). One step zeroes a group only where the gap between groups is large enough for s, so
-zeros come with the steps. Survivors shrink by 1 / (1 + s), as weight decay does. The step is the
-one of plain SGD: with adaptive optimizers it is not the exact step. Biases and norms are left
-alone; gs.remove_channels folds them. What is cut at `until` is exactly the budget. Of weighted
-groups those with the largest norm / sqrt(cost) stay, the order in which the envelope fills its
-budget, as long as they fit; at least one stays in each set. The paper's placing of the costs is not
+**Notes.** The envelope is the least half sum of |w_j|^2 / u_j over 0 <= u_j <= 1 whose costs are
+within k. With s the strength times the learning rate, the step scales group j by u_j / (u_j + s).
+One step zeroes a group only where the gap between groups is large enough for s, so zeros come with
+the steps. Survivors shrink by 1 / (1 + s), as weight decay does. The step is the one of plain SGD:
+with adaptive optimizers it is not the exact step. Biases and norms are left alone;
+gs.remove_channels folds them. What is cut at `until` is exactly the budget. Of weighted groups
+those with the largest norm / sqrt(cost) stay, as long as they fit the budget. That is the order in
+which the envelope fills it. At least one stays in each set. The paper's placing of the costs is not
 confirmed.
 """
 
