@@ -50,16 +50,32 @@ from gossamer.methods.weights.topology import StaticSupport, check_fraction, eve
 
 @dataclass(frozen=True)
 class MaskSparsity(StaticSupport):
-    """Pull the scales of marked channels to zero by `penalty` times the sign, and at the fraction
-    `until` of the run zero them.
+    """Pull the batch norm scales of marked channels to zero, and cut those channels.
 
-    masks: bool (channels,) or (channels, 1) by batch norm, True where a channel stays; others are
-    marked from the start. Without them every scale is pulled until the fraction `begin`, and the
-    smallest are marked then: all but `density`, or those below `threshold`. targeted=False pulls
-    every scale up to the cut, which goes by the scales then: the plain L1 that the paper compares
-    with, and its own first stage. threshold: cut the channels whose scales have all come below it,
-    as published, so that the density is what comes out. density: may be None where `masks` or
-    `threshold` decide. pooled: one ranking over all sets rather than one in each.
+    Parameters
+    ----------
+    density : float, optional
+        The fraction of channels kept, in (0, 1]. None where `masks` or `threshold` decide.
+    coupled : tuple of Coupled
+        The channels that go together, from `gs.coupled_channels(model, batch)`.
+    penalty : float
+        The pull on a marked scale, times its sign.
+    begin : float
+        Until this fraction of the run every scale is pulled, and the smallest are marked then: all
+        but `density`, or those below `threshold`. It has no meaning with `masks`.
+    until : float
+        When the marked channels are zeroed, as a fraction of the run.
+    pooled : bool
+        One ranking over all sets rather than one in each.
+    targeted : bool
+        False pulls every scale up to the cut, which goes by the scales then. This is the plain L1
+        that the paper compares with, and its own first stage.
+    threshold : float, optional
+        Zero the channels whose scales have all come below it, as published. The density is then
+        what comes out.
+    masks : mapping of str to Tensor, optional
+        The marks, bool (channels,) or (channels, 1) by batch norm, True where a channel stays.
+        What `SparseRun.masks` of another run holds will do.
     """
 
     density: float | None

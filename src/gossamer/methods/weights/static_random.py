@@ -40,10 +40,17 @@ from gossamer.methods.weights.topology import (
 
 @dataclass(frozen=True)
 class StaticRandom(StaticSupport):
-    """Exact counts per layer at random places; the mask never changes.
+    """Train under a random mask that never changes, with exact counts per layer.
 
-    resample: a SNIP of the same density, whose counts per layer replace those of `allocation`;
-    its places are forgotten.
+    Parameters
+    ----------
+    density : float
+        The fraction kept, in (0, 1].
+    allocation : Allocation
+        How the density becomes one per layer. `ERK()` by default.
+    resample : SNIP, optional
+        A SNIP of the same density, whose counts per layer replace those of `allocation`. Its
+        places are forgotten.
     """
 
     density: float
