@@ -70,6 +70,16 @@ def usage(card: Card) -> str:
         ...  # the loop as it was
 
 gs.train_rounds(model, gs.{card.topic}.{find(card.name).__name__}(density=0.1), train)"""
+    name = f"gs.{card.topic}.{find(card.name).__name__}"
+    if card.role == "learned_mask":
+        loop = "    ...  # the loop as it was; schedules of the learning rate are made in here"
+        return f"with gs.sparse_training(model, optimizer, {name}(), total_steps=n):\n{loop}"
+    if card.role == "replacer":
+        return f"""result = gs.replace_layers(model, {name}(), density=0.5)
+...  # train: the optimizer is made after the layers
+gs.fold_layers(model)"""
+    if card.role == "planner":
+        return f'gs.prune(model, {name}(), density=0.5).model.save_pretrained("out")'
     if card.role != "topology":
         return f"gossamer compress --method {card.name} --sparsity 0.5"
     method = find(card.name)

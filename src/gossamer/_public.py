@@ -18,6 +18,7 @@ from gossamer.core.result import CompressResult, Coverage, LayerRecord, LeftOut,
 from gossamer.core.select import select, select_global
 from gossamer.core.support import Support
 from gossamer.core.text import text_batches
+from gossamer.engine.prune.replace import ReplaceLayersResult, fold_layers, replace_layers
 from gossamer.engine.prune.structure import (
     RemoveChannelsResult,
     coupled_channels,
@@ -29,6 +30,7 @@ from gossamer.engine.serve.generate import generate
 from gossamer.engine.serve.measure_latency import calibrate_latency
 from gossamer.engine.serve.unpack import unpack
 from gossamer.engine.train.compressed import TrueSparseRun, sparse_layers, true_sparse_training
+from gossamer.engine.train.learned import LearnedRun
 from gossamer.engine.train.masked import sparse_training
 from gossamer.engine.train.rounds import RoundPart, RoundsResult, train_rounds
 from gossamer.engine.train.run import SparseRun
@@ -58,12 +60,14 @@ __all__ = [
     "GossamerError",
     "LatencyModel",
     "LayerRecord",
+    "LearnedRun",
     "LeftOut",
     "MissingExtra",
     "NonFiniteError",
     "PatternError",
     "PruneResult",
     "RemoveChannelsResult",
+    "ReplaceLayersResult",
     "RoundPart",
     "RoundsResult",
     "SparseRun",
@@ -81,6 +85,7 @@ __all__ = [
     "export",
     "find",
     "fixed_channels",
+    "fold_layers",
     "format_pattern",
     "from_semi_structured",
     "generate",
@@ -90,6 +95,7 @@ __all__ = [
     "prune",
     "push",
     "remove_channels",
+    "replace_layers",
     "save",
     "select",
     "select_global",

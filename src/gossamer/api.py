@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, cast
 
@@ -17,8 +17,9 @@ from gossamer.core.words import build
 from gossamer.engine.data import Batch, read_batches
 from gossamer.engine.measure.evaluate import Measurable
 from gossamer.engine.measure.tasks import Outputs, Subject, Task, is_causal, reads_text, task_of
-from gossamer.engine.protocols import Allocation, Method
+from gossamer.engine.protocols import Allocation, Method, Planner
 from gossamer.engine.prune import run as engine
+from gossamer.engine.prune.widths import prune_widths
 from gossamer.methods import build as build_method
 from gossamer.methods import find
 from gossamer.nn.kernel_choice.machine import machine
@@ -27,7 +28,7 @@ from gossamer.report.comparison import Comparison
 
 def prune(
     model: nn.Module | PruneResult,
-    method: Method | str,
+    method: Method | Planner | str,
     *,
     pattern: Pattern | str | None = None,
     density: float | None = None,
@@ -48,11 +49,15 @@ def prune(
     order. Each one's statistics come from its already pruned predecessors, and only one block's
     statistics are in memory. Training flags and hooks are left as they were.
 
+    A planner, such as `Widths()`, cuts whole neurons and heads out of a model of transformers. It
+    writes the new widths into the config, so plain transformers saves and loads the result. It
+    takes density or sparsity alone.
+
     Parameters
     ----------
     model : nn.Module or PruneResult
         Changed in place.
-    method : Scorer, Solver or str
+    method : Scorer, Solver, Planner or str
         A method, or its name with options: `"wanda"`, `"sparsegpt:block=64,damping=0.02"`.
     pattern : Pattern or str, optional
         Which weights are zero together: `gs.NM(2, 4)` or `"2:4"`. By default the method's own.
@@ -102,26 +107,48 @@ def prune(
     """
     if isinstance(method, str):
         method = _pruner(method)
+    if sparsity is not None:
+        density = _density_of(sparsity, density)
+    if isinstance(method, Planner) and not isinstance(method, type):
+        others = {"pattern": pattern, "allocation": allocation, "data": data, "include": include,
+                  "exclude": exclude, "keep_zeros": keep_zeros, "journal": journal}  # fmt: skip
+        return _prune_widths(unwrap(model), method, density, others)
     if isinstance(pattern, str):
         pattern = parse_pattern(pattern)
     if isinstance(allocation, str):
         allocation = cast(Allocation, build(allocation, ALLOCATIONS, "allocation"))
-    if sparsity is not None:
-        density = _density_of(sparsity, density)
     return engine.prune(
-        unwrap(model), method, pattern=pattern, density=density, allocation=allocation, data=data,
+        unwrap(model), cast(Method, method), pattern=pattern, density=density, allocation=allocation, data=data,
         include=include, exclude=exclude, uncalled=uncalled, keep_zeros=keep_zeros,
         journal=journal, progress=progress,
     )  # fmt: skip
 
 
-def _pruner(text: str) -> Method:
-    if find(text.partition(":")[0]).card.role not in ("scorer", "solver"):
+def _pruner(text: str) -> Method | Planner:
+    role = find(text.partition(":")[0]).card.role
+    if role == "replacer":
+        raise UsageError(f"method {text!r} replaces layers; use gs.replace_layers")
+    if role not in ("scorer", "solver", "planner"):
         raise UsageError(
             f"method {text!r} chooses weights while a model trains; use gs.sparse_training in a "
             "training loop, or a method for trained models here (see gs.cards())"
         )
     return cast(Method, build_method(text))
+
+
+def _prune_widths(
+    model: nn.Module, planner: Planner, density: float | None, others: Mapping[str, Any]
+) -> PruneResult:
+    """Cut neurons and heads out; raises UsageError for options of pruning single weights."""
+    for name, value in others.items():
+        if value is not None and value != () and value is not False:
+            raise UsageError(
+                f"{planner.card.name} cuts whole neurons and heads, the same number in every "
+                f"layer, so {name} cannot apply; leave it out"
+            )
+    if density is None:
+        raise UsageError(f"{planner.card.name} needs a density, the fraction of units kept")
+    return prune_widths(model, planner, density)
 
 
 def _density_of(sparsity: float, density: float | None) -> float:

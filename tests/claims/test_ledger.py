@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from gossamer.methods import cards, verdicts
+from gossamer.methods import cards, find, verdicts
 
 ROOT = Path(__file__).parents[2] / "benchmarks"
 RECORDS = sorted((ROOT / "results" / "claims").glob("*.json"))
 FILES = sorted(path for path in (ROOT / "claims").glob("*.py") if "def check(" in path.read_text())
+
+NOT_TRIED = {"maskllm", "mdgf", "monarch", "sltrain", "widths"}
+"""Methods whose claims wait for their check; their pages say so."""
 
 
 def load(name):
@@ -24,10 +27,12 @@ def load(name):
 
 
 def test_every_method_has_a_record_and_a_check():
-    names = {card.name for card in cards()}
+    names = {card.name for card in cards()} - NOT_TRIED
     assert {path.stem for path in RECORDS} == names
     assert {path.stem for path in FILES} == names
     assert set(verdicts()) == names
+    for name in NOT_TRIED:
+        assert "claim was not tried" in " ".join(sys.modules[find(name).__module__].__doc__.split())
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)

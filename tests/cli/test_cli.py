@@ -384,7 +384,8 @@ def test_methods_and_help(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     main(["methods", "--json"])
     found = {m["name"]: m["verdict"] for m in json.loads(capsys.readouterr().out)["methods"]}
-    assert found == verdicts() and "sparsegpt" in found
+    tried = {name: verdict for name, verdict in found.items() if verdict}
+    assert tried == verdicts() and "sparsegpt" in found
     main(["methods"])
     listed = capsys.readouterr().out
     assert all(name in listed for name in TOPICS) and "none yet" in listed

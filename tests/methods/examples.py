@@ -50,6 +50,25 @@ TOPOLOGY = {
 }
 """Methods that choose supports while a model trains."""
 
+LEARNED = {
+    "mdgf": lambda: W.MdGf(gs.NM(1, 4)),
+    "mdgf-straight": lambda: W.MdGf(decay="exponential", gradient="straight", begin=0.0),
+    "maskllm": lambda: W.MaskLLM(rate=0.02),
+}
+"""Methods that learn or schedule masks through which layers see their weights."""
+
+REPLACERS = {
+    "sltrain": lambda: W.SLTrain(),
+    "monarch": lambda: W.Monarch(),
+    "monarch-random": lambda: W.Monarch(2, "random"),
+}
+"""Methods that put cheaper layers in the places of ordinary ones; a density of 0.6 suits them."""
+PLANNERS = {
+    "widths": lambda: W.Widths(),
+    "widths-random": lambda: W.Widths(W.Random(3)),
+}
+"""Methods that cut neurons and heads out of transformers."""
+
 PRUNERS = {x.card.name: x for x in methods(roles=("scorer", "solver")).values()}
 """Scorers and solvers; each is valid without arguments."""
 

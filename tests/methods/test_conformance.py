@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from examples import PRUNERS, TOPOLOGY
+from examples import LEARNED, PLANNERS, PRUNERS, REPLACERS, TOPOLOGY
 
 import gossamer as gs
 from gossamer.core.select import kept_count, select
@@ -136,7 +136,7 @@ def test_missing_statistics_and_bad_weights_name_the_layer():
         gs.weights.SparseGPT().solve(torch.ones(24, 48), stats_of(x), gs.Channel(0), 0.5)
 
 
-ROLES = {"scorer", "solver", "topology", "recipe"}
+ROLES = {"scorer", "solver", "topology", "learned_mask", "replacer", "planner", "recipe"}
 PATTERN_WORDS = {"unstructured", "nm", "block", "channel"}
 
 
@@ -173,9 +173,18 @@ def test_names_are_found_near_ones_are_told_and_shared_ones_need_their_topic(mon
     assert find("graphs.random") is gs.weights.Magnitude and find("wanda") is gs.weights.Wanda
 
 
-def test_every_topology_method_has_an_example():
-    names = {card.name for card in cards() if card.role == "topology"}
-    assert names == {name.partition("-")[0] for name in TOPOLOGY}
+@pytest.mark.parametrize(
+    ("role", "examples"),
+    [
+        ("topology", TOPOLOGY),
+        ("learned_mask", LEARNED),
+        ("replacer", REPLACERS),
+        ("planner", PLANNERS),
+    ],
+)
+def test_every_method_has_an_example(role, examples):
+    names = {card.name for card in cards() if card.role == role}
+    assert names == {name.partition("-")[0] for name in examples}
 
 
 def test_the_listing_without_torch_is_the_registry():

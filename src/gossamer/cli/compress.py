@@ -23,6 +23,7 @@ from gossamer.cli.inputs import (
     source_dtype,
 )
 from gossamer.cli.latency import latency_named
+from gossamer.cli.methods import USE
 from gossamer.cli.options import Share, fraction
 from gossamer.cli.output import print_json, print_table, print_text
 from gossamer.compression import Experiment
@@ -209,6 +210,11 @@ def _journals(target: Path) -> list[Path]:
 def _pruner(text: str) -> Any:
     """The method by name and options; raises UsageError for one that trains."""
     kind, _ = parts(text)
+    if kind.card.role in ("replacer", "planner", "learned_mask"):
+        raise UsageError(
+            f"--method {kind.card.name} is used from Python: {USE[kind.card.role]}; choose a scorer "
+            "or solver here (see gossamer methods weights)"
+        )
     if kind.card.role not in ("scorer", "solver"):
         raise UsageError(
             f"--method {kind.card.name} makes a model sparse while it trains: use gossamer train, "

@@ -13,9 +13,12 @@ USE = {
     "scorer": "gossamer compress",
     "solver": "gossamer compress",
     "topology": "gossamer train",
+    "learned_mask": "gs.sparse_training, from Python",
+    "replacer": "gs.replace_layers, from Python",
+    "planner": "gs.prune, from Python",
     "recipe": "gossamer train",
 }
-"""The command that runs a method, by its role."""
+"""What runs a method, by its role."""
 
 
 @dataclass
@@ -77,7 +80,8 @@ def _print_topic(name: str) -> None:
     print_table(f"{name}: {TOPICS[name]}", ("name", "role", "year", "claim", "what"), rows)
     print_text(
         "Scorers and solvers prune a trained model (gossamer compress). Topology methods and "
-        "recipes make a model sparse while it trains (gossamer train)."
+        "recipes make a model sparse while it trains (gossamer train). Learned masks, replacers "
+        "and planners are used from Python."
     )
     print_text(
         "claim: what became of the paper's claim on small tasks here; open means undecided. "

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from gossamer.cli.inputs import density_of
+from gossamer.cli.methods import USE
 from gossamer.cli.options import Share
 from gossamer.cli.output import note, print_json, print_table
 from gossamer.cli.train_result import log_step, record
@@ -355,6 +356,11 @@ class Train:
 
 def _method_parts(text: str) -> tuple[type[Any], dict[str, Any]]:
     kind, options = parts(text)
+    if kind.card.role in ("replacer", "planner", "learned_mask"):
+        raise UsageError(
+            f"--method {kind.card.name} is used from Python: {USE[kind.card.role]}; choose a topology "
+            "method or a recipe here (see gossamer methods weights)"
+        )
     if kind.card.role not in ("topology", "recipe"):
         raise UsageError(
             f"--method {kind.card.name} does not train: it is a {kind.card.role}; choose a topology "

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from gossamer.core.allocation import LayerInfo
 from gossamer.core.card import Card
@@ -14,6 +15,7 @@ from gossamer.core.pattern import Pattern
 from gossamer.core.stats import LayerStats
 from gossamer.core.step import Step
 from gossamer.core.support import Support
+from gossamer.core.width import Width
 
 
 class Method(Protocol):
@@ -187,6 +189,97 @@ class CompressedTopology(Protocol):
         ...
 
 
+@runtime_checkable
+class LearnedMask(Protocol):
+    """A method whose masks are modules through which layers see their weights in training.
+
+    Each mask is registered as a torch parametrization of one layer. Its parameters join the
+    user's optimizer as a group of their own.
+    """
+
+    freezes: ClassVar[bool]
+    """Whether masks alone learn: every parameter of the model rests meanwhile."""
+
+    @property
+    def card(self) -> Card: ...
+    @property
+    def pattern(self) -> Pattern: ...
+
+    @property
+    def rate(self) -> float | None:
+        """The learning rate of the masks' parameters; None for the optimizer's default."""
+        ...
+
+    def mask(self, layer: LayerInfo, step: Step) -> nn.Module:
+        """The `Mask` of one layer, before the first step."""
+        ...
+
+
+@runtime_checkable
+class Mask(Protocol):
+    """What the module that `LearnedMask.mask` returns can do, beside what every module can.
+
+    All that it keeps is a parameter or a buffer. In training mode the forward may be soft. In
+    evaluation mode it gives what will remain after `finish`.
+    """
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The effective weight (out, in), of the weight's dtype."""
+        ...
+
+    def advance(self, step: Step) -> None:
+        """Follow the schedule; called before the first step, as number 0, and after each."""
+        ...
+
+    def finish(self, weight: Tensor) -> Support:
+        """The kept weights, if training ended now; changes nothing."""
+        ...
+
+
+@runtime_checkable
+class AddsLoss(Protocol):
+    """A mask with a term of the loss of its own. The engine adds its gradient once a step."""
+
+    def loss(self, weight: Tensor) -> Tensor:
+        """A scalar, of the weight (out, in) and the mask's parameters."""
+        ...
+
+
+@runtime_checkable
+class Replacer(Protocol):
+    """A method that puts a cheaper layer in the place of an ordinary one."""
+
+    @property
+    def card(self) -> Card: ...
+
+    def replace(
+        self, layer: nn.Linear, stats: LayerStats, density: float, generator: torch.Generator
+    ) -> nn.Module:
+        """A layer with the same inputs and outputs, with at most `density` times the weights.
+
+        The given layer stays as it is. Raises UsageError, naming `stats.name`, for a density that
+        the method cannot meet.
+        """
+        ...
+
+
+@runtime_checkable
+class Planner(Protocol):
+    """A method that says which coupled units of a transformer block stay."""
+
+    @property
+    def card(self) -> Card: ...
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What it cuts: `neurons`, `heads`."""
+        ...
+
+    def keep(self, width: Width, count: int) -> Tensor:
+        """bool (width.units,): the `count` units that stay."""
+        ...
+
+
 class Allocation(Protocol):
     """How one density becomes one per layer."""
 
@@ -208,3 +301,12 @@ def check_method(method: Any, statistics: Sequence[str]) -> None:
     for need in card.needs:
         if need not in statistics:
             raise UsageError(f"{card.name} needs {need}, which calibration does not gather")
+
+
+def check_no_mask(method: Any, who: str) -> None:
+    """Raise UsageError for a method that learns masks where only topology methods are followed."""
+    if isinstance(method, LearnedMask) and not isinstance(method, type):
+        raise UsageError(
+            f"{who} follows topology methods alone; {method.card.name} learns masks: use it in a "
+            "loop of your own, inside gs.sparse_training"
+        )

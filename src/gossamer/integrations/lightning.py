@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from gossamer.core.errors import MissingExtra, UsageError
-from gossamer.engine.protocols import TopologyMethod
+from gossamer.engine.protocols import TopologyMethod, check_no_mask
 from gossamer.engine.train.masked import sparse_training
 from gossamer.engine.train.run import SparseRun
 
@@ -46,6 +46,7 @@ class SparseTraining(Callback):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_no_mask(method, "the callback for Lightning")
         self.method, self.loss, self.seed = method, loss, seed
         self.include, self.exclude = include, exclude
         self.run: SparseRun | None = None

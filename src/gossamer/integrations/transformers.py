@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import MissingExtra, UsageError
-from gossamer.engine.protocols import TopologyMethod
+from gossamer.engine.protocols import TopologyMethod, check_no_mask
 from gossamer.engine.train.checkpoint import read_state, write_state
 from gossamer.engine.train.masked import sparse_training
 from gossamer.engine.train.run import SparseRun
@@ -49,6 +49,7 @@ class SparseTraining(TrainerCallback):
         seed: int = 0,
         checkpoint: str | Path | None = None,
     ) -> None:
+        check_no_mask(method, "the callback for the Trainer")
         self.method, self.loss, self.seed, self.checkpoint = method, loss, seed, checkpoint
         self.include, self.exclude = include, exclude
         self.run: SparseRun | None = None

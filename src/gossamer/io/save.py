@@ -27,6 +27,7 @@ from gossamer.io.skeleton import CONFIG, GENERATION, outline, read_config
 from gossamer.io.stored import BITMAP, VALUES, pack
 from gossamer.io.tensors import INDEX, PACKED, PLAIN, SHARD, SINGLE
 from gossamer.nn import NMLinear, PackedConv2d, QuantizedLinear
+from gossamer.nn.foldable import Foldable
 from gossamer.nn.kernel_choice.decide import SLOWER
 from gossamer.nn.serving import Packed, serves
 
@@ -83,7 +84,8 @@ def save(
     ------
     UsageError
         When the folder is not empty and `overwrite` is not set. For what cannot be written:
-        adapters of peft that are not merged, sharded models, tensors without numbers.
+        layers of `replace_layers` that are not folded, adapters of peft that are not merged,
+        sharded models, tensors without numbers.
     OSError
         When the disk is full.
     """
@@ -91,6 +93,7 @@ def save(
     check_target(target, overwrite)
     plain = plain_names(root)
     modules = dict(root.named_modules())
+    _check_folded(modules)
     packed = {plain(name): each for name, each in modules.items() if isinstance(each, Packed)}
     records = model.layers if isinstance(model, CompressResult) else ()
     decisions = _decisions(root, packed, records, plain)
@@ -121,6 +124,15 @@ def save(
         level = logging.WARNING if hasattr(root, "config") else logging.INFO
         _LOG.log(level, "%s: gossamer.load needs model= (%s)", target, manifest["rebuild"])
     return target
+
+
+def _check_folded(modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        if isinstance(module, Foldable):
+            raise UsageError(
+                f"{name}: a {type(module).__name__} has no place in a folder; call "
+                "gs.fold_layers(model) first, or keep the model's state_dict()"
+            )
 
 
 def _root(model: Any) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gossamer.core.errors import FormatError, NonFiniteError, UsageError
 from gossamer.engine.data import check_same_run, digest_model
 from gossamer.engine.flops import forward_flops
-from gossamer.engine.protocols import TopologyMethod
+from gossamer.engine.protocols import TopologyMethod, check_no_mask
 from gossamer.engine.train.checkpoint import random_state, read_state, set_random_state, write_state
 from gossamer.engine.train.flops import Meter
 from gossamer.engine.train.masked import sparse_training
@@ -88,6 +88,7 @@ class Fit:
         first: int = 0,
         last: int | None = None,
     ) -> None:
+        check_no_mask(method, "Fit")
         self.model, self.method, self.loss, self.recipe = model, method, loss, recipe
         self.include, self.exclude, self.seed = include, exclude, seed
         self.optimizer = recipe.build(model)

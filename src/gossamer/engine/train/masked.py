@@ -12,18 +12,20 @@ then do the right thing unasked.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
 
+from gossamer.core.errors import UsageError
 from gossamer.engine.hooks import around_ascents, around_steps, around_wrappers
-from gossamer.engine.protocols import TopologyMethod
+from gossamer.engine.protocols import LearnedMask, TopologyMethod
+from gossamer.engine.train.learned import LearnedRun
 from gossamer.engine.train.run import SparseRun
 
 
-@contextmanager
+@overload
 def sparse_training(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -36,7 +38,38 @@ def sparse_training(
     seed: int = 0,
     state: Mapping[str, Any] | None = None,
     group: Any = None,
-) -> Iterator[SparseRun]:
+) -> AbstractContextManager[SparseRun]: ...
+
+
+@overload
+def sparse_training(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    method: LearnedMask,
+    *,
+    total_steps: int,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    loss: Callable[[], Tensor] | None = None,
+    seed: int = 0,
+    state: Mapping[str, Any] | None = None,
+    group: Any = None,
+) -> AbstractContextManager[LearnedRun]: ...
+
+
+def sparse_training(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    method: TopologyMethod | LearnedMask,
+    *,
+    total_steps: int,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    loss: Callable[[], Tensor] | None = None,
+    seed: int = 0,
+    state: Mapping[str, Any] | None = None,
+    group: Any = None,
+) -> AbstractContextManager[Any]:
     """Train under masks; the weights follow the method's support after every `optimizer.step()`.
 
     The block holds the training loop as it was. After it the model holds its sparse weights, and
@@ -47,6 +80,11 @@ def sparse_training(
     weights. Under a GradScaler call it after `unscale_`. An average of the weights over supports
     that move is denser than the model: call `sparsity.apply_to(averaged)` before it is used.
 
+    A method that learns masks puts a module between each weight and its layer. The parameters of
+    these modules join the optimizer as a group with the method's own `rate` and no decay. They leave
+    it at the end. Make learning rate schedules inside the block. To continue a run, load the states
+    of model and optimizer there. Where the block ends by an error, the dense weights stay.
+
     Parameters
     ----------
     model : nn.Module
@@ -54,8 +92,9 @@ def sparse_training(
     optimizer : torch.optim.Optimizer
         Or what wraps one: accelerate's, Lookahead, SAM with `first_step` and `second_step`, whose
         both gradients are then those of the sparse network. The steps of the inner optimizer count.
-    method : TopologyMethod
-        What chooses the support, such as `gs.weights.RigL(density=0.1)`.
+    method : TopologyMethod or LearnedMask
+        What chooses the support, such as `gs.weights.RigL(density=0.1)`, or learns masks, such as
+        `gs.weights.MaskLLM()`.
     total_steps : int
         Optimizer steps of the whole run, for the schedules.
     include, exclude : sequence of str
@@ -71,7 +110,7 @@ def sparse_training(
 
     Yields
     ------
-    SparseRun
+    SparseRun or LearnedRun
         The supports, their density, and the state to save.
 
     Raises
@@ -84,7 +123,22 @@ def sparse_training(
         Before a step with NaN or infinite gradients. Both are raised before steps on all ranks or
         none.
     """
-    run = SparseRun(model, optimizer, method, total_steps, include, exclude, seed, group)
+    if isinstance(method, LearnedMask) and not isinstance(method, type):
+        if loss is not None or group is not None:
+            raise UsageError("learned masks take neither loss= nor group=; leave them out")
+        masks = LearnedRun(model, optimizer, method, total_steps, include, exclude, seed)
+        return _learning(masks, state)
+    run = SparseRun(
+        model, optimizer, cast(TopologyMethod, method), total_steps, include, exclude, seed, group
+    )
+    return _rewiring(run, loss, state)
+
+
+@contextmanager
+def _rewiring(
+    run: SparseRun, loss: Callable[[], Tensor] | None, state: Mapping[str, Any] | None
+) -> Iterator[SparseRun]:
+    """A run of a topology method, with what must happen around steps."""
     with (
         around_steps(run.optimizer, run.before_step, run.after_step),
         around_ascents(run.followed, run.before_ascent, run.after_ascent),
@@ -96,3 +150,18 @@ def sparse_training(
             run.load_state_dict(state)
         yield run
         run.check()
+
+
+@contextmanager
+def _learning(run: LearnedRun, state: Mapping[str, Any] | None) -> Iterator[LearnedRun]:
+    """A run of learned masks; they go at the end, whatever happens inside."""
+    try:
+        run.start()
+        if state is not None:
+            run.load_state_dict(state)
+        with around_steps(run.optimizer, run.before_step, run.after_step):
+            yield run
+    except BaseException:
+        run.close()
+        raise
+    run.finish()
