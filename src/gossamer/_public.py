@@ -1,7 +1,8 @@
 """Every public name of `gossamer`."""
 
 from gossamer.api import compare, prune
-from gossamer.core.allocation import ER, ERK, LAMP, OWL, Global, Uniform, UniformPlus
+from gossamer.core.allocation import ER, ERK, OWL, Uniform, UniformPlus
+from gossamer.core.budget import BatchTopK, Fraction, Threshold, TopK, TopP
 from gossamer.core.card import Card
 from gossamer.core.coupling import Coupled
 from gossamer.core.errors import (
@@ -14,7 +15,6 @@ from gossamer.core.errors import (
 )
 from gossamer.core.pattern import NM, Block, Channel, Unstructured, format_pattern, parse_pattern
 from gossamer.core.result import CompressResult, Coverage, LayerRecord, LeftOut, PruneResult
-from gossamer.core.select import select, select_global
 from gossamer.core.support import Support
 from gossamer.core.text import text_batches
 from gossamer.engine.prune.structure import (
@@ -35,6 +35,8 @@ from gossamer.io import export, load, push, save
 from gossamer.methods import cards, find
 from gossamer.nn.kernel_choice.latency import LatencyModel
 from gossamer.nn.semi_structured import from_semi_structured, to_semi_structured
+from gossamer.ops.allocation import LAMP, Global
+from gossamer.ops.select import keep, select, select_global
 from gossamer.report.comparison import Comparison
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "LAMP",
     "NM",
     "OWL",
+    "BatchTopK",
     "Block",
     "Card",
     "Channel",
@@ -51,6 +54,7 @@ __all__ = [
     "Coupled",
     "Coverage",
     "FormatError",
+    "Fraction",
     "Global",
     "GossamerError",
     "LatencyModel",
@@ -65,6 +69,9 @@ __all__ = [
     "RoundsResult",
     "SparseRun",
     "Support",
+    "Threshold",
+    "TopK",
+    "TopP",
     "TrueSparseRun",
     "Uniform",
     "UniformPlus",
@@ -81,6 +88,7 @@ __all__ = [
     "format_pattern",
     "from_semi_structured",
     "generate",
+    "keep",
     "load",
     "parse_pattern",
     "prune",

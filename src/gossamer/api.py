@@ -10,7 +10,6 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from gossamer import methods
-from gossamer.core.allocation import ALLOCATIONS
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import Pattern, parse_pattern
 from gossamer.core.result import PruneResult, unwrap
@@ -21,6 +20,7 @@ from gossamer.engine.measure.tasks import Outputs, Subject, Task, is_causal, rea
 from gossamer.engine.protocols import Allocation, Method
 from gossamer.engine.prune import run as engine
 from gossamer.nn.kernel_choice.machine import machine
+from gossamer.ops.allocation import ALLOCATIONS
 from gossamer.report.comparison import Comparison
 
 

@@ -30,7 +30,6 @@ from gossamer.cli.inputs import (
 from gossamer.cli.latency import latency_named
 from gossamer.cli.options import Share, fraction
 from gossamer.cli.output import print_json, print_table, print_text
-from gossamer.core.allocation import ALLOCATIONS
 from gossamer.core.errors import UsageError
 from gossamer.core.matrix import is_prunable
 from gossamer.core.pattern import NM, Pattern, parse_pattern
@@ -42,6 +41,7 @@ from gossamer.engine.serve.compress import compress
 from gossamer.io.atomic import check_target, new_folder
 from gossamer.io.save import save
 from gossamer.methods import find
+from gossamer.ops.allocation import ALLOCATIONS
 from gossamer.ops.quantized import BITS
 from gossamer.report.html import render
 from gossamer.report.notes import notes, title

@@ -39,9 +39,9 @@ from gossamer.core.pattern import Channel, Pattern
 from gossamer.core.step import Step
 from gossamer.methods.weights.groups import (
     check_structured,
-    choose,
     members,
     row_masks,
+    select_channels,
 )
 from gossamer.methods.weights.topology import StaticSupport, check_fraction, every_weight
 
@@ -95,7 +95,9 @@ class MaskSparsity(StaticSupport):
     def first_state(self, step: Step) -> dict[str, dict[str, Tensor]]:
         """The marks, bool (channels, 1): which channels are to stay."""
         sets, scores = self.scores(step.layers)
-        marks = row_masks(step.layers, sets, choose(scores, self.density, self.pooled))
+        marks = row_masks(
+            step.layers, sets, select_channels(sets, scores, self.density, self.pooled)
+        )
         return {name: {"stays": mark} for name, mark in marks.items()}
 
     def edit_gradient(self, step: Step, layer: LayerInfo, gradient: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from gossamer.core.allocation import ER, ERK, LayerInfo, Uniform, UniformPlus
+from gossamer.core.budget import TopK
+from gossamer.core.density import check_density, check_finite, kept_count
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import Pattern, Unstructured
-from gossamer.core.select import check_density, kept_count
 from gossamer.core.step import Step
-from gossamer.ops.statistics import top_mask
+from gossamer.ops.select import keep
 
 ShapeAllocation = Uniform | UniformPlus | ER | ERK
 """Allocations that depend on shapes alone, so that they stay the same all through training."""
@@ -80,7 +81,11 @@ def random_masks(
     layers: Sequence[LayerInfo], counts: Mapping[str, int], generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Masks with exactly `counts` weights at uniformly random places."""
-    return {x.name: top(random_like(x.weight, generator), counts[x.name]) for x in layers}
+    masks = {}
+    for x in layers:
+        scores = random_like(x.weight, generator)
+        masks[x.name] = highest(scores, torch.ones_like(scores, dtype=torch.bool), counts[x.name])
+    return masks
 
 
 def random_like(weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -89,26 +94,22 @@ def random_like(weight: Tensor, generator: torch.Generator) -> Tensor:
     return numbers.to(weight.device)
 
 
-def top(scores: Tensor, count: int) -> Tensor:
-    """The mask of the `count` highest scores of a tensor; ties keep the lower index."""
-    return top_mask(scores.reshape(1, -1), count).reshape(scores.shape)
+def highest(scores: Tensor, among: Tensor, count: int, name: str = "weights") -> Tensor:
+    """The mask of the `count` highest scores of `among`, fewer where it has fewer.
+
+    Raises NonFiniteError, naming the layer, for a score that is NaN or infinite.
+    """
+    check_finite(scores, name)
+    ranked = scores.masked_fill(~among, -torch.inf)
+    return keep(ranked.reshape(-1), TopK(count)).reshape(scores.shape)
 
 
-def top_among(scores: Tensor, eligible: Tensor, count: int) -> Tensor:
-    """The mask of the `count` highest scores among eligible places, and of no other place."""
-    ranked = scores.masked_fill(~eligible, -torch.inf)
-    return top(ranked, min(count, int(eligible.sum()))) & eligible
-
-
-def keep_largest(weight: Tensor, mask: Tensor, count: int) -> Tensor:
-    """The `count` largest |w| among the kept weights."""
-    return top_among(weight.abs(), mask, count)
-
-
-def without_smallest(weight: Tensor, mask: Tensor, fraction: float) -> Tensor:
+def without_smallest(
+    weight: Tensor, mask: Tensor, fraction: float, name: str = "weights"
+) -> Tensor:
     """The mask less the fraction `fraction` of its weights with the smallest |w|."""
     count = int(mask.sum())
-    return keep_largest(weight, mask, count - int(fraction * count))
+    return highest(weight.abs(), mask, count - int(fraction * count), name)
 
 
 def drop_and_regrow(
@@ -122,9 +123,10 @@ def drop_and_regrow(
     grown = {}
     for layer in layers:
         mask = masks[layer.name]
-        kept = without_smallest(layer.weight, mask, fraction)
+        kept = without_smallest(layer.weight, mask, fraction, layer.name)
         room = int(mask.sum()) - int(kept.sum())
-        grown[layer.name] = kept | top_among(gradients[layer.name].abs(), ~kept, room)
+        size = gradients[layer.name].abs()
+        grown[layer.name] = kept | highest(size, ~kept, room, layer.name)
     return grown
 
 

@@ -31,15 +31,15 @@ from torch import Tensor
 
 from gossamer.core.card import Card
 from gossamer.core.coupling import Coupled
+from gossamer.core.density import kept_count
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import Channel, Pattern
-from gossamer.core.select import kept_count
 from gossamer.core.step import Step
 from gossamer.methods.weights.groups import (
     check_structured,
-    choose,
     members,
     row_masks,
+    select_channels,
 )
 from gossamer.methods.weights.topology import StaticSupport, check_fraction, every_weight
 
@@ -124,7 +124,9 @@ class WGSEF(StaticSupport):
         weight = {x.name: x.weight for x in step.layers}
         sets = members(self.coupled, "layers", step.layers)
         scores = [group_norms(names, weight) for names in sets]
-        return [row_masks(step.layers, sets, choose(scores, self.density, self.pooled))]
+        return [
+            row_masks(step.layers, sets, select_channels(sets, scores, self.density, self.pooled))
+        ]
 
     def budget(self, costs: Tensor) -> float:
         """k: the share of the groups, or of their cost, that may stay."""
