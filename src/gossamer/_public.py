@@ -1,6 +1,7 @@
 """Every public name of `gossamer`."""
 
 from gossamer.api import compare, prune
+from gossamer.compression import CompressionReport, measure_compression
 from gossamer.core.allocation import ER, ERK, OWL, Uniform, UniformPlus
 from gossamer.core.budget import BatchTopK, Fraction, Threshold, TopK, TopP
 from gossamer.core.card import Card
@@ -51,6 +52,7 @@ __all__ = [
     "Channel",
     "Comparison",
     "CompressResult",
+    "CompressionReport",
     "Coupled",
     "Coverage",
     "FormatError",
@@ -90,6 +92,7 @@ __all__ = [
     "generate",
     "keep",
     "load",
+    "measure_compression",
     "parse_pattern",
     "prune",
     "push",

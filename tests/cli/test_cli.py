@@ -77,7 +77,7 @@ BAD = [
     ({"eval_bytes": -1}, "--eval-bytes"),
     ({"exclude": "nothing*"}, "nothing*"),
     ({"samples": "few"}, "whole number"),
-    ({"method": "rigl"}, "sparse_training"),
+    ({"method": "rigl"}, "gossamer train"),
     ({"tokens": 500}, "at most 480"),
     ({"length": 600}, "512 positions"),
 ]

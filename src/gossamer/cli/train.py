@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -25,16 +26,17 @@ from gossamer.cli.train_result import log_step, record
 from gossamer.cli.train_rounds import RoundsRun
 from gossamer.cli.train_tasks import Images, Text, read_work
 from gossamer.core.errors import MissingExtra, UsageError
+from gossamer.core.files import write_whole
 from gossamer.core.pattern import parse_pattern
+from gossamer.core.words import listed
 from gossamer.engine.progress import track
 from gossamer.engine.protocols import Recipe
-from gossamer.engine.prune.journal import write_whole
 from gossamer.engine.train.fit import Fit, TrainingOptions
 from gossamer.engine.train.flops import expected_flops, steps_for
 from gossamer.engine.train.rounds import expected_rounds_flops
 from gossamer.io.atomic import check_target, new_folder
 from gossamer.io.save import save
-from gossamer.methods import find
+from gossamer.methods import parts
 from gossamer.nn.kernel_choice.machine import machine
 from gossamer.ops.allocation import ALLOCATIONS
 from gossamer.report.training import (
@@ -65,7 +67,7 @@ class Train:
     width: int = 0
     """of the small networks: first channels of the CNN (8), hidden units of the MLP (256)"""
     method: str = "rigl"
-    """a topology method or recipe of `gossamer methods weights`, or dense"""
+    """topology method or recipe, with its options, such as rigl:every=50,drop=0.3; or dense"""
     density: Share | None = None
     """fraction of weights to keep, such as 0.1 or 10%; 0.1 unless the pattern says otherwise"""
     sparsity: Share | None = None
@@ -74,8 +76,6 @@ class Train:
     """N:M such as 2:4, for the methods that train one"""
     allocation: Literal["uniform", "uniform+", "er", "erk"] | None = None
     """how density is shared among layers; the method's own unless named"""
-    options: dict[str, Any] = field(default_factory=dict)
-    """further arguments of the method, such as every=50,drop=0.3; its page names them"""
     include: list[str] = field(default_factory=list)
     """further layers to make sparse, by name patterns such as '*embed*'; repeatable, or comma separated"""
     exclude: list[str] = field(default_factory=list)
@@ -105,7 +105,7 @@ class Train:
     log: str = ""
     """folder for TensorBoard event files; none if empty"""
     sweep_methods: str = ""
-    """compare these, such as dense,staticrandom,rigl, at equal training FLOPs"""
+    """compare these, such as dense,set,rigl:every=50,drop=0.3, at equal training FLOPs"""
     sweep_density: str = ""
     """densities of the comparison, such as 0.05,0.1"""
     seeds: int = 1
@@ -148,9 +148,9 @@ class Train:
     def _arms(self) -> list[tuple[str, float | None]]:
         """The methods and densities to train, each checked by constructing the method."""
         density = density_of(self.sparsity, self.density)
-        names = _words(self.sweep_methods) or [self.method]
+        names = listed(self.sweep_methods) or [self.method]
         try:
-            densities: list[float | None] = [float(x) for x in _words(self.sweep_density)]
+            densities: list[float | None] = [float(x) for x in listed(self.sweep_density)]
         except ValueError:
             raise UsageError(
                 f"--sweep-density is numbers such as 0.05,0.1, not {self.sweep_density!r}"
@@ -161,7 +161,7 @@ class Train:
             density_of(None, value)
         variants: list[tuple[str, float | None]] = []
         for name in names:
-            free = name != "dense" and "density" in _fields(_method_class(name))
+            free = name != "dense" and "density" in _fields(_method_parts(name)[0])
             for value in (densities or [density]) if free or not densities else [None]:
                 self._method(name, value)
                 variants.append((name, value))
@@ -171,13 +171,11 @@ class Train:
         """The method's instance; None for dense training."""
         if name == "dense":
             return None
-        kind = _method_class(name)
-        known, values = _fields(kind), dict(self.options)
-        if self.sweep_methods:  # an option may concern some of the methods only
-            values = {key: value for key, value in values.items() if key in known}
-        for key in values:
-            if key not in known:
-                raise UsageError(f"--options: {name} has no {key!r}; it has {', '.join(known)}")
+        kind, values = _method_parts(name)
+        known = _fields(kind)
+        for key in ("density", "pattern", "allocation"):
+            if key in values:
+                raise UsageError(f"--method {name}: give --{key} instead of the option {key}")
         if "density" in known:
             values["density"] = 0.1 if density is None else density
         elif density is not None:
@@ -196,9 +194,9 @@ class Train:
         try:
             method = kind(**values)
         except TypeError as error:
-            raise UsageError(f"--options: {name} cannot be made of them ({error})") from None
+            raise UsageError(f"--method {name}: {error}") from None
         if isinstance(method, Recipe) and (method.rewind or 0) >= self.steps:
-            raise UsageError(f"--options: {name} rewinds to a step before --steps {self.steps}")
+            raise UsageError(f"--method {name} rewinds to a step before --steps {self.steps}")
         return method
 
     def _recipe(self, text: bool, steps: int) -> TrainingOptions:
@@ -320,7 +318,7 @@ class Train:
     ) -> dict[str, Any]:
         """One run of the sweep; read from disk where the same command finished it already."""
         options = {k: v for k, v in dataclasses.asdict(self).items() if k not in OUTSIDE}
-        label = f"{name}-{density}-{seed}"
+        label = re.sub(r"[^\w.,=-]+", "-", f"{name}-{density}-{seed}")
         done = self._hidden / f"{label}.json"
         if done.exists():
             kept = json.loads(done.read_text())
@@ -355,14 +353,14 @@ class Train:
             writer.close()
 
 
-def _method_class(name: str) -> type[Any]:
-    kind = find(name)
+def _method_parts(text: str) -> tuple[type[Any], dict[str, Any]]:
+    kind, options = parts(text)
     if kind.card.role not in ("topology", "recipe"):
         raise UsageError(
-            f"--method {name} does not train: it is a {kind.card.role}; choose a topology "
+            f"--method {kind.card.name} does not train: it is a {kind.card.role}; choose a topology "
             "method or a recipe of gossamer methods weights, or use gossamer compress"
         )
-    return kind
+    return kind, options
 
 
 def _fields(kind: type[Any]) -> tuple[str, ...]:
@@ -371,7 +369,3 @@ def _fields(kind: type[Any]) -> tuple[str, ...]:
 
 def _first_loss(work: Images | Text, seed: int, model: nn.Module) -> torch.Tensor:
     return work.loss(model, 0, seed)
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]

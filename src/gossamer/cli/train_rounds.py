@@ -20,10 +20,11 @@ from torch import nn
 from gossamer.cli.train_result import layers_of, log_step, quality
 from gossamer.cli.train_tasks import Images, Text
 from gossamer.core.errors import FormatError
+from gossamer.core.files import write_whole
 from gossamer.core.pattern import format_pattern
+from gossamer.engine.data import check_same_run
 from gossamer.engine.progress import track
 from gossamer.engine.protocols import Recipe, TopologyMethod
-from gossamer.engine.prune.journal import check_same_run, write_whole
 from gossamer.engine.train.fit import Fit, TrainingOptions
 from gossamer.engine.train.rounds import RoundPart, RoundsResult, parts_of, train_rounds
 

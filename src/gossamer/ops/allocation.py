@@ -31,8 +31,11 @@ class Global:
 class LAMP:
     """Layer-adaptive magnitude: w^2 over the sum of squares not smaller, one global threshold.
 
-    Source: Layer-adaptive Sparsity for the Magnitude-based Pruning (2021). The largest weight of
-    a layer scores 1, so no layer empties before all are down to one weight.
+    The largest weight of a layer scores 1, so no layer empties before all are down to one weight.
+
+    References
+    ----------
+    Layer-adaptive Sparsity for the Magnitude-based Pruning (2021).
     """
 
     needs_norm: ClassVar[bool] = False

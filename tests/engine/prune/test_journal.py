@@ -48,7 +48,7 @@ def fragile(source, target):
     if where == "rename" and len(calls) == kill_after:
         die()
     replace(source, target)
-journal_module.os.replace = fragile
+os.replace = fragile
 
 class Block(torch.nn.Module):
     def __init__(self):

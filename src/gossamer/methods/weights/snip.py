@@ -29,7 +29,13 @@ from gossamer.ops.select import select_global
 
 @dataclass(frozen=True)
 class SNIP(StaticSupport):
-    """Keep the largest |w dL/dw| of one batch over all layers together, then train under it."""
+    """Keep the largest |w dL/dw| of one batch over all layers together, then train under it.
+
+    Parameters
+    ----------
+    density : float
+        The fraction kept, in (0, 1].
+    """
 
     density: float
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -14,6 +13,8 @@ import torch
 from torch import nn
 
 from gossamer.core.errors import FormatError
+from gossamer.core.files import write_whole
+from gossamer.core.version import VERSION
 from gossamer.nn.kernel_choice.latency import LatencyModel, Predictor, ProductShape
 from gossamer.nn.kernel_choice.quick import QuickLatency
 from gossamer.nn.kernel_choice.timings import read_timings, store_timings
@@ -26,13 +27,11 @@ _LARGEST = 1 << 20
 
 def machine() -> dict[str, str | int]:
     """What measured latencies and records depend on: processor, instructions, threads and versions."""
-    import gossamer
-
     return {
         **_dispatch.processor(),
         "isa": _dispatch.isa(),
         "threads": torch.get_num_threads(),
-        "gossamer": gossamer.__version__,
+        "gossamer": VERSION,
         "torch": torch.__version__,
     }
 
@@ -94,18 +93,8 @@ def measure_here() -> Predictor | None:
 
 def store_latency(latency: LatencyModel) -> Path:
     """Write them to the cache, whole or not at all; raises OSError where it cannot be written."""
-    path = cache_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".latency-")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(latency.to_json(), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    path, text = cache_file(), json.dumps(latency.to_json(), indent=1)
+    write_whole(path, lambda place: place.write_text(text))
     return path
 
 

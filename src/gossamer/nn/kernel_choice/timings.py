@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
+from gossamer.core.files import write_whole
 from gossamer.nn.kernel_choice.latency import ProductShape
 
 Key = tuple[str, str, int, ProductShape]
@@ -31,13 +32,8 @@ def store_timings(path: Path, found: Mapping[Key, Mapping[str, float]]) -> None:
         {"kind": kind, "dtype": dtype, "rows": rows, **vars(shape), "seconds": dict(seconds)}
         for (kind, dtype, rows, shape), seconds in found.items()
     ]
-    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(entries))
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        write_whole(path, lambda place: place.write_text(json.dumps(entries)))
 
 
 def _entry(each: dict[str, object]) -> tuple[Key, dict[str, float]]:
