@@ -2,7 +2,7 @@
 
 from gossamer.api import compare, prune
 from gossamer.compression import CompressionReport, measure_compression
-from gossamer.core.allocation import ER, ERK, OWL, Uniform, UniformPlus
+from gossamer.core.allocation import ER, ERK, OWL, ERKPlus, Uniform, UniformPlus
 from gossamer.core.budget import BatchTopK, Fraction, Threshold, TopK, TopP
 from gossamer.core.card import Card
 from gossamer.core.coupling import Coupled
@@ -55,6 +55,7 @@ __all__ = [
     "CompressionReport",
     "Coupled",
     "Coverage",
+    "ERKPlus",
     "FormatError",
     "Fraction",
     "Global",

@@ -11,7 +11,7 @@ import gossamer as gs
 from gossamer.core.allocation import LayerInfo
 from gossamer.core.density import kept_count
 from gossamer.core.errors import NonFiniteError, PatternError, UsageError
-from gossamer.core.pattern import NM, Block, Channel, Unstructured, format_pattern
+from gossamer.core.pattern import NM, Block, Channel, Unstructured, format_pattern, parse_pattern
 from gossamer.methods.weights import sdgf
 from gossamer.ops import _dispatch
 from gossamer.ops import select as ops
@@ -136,6 +136,14 @@ def test_patterns_that_do_not_fit():
         select(torch.zeros(4, 8), NM(2, 4), 0.25)
     with pytest.raises(PatternError, match="N:M"):
         select_global({"a": torch.zeros(4, 8)}, NM(2, 4), 0.5)
+
+
+@pytest.mark.parametrize("pattern", [NM(8, 64), NM(16, 64), NM(8, 256), NM(1, 9999)], ids=str)
+def test_nm_masks_may_be_wider_than_what_kernels_store(pattern):
+    scores = torch.rand(3, 2 * pattern.group)
+    mask = select(scores, pattern, pattern.density).mask
+    assert (mask.reshape(-1, pattern.group).sum(1) == pattern.keep).all()
+    assert parse_pattern(format_pattern(pattern)) == pattern
 
 
 def test_every_nm_pattern_up_to_32():

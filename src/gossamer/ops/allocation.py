@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gossamer.core.allocation import ER, ERK, OWL, LayerInfo, Uniform, UniformPlus
+from gossamer.core.allocation import ER, ERK, OWL, ERKPlus, LayerInfo, Uniform, UniformPlus
 from gossamer.core.density import check_finite
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import Unstructured
@@ -50,6 +50,7 @@ ALLOCATIONS: dict[str, type] = {
     "uniform+": UniformPlus,
     "er": ER,
     "erk": ERK,
+    "erk+": ERKPlus,
     "global": Global,
     "lamp": LAMP,
     "owl": OWL,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gossamer.core.allocation import ER, ERK, LayerInfo, Uniform, UniformPlus
+from gossamer.core.allocation import ER, ERK, ERKPlus, LayerInfo, Uniform, UniformPlus
 from gossamer.core.budget import TopK
 from gossamer.core.density import check_density, check_finite, kept_count
 from gossamer.core.errors import UsageError
@@ -17,7 +18,7 @@ from gossamer.core.pattern import Pattern, Unstructured
 from gossamer.core.step import Step
 from gossamer.ops.select import keep
 
-ShapeAllocation = Uniform | UniformPlus | ER | ERK
+ShapeAllocation = Uniform | UniformPlus | ER | ERK | ERKPlus
 """Allocations that depend on shapes alone, so that they stay the same all through training."""
 
 
@@ -57,7 +58,7 @@ def layer_counts(
     check_density(density)
     if not isinstance(allocation, ShapeAllocation):
         raise UsageError(f"{type(allocation).__name__} depends on weights; choose Uniform, "
-                         "UniformPlus, ER or ERK")  # fmt: skip
+                         "UniformPlus, ER, ERK or ERKPlus")  # fmt: skip
     shares = allocation.allocate(layers, density)
     exact = {layer.name: shares[layer.name] * layer.size for layer in layers}
     # A hair more, so that 0.1 * 30 is 3 whichever way it was rounded.
@@ -117,16 +118,17 @@ def drop_and_regrow(
     gradients: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
     fraction: float,
+    rounded: Callable[[float], int] = math.floor,
 ) -> dict[str, Tensor]:
-    """In each layer drop `fraction` of the kept weights, smallest |w| first, and grow as many by
-    the largest |dense gradient| outside. What was just dropped may grow back."""
+    """In each layer drop `fraction` of the kept weights, `rounded`, smallest |w| first, and grow
+    as many by the largest |dense gradient| outside. What was just dropped may grow back."""
     grown = {}
     for layer in layers:
         mask = masks[layer.name]
-        kept = without_smallest(layer.weight, mask, fraction, layer.name)
-        room = int(mask.sum()) - int(kept.sum())
-        size = gradients[layer.name].abs()
-        grown[layer.name] = kept | highest(size, ~kept, room, layer.name)
+        count = int(mask.sum())
+        room = rounded(fraction * count)
+        kept = highest(layer.weight.abs(), mask, count - room, layer.name)
+        grown[layer.name] = kept | highest(gradients[layer.name].abs(), ~kept, room, layer.name)
     return grown
 
 
