@@ -105,12 +105,10 @@ def highest(scores: Tensor, among: Tensor, count: int, name: str = "weights") ->
     return keep(ranked.reshape(-1), TopK(count)).reshape(scores.shape)
 
 
-def without_smallest(
-    weight: Tensor, mask: Tensor, fraction: float, name: str = "weights"
-) -> Tensor:
+def without_smallest(weight: Tensor, mask: Tensor, fraction: float) -> Tensor:
     """The mask less the fraction `fraction` of its weights with the smallest |w|."""
     count = int(mask.sum())
-    return highest(weight.abs(), mask, count - int(fraction * count), name)
+    return highest(weight.abs(), mask, count - int(fraction * count))
 
 
 def drop_and_regrow(
