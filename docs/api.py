@@ -11,6 +11,7 @@ from gossamer import methods
 GROUPS = {
     "Functions": "What a program calls.",
     "Patterns": "Which weights may be zero together. A string such as `2:4` serves as well.",
+    "Budgets": "How many units are kept per input.",
     "Allocations": "How one density becomes one for each layer.",
     "Results and data": "What the functions return and take.",
     "Errors": "Each names what is wrong, where, and what to do.",
@@ -51,7 +52,9 @@ def group_of(thing: object) -> str:
         return "Functions"
     by_module = {
         "core.pattern": "Patterns",
+        "core.budget": "Budgets",
         "core.allocation": "Allocations",
+        "ops.allocation": "Allocations",
         "core.errors": "Errors",
     }
     return by_module.get(module.removeprefix("gossamer."), "Results and data")

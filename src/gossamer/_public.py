@@ -2,7 +2,8 @@
 
 from gossamer.api import compare, prune
 from gossamer.compression import CompressionReport, measure_compression
-from gossamer.core.allocation import ER, ERK, LAMP, OWL, ERKPlus, Global, Uniform, UniformPlus
+from gossamer.core.allocation import ER, ERK, OWL, ERKPlus, Uniform, UniformPlus
+from gossamer.core.budget import BatchTopK, Fraction, Threshold, TopK, TopP
 from gossamer.core.card import Card
 from gossamer.core.coupling import Coupled
 from gossamer.core.errors import (
@@ -15,7 +16,6 @@ from gossamer.core.errors import (
 )
 from gossamer.core.pattern import NM, Block, Channel, Unstructured, format_pattern, parse_pattern
 from gossamer.core.result import CompressResult, Coverage, LayerRecord, LeftOut, PruneResult
-from gossamer.core.select import select, select_global
 from gossamer.core.support import Support
 from gossamer.core.text import text_batches
 from gossamer.engine.prune.replace import ReplaceLayersResult, fold_layers, replace_layers
@@ -38,6 +38,8 @@ from gossamer.io import export, load, push, save
 from gossamer.methods import cards, find
 from gossamer.nn.kernel_choice.latency import LatencyModel
 from gossamer.nn.semi_structured import from_semi_structured, to_semi_structured
+from gossamer.ops.allocation import LAMP, Global
+from gossamer.ops.select import keep, select, select_global
 from gossamer.report.comparison import Comparison
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "LAMP",
     "NM",
     "OWL",
+    "BatchTopK",
     "Block",
     "Card",
     "Channel",
@@ -56,6 +59,7 @@ __all__ = [
     "Coverage",
     "ERKPlus",
     "FormatError",
+    "Fraction",
     "Global",
     "GossamerError",
     "LatencyModel",
@@ -72,6 +76,9 @@ __all__ = [
     "RoundsResult",
     "SparseRun",
     "Support",
+    "Threshold",
+    "TopK",
+    "TopP",
     "TrueSparseRun",
     "Uniform",
     "UniformPlus",
@@ -89,6 +96,7 @@ __all__ = [
     "format_pattern",
     "from_semi_structured",
     "generate",
+    "keep",
     "load",
     "measure_compression",
     "parse_pattern",

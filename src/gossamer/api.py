@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 
 from torch import nn
 
-from gossamer.core.allocation import ALLOCATIONS
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import Pattern, parse_pattern
 from gossamer.core.result import PruneResult, unwrap
@@ -23,6 +22,7 @@ from gossamer.engine.prune.widths import prune_widths
 from gossamer.methods import build as build_method
 from gossamer.methods import find
 from gossamer.nn.kernel_choice.machine import machine
+from gossamer.ops.allocation import ALLOCATIONS
 from gossamer.report.comparison import Comparison
 
 

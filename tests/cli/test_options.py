@@ -13,7 +13,7 @@ import pytest
 import gossamer as gs
 from gossamer.cli import COMMANDS, command, main
 from gossamer.cli.options import Share, options_of, parse
-from gossamer.core.allocation import ALLOCATIONS
+from gossamer.ops.allocation import ALLOCATIONS
 
 
 @dataclass

@@ -9,10 +9,11 @@ import torch
 from examples import LEARNED, PLANNERS, PRUNERS, REPLACERS, TOPOLOGY
 
 import gossamer as gs
-from gossamer.core.select import kept_count, select
+from gossamer.core.density import kept_count
 from gossamer.core.stats import ColumnNorm, Hessian, LayerStats
 from gossamer.methods import TOPICS, cards, find, methods, summary, topic
 from gossamer.methods.listing import listed
+from gossamer.ops.select import select
 
 CARDS = [x.card for x in PRUNERS.values()]
 

@@ -24,10 +24,10 @@ from gossamer.bench.measure import Limits, Repeats, interleaved
 from gossamer.core.errors import GossamerError
 from gossamer.core.matrix import as_matrix, write_matrix
 from gossamer.core.pattern import Unstructured
-from gossamer.core.select import select
 from gossamer.engine.serve.compress import compress
 from gossamer.nn import BitmapLinear, PackedConv2d
 from gossamer.nn.chain import fuse
+from gossamer.ops.select import select
 
 WIDTHS = [(32, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1), (256, 512, 2)]
 WIDTHS += [(512, 512, 1)] * 5 + [(512, 1024, 2), (1024, 1024, 1)]

@@ -11,10 +11,10 @@ from torch import nn
 from gossamer.bench.measure import Limits
 from gossamer.core.errors import MissingExtra, UsageError
 from gossamer.core.pattern import Unstructured
-from gossamer.core.select import select
 from gossamer.engine.measure.evaluate import decode_speed
 from gossamer.engine.serve.compress import compress
 from gossamer.nn.packed.bitmap import BitmapLinear
+from gossamer.ops.select import select
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from gossamer.bench.decode import build
 from gossamer.bench.measure import Limits
 from gossamer.core.errors import GossamerError, MissingExtra
 from gossamer.core.pattern import Pattern, parse_pattern
-from gossamer.core.select import select
 from gossamer.engine.serve.compress import compress
 from gossamer.engine.serve.decoder import Decoder
 from gossamer.io import load, save
 from gossamer.nn import BitmapLinear, QuantizedLinear
 from gossamer.nn.serving import serves
+from gossamer.ops.select import select
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from gossamer.bench import baselines
 from gossamer.bench.measure import Limits, Repeats, interleaved
 from gossamer.core.errors import GossamerError
 from gossamer.core.pattern import NM, parse_pattern
-from gossamer.core.select import select
 from gossamer.nn import BitmapLinear, NMLinear
-from gossamer.ops.statistics import top_mask
+from gossamer.ops.select import select
 
 _COLD = 200 << 20
 """Weights of so many bytes take turns, so that none stays in a cache."""
@@ -95,7 +94,7 @@ def _matrix(case: Case) -> Tensor:
     matrix = torch.randn(case.out, case.inputs, generator=torch.Generator().manual_seed(0))
     pattern = parse_pattern(case.pattern)
     assert isinstance(pattern, NM)
-    mask = select(matrix.abs(), pattern, pattern.density, top=top_mask).mask
+    mask = select(matrix.abs(), pattern, pattern.density).mask
     return (matrix * mask).to(_DTYPES[case.dtype])
 
 

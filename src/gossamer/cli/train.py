@@ -26,7 +26,6 @@ from gossamer.cli.output import note, print_json, print_table
 from gossamer.cli.train_result import log_step, record
 from gossamer.cli.train_rounds import RoundsRun
 from gossamer.cli.train_tasks import Images, Text, read_work
-from gossamer.core.allocation import ALLOCATIONS
 from gossamer.core.errors import MissingExtra, UsageError
 from gossamer.core.files import write_whole
 from gossamer.core.pattern import parse_pattern
@@ -40,6 +39,7 @@ from gossamer.io.atomic import check_target, new_folder
 from gossamer.io.save import save
 from gossamer.methods import parts
 from gossamer.nn.kernel_choice.machine import machine
+from gossamer.ops.allocation import ALLOCATIONS
 from gossamer.report.training import (
     SWEEP_HEADER,
     headline,

@@ -1,6 +1,7 @@
 """Allocations: how one density over the model becomes one density per layer.
 
 Every allocation meets the budget: sum of density_l * size_l equals density * sum of size_l.
+Those that rank the weights of all layers together are in `ops.allocation`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gossamer.core.density import check_density
 from gossamer.core.errors import UsageError
-from gossamer.core.pattern import Unstructured
-from gossamer.core.select import check_density, check_finite, select_global
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,35 +158,6 @@ class ERKPlus:
 
 
 @dataclass(frozen=True)
-class Global:
-    """The densities that one magnitude threshold over all layers leaves."""
-
-    needs_norm: ClassVar[bool] = False
-
-    def allocate(self, layers: Sequence[LayerInfo], density: float) -> dict[str, float]:
-        """Density by layer name; raises UsageError when a layer would lose every weight."""
-        return _ranked(layers, density, {x.name: x.weight.abs() for x in layers}, "Global")
-
-
-@dataclass(frozen=True)
-class LAMP:
-    """Layer-adaptive magnitude: w^2 over the sum of squares not smaller, one global threshold.
-
-    The largest weight of a layer scores 1, so no layer empties before all are down to one weight.
-
-    References
-    ----------
-    Layer-adaptive Sparsity for the Magnitude-based Pruning (2021).
-    """
-
-    needs_norm: ClassVar[bool] = False
-
-    def allocate(self, layers: Sequence[LayerInfo], density: float) -> dict[str, float]:
-        """Density by layer name."""
-        return _ranked(layers, density, {x.name: lamp_scores(x.weight) for x in layers}, "LAMP")
-
-
-@dataclass(frozen=True)
 class OWL:
     """Outlier-weighed layer-wise density over transformer blocks.
 
@@ -241,30 +212,6 @@ class OWL:
         return float((joined > self.m * joined.mean()).double().mean())
 
 
-ALLOCATIONS: dict[str, type] = {
-    "uniform": Uniform,
-    "uniform+": UniformPlus,
-    "er": ER,
-    "erk": ERK,
-    "erk+": ERKPlus,
-    "global": Global,
-    "lamp": LAMP,
-    "owl": OWL,
-}
-
-
-def lamp_scores(weight: Tensor) -> Tensor:
-    """w_u^2 / sum over v of w_v^2 with w_v^2 not ranked below w_u^2; ties by index. O(n log n)."""
-    squares = weight.detach().double().square().flatten()
-    check_finite(squares, "LAMP weight")
-    order = torch.argsort(squares, stable=True)
-    ranked = squares[order]
-    tail = ranked.flip(0).cumsum(0).flip(0)
-    scores = torch.empty_like(squares)
-    scores[order] = torch.where(tail > 0, ranked / tail, torch.zeros((), dtype=tail.dtype))
-    return scores.reshape(weight.shape)
-
-
 def _centred(
     raised: Mapping[object, float], sizes: Mapping[object, int], density: float
 ) -> dict[object, float]:
@@ -292,20 +239,6 @@ def _erdos(shape: Sequence[int]) -> float:
     for extent in shape:
         product *= extent
     return sum(shape) / max(1, product)
-
-
-def _ranked(
-    layers: Sequence[LayerInfo], density: float, scores: dict[str, Tensor], what: str
-) -> dict[str, float]:
-    supports = select_global(scores, Unstructured("global"), density)
-    densities = {name: support.density for name, support in supports.items()}
-    empty = [name for name, value in densities.items() if value == 0]
-    if empty:
-        raise UsageError(
-            f"{what} at density {density:g} would empty {', '.join(empty[:3])}; keep more weights "
-            "or exclude those layers"
-        )
-    return densities
 
 
 def _fill(

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gossamer.core.density import check_density, kept_count
 from gossamer.core.errors import UsageError
-from gossamer.core.select import check_density, kept_count
 from gossamer.ops import csr
 from gossamer.ops.csr import Index
 

@@ -7,14 +7,15 @@ import torch
 from examples import PRUNERS
 from torch import nn
 
-from gossamer.core.allocation import OWL, Global, Uniform
+from gossamer.core.allocation import OWL, Uniform
+from gossamer.core.density import kept_count
 from gossamer.core.errors import NonFiniteError, PatternError, UsageError
 from gossamer.core.matrix import as_matrix
 from gossamer.core.pattern import NM, Block, Unstructured
-from gossamer.core.select import kept_count
 from gossamer.engine.prune.run import prune
 from gossamer.engine.serve.compress import compress
 from gossamer.models import prunable_layers
+from gossamer.ops.allocation import Global
 
 Magnitude, Random, Wanda, SparseGPT = (
     PRUNERS[name] for name in ("magnitude", "random", "wanda", "sparsegpt")

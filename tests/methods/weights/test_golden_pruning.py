@@ -7,9 +7,9 @@ import torch
 
 import gossamer as gs
 from gossamer.core.allocation import LayerInfo
-from gossamer.core.select import select
 from gossamer.core.stats import ColumnNorm, Hessian
 from gossamer.methods.weights.topology import layer_counts
+from gossamer.ops.select import select
 
 COLUMNS = np.arange(256)
 

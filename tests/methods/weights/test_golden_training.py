@@ -12,9 +12,9 @@ from torch import nn
 import gossamer as gs
 from gossamer.core.allocation import LayerInfo
 from gossamer.core.schedule import Cosine, Cubic
-from gossamer.core.select import select
 from gossamer.methods.weights.gmp import prune_globally
 from gossamer.methods.weights.topology import drop_and_regrow
+from gossamer.ops.select import select
 
 
 def linear(weight):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gossamer as gs
-from gossamer.core.select import kept_count
+from gossamer.core.density import kept_count
 from gossamer.core.stats import LayerStats
 
 

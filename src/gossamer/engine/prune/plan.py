@@ -12,10 +12,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gossamer.core.allocation import LayerInfo, Uniform
+from gossamer.core.density import check_density
 from gossamer.core.errors import NonFiniteError, PatternError, UsageError
 from gossamer.core.matrix import Weight, own_forward
 from gossamer.core.pattern import NM, Pattern, check_pattern, format_pattern, pattern_kind
-from gossamer.core.select import check_density
 from gossamer.core.stats import LayerStats
 from gossamer.engine.data import Batch, read_batches
 from gossamer.engine.protocols import Allocation, Method, Solver, check_method

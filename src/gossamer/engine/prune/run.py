@@ -13,7 +13,6 @@ from gossamer.core.errors import NonFiniteError, UsageError
 from gossamer.core.matrix import Weight
 from gossamer.core.pattern import Pattern, format_pattern
 from gossamer.core.result import LayerRecord, PruneResult, unwrap
-from gossamer.core.select import select, select_global
 from gossamer.core.stats import LayerStats
 from gossamer.core.support import Support
 from gossamer.engine import hooks
@@ -24,7 +23,7 @@ from gossamer.engine.protocols import Allocation, Method, Solver
 from gossamer.engine.prune.journal import Journal
 from gossamer.engine.prune.plan import LOST, Plan, Uncalled, Unit, options_of, plan_of
 from gossamer.models import find_weights
-from gossamer.ops.statistics import top_mask
+from gossamer.ops.select import select, select_global
 
 HESSIANS = 4 << 30
 """Bytes of Hessians that are gathered at once."""
@@ -120,7 +119,7 @@ def _select_together(plan: Plan) -> dict[str, Support]:
         matrix = weight.matrix()
         score = plan.options.method.score(matrix, LayerStats(name, 0))
         scores[name] = _zeros_last(score, matrix) if plan.options.keep_zeros else score
-    return select_global(scores, plan.options.pattern, plan.options.density, top_mask)
+    return select_global(scores, plan.options.pattern, plan.options.density)
 
 
 def _prune_unit(plan: Plan, unit: Unit, chosen: Mapping[str, Support]) -> dict[str, Support]:
@@ -173,7 +172,7 @@ def _solve(plan: Plan, name: str, weight: Tensor, stats: LayerStats) -> tuple[Te
         score = method.score(weight, stats)
         if plan.options.keep_zeros:
             score = _zeros_last(score, weight)
-        return weight, select(score, pattern, density, name, top_mask)
+        return weight, select(score, pattern, density, name)
     repaired, support = method.solve(weight, stats, pattern, density)
     repaired = repaired.to(weight.dtype)
     if not bool(torch.isfinite(repaired).all()):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.allocation import LayerInfo
+from gossamer.core.budget import TopK
 from gossamer.core.errors import NonFiniteError, UsageError
 from gossamer.core.matrix import why_not_plain
 from gossamer.engine.hooks import around_ascents, around_steps, observe_gradients
@@ -25,6 +26,7 @@ from gossamer.engine.train.layers import own_parameter
 from gossamer.engine.train.optimizers import follow, held_by
 from gossamer.models.layers import prunable_layers
 from gossamer.nn.sparse import SparseConv2d, SparseLayer, SparseLinear, carry, random_positions
+from gossamer.ops.select import keep
 
 VERSION = 1
 _BLOCK = 1 << 18
@@ -309,20 +311,10 @@ def largest_gradients(
         near = (sizes > least).nonzero().reshape(-1)
         pool, found = torch.cat([pool, sizes[near]]), torch.cat([found, near + first * shape[1]])
         if pool.numel() > 2 * count or last == shape[0]:
-            chosen, least = _first_largest(pool, count, least)
+            chosen = keep(pool, TopK(count))
             pool, found = pool[chosen], found[chosen]
+            least = pool.min() if pool.numel() == count else least  # what a later one must beat
     return found
-
-
-def _first_largest(pool: Tensor, count: int, least: Tensor) -> tuple[Tensor, Tensor]:
-    """bool mask of the `count` largest, the first of equal ones, and what a later one must beat."""
-    if pool.numel() <= count:
-        return torch.ones_like(pool, dtype=torch.bool), least
-    bar = pool.kthvalue(pool.numel() - count + 1).values
-    chosen = pool > bar
-    equal = (pool == bar).nonzero().reshape(-1)
-    chosen[equal[: count - int(chosen.sum())]] = True
-    return chosen, bar
 
 
 def _check_method(method: Any) -> None:

@@ -20,14 +20,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from gossamer.core.allocation import LayerInfo, Uniform
 from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
+from gossamer.core.pattern import Unstructured
 from gossamer.core.schedule import Cubic
-from gossamer.core.select import kept_count
 from gossamer.core.step import Step
 from gossamer.methods.weights.topology import (
     ShapeAllocation,
@@ -35,10 +34,10 @@ from gossamer.methods.weights.topology import (
     check_every,
     check_fraction,
     every_weight,
-    keep_largest,
+    highest,
     layer_counts,
-    top_among,
 )
+from gossamer.ops.select import select_global
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class GMP(StaticSupport):
         pruned = {}
         for x in step.layers:
             count = round(Cubic(x.size, targets[x.name])(progress))
-            pruned[x.name] = keep_largest(x.weight, step.masks[x.name], count)
+            pruned[x.name] = highest(x.weight.abs(), step.masks[x.name], count, x.name)
         return [pruned]
 
 
@@ -123,12 +122,7 @@ def prune_globally(
 
     The largest weight of each layer is always kept, so that no layer is cut off.
     """
-    budget = kept_count(sum(x.size for x in layers), density)
-    scores, sizes = [], [x.size for x in layers]
-    for x in layers:
-        score = x.weight.abs().double().masked_fill(~masks[x.name], -torch.inf)
-        score.view(-1)[score.argmax()] = torch.inf
-        scores.append(score.reshape(-1))
-    kept = torch.cat([masks[x.name].reshape(-1) for x in layers])
-    chosen = top_among(torch.cat(scores), kept, budget).split(sizes)
-    return {x.name: part.reshape(x.weight.shape) for x, part in zip(layers, chosen, strict=True)}
+    # What is gone ranks below every |w|; it could return only where fewer are kept than asked for.
+    scores = {x.name: x.weight.abs().masked_fill(~masks[x.name], -1) for x in layers}
+    supports = select_global(scores, Unstructured("global"), density, floor=1)
+    return {name: support.mask & masks[name] for name, support in supports.items()}

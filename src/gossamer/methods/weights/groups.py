@@ -9,9 +9,10 @@ from torch import Tensor
 
 from gossamer.core.allocation import LayerInfo
 from gossamer.core.coupling import Coupled
+from gossamer.core.density import check_density
 from gossamer.core.errors import UsageError
-from gossamer.core.select import check_density, kept_count
-from gossamer.methods.weights.topology import top_among
+from gossamer.core.pattern import Unstructured
+from gossamer.ops.select import select_global
 
 
 def members(coupled: Sequence[Coupled], part: str, layers: Sequence[LayerInfo]) -> list[list[str]]:
@@ -34,18 +35,14 @@ def members(coupled: Sequence[Coupled], part: str, layers: Sequence[LayerInfo]) 
     return [names for names in found if names]
 
 
-def choose(scores: Sequence[Tensor], density: float, pooled: bool) -> list[Tensor]:
+def select_channels(
+    sets: Sequence[Sequence[str]], scores: Sequence[Tensor], density: float, pooled: bool
+) -> list[Tensor]:
     """The channels with the highest score: in each set, or `pooled` over all; one of each stays."""
-    if not pooled:
-        return [top_among(s, torch.ones_like(s).bool(), max(1, kept_count(len(s), density)))
-                for s in scores]  # fmt: skip
-    ranked = [s.clone() for s in scores]
-    for score in ranked:
-        score[score.argmax()] = torch.inf
-    joined = torch.cat(ranked)
-    count = max(len(ranked), kept_count(len(joined), density))
-    mask = top_among(joined, torch.ones_like(joined).bool(), count)
-    return list(mask.split([len(s) for s in scores]))
+    named = {names[0]: score for names, score in zip(sets, scores, strict=True)}
+    ranked = [named] if pooled else [{name: score} for name, score in named.items()]
+    supports = [select_global(x, Unstructured(), density, floor=1) for x in ranked]
+    return [support.mask for part in supports for support in part.values()]
 
 
 def check_structured(density: float, coupled: object) -> None:

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from gossamer.core.allocation import LayerInfo
 from gossamer.core.card import Card
+from gossamer.core.density import check_density
 from gossamer.core.errors import UsageError
-from gossamer.core.select import check_density
 from gossamer.methods.weights.fixed_masks import FixedMasks
 from gossamer.methods.weights.gmp import prune_globally
 from gossamer.methods.weights.topology import check_whole

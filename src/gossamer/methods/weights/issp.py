@@ -36,7 +36,7 @@ from gossamer.methods.weights.topology import (
     StaticSupport,
     check_fraction,
     every_weight,
-    keep_largest,
+    highest,
     layer_counts,
 )
 
@@ -106,8 +106,8 @@ class ISSP(StaticSupport):
         """The exact count of largest |w| in each layer."""
         counts = layer_counts(layers, self.allocation, self.density)
         return {
-            x.name: keep_largest(
-                x.weight, torch.ones_like(x.weight, dtype=torch.bool), counts[x.name]
+            x.name: highest(
+                x.weight.abs(), torch.ones_like(x.weight, dtype=torch.bool), counts[x.name], x.name
             )
             for x in layers
         }

@@ -41,9 +41,9 @@ from gossamer.core.pattern import Channel, Pattern
 from gossamer.core.step import Step
 from gossamer.methods.weights.groups import (
     check_structured,
-    choose,
     members,
     row_masks,
+    select_channels,
 )
 from gossamer.methods.weights.topology import StaticSupport, check_fraction, every_weight
 
@@ -174,7 +174,7 @@ class MaskSparsity(StaticSupport):
             assert self.threshold is not None
             return self.above(layers, self.threshold)
         sets, scores = self.scores(layers)
-        return row_masks(layers, sets, choose(scores, self.density, self.pooled))
+        return row_masks(layers, sets, select_channels(sets, scores, self.density, self.pooled))
 
     def above(self, layers: Sequence[LayerInfo], threshold: float) -> dict[str, Tensor]:
         """Masks without the channels whose scales are all below; one of each set stays."""

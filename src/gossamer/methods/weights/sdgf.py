@@ -33,9 +33,9 @@ from gossamer.core.allocation import LayerInfo
 from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import NM, WIDEST, check_pattern
-from gossamer.core.select import select
 from gossamer.core.step import Step
 from gossamer.methods.weights.topology import StaticSupport, check_fraction, every_weight
+from gossamer.ops.select import select
 
 TWO_OF_FOUR = NM(2, 4)
 

@@ -31,10 +31,10 @@ from gossamer.methods.weights.topology import (
     StaticSupport,
     check_every,
     check_fraction,
+    highest,
     layer_counts,
     random_like,
     random_masks,
-    top_among,
 )
 
 
@@ -92,19 +92,19 @@ class SET(StaticSupport):
         kept, grown = {}, {}
         for x in step.layers:
             mask = step.masks[x.name]
-            stay = self._stay(x.weight, mask)
+            stay = self._stay(x.weight, mask, x.name)
             score = random_like(x.weight, step.generator) + (~mask).double()
             room = int(mask.sum()) - int(stay.sum())
             kept[x.name] = stay
-            grown[x.name] = stay | top_among(score, ~stay, room)
+            grown[x.name] = stay | highest(score, ~stay, room, x.name)
         return [kept, grown] if all(bool(m.any()) for m in kept.values()) else [grown]
 
-    def _stay(self, weight: Tensor, mask: Tensor) -> Tensor:
+    def _stay(self, weight: Tensor, mask: Tensor, name: str = "weights") -> Tensor:
         """The mask without the smallest positive and largest negative weights; zero is positive."""
         stay = torch.zeros_like(mask)
         for side in (mask & (weight >= 0), mask & (weight < 0)):
             count = int(side.sum())
-            stay |= top_among(weight.abs(), side, count - int(self.drop * count))
+            stay |= highest(weight.abs(), side, count - int(self.drop * count), name)
         return stay
 
     def survivors(self, values: Tensor, step: int, total: int) -> Tensor:

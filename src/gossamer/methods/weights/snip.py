@@ -23,10 +23,9 @@ from torch import Tensor
 
 from gossamer.core.card import Card
 from gossamer.core.pattern import Unstructured
-from gossamer.core.select import select_global
 from gossamer.core.step import Step
 from gossamer.methods.weights.topology import StaticSupport
-from gossamer.ops.statistics import top_mask
+from gossamer.ops.select import select_global
 
 
 @dataclass(frozen=True)
@@ -55,5 +54,5 @@ class SNIP(StaticSupport):
     def start(self, step: Step) -> dict[str, Tensor]:
         """The globally most sensitive weights."""
         scores = {x.name: (x.weight * step.gradients()[x.name]).abs() for x in step.layers}
-        supports = select_global(scores, Unstructured("global"), self.density, top_mask)
+        supports = select_global(scores, Unstructured("global"), self.density)
         return {name: support.mask for name, support in supports.items()}

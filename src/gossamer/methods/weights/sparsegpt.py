@@ -26,7 +26,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gossamer.core.budget import TopK
 from gossamer.core.card import Card
+from gossamer.core.density import check_density, check_finite, kept_count
 from gossamer.core.errors import NonFiniteError, PatternError, UsageError
 from gossamer.core.pattern import (
     NM,
@@ -37,10 +39,10 @@ from gossamer.core.pattern import (
     check_pattern,
     format_pattern,
 )
-from gossamer.core.select import check_density, check_finite, kept_count
 from gossamer.core.stats import LayerStats
 from gossamer.core.support import Support
-from gossamer.ops.statistics import top_mask
+from gossamer.core.units import expand_units, unit_scores
+from gossamer.ops.select import keep
 
 
 @dataclass(frozen=True)
@@ -177,30 +179,19 @@ def _choose(
     columns: Tensor, diagonal: Tensor, pattern: Pattern, density: float, start: int
 ) -> Tensor:
     """The support of one column block, chosen at its start; N:M is chosen during the sweep."""
+    if isinstance(pattern, NM):
+        return torch.ones_like(columns, dtype=torch.bool)
     scores = (columns / diagonal).square()
-    rows, width = columns.shape
+    ranking = unit_scores(scores, pattern)
+    before, width, units = start, columns.shape[1], ranking.shape[-1]
+    if pattern == Unstructured("column"):  # each column is a ranking, and meets its own count
+        before, width = 0, 1
 
-    def quota(units_per_column: float) -> int:
-        before = kept_count(round(units_per_column * start), density)
-        return kept_count(round(units_per_column * (start + width)), density) - before
+    def kept(columns: int) -> int:
+        return kept_count(columns * units // width, density)
 
-    match pattern:
-        case NM():
-            return torch.ones_like(scores, dtype=torch.bool)
-        case Unstructured(scope="row"):
-            return top_mask(scores, quota(1))
-        case Unstructured(scope="column"):
-            return top_mask(scores.t(), kept_count(rows, density)).t()
-        case Unstructured():
-            return top_mask(scores.reshape(1, -1), quota(rows)).reshape(scores.shape)
-        case Block():
-            grid = (rows // pattern.rows, width // pattern.cols)
-            tiles = scores.reshape(grid[0], pattern.rows, grid[1], pattern.cols).sum(dim=(1, 3))
-            kept = top_mask(tiles.reshape(1, -1), quota(grid[0] / pattern.cols)).reshape(grid)
-            return kept.repeat_interleave(pattern.rows, 0).repeat_interleave(pattern.cols, 1)
-        case Channel():
-            kept = top_mask(scores.sum(0, keepdim=True), quota(1))
-            return kept.expand_as(scores).clone()
+    budget = TopK(kept(before + width) - kept(before))
+    return expand_units(keep(ranking, budget), scores.shape, pattern)
 
 
 def _sweep(columns: Tensor, factor: Tensor, chosen: Tensor, pattern: Pattern) -> Tensor:
@@ -214,7 +205,7 @@ def _sweep(columns: Tensor, factor: Tensor, chosen: Tensor, pattern: Pattern) ->
         if isinstance(pattern, NM) and j % pattern.group == 0:
             group = slice(j, j + pattern.group)
             scores = (columns[:, group] / diagonal[group]).square()
-            chosen[:, group] = top_mask(scores, pattern.keep)
+            chosen[:, group] = keep(scores, TopK(pattern.keep))
         column = columns[:, j]
         removed = torch.where(chosen[:, j], torch.zeros((), dtype=column.dtype), column)
         errors[:, j] = removed / diagonal[j]

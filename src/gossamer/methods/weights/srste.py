@@ -29,10 +29,9 @@ from gossamer.core.allocation import LayerInfo
 from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import NM
-from gossamer.core.select import select
 from gossamer.core.step import Step
 from gossamer.methods.weights.topology import StaticSupport
-from gossamer.ops.statistics import top_mask
+from gossamer.ops.select import select
 
 TWO_OF_FOUR = NM(2, 4)
 
@@ -74,9 +73,7 @@ class SRSTE(StaticSupport):
     def start(self, step: Step) -> dict[str, Tensor]:
         """The largest weights of each group."""
         return {
-            x.name: select(
-                x.weight.abs(), self.pattern, self.pattern.density, x.name, top_mask
-            ).mask
+            x.name: select(x.weight.abs(), self.pattern, self.pattern.density, x.name).mask
             for x in step.layers
         }
 

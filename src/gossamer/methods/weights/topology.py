@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from gossamer.core.allocation import ER, ERK, ERKPlus, LayerInfo, Uniform, UniformPlus
+from gossamer.core.budget import TopK
+from gossamer.core.density import check_density, check_finite, kept_count
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import Pattern, Unstructured
-from gossamer.core.select import check_density, kept_count
 from gossamer.core.step import Step
-from gossamer.ops.statistics import top_mask
+from gossamer.ops.select import keep
 
 ShapeAllocation = Uniform | UniformPlus | ER | ERK | ERKPlus
 """Allocations that depend on shapes alone, so that they stay the same all through training."""
@@ -81,7 +82,11 @@ def random_masks(
     layers: Sequence[LayerInfo], counts: Mapping[str, int], generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Masks with exactly `counts` weights at uniformly random places."""
-    return {x.name: top(random_like(x.weight, generator), counts[x.name]) for x in layers}
+    masks = {}
+    for x in layers:
+        scores = random_like(x.weight, generator)
+        masks[x.name] = highest(scores, torch.ones_like(scores, dtype=torch.bool), counts[x.name])
+    return masks
 
 
 def random_like(weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -90,26 +95,20 @@ def random_like(weight: Tensor, generator: torch.Generator) -> Tensor:
     return numbers.to(weight.device)
 
 
-def top(scores: Tensor, count: int) -> Tensor:
-    """The mask of the `count` highest scores of a tensor; ties keep the lower index."""
-    return top_mask(scores.reshape(1, -1), count).reshape(scores.shape)
+def highest(scores: Tensor, among: Tensor, count: int, name: str = "weights") -> Tensor:
+    """The mask of the `count` highest scores of `among`, fewer where it has fewer.
 
-
-def top_among(scores: Tensor, eligible: Tensor, count: int) -> Tensor:
-    """The mask of the `count` highest scores among eligible places, and of no other place."""
-    ranked = scores.masked_fill(~eligible, -torch.inf)
-    return top(ranked, min(count, int(eligible.sum()))) & eligible
-
-
-def keep_largest(weight: Tensor, mask: Tensor, count: int) -> Tensor:
-    """The `count` largest |w| among the kept weights."""
-    return top_among(weight.abs(), mask, count)
+    Raises NonFiniteError, naming the layer, for a score that is NaN or infinite.
+    """
+    check_finite(scores, name)
+    ranked = scores.masked_fill(~among, -torch.inf)
+    return keep(ranked.reshape(-1), TopK(count)).reshape(scores.shape)
 
 
 def without_smallest(weight: Tensor, mask: Tensor, fraction: float) -> Tensor:
     """The mask less the fraction `fraction` of its weights with the smallest |w|."""
     count = int(mask.sum())
-    return keep_largest(weight, mask, count - int(fraction * count))
+    return highest(weight.abs(), mask, count - int(fraction * count))
 
 
 def drop_and_regrow(
@@ -126,8 +125,8 @@ def drop_and_regrow(
         mask = masks[layer.name]
         count = int(mask.sum())
         room = rounded(fraction * count)
-        kept = keep_largest(layer.weight, mask, count - room)
-        grown[layer.name] = kept | top_among(gradients[layer.name].abs(), ~kept, room)
+        kept = highest(layer.weight.abs(), mask, count - room, layer.name)
+        grown[layer.name] = kept | highest(gradients[layer.name].abs(), ~kept, room, layer.name)
     return grown
 
 

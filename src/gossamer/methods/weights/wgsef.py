@@ -34,15 +34,15 @@ from torch import Tensor
 
 from gossamer.core.card import Card
 from gossamer.core.coupling import Coupled
+from gossamer.core.density import kept_count
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import Channel, Pattern
-from gossamer.core.select import kept_count
 from gossamer.core.step import Step
 from gossamer.methods.weights.groups import (
     check_structured,
-    choose,
     members,
     row_masks,
+    select_channels,
 )
 from gossamer.methods.weights.topology import StaticSupport, check_fraction, every_weight
 
@@ -139,7 +139,11 @@ class WGSEF(StaticSupport):
         sets = members(self.coupled, "layers", step.layers)
         norms = [group_norms(names, weight) for names in sets]
         if not self.weighted:
-            return [row_masks(step.layers, sets, choose(norms, self.density, self.pooled))]
+            return [
+                row_masks(
+                    step.layers, sets, select_channels(sets, norms, self.density, self.pooled)
+                )
+            ]
         costs = self.costs(sets, weight, norms)
         ranks = [n / d.sqrt() for n, d in zip(norms, costs, strict=True)]
         if self.pooled:

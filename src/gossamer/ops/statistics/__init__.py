@@ -1,4 +1,4 @@
-"""What pruning itself computes: the largest scores of every row, and sums of x^T x."""
+"""What calibration sums: x^T x, with what rounding would lose."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gossamer.core.errors import UsageError
 from gossamer.ops import _dispatch
 from gossamer.ops.statistics import reference
 
-__all__ = ["add_gram", "top_mask"]
+__all__ = ["add_gram"]
 
 _ROWS = 256
 """Rows of x in one float32 product, whose own rounding nothing repairs.
@@ -22,25 +22,6 @@ _COLUMNS = 512
 """Columns on a side of a block of x^T x; only blocks on and above the diagonal are computed."""
 _SMALL = 1 << 16
 """Below so many numbers a second thread costs more than it gains."""
-
-
-def top_mask(scores: Tensor, k: int) -> Tensor:
-    """Mask of the `k` largest along the last axis of (rows, n); ties keep the lower index.
-
-    The masks of `core.select.top_mask`, bit for bit, which also serves what the kernel does not:
-    other dtypes than float32, NaN, other devices and compiled graphs. O(rows * n).
-    """
-    served = scores.dtype == torch.float32 and scores.is_cpu and scores.dim() == 2
-    if not served or torch.compiler.is_compiling() or _dispatch.isa_index() < 0:
-        return reference.top_mask(scores, k)
-    if not 0 < k < scores.shape[1] or not scores.numel():
-        return reference.top_mask(scores, k)
-    rows = scores.detach().contiguous()
-    mask = torch.empty(rows.shape, dtype=torch.bool)
-    module = _dispatch.kernels()
-    assert module is not None
-    found = module.top_mask(rows.data_ptr(), *rows.shape, k, mask.data_ptr(), _threads(rows))
-    return mask if found else reference.top_mask(scores, k)
 
 
 def add_gram(total: Tensor, rest: Tensor, x: Tensor) -> None:

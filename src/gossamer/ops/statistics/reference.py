@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gossamer.core.select import top_mask
-
-__all__ = ["compensated_add", "top_mask"]
-
 
 def compensated_add(total: Tensor, rest: Tensor, product: Tensor) -> None:
     """total + rest += product in place, all (rows, cols) float32; rest takes what total cannot."""

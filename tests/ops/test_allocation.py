@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gossamer as gs
-from gossamer.core.allocation import ALLOCATIONS, LayerInfo, lamp_scores
+from gossamer.core.allocation import LayerInfo
+from gossamer.ops.allocation import ALLOCATIONS, lamp_scores
 
 SHAPES = [(16, 3, 3, 3), (32, 16, 3, 3), (64, 128), (10, 64)]
 
