@@ -10,8 +10,8 @@ from torch import nn
 
 import gossamer as gs
 from gossamer.core.allocation import LayerInfo
-from gossamer.core.select import select
 from gossamer.methods.weights.maskllm import SampledMask, prior_shift
+from gossamer.ops.select import select
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden/maskllm.json").read_text())["expected"]
 

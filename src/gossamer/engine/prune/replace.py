@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from gossamer.core.density import check_density
 from gossamer.core.errors import UsageError
 from gossamer.core.matrix import Weight, own_forward
 from gossamer.core.result import LayerRecord, LeftOut
-from gossamer.core.select import check_density
 from gossamer.core.stats import LayerStats
 from gossamer.engine import hooks
 from gossamer.engine.data import Batch, read_batches

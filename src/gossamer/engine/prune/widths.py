@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.core.density import check_density
 from gossamer.core.errors import NonFiniteError, UsageError
 from gossamer.core.matrix import is_transposed, own_forward
 from gossamer.core.result import LayerRecord, PruneResult
-from gossamer.core.select import check_density
 from gossamer.core.width import Width
 from gossamer.engine.coverage import coverage_of
 from gossamer.engine.protocols import Planner

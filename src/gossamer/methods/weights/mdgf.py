@@ -35,10 +35,10 @@ from gossamer.core.allocation import LayerInfo
 from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import NM
-from gossamer.core.select import select
 from gossamer.core.step import Step
 from gossamer.core.support import Support
 from gossamer.methods.weights.topology import check_fraction
+from gossamer.ops.select import select
 
 TWO_OF_FOUR = NM(2, 4)
 _LAST = 0.01

@@ -27,10 +27,10 @@ from torch import Tensor
 from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import Unstructured
-from gossamer.core.select import select
 from gossamer.core.stats import LayerStats
 from gossamer.core.width import Width
 from gossamer.methods.weights.magnitude import Magnitude
+from gossamer.ops.select import select
 
 
 @dataclass(frozen=True)
