@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import resource
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ import torch
 
 import gossamer as gs
 from gossamer.bench.measure import measure_limits, when_calm
+from gossamer.core.confidence import interval
 from gossamer.engine.measure.evaluate import bits_per_byte, decode_speed
 from gossamer.engine.measure.tasks import Language, Subject
 from gossamer.nn.kernel_choice.machine import machine
@@ -36,7 +36,6 @@ from gossamer.testbed.packaged import smollm2
 OUT = Path(__file__).parents[1] / "results" / "smollm2.json"
 METHODS = {"sparsegpt": gs.SparseGPT, "wanda": gs.Wanda, "magnitude": gs.Magnitude}
 SEEDS = (0, 1, 2)
-STUDENT_95 = 4.303  # two-sided, three seeds
 T = TypeVar("T")
 
 
@@ -162,8 +161,8 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
         values = [one["bits_per_byte"] for label, one in found.items() if label.startswith(name)]
         if values:
             rows[name] = {"bits_per_byte": statistics.fmean(values), "seeds": len(values)}
-        if len(values) == 3:
-            rows[name]["interval95"] = STUDENT_95 * statistics.stdev(values) / math.sqrt(3)
+        if len(values) > 1:
+            rows[name]["interval95"] = interval(values).half
     return rows
 
 
