@@ -1,0 +1,35 @@
+"""Try one claim and print its record, or write it to a folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from gossamer.claims import run, write
+from gossamer.claims.ledger import outcome
+from gossamer.nn.kernel_choice.machine import machine
+
+
+def main() -> None:
+    """Run as python -m gossamer.claims NAME."""
+    parser = argparse.ArgumentParser(prog="python -m gossamer.claims", description=__doc__)
+    parser.add_argument("name", help="the method, such as rigl")
+    parser.add_argument("--short", action="store_true", help="two seeds of a smaller form")
+    parser.add_argument("--out", type=Path, help="write TOPIC/NAME.json in this folder")
+    args = parser.parse_args()
+    start = time.monotonic()
+    found = run(args.name, args.short)
+    seconds = time.monotonic() - start
+    print(f"{found['method']}: {found['verdict']} ({found['seeds']['run']} seeds, {seconds:.0f} s)")
+    for line in found["promises"]:
+        figures = f" {line['mean']:+.4f} ± {line['half']:.4f}," if "mean" in line else ""
+        print(f"  {line['kind']}, {line['what']}:{figures} {outcome(line)}")
+    if args.out is not None and not args.short:
+        found |= {"seconds": round(seconds), "machine": machine()}
+        print(f"wrote {write(found, args.out)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
