@@ -84,3 +84,10 @@ def test_no_pickle_anywhere():
         for name in imports(path):
             assert name.split(".")[0] not in {"pickle", "dill", "cloudpickle"}, path
         assert "torch.load(" not in path.read_text(), path
+
+
+def test_only_the_command_line_runs_claims():
+    for path in FILES:
+        layer = path.relative_to(ROOT).parts[0]
+        if layer not in ("cli", "claims"):
+            assert not any(name.startswith("gossamer.claims") for name in imports(path)), path

@@ -20,8 +20,6 @@ from gossamer.claims.ledger import Claim, check
 from gossamer.core.errors import UsageError
 from gossamer.methods import find
 
-TOPICS = ("weights",)
-
 
 def run(name: str, short: bool = False) -> dict[str, Any]:
     """Try the claim of a method and return its record.
@@ -29,7 +27,7 @@ def run(name: str, short: bool = False) -> dict[str, Any]:
     Parameters
     ----------
     name : str
-        The method's name, as on its card.
+        The method's name, as on its card, such as `rigl` or `weights.random`.
     short : bool, default False
         Run two seeds of a smaller form. It shows that the check works; its verdict says little.
 
@@ -51,23 +49,16 @@ def run(name: str, short: bool = False) -> dict[str, Any]:
 def load(name: str) -> Claim:
     """The claim of a method; raises UsageError where there is none."""
     card = find(name).card
-    path = f"gossamer.claims.{topic_of(card.name)}.{card.name}"
+    path = f"gossamer.claims.{card.topic}.{card.name}"
+    if find_spec(path.rpartition(".")[0]) is None or find_spec(path) is None:
+        raise UsageError(f"no claim of {name!r} is written: it belongs in {path}")
     claim: Claim = importlib.import_module(path).CLAIM
     return claim
 
 
-def topic_of(name: str) -> str:
-    """The folder that holds a method's claim; raises UsageError where there is none."""
-    for topic in TOPICS:
-        if find_spec(f"gossamer.claims.{topic}.{name}") is not None:
-            return topic
-    raise UsageError(f"no claim of {name!r} is written: it needs gossamer/claims/TOPIC/{name}.py")
-
-
 def write(found: Mapping[str, Any], folder: Path) -> Path:
     """Write a record to TOPIC/NAME.json in the folder of records; return its path."""
-    name = str(found["method"])
-    path = folder / topic_of(name) / f"{name}.json"
+    path = folder / str(found["topic"]) / f"{found['method']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return path

@@ -62,7 +62,7 @@ class Claim:
     leaves them.
     """
 
-    method: str
+    method: type[Any]
     claimed: str
     where: str
     one: Callable[[int, bool], Mapping[str, float]]
@@ -161,7 +161,8 @@ def record(
         for name, values in found.items()
     }
     return {
-        "method": claim.method,
+        "method": claim.method.card.name,
+        "topic": claim.method.card.topic,
         "claimed": claim.claimed,
         "where": claim.where,
         "seeds": {"run": seeds, "looks": list(looks), "rule": rule(seeds, looks)},

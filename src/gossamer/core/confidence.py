@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from gossamer.core.errors import UsageError
@@ -28,6 +29,7 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     return Interval(statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(len(values)))
 
 
+@lru_cache(256)
 def t_quantile(probability: float, freedom: float) -> float:
     """The t below which Student's distribution of `freedom` degrees has `probability`."""
     if not 0 < probability < 1 or not freedom > 0:

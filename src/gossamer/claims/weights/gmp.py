@@ -20,9 +20,9 @@ def one(seed: int, short: bool) -> dict[str, float]:
         large,
         {
             "large dense": None,
-            "large, GMP to 10%": gs.GMP(0.1, every=every),
-            "large, GMP to 5%": gs.GMP(0.05, every=every, begin=0.25),
-            "large, 5% at once": gs.GMP(0.05, every=every, begin=0.25, end=0.25),
+            "large, GMP to 10%": gs.weights.GMP(0.1, every=every),
+            "large, GMP to 5%": gs.weights.GMP(0.05, every=every, begin=0.25),
+            "large, 5% at once": gs.weights.GMP(0.05, every=every, begin=0.25, end=0.25),
         },
         steps,
     )
@@ -47,7 +47,7 @@ def promises(found: Figures) -> list[Promise]:
 
 
 CLAIM = Claim(
-    "gmp",
+    gs.weights.GMP,
     "A large sparse network beats a small dense one of equal non-zero count; the cubic ramp beats "
     "pruning at once.",
     f"Digits, MLP 64-{LARGE}-10 against 64-{SMALL}-10, both with BatchNorm, 250 steps.",

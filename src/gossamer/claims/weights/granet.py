@@ -16,11 +16,11 @@ def one(seed: int, short: bool) -> dict[str, float]:
     steps = 30 if short else 400
     every = max(1, steps // 40)
     methods = {
-        "GraNet": gs.GraNet(DENSITY, every=every),
-        "GraNet without regrowth": gs.GraNet(DENSITY, every=every, regrow=False),
-        "GMP, ERK": gs.GMP(DENSITY, gs.ERK(), every=every),
-        "GMP, global": gs.GMP(DENSITY, every=every, scope="global"),
-        "RigL": gs.RigL(DENSITY, every=every),
+        "GraNet": gs.weights.GraNet(DENSITY, every=every),
+        "GraNet without regrowth": gs.weights.GraNet(DENSITY, every=every, regrow=False),
+        "GMP, ERK": gs.weights.GMP(DENSITY, gs.ERK(), every=every),
+        "GMP, global": gs.weights.GMP(DENSITY, every=every, scope="global"),
+        "RigL": gs.weights.RigL(DENSITY, every=every),
     }
     return qualities(Digits(seed, norm=True), methods, steps)
 
@@ -36,7 +36,7 @@ def promises(found: Figures) -> list[Promise]:
 
 
 CLAIM = Claim(
-    "granet",
+    gs.weights.GraNet,
     "Sparse-to-sparse training with regeneration is above dense-to-sparse training and above RigL "
     "at equal steps; regrowth is what does it.",
     "Digits, MLP 64-128-64-10 with BatchNorm at 3%, 400 steps.",

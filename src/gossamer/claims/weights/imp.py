@@ -22,13 +22,15 @@ def one(seed: int, short: bool) -> dict[str, float]:
     found: dict[str, float] = {}
     problem = Digits(seed)
 
-    def part_of(model: nn.Module, trainer: Any, part: gs.Part) -> None:
+    def part_of(model: nn.Module, trainer: Any, part: gs.RoundPart) -> None:
         train(problem, model, trainer, steps, first=part.first, last=part.last)
         if part.index == 0 and part.last is None:
             found["dense"] = problem.quality(model)
 
     model = problem.build(seed)
-    result = gs.train_rounds(model, gs.IMP(DENSITY, rounds, rewind), part_of, include=("*",))
+    result = gs.train_rounds(
+        model, gs.weights.IMP(DENSITY, rounds, rewind), part_of, include=("*",)
+    )
     found["ticket"] = problem.quality(model)
     masks = {name: support.mask for name, support in result.supports.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -41,7 +43,7 @@ def one(seed: int, short: bool) -> dict[str, float]:
         ("random support, same layer counts", shuffled),
     ):
         other = problem.build(1000 + seed)
-        train(problem, other, gs.Keep(kept), steps)
+        train(problem, other, gs.weights.FixedMasks(kept), steps)
         found[name] = problem.quality(other)
     return found
 
@@ -64,7 +66,7 @@ def promises(found: Figures) -> list[Promise]:
 
 
 CLAIM = Claim(
-    "imp",
+    gs.weights.IMP,
     "Tickets rewound to an early step train to the dense accuracy; the same supports with fresh "
     "weights, and random supports, do not.",
     "Digits, MLP 64-128-64-10, density 0.03 in 8 rounds, 400 steps each, rewound to step 20.",

@@ -17,7 +17,7 @@ ALPHAS, CUTS = (0.95, 0.98, 0.99, 0.995), (0.25, 0.5, 0.75)
 """Strengths of ISS-P, of which 0.95 is the paper's, and when the baseline is pruned."""
 
 
-def train(method: gs.ISSP, problem: Digits, steps: int) -> tuple[float, list[float]]:
+def train(method: gs.weights.ISSP, problem: Digits, steps: int) -> tuple[float, list[float]]:
     """Held-out squared error times 1000, and the share of kept positions that changed over each
     tenth of the run."""
     _, _, test_x, _ = problem.data
@@ -54,11 +54,11 @@ def largest(model: nn.Module) -> torch.Tensor:
 def one(seed: int, short: bool) -> dict[str, float]:
     """Errors, and the churn of the positions that would be kept."""
     steps, problem = 20 if short else 500, Digits(seed)
-    methods = {f"ISS-P {a:g}": gs.ISSP(DENSITY, alpha=a) for a in ALPHAS}
-    methods |= {f"L1-norm at {c:g}": gs.ISSP(DENSITY, alpha=1.0, until=c) for c in CUTS}
+    methods = {f"ISS-P {a:g}": gs.weights.ISSP(DENSITY, alpha=a) for a in ALPHAS}
+    methods |= {f"L1-norm at {c:g}": gs.weights.ISSP(DENSITY, alpha=1.0, until=c) for c in CUTS}
     methods |= {
-        "hard thresholding": gs.ISSP(DENSITY, alpha=0.0),
-        "at the start": gs.ISSP(DENSITY, until=0.0),
+        "hard thresholding": gs.weights.ISSP(DENSITY, alpha=0.0),
+        "at the start": gs.weights.ISSP(DENSITY, until=0.0),
     }
     found = {}
     for name, method in methods.items():
@@ -97,7 +97,7 @@ def promises(found: Figures) -> list[Promise]:
 
 
 CLAIM = Claim(
-    "issp",
+    gs.weights.ISSP,
     "Shrinking softly at every step ends with less error than pruning by L1-norm, than hard "
     "thresholding at every step, and than pruning at the start.",
     "Digits averaged to 4x4 and restored to 8x8, MLP 16-256-256-64 at 5%, L1 loss, Adam, 500 steps "

@@ -15,11 +15,14 @@ def one(seed: int, short: bool) -> dict[str, float]:
     train(problem, model, None, steps)
     found = {"dense": problem.quality(model)}
     trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for name, method in (("magnitude", gs.Magnitude()), ("random", gs.Random(seed))):
+    for name, method in (
+        ("magnitude", gs.weights.Magnitude()),
+        ("random", gs.weights.Random(seed)),
+    ):
         model.load_state_dict(trained)
         gs.prune(model, method, density=1 / 9, include=("*",))
         found[f"{name}, as pruned"] = problem.quality(model)
-        train(problem, model, gs.Keep(), steps, lr=0.05)
+        train(problem, model, gs.weights.FixedMasks(), steps, lr=0.05)
         found[f"{name}, retrained"] = problem.quality(model)
     model.load_state_dict(trained)
     train(problem, model, None, steps, lr=0.05)
@@ -38,7 +41,7 @@ def promises(found: Figures) -> list[Promise]:
 
 
 CLAIM = Claim(
-    "magnitude",
+    gs.weights.Magnitude,
     "With retraining, a network keeps its accuracy with a ninth of its weights.",
     "Digits, MLP 64-128-64-10, 200 steps before and after pruning.",
     one,

@@ -38,7 +38,7 @@ def targeted(problem: Digits, model: Any, penalty: float, steps: int) -> dict[st
         if run.step == cut:
             seen["lost at the cut"] -= problem.quality(model)
 
-    method = gs.MaskSparsity(DENSITY, COUPLED, penalty=penalty, until=UNTIL)
+    method = gs.weights.MaskSparsity(DENSITY, COUPLED, penalty=penalty, until=UNTIL)
     train(problem, model, method, steps, watch=watch, decay=0.0)
     return {"accuracy": problem.quality(model), **seen}
 
@@ -148,7 +148,7 @@ def promises(found: Mapping[str, Any]) -> list[Promise]:
 
 
 CLAIM = Claim(
-    "masksparsity",
+    gs.weights.MaskSparsity,
     "Pulling only the channels that will go leaves the others larger scales, makes the cut "
     "harmless, and ends no worse than an L1 pull on all.",
     "Digits, MLP 64-64-32-10 with BatchNorm, half of the channels, 200 steps dense and 200 with the "

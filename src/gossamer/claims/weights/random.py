@@ -21,8 +21,8 @@ def one(seed: int, short: bool) -> dict[str, float]:
         found[f"dense, width {width}"] = problem.quality(dense)
         for density in densities:
             pruned = problem.build(seed)
-            gs.prune(pruned, gs.Random(seed), density=density, include=("*",))
-            train(problem, pruned, gs.Keep(), steps)
+            gs.prune(pruned, gs.weights.Random(seed), density=density, include=("*",))
+            train(problem, pruned, gs.weights.FixedMasks(), steps)
             found[f"{density:.0%}, width {width}"] = problem.quality(pruned)
     return found
 
@@ -48,7 +48,7 @@ def promises(found: Figures) -> list[Promise]:
 
 
 CLAIM = Claim(
-    "random",
+    gs.weights.Random,
     "A randomly pruned wide network, trained sparse, matches its dense counterpart; the gap to "
     "dense shrinks as networks grow wider.",
     "Digits, MLP 64-w-w-10 with BatchNorm pruned before training, 100 steps.",

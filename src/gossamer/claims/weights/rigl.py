@@ -20,14 +20,16 @@ def one(seed: int, short: bool) -> dict[str, float]:
         spent += run.density
 
     model = problem.build(seed)
-    train(problem, model, gs.GMP(DENSITY, gs.ERK(), max(1, steps // 40)), steps, watch=watch)
+    train(
+        problem, model, gs.weights.GMP(DENSITY, gs.ERK(), max(1, steps // 40)), steps, watch=watch
+    )
     # In a perceptron a step costs its density; a growing step has a dense weight gradient, 1/3.
     longer = round((spent - 0.75 * updates * (1 - DENSITY) / 3) / DENSITY)
     every = max(1, longer // updates)
     methods = {
-        "RigL": gs.RigL(DENSITY, every=every),
-        "SET": gs.SET(DENSITY, gs.ERK(), every=every),
-        "static": gs.StaticRandom(DENSITY),
+        "RigL": gs.weights.RigL(DENSITY, every=every),
+        "SET": gs.weights.SET(DENSITY, gs.ERK(), every=every),
+        "static": gs.weights.StaticRandom(DENSITY),
     }
     return {
         "GMP": problem.quality(model),
@@ -46,7 +48,7 @@ def promises(found: Figures) -> list[Promise]:
 
 
 CLAIM = Claim(
-    "rigl",
+    gs.weights.RigL,
     "Training sparse from start to end matches or beats dense-to-sparse training at a fixed cost, "
     "and beats random growth and static masks.",
     "Digits, MLP 64-128-64-10 with BatchNorm at 5%, ERK; GMP 250 steps, the others as many as cost "

@@ -42,17 +42,17 @@ def one(seed: int, short: bool) -> dict[str, float]:
     """Three prices, a rectified estimator, no normalising, and GMP at the middle price's density."""
     steps, found = 30 if short else 400, {}
     for price in PRICES:
-        run = measure(gs.SCL(price, RATE), seed, steps)
+        run = measure(gs.weights.SCL(price, RATE), seed, steps)
         found[f"accuracy, price {price:g}"] = run["accuracy"]
         found[f"density, price {price:g}"] = run["density"]
         if price == PRICES[1]:
             middle = run
-    rectified = measure(gs.SCL(PRICES[1], RATE, slope=0.0), seed, steps)
-    raw = measure(gs.SCL(1e-4, 10.0, normalise=False), seed, steps)
+    rectified = measure(gs.weights.SCL(PRICES[1], RATE, slope=0.0), seed, steps)
+    raw = measure(gs.weights.SCL(1e-4, 10.0, normalise=False), seed, steps)
     every = max(1, steps // 40)
     gmps = (
-        gs.GMP(middle["density"], gs.ERK(), every),
-        gs.GMP(middle["density"], every=every, scope="global"),
+        gs.weights.GMP(middle["density"], gs.ERK(), every),
+        gs.weights.GMP(middle["density"], every=every, scope="global"),
     )
     for name, method in zip(GMPS, gmps):
         found[f"accuracy, GMP {name}"] = measure(method, seed, steps)["accuracy"]
@@ -103,7 +103,7 @@ def promises(found: Figures) -> list[Promise]:
 
 
 CLAIM = Claim(
-    "scl",
+    gs.weights.SCL,
     "The price alone sets sparsity and its spread over layers; identity straight-through lets "
     "connections return; accuracy is no worse than that of designed pruning.",
     "Digits, MLP 64-128-64-10, 400 steps; GMP at the density of the middle price on each seed.",

@@ -18,11 +18,11 @@ def one(seed: int, short: bool) -> dict[str, float]:
     found: dict[str, float] = {}
     for ratio, pattern in PATTERNS.items():
         methods: dict[str, Any] = {
-            f"{ratio} SR-STE {d:g}": gs.SRSTE(pattern, decay=d) for d in DECAYS
+            f"{ratio} SR-STE {d:g}": gs.weights.SRSTE(pattern, decay=d) for d in DECAYS
         }
         methods |= {
-            f"{ratio} SdGf": gs.SdGf(pattern),
-            f"{ratio} SdGf, whole gradient": gs.SdGf(pattern, gradient="straight"),
+            f"{ratio} SdGf": gs.weights.SdGf(pattern),
+            f"{ratio} SdGf, whole gradient": gs.weights.SdGf(pattern, gradient="straight"),
         }
         found |= qualities(Digits(seed, norm=True), methods, 30 if short else 400)
     return found
@@ -43,7 +43,7 @@ def promises(found: Figures) -> list[Promise]:
 
 
 CLAIM = Claim(
-    "sdgf",
+    gs.weights.SdGf,
     "Decaying the structure beats SR-STE at 1:16 and ties with it at 2:4.",
     "Digits, MLP 64-128-64-10 with BatchNorm, 400 steps; against the best of three decays of "
     "SR-STE, chosen on the same held-out digits, in its favour.",

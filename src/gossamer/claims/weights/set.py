@@ -13,8 +13,8 @@ def one(seed: int, short: bool) -> dict[str, float]:
     steps = 30 if short else 300
     methods = {
         "dense": None,
-        "SET": gs.SET(0.05, every=max(1, steps // 30)),
-        "static, ER": gs.StaticRandom(0.05, gs.ER()),
+        "SET": gs.weights.SET(0.05, every=max(1, steps // 30)),
+        "static, ER": gs.weights.StaticRandom(0.05, gs.ER()),
     }
     return qualities(Digits(seed, norm=True), methods, steps)
 
@@ -28,7 +28,7 @@ def promises(found: Figures) -> list[Promise]:
 
 
 CLAIM = Claim(
-    "set",
+    gs.weights.SET,
     "Sparse layers that rewire while training match fully connected ones, and beat the same "
     "sparsity held still.",
     "Digits, MLP 64-128-64-10 with BatchNorm at 5%, rewired every 10 of 300 steps.",

@@ -10,7 +10,11 @@ from gossamer.testbed.vision import Digits
 
 def one(seed: int, short: bool) -> dict[str, float]:
     """Dense, SNIP's mask and a random one at 5%."""
-    methods = {"dense": None, "SNIP": gs.SNIP(0.05), "random, ERK": gs.StaticRandom(0.05)}
+    methods = {
+        "dense": None,
+        "SNIP": gs.weights.SNIP(0.05),
+        "random, ERK": gs.weights.StaticRandom(0.05),
+    }
     return qualities(Digits(seed, norm=True), methods, 30 if short else 400)
 
 
@@ -23,7 +27,7 @@ def promises(found: Figures) -> list[Promise]:
 
 
 CLAIM = Claim(
-    "snip",
+    gs.weights.SNIP,
     "One batch at initialisation finds a mask that trains to nearly the dense accuracy.",
     "Digits, MLP 64-128-64-10 with BatchNorm at 5%, one batch of 64, 400 steps.",
     one,

@@ -13,11 +13,11 @@ def one(seed: int, short: bool) -> dict[str, float]:
     """Bits per byte of each at 50% and 2:4."""
     return {
         "dense": bits(None, seed, short),
-        "magnitude": bits(gs.Magnitude(), seed, short),
-        "wanda": bits(gs.Wanda(), seed, short),
-        "sparsegpt": bits(gs.SparseGPT(), seed, short),
-        "magnitude 2:4": bits(gs.Magnitude(), seed, short, PAIRS),
-        "sparsegpt 2:4": bits(gs.SparseGPT(), seed, short, PAIRS),
+        "magnitude": bits(gs.weights.Magnitude(), seed, short),
+        "wanda": bits(gs.weights.Wanda(), seed, short),
+        "sparsegpt": bits(gs.weights.SparseGPT(), seed, short),
+        "magnitude 2:4": bits(gs.weights.Magnitude(), seed, short, PAIRS),
+        "sparsegpt 2:4": bits(gs.weights.SparseGPT(), seed, short, PAIRS),
     }
 
 
@@ -44,7 +44,7 @@ def promises(found: Figures) -> list[Promise]:
 
 
 CLAIM = Claim(
-    "sparsegpt",
+    gs.weights.SparseGPT,
     "50% unstructured and 2:4 in one shot with a small loss and no retraining, better than pruning "
     "without repair.",
     f"50% unstructured and 2:4. {WHERE}",

@@ -20,20 +20,20 @@ def one(seed: int, short: bool) -> dict[str, float]:
     problem = Digits(seed, norm=True)
     members: dict[int, list[float]] = {}
 
-    def retrain(model: nn.Module, trainer: Any, part: gs.Part) -> None:
+    def retrain(model: nn.Module, trainer: Any, part: gs.RoundPart) -> None:
         order = 100 * seed + part.member
         train(problem, model, trainer, steps, lr=0.05 if part.index else 0.1, order=order)
         members.setdefault(part.index, []).append(problem.quality(model))
 
-    def longer(model: nn.Module, trainer: Any, part: gs.Part) -> None:
+    def longer(model: nn.Module, trainer: Any, part: gs.RoundPart) -> None:
         times = copies if part.index else 1
         train(problem, model, trainer, times * steps, lr=0.05 if part.index else 0.1)
 
     soup, plain = problem.build(seed), problem.build(seed)
-    method = gs.SparseModelSoups(DENSITY, PHASES, copies)
+    method = gs.weights.SparseModelSoups(DENSITY, PHASES, copies)
     data = list(problem.data[0].split(64))
     gs.train_rounds(soup, method, retrain, include=("*",), data=data)
-    alone = gs.SparseModelSoups(DENSITY, PHASES, 1)
+    alone = gs.weights.SparseModelSoups(DENSITY, PHASES, 1)
     gs.train_rounds(plain, alone, longer, include=("*",))
     last = members[PHASES]
     return {
@@ -58,7 +58,7 @@ def promises(found: Figures) -> list[Promise]:
 
 
 CLAIM = Claim(
-    "sparsemodelsoups",
+    gs.weights.SparseModelSoups,
     "The soup beats its members, and plain pruning in phases with the same training in total.",
     "Digits, MLP 64-128-64-10 with BatchNorm, density 0.05 in 3 phases, 3 copies, 150 steps each; "
     "the baseline retrains one copy for 450 steps in each phase.",

@@ -17,7 +17,7 @@ def train(problem: Digits, decay: float, steps: int) -> tuple[float, float]:
     """Held-out accuracy, and the share of mask entries flipped, summed over the steps."""
     model = problem.build(problem.split)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    method, flips = gs.SRSTE(gs.NM(1, 4), decay=decay), 0
+    method, flips = gs.weights.SRSTE(gs.NM(1, 4), decay=decay), 0
     with gs.sparse_training(model, optimizer, method, total_steps=steps, include=("3",)) as run:
         for step in range(steps):
             optimizer.zero_grad()
@@ -62,7 +62,7 @@ def promises(found: Figures) -> list[Promise]:
 
 
 CLAIM = Claim(
-    "srste",
+    gs.weights.SRSTE,
     "The decay lowers the SAD of the support, and the best decay beats plain STE.",
     "Digits, MLP 64-64-10, its last layer at 1:4, 300 steps.",
     one,

@@ -19,12 +19,12 @@ def one(seed: int, short: bool) -> dict[str, float]:
     for width in WIDTHS:
         methods = {
             f"dense, width {width}": None,
-            f"10% random, width {width}": gs.StaticRandom(0.1),
+            f"10% random, width {width}": gs.weights.StaticRandom(0.1),
         }
         found |= qualities(Digits(seed, (width, width), norm=True), methods, steps)
     allocations = {
-        "5% ERK": gs.StaticRandom(0.05),
-        "5% uniform": gs.StaticRandom(0.05, gs.Uniform()),
+        "5% ERK": gs.weights.StaticRandom(0.05),
+        "5% uniform": gs.weights.StaticRandom(0.05, gs.Uniform()),
     }
     return found | qualities(Digits(seed, (WIDTHS[-1],) * 2, norm=True), allocations, steps)
 
@@ -45,7 +45,7 @@ def promises(found: Figures) -> list[Promise]:
 
 
 CLAIM = Claim(
-    "staticrandom",
+    gs.weights.StaticRandom,
     "The gap of a random mask to dense shrinks as the network gets wider; ERK beats uniform.",
     "Digits, MLP 64-w-w-10 with BatchNorm, 100 steps.",
     one,

@@ -11,9 +11,9 @@ def one(seed: int, short: bool) -> dict[str, float]:
     """Bits per byte of each at 50%."""
     methods = {
         "dense": None,
-        "magnitude": gs.Magnitude(),
-        "wanda": gs.Wanda(),
-        "sparsegpt": gs.SparseGPT(),
+        "magnitude": gs.weights.Magnitude(),
+        "wanda": gs.weights.Wanda(),
+        "sparsegpt": gs.weights.SparseGPT(),
     }
     return {name: bits(method, seed, short) for name, method in methods.items()}
 
@@ -30,7 +30,7 @@ def promises(found: Figures) -> list[Promise]:
 
 
 CLAIM = Claim(
-    "wanda",
+    gs.weights.Wanda,
     "Without retraining, well above magnitude pruning, and competitive with SparseGPT.",
     f"50% unstructured. {WHERE}",
     one,

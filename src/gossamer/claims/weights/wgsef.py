@@ -3,7 +3,6 @@ does it beat group lasso with as many neurons left?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,8 +12,8 @@ from torch import Tensor
 import gossamer as gs
 from gossamer.claims.ledger import Claim, Figures, Promise, promise
 from gossamer.claims.vision import train
-from gossamer.core.allocation import LayerInfo
-from gossamer.methods.weights.topology import Fixed
+from gossamer.core.step import Step
+from gossamer.methods.weights.topology import StaticSupport
 from gossamer.testbed.vision import Digits
 
 COUPLED = (
@@ -29,38 +28,33 @@ LASSO = (1e-4, 3e-4, 1e-3, 3e-3)
 
 
 @dataclass(frozen=True)
-class GroupLasso(Fixed):
+class GroupLasso(StaticSupport):
     """The proximal step of `strength` times the sum of the groups' norms after each step, and the
     cut of WGSEF at the same step: as many neurons stay, so the FLOPs are the same."""
 
     strength: float
 
-    shrinks: ClassVar[bool] = True
-    card: ClassVar[gs.Card] = gs.WGSEF.card
-    cut: ClassVar[gs.WGSEF] = gs.WGSEF(DENSITY, COUPLED)
+    card: ClassVar[gs.Card] = gs.weights.WGSEF.card
+    cut: ClassVar[gs.weights.WGSEF] = gs.weights.WGSEF(DENSITY, COUPLED)
 
-    def start(
-        self, layers: Sequence[LayerInfo], gradients: Mapping[str, Tensor], generator: Any
-    ) -> dict[str, Tensor]:
+    def start(self, step: Step) -> dict[str, Tensor]:
         """Every weight."""
-        return self.cut.start(layers, gradients, generator)
+        return self.cut.start(step)
 
     def due(self, step: int, total: int) -> bool:
         """At the cut."""
         return self.cut.due(step, total)
 
-    def update(self, *given: Any) -> list[dict[str, Tensor]]:
+    def update(self, step: Step) -> list[dict[str, Tensor]]:
         """The groups with the largest norm."""
-        return self.cut.update(*given)
+        return self.cut.update(step)
 
-    def shrink(
-        self, step: int, total: int, layers: Sequence[LayerInfo], masks: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def edit_weights(self, step: Step) -> dict[str, Tensor]:
         """Each row of the coupled layers, shorter by the strength, down to zero."""
-        if step > self.cut.last(total):
+        if step.number > self.cut.last(step.total):
             return {}
         shrunk = {}
-        for x in layers[:2]:
+        for x in step.layers[:2]:
             norm = x.weight.norm(dim=1, keepdim=True)
             shrunk[x.name] = x.weight * (1 - self.strength / norm.clamp_min(1e-12)).clamp_min(0)
         return shrunk
@@ -88,9 +82,11 @@ def one(seed: int, short: bool) -> dict[str, float]:
     dense = problem.build(seed)
     train(problem, dense, None, steps, decay=0.0)
     found = {"dense": problem.quality(dense)}
-    methods: dict[str, Any] = {f"WGSEF {s:g}": gs.WGSEF(DENSITY, COUPLED, s) for s in STRENGTHS}
+    methods: dict[str, Any] = {
+        f"WGSEF {s:g}": gs.weights.WGSEF(DENSITY, COUPLED, s) for s in STRENGTHS
+    }
     methods |= {f"group lasso {s:g}": GroupLasso(s) for s in LASSO}
-    methods["cut alone"] = gs.WGSEF(DENSITY, COUPLED, 1e-9)
+    methods["cut alone"] = gs.weights.WGSEF(DENSITY, COUPLED, 1e-9)
     for name, method in methods.items():
         found[name], found[f"share about to be cut, {name}"] = measure(method, problem, steps)
     return found
@@ -118,7 +114,7 @@ def promises(found: Figures) -> list[Promise]:
 
 
 CLAIM = Claim(
-    "wgsef",
+    gs.weights.WGSEF,
     "A sparsity set in advance is reached at convergence, with negligible loss of accuracy, and "
     "more of it is left than by group lasso.",
     "Digits, MLP 64-128-64-10 to a quarter of the neurons, 400 steps, cut at three quarters.",
