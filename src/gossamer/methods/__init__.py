@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Mapping
 from importlib import resources
 from importlib.util import find_spec
 from types import ModuleType
@@ -85,7 +86,16 @@ def find(name: str) -> type[Any]:
     UsageError
         For an unknown name, with near ones, and for one that several topics have.
     """
-    return words.known(name, _by_name(name), "method")
+    found: type[Any] = chosen_of(name, methods())
+    return found
+
+
+def chosen_of(name: str, every: Mapping[str, Any]) -> Any:
+    """What stands in `every`, by `topic.name`, under a name with or without its topic.
+
+    Raises UsageError for an unknown name, with near ones, and for one that several topics have.
+    """
+    return words.known(name, _by_name(name, every), "method")
 
 
 def build(text: str) -> Any:
@@ -93,19 +103,20 @@ def build(text: str) -> Any:
 
     Raises UsageError for an unknown name or option, naming near ones, or a value that is refused.
     """
-    return words.build(text, _by_name(text.partition(":")[0]), "method")
+    return words.build(text, _by_name(text.partition(":")[0], methods()), "method")
 
 
 def parts(text: str) -> tuple[type[Any], dict[str, Any]]:
     """A method's class and its options from such a text; raises UsageError as `build` does."""
-    return words.parts(text, _by_name(text.partition(":")[0]), "method")
+    return words.parts(text, _by_name(text.partition(":")[0], methods()), "method")
 
 
-def _by_name(wanted: str) -> dict[str, type[Any]]:
-    """Methods by name alone and by topic and name; raises where `wanted` is in several topics."""
-    every, short = methods(), wanted.strip().lower()
+def _by_name(wanted: str, every: Mapping[str, Any]) -> dict[str, Any]:
+    """By name alone, or by topic and name; raises where `wanted` is in several topics."""
+    short = wanted.strip().lower()
     same = [key for key in every if key.partition(".")[2] == short]
     if len(same) > 1:
         raise UsageError(f"several topics have a method {short!r}: write {' or '.join(same)}")
-    named = every if "." in short else {key.partition(".")[2]: x for key, x in every.items()}
-    return dict(named)
+    if "." in short:
+        return dict(every)
+    return {key.partition(".")[2]: x for key, x in every.items()}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gossamer.core.errors import UsageError
 from gossamer.core.matrix import as_matrix, is_prunable
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwrap
-from gossamer.engine.prune.coverage import nonzeros
+from gossamer.engine.coverage import nonzeros
 from gossamer.engine.serve.coverage import other_records, packed_coverage
 from gossamer.models.layers import matching
 from gossamer.nn.chain import fuse
