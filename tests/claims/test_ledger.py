@@ -182,6 +182,11 @@ def test_threads_are_restored():
     assert seen == [1, 1] and torch.get_num_threads() == before
 
 
+def test_one_short_form_runs_with_all_tests():
+    found = run("snip", short=True)
+    assert set(found["measured"]) == {"dense", "SNIP", "random, ERK"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_short_form_runs(name):

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from gossamer.cli.output import print_json, print_table, print_text
+from gossamer.core.card import Card
 from gossamer.methods import TOPICS, chosen_of, verdicts
 from gossamer.methods.listing import Listed, listed
 

@@ -3,19 +3,8 @@
 from __future__ import annotations
 
 import gossamer as gs
-from gossamer.claims.language import WHERE, bits
+from gossamer.claims.language import WHERE, one
 from gossamer.claims.ledger import Claim, Figures, Promise, promise
-
-
-def one(seed: int, short: bool) -> dict[str, float]:
-    """Bits per byte of each at 50%."""
-    methods = {
-        "dense": None,
-        "magnitude": gs.weights.Magnitude(),
-        "wanda": gs.weights.Wanda(),
-        "sparsegpt": gs.weights.SparseGPT(),
-    }
-    return {name: bits(method, seed, short) for name, method in methods.items()}
 
 
 def promises(found: Figures) -> list[Promise]:
