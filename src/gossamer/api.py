@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 
 from torch import nn
 
-from gossamer import methods
 from gossamer.core.allocation import ALLOCATIONS
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import Pattern, parse_pattern
@@ -20,6 +19,8 @@ from gossamer.engine.measure.evaluate import Measurable
 from gossamer.engine.measure.tasks import Outputs, Subject, Task, is_causal, reads_text, task_of
 from gossamer.engine.protocols import Allocation, Method
 from gossamer.engine.prune import run as engine
+from gossamer.methods import build as build_method
+from gossamer.methods import find
 from gossamer.nn.kernel_choice.machine import machine
 from gossamer.report.comparison import Comparison
 
@@ -92,12 +93,12 @@ def prune(
 
 
 def _pruner(text: str) -> Method:
-    if methods.find(text.partition(":")[0]).card.role not in ("scorer", "solver"):
+    if find(text.partition(":")[0]).card.role not in ("scorer", "solver"):
         raise UsageError(
             f"method {text!r} chooses weights while a model trains; use gs.sparse_training in a "
             "training loop, or a method for trained models here (see gs.cards())"
         )
-    return cast(Method, methods.build(text))
+    return cast(Method, build_method(text))
 
 
 def _density_of(sparsity: float, density: float | None) -> float:
