@@ -18,10 +18,11 @@ import torch
 
 from gossamer.claims.ledger import Claim, check
 from gossamer.core.errors import UsageError
+from gossamer.engine.progress import track
 from gossamer.methods import find
 
 
-def run(name: str, short: bool = False) -> dict[str, Any]:
+def run(name: str, short: bool = False, progress: bool = False) -> dict[str, Any]:
     """Try the claim of a method and return its record.
 
     Parameters
@@ -30,6 +31,8 @@ def run(name: str, short: bool = False) -> dict[str, Any]:
         The method's name, as on its card, such as `rigl` or `weights.random`.
     short : bool, default False
         Run two seeds of a smaller form. It shows that the check works; its verdict says little.
+    progress : bool, default False
+        Show on stderr which seed is running.
 
     Returns
     -------
@@ -42,8 +45,8 @@ def run(name: str, short: bool = False) -> dict[str, Any]:
         For a name that is no method's, or a method without a claim.
     """
     claim = load(name)
-    with _threads(claim.threads):
-        return check(claim, short)
+    with _threads(claim.threads), track(None, progress, f"claim of {name}") as step:
+        return check(claim, short, step)
 
 
 def load(name: str) -> Claim:

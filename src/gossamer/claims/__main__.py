@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write TOPIC/NAME.json in this folder")
     args = parser.parse_args()
     start = time.monotonic()
-    found = run(args.name, args.short)
+    found = run(args.name, args.short, progress=True)
     seconds = time.monotonic() - start
     print(f"{found['method']}: {found['verdict']} ({found['seeds']['run']} seeds, {seconds:.0f} s)")
     for line in found["promises"]:

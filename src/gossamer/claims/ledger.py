@@ -132,22 +132,22 @@ def verdict(lines: Sequence[Mapping[str, Any]]) -> str:
     return HOLDS if MET in outcomes else UNTESTABLE
 
 
-def check(claim: Claim, short: bool = False) -> dict[str, Any]:
-    """Try a claim and return its record; `short` takes two seeds of a smaller form."""
+def check(claim: Claim, short: bool = False, tell: Callable[[str], object] = str) -> dict[str, Any]:
+    """Try a claim and return its record; `short` takes two seeds of a smaller form.
+
+    tell: called with a label before every seed.
+    """
     looks = SHORT if short else claim.looks
     rows: list[Mapping[str, float]] = []
     for look in looks:
-        rows += [claim.one(seed, short) for seed in range(len(rows), look)]
+        for seed in range(len(rows), look):
+            tell(f"seed {seed}")
+            rows.append(claim.one(seed, short))
         found = {name: [row[name] for row in rows] for name in rows[0]}
         lines = [judged(one, looks) for one in claim.promises(found)]
-        if verdict_is_final(lines):
+        if all(line["outcome"] != UNDECIDED for line in lines):
             break
     return record(claim, found, lines, looks)
-
-
-def verdict_is_final(lines: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether no line is undecided, so that more seeds are not needed."""
-    return all(line["outcome"] != UNDECIDED for line in lines)
 
 
 def record(

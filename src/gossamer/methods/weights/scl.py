@@ -17,7 +17,7 @@ not rescaled; plain descent without decay moves v. A weight that is off gets no 
 value, and comes back with it. v = 0 counts as off. Each layer keeps at least one weight. Initial
 variables, rate and price are not confirmed from the paper, nor the norm: here it is the 2-norm over
 an output feature, so a price of p prunes what pulls less than p of that feature's gradient. Without
-normalising layers end 5.4 times as dense as one another, with it 3.4 times, in the check above.
+normalising, the densities of layers end further apart.
 """
 
 from __future__ import annotations
