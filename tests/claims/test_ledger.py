@@ -29,6 +29,7 @@ from gossamer.claims.ledger import (
     promise,
     record,
     seeds_to_decide,
+    summary,
     verdict,
 )
 from gossamer.core.confidence import interval
@@ -155,6 +156,12 @@ def test_a_claim_runs_by_name_and_is_written_under_its_topic(tmp_path, monkeypat
     path = write(run("rigl"), tmp_path)
     assert path == tmp_path / "weights" / "rigl.json"
     assert json.loads(path.read_text())["topic"] == "weights"
+
+
+def test_a_record_reads_as_sentences():
+    first, line = summary(check(claim(lambda seed: (-1.0) ** seed)))
+    assert first.startswith("rigl: undecided. 20 seeds. The figures were judged after 5, 10 and 20")
+    assert line.startswith("quality, above zero: +0.0000 ± ") and "undecided (more than" in line
 
 
 def test_an_unknown_claim_is_refused(monkeypatch):

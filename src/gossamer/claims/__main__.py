@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from gossamer.claims import run, write
-from gossamer.claims.ledger import outcome
+from gossamer.claims.ledger import summary
 from gossamer.nn.kernel_choice.machine import machine
 
 
@@ -19,15 +19,14 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="two seeds of a smaller form")
     parser.add_argument("--out", type=Path, help="write TOPIC/NAME.json in this folder")
     args = parser.parse_args()
+    if args.short and args.out:
+        parser.error("--short writes no record, its verdict says little: leave --out away")
     start = time.monotonic()
     found = run(args.name, args.short, progress=True)
-    seconds = time.monotonic() - start
-    print(f"{found['method']}: {found['verdict']} ({found['seeds']['run']} seeds, {seconds:.0f} s)")
-    for line in found["promises"]:
-        figures = f" {line['mean']:+.4f} ± {line['half']:.4f}," if "mean" in line else ""
-        print(f"  {line['kind']}, {line['what']}:{figures} {outcome(line)}")
-    if args.out is not None and not args.short:
-        found |= {"seconds": round(seconds), "machine": machine()}
+    seconds = round(time.monotonic() - start)
+    print("\n  ".join(summary(found)))
+    if args.out is not None:
+        found |= {"seconds": seconds, "machine": machine()}
         print(f"wrote {write(found, args.out)}", file=sys.stderr)
 
 

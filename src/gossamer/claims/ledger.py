@@ -201,3 +201,12 @@ def outcome(line: Mapping[str, Any]) -> str:
         if line["without_slack"] != line["outcome"]:
             words += f" (without it: {line['without_slack']})"
     return words
+
+
+def summary(found: Mapping[str, Any]) -> list[str]:
+    """A record in words: the verdict, then a sentence per line."""
+    lines = [f"{found['method']}: {found['verdict']}. {found['seeds']['rule']}"]
+    for line in found["promises"]:
+        figures = f" {line['mean']:+.4f} ± {line['half']:.4f}," if "mean" in line else ""
+        lines.append(f"{line['kind']}, {line['what']}:{figures} {outcome(line)}")
+    return lines
