@@ -57,7 +57,13 @@ def methods(topics: str = "", roles: tuple[str, ...] = ()) -> dict[str, type[Any
 
 
 def cards(topics: str = "") -> tuple[Card, ...]:
-    """The cards of one topic's methods, or of all."""
+    """List the cards of one topic's methods, or of all.
+
+    Parameters
+    ----------
+    topics : str
+        One topic. All of them where it is empty.
+    """
     return tuple(x.card for x in methods(topics).values())
 
 
@@ -73,13 +79,18 @@ def verdicts() -> dict[str, str]:
 
 
 def find(name: str) -> type[Any]:
-    """The class of a method.
+    """Find the class of a method by its name.
 
     Parameters
     ----------
     name : str
-        Its card's name, in any case, such as `wanda`; with its topic before a dot where several
-        topics have a method of this name, such as `weights.random`.
+        Its card's name, in any case, such as `wanda`. Where several topics have a method of this
+        name, the topic stands before it, as in `weights.random`.
+
+    Returns
+    -------
+    type
+        The class, which is called to get a method.
 
     Raises
     ------
