@@ -13,7 +13,7 @@ from gossamer.claims.ledger import Claim, Figures, Promise, promise
 from gossamer.testbed.vision import Digits
 
 DENSITY = 0.05
-ALPHAS, CUTS = (0.95, 0.98, 0.99, 0.995), (0.125, 0.25, 0.5)
+ALPHAS, CUTS = (0.95, 0.98, 0.99, 0.995, 0.998), (0.125, 0.25, 0.5)
 """Strengths of ISS-P, of which 0.95 is the paper's, and the ends of the stage for it and for the
 baseline."""
 SOFT, HARD, NORM = "ISS-P 0.95, cut at 0.5", "hard thresholding", "L1-norm, cut at 0.5"
