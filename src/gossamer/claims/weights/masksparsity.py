@@ -38,7 +38,8 @@ def targeted(problem: Digits, model: Any, penalty: float, steps: int) -> dict[st
         if run.step == cut:
             seen["lost at the cut"] -= problem.quality(model)
 
-    method = gs.weights.MaskSparsity(DENSITY, COUPLED, penalty=penalty, until=UNTIL)
+    marks = dict(zip(map(str, NORMS), kept.split([len(model[i].weight) for i in NORMS])))
+    method = gs.weights.MaskSparsity(DENSITY, COUPLED, penalty=penalty, until=UNTIL, masks=marks)
     train(problem, model, method, steps, watch=watch, decay=0.0)
     return {"accuracy": problem.quality(model), **seen}
 

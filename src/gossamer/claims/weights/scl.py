@@ -11,7 +11,7 @@ from gossamer.claims.ledger import Claim, Figures, Promise, promise
 from gossamer.claims.vision import train
 from gossamer.testbed.vision import Digits
 
-PRICES, RATE = (0.01, 0.03, 0.1), 0.05
+PRICES, RATE = (0.01, 0.03, 0.1), 0.5
 GMPS = ("by layer", "global")
 
 
@@ -48,7 +48,7 @@ def one(seed: int, short: bool) -> dict[str, float]:
         if price == PRICES[1]:
             middle = run
     rectified = measure(gs.weights.SCL(PRICES[1], RATE, slope=0.0), seed, steps)
-    raw = measure(gs.weights.SCL(1e-4, 10.0, normalise=False), seed, steps)
+    raw = measure(gs.weights.SCL(1e-4, 100.0, normalise=False), seed, steps)
     every = max(1, steps // 40)
     gmps = (
         gs.weights.GMP(middle["density"], gs.ERK(), every),

@@ -21,7 +21,7 @@ COUPLED = (
     gs.Coupled(64, ("3",), (), (), ("5",)),
 )
 DENSITY = 0.25
-STRENGTHS = (1e-4, 1e-3, 1e-2)
+STRENGTHS = (1e-3, 1e-2, 1e-1)
 """Of the envelope; the last is the default."""
 LASSO = (1e-4, 3e-4, 1e-3, 3e-3)
 """Learning rate times lambda of the group lasso."""
@@ -86,7 +86,7 @@ def one(seed: int, short: bool) -> dict[str, float]:
         f"WGSEF {s:g}": gs.weights.WGSEF(DENSITY, COUPLED, s) for s in STRENGTHS
     }
     methods |= {f"group lasso {s:g}": GroupLasso(s) for s in LASSO}
-    methods["cut alone"] = gs.weights.WGSEF(DENSITY, COUPLED, 1e-9)
+    methods["cut alone"] = gs.weights.WGSEF(DENSITY, COUPLED, 1e-8)
     for name, method in methods.items():
         found[name], found[f"share about to be cut, {name}"] = measure(method, problem, steps)
     return found
