@@ -70,8 +70,9 @@ bench: $(READY)
 
 # Every claim anew, then the pages that show the verdicts.
 claims: $(READY)
-	cd benchmarks && for file in $$(grep -l "^def check" claims/*.py); do \
-		$(CURDIR)/$(BIN)/python -m claims.$$(basename $$file .py) || exit 1; done
+	for file in src/gossamer/claims/*/[a-z]*.py; do \
+		$(BIN)/python -m gossamer.claims $$(basename $$file .py) \
+			--out benchmarks/results/claims || exit 1; done
 	$(BIN)/python docs/generate.py
 
 # Every model family anew, then its page. timm and diffusers take part where they are installed.

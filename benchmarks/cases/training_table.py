@@ -13,7 +13,6 @@ Arms marked eps 1e-3 have that in their batch norms in place of 1e-5: see rigl_s
 from __future__ import annotations
 
 import json
-import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,12 +22,12 @@ import torch
 from torch import nn
 
 import gossamer as gs
+from gossamer.core.confidence import interval
 from gossamer.nn.kernel_choice.machine import machine
 from gossamer.testbed import digits
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS, BUDGET, BATCH, DENSITY, UPDATES = range(5), 99, 128, 0.05, 30
-T_95 = {2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262}
 PLACES = {"0": 64, "3": 64, "7": 16, "12": 1}
 
 
@@ -134,9 +133,8 @@ def step_cost(run: gs.SparseRun | None) -> tuple[float, float]:
 
 def summary(values: list[float]) -> dict[str, float]:
     """Mean and half the width of the 95% confidence interval (Student's t)."""
-    numbers = torch.tensor(values, dtype=torch.float64)
-    half = T_95[len(values) - 1] * float(numbers.std()) / math.sqrt(len(values))
-    return {"mean": float(numbers.mean()), "ci95": half}
+    mean, half = interval(values)
+    return {"mean": mean, "ci95": half}
 
 
 def job(variant: str, seed: int) -> Outcome:

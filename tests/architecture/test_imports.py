@@ -68,7 +68,7 @@ def test_wings_of_the_engine_stand_on_common_ground(path):
 
 def test_nothing_below_imports_the_top():
     for path in FILES:
-        if path.relative_to(ROOT).parts[0] not in ("cli", "bench", "__main__.py"):
+        if path.relative_to(ROOT).parts[0] not in ("cli", "bench", "claims", "__main__.py"):
             assert "gossamer" not in set(imports(path)), path
 
 
@@ -124,6 +124,13 @@ def test_no_pickle_anywhere():
         for name in imports(path):
             assert name.split(".")[0] not in {"pickle", "dill", "cloudpickle"}, path
         assert "torch.load(" not in path.read_text(), path
+
+
+def test_only_the_command_line_runs_claims():
+    for path in FILES:
+        layer = path.relative_to(ROOT).parts[0]
+        if layer not in ("cli", "claims"):
+            assert not any(name.startswith("gossamer.claims") for name in imports(path)), path
 
 
 def test_the_version_is_that_of_the_package():

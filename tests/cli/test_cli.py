@@ -383,18 +383,25 @@ def test_the_whole_path(tiny, tmp_path, capsys):
 def test_methods_and_help(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     main(["methods", "--json"])
-    found = {m["name"]: m["verdict"] for m in json.loads(capsys.readouterr().out)["methods"]}
+    found = {
+        f"{m['topic']}.{m['name']}": m["verdict"]
+        for m in json.loads(capsys.readouterr().out)["methods"]
+    }
     tried = {name: verdict for name, verdict in found.items() if verdict}
-    assert tried == verdicts() and "sparsegpt" in found
+    assert tried == verdicts() and "weights.sparsegpt" in found
     main(["methods"])
     listed = capsys.readouterr().out
     assert all(name in listed for name in TOPICS) and "none yet" in listed
     main(["methods", "Weights"])
     listed = capsys.readouterr().out
-    assert all(name in listed for name in found) and "undecided" in listed
+    assert all(name.partition(".")[2] in listed for name in found) and "undecided" in listed
     main(["methods", "wanda"])
     page = capsys.readouterr().out
-    assert "arxiv.org" in page and f"claim here: {found['wanda']}" in page and "rigl" not in page
+    assert (
+        "arxiv.org" in page
+        and f"claim here: {found['weights.wanda']}" in page
+        and "rigl" not in page
+    )
     main([])
     assert "compress" in capsys.readouterr().out
 

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from gossamer.cli.output import print_json, print_table, print_text
+from gossamer.core.card import Card
 from gossamer.methods import TOPICS, chosen_of, verdicts
 from gossamer.methods.listing import Listed, listed
 
@@ -58,7 +59,7 @@ def _named(name: str) -> Listed:
 def _print_json(topics: list[str], name: str) -> None:
     found = verdicts()
     chosen = [x.card for topic in topics for x in listed(topic)] or [_named(name).card]
-    both = [dataclasses.asdict(card) | {"verdict": found.get(card.name)} for card in chosen]
+    both = [dataclasses.asdict(card) | {"verdict": found.get(_key(card))} for card in chosen]
     print_json({"methods": both})
 
 
@@ -71,7 +72,7 @@ def _print_topics() -> None:
 def _print_topic(name: str) -> None:
     found = verdicts()
     rows = [
-        (x.card.name, x.card.role, str(x.card.year), _short(found.get(x.card.name)), x.summary)
+        (x.card.name, x.card.role, str(x.card.year), _short(found.get(_key(x.card))), x.summary)
         for x in listed(name)
     ]
     if not rows:
@@ -89,11 +90,14 @@ def _print_topic(name: str) -> None:
     )
 
 
+def _key(card: Card) -> str:
+    return f"{card.topic}.{card.name}"
+
+
 def _short(verdict: str | None) -> str:
     words = {
         "undecided": "open",
-        "not testable here": "open",
-        "not testable at this size": "open",
+        "not testable here": "untestable",
         "does not hold here": "no",
         None: "not tried",
     }
@@ -112,7 +116,7 @@ def _print_page(method: Listed) -> None:
         ("patterns", ", ".join(card.patterns)),
         ("paper", f"{card.link}, {card.year}"),
         ("status", card.status),
-        ("claim here", verdicts().get(card.name, "not tried")),
+        ("claim here", verdicts().get(_key(card), "not tried")),
     ]
     for name, value in rows:
         print_text(f"{name}: {value}")

@@ -74,7 +74,7 @@ def summary(method: type[Any]) -> str:
 
 
 def verdicts() -> dict[str, str]:
-    """What became of each method's claim here, by its card's name, for those that were tried."""
+    """What became of each method's claim here, as `topic.name`, for those that were tried."""
     return json.loads((resources.files("gossamer.methods") / "verdicts.json").read_text())
 
 

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from gossamer.core.confidence import interval
 from gossamer.report.html import figures, page, table
 from gossamer.report.tables import human
-
-T_95 = (0.0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t for a 95% interval by degrees of freedom; beyond nine, 1.96."""
 
 COLOURS = ("#2f6f8f", "#c2571a", "#4b8b3b", "#8a4fa3", "#b03060", "#7a6a00", "#3f51b5", "#00796b")
 
@@ -42,27 +40,19 @@ def sweep_rows(result: Mapping[str, Any]) -> Rows:
     rows: Rows = []
     for variant in result["variants"]:
         runs = variant["runs"]
-        mean, half = interval([run["quality"]["value"] for run in runs])
+        values = [run["quality"]["value"] for run in runs]
         spent = statistics.fmean(run["flops"]["spent"] for run in runs) / result["budget_flops"]
         rows.append((
             variant["method"],
             f"{statistics.fmean(run['measured_density'] for run in runs):.4f}",
             str(variant["steps"]),
             f"{spent:.3f}",
-            f"{mean:.4f}" + ("" if half is None else f" ± {half:.4f}"),
+            f"{statistics.fmean(values):.4f}"
+            + (f" ± {interval(values).half:.4f}" if len(values) > 1 else ""),
             f"{statistics.fmean(run['topology']['sad_per_update'] for run in runs):.2%}",
             f"{statistics.fmean(run['topology']['itop_rate'] for run in runs):.2%}",
         ))  # fmt: skip
     return rows
-
-
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and half the width of its 95% confidence interval; None for a single value."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, None
-    t = T_95[len(values) - 1] if len(values) <= len(T_95) else 1.96
-    return mean, t * statistics.stdev(values) / len(values) ** 0.5
 
 
 def render_run(result: Mapping[str, Any]) -> str:
@@ -95,7 +85,7 @@ def render_sweep(result: Mapping[str, Any]) -> str:
     lines: dict[str, list[tuple[float, float]]] = {}
     for variant in result["variants"]:
         density = statistics.fmean(run["measured_density"] for run in variant["runs"])
-        mean, _ = interval([run["quality"]["value"] for run in variant["runs"]])
+        mean = statistics.fmean(run["quality"]["value"] for run in variant["runs"])
         lines.setdefault(variant["method"], []).append((density, mean))
     metric, seeds = result["metric"], len(result["seeds"])
     parts = [
