@@ -6,19 +6,19 @@
 #include <stdexcept>
 #include <vector>
 
-#include "active_bindings.hpp"
-#include "bitmap.hpp"
-#include "blocks_bindings.hpp"
-#include "csr_bindings.hpp"
-#include "decoder_bindings.hpp"
-#include "sell_bindings.hpp"
-#include "isa.hpp"
-#include "limits.hpp"
-#include "nm_bindings.hpp"
-#include "quantized_bindings.hpp"
-#include "conv_bindings.hpp"
-#include "spgemm_bindings.hpp"
-#include "statistics_bindings.hpp"
+#include "active/bindings.hpp"
+#include "bitmap/bitmap.hpp"
+#include "blocks/bindings.hpp"
+#include "csr/bindings.hpp"
+#include "decoder/bindings.hpp"
+#include "sell/bindings.hpp"
+#include "common/isa.hpp"
+#include "limits/limits.hpp"
+#include "nm/bindings.hpp"
+#include "quantized/bindings.hpp"
+#include "conv/bindings.hpp"
+#include "spgemm/bindings.hpp"
+#include "statistics/bindings.hpp"
 
 namespace nb = nanobind;
 using namespace gossamer;

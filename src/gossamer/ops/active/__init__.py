@@ -1,4 +1,4 @@
-"""Products that read only the weights of active inputs: see csrc/active.hpp.
+"""Products that read only the weights of active inputs: see csrc/active/active.hpp.
 
 A *line* is what one activation multiplies: column j of a weight (out, in) is line j of `Lines` with
 values (in, out). In a gated MLP line i of gate, up and down belongs to neuron i: gate and up are

@@ -1,4 +1,4 @@
-"""Sparse convolutions on channels-first images, batch 1 upward: see csrc/conv.hpp.
+"""Sparse convolutions on channels-first images, batch 1 upward: see csrc/conv/conv.hpp.
 
 Pixels of one channel are contiguous and fill the vectors, so any unstructured weights will do (Fast
 Sparse ConvNets, 2019). Where enough of four neighbouring outputs keep the same inputs, as in groups

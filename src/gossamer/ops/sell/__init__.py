@@ -1,4 +1,4 @@
-"""Batched products with a sparse matrix in SELL-C-sigma form: see csrc/sell.hpp.
+"""Batched products with a sparse matrix in SELL-C-sigma form: see csrc/sell/sell.hpp.
 
 Columns come in blocks of 112, rows in chunks of up to 512, sorted within both by how many columns
 they keep and taken four at a time (A unified sparse matrix data format for efficient general

@@ -1,4 +1,4 @@
-"""Sparse times sparse, row by row with a hash table as accumulator: see csrc/spgemm.hpp.
+"""Sparse times sparse, row by row with a hash table as accumulator: see csrc/spgemm/spgemm.hpp.
 
 A first pass counts the columns of every row, a second fills them. A row's accumulator is a hash
 table of four slots per column of the row, or one slot per column of the right matrix where these

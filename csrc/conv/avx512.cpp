@@ -1,0 +1,15 @@
+// Convolutions on channels-first images, compiled for avx512.
+namespace gossamer {
+namespace {
+constexpr int kLanes = 16;        // floats in a register
+constexpr int kTileVectors = 4;  // registers in a strip for tiles of 4 outputs
+}  // namespace
+}  // namespace gossamer
+
+#include "conv/driver.hpp"
+
+namespace gossamer {
+void conv_avx512(const Conv& c, const float* x, float* y, float* scratch, int threads) {
+  run_conv(c, x, y, scratch, threads);
+}
+}  // namespace gossamer
