@@ -1,14 +1,18 @@
-// Choosing the active inputs, and the bindings of the products over them. Arrays come by address;
-// Python owns them and has checked dtype, contiguity and every index.
+// Choosing the active inputs, and the bindings of the products over them. Python has checked every
+// index.
 #include "active/bindings.hpp"
+
+#include <nanobind/stl/optional.h>
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <stdexcept>
 #include <vector>
 
 #include "active/active.hpp"
 #include "common/isa.hpp"
+#include "common/tensor.hpp"
 
 namespace nb = nanobind;
 
@@ -33,40 +37,35 @@ void indices_of_largest(const float* x, int64_t n, int64_t k, int32_t* index) {
 
 namespace {
 
-using Shape = nb::tuple;  // values, line scale, across scale, count, width, type
-
-Lines lines(const Shape& parts) {
-  const Lines m{reinterpret_cast<const void*>(nb::cast<uintptr_t>(parts[0])),
-                reinterpret_cast<const float*>(nb::cast<uintptr_t>(parts[1])),
-                reinterpret_cast<const float*>(nb::cast<uintptr_t>(parts[2])),
-                nb::cast<int64_t>(parts[3]),
-                nb::cast<int64_t>(parts[4]),
-                nb::cast<int>(parts[5])};
-  if (m.count < 0 || m.count > INT32_MAX || m.width < 0 || m.type < 0 || m.type > kLineInt8)
-    throw std::invalid_argument("active: bad lines");
+// values: (count, width) float32, bfloat16 or int8; scale: float32 (count, 1) or (1, width).
+Neurons neurons(const Tensor& values, const std::optional<Tensor>& scale) {
+  Neurons m{};
+  m.count = values.size(0), m.width = values.size(1);
+  if (m.count > INT32_MAX) throw std::invalid_argument("active: too many neurons");
+  const bool int8 = values.type() == Type::int8;
+  m.type = int8 ? kNeuronInt8 : values.is_bf16() ? kNeuronBf16 : kNeuronFloat;
+  if (int8) m.values = values.data<const int8_t>("values", {m.count, m.width});
+  else m.values = values.floats("values", {m.count, m.width});
+  if (!scale) return m;
+  if (scale->size(1) == 1) m.neuron_scale = scale->data<const float>("scale", {m.count, 1});
+  else m.across_scale = scale->data<const float>("scale", {1, m.width});
   return m;
 }
 
-ActiveAbove pick_above(int isa) {
-  check_isa(isa);
-#if defined(__x86_64__)
-  if (isa == kAvx512) return active_above_avx512;
-  if (isa == kAvx2) return active_above_avx2;
-#endif
-  return active_above_portable;
+int64_t above(const Tensor& x, float threshold, const Tensor& index, int isa) {
+  const int64_t n = x.count();
+  return kernels<ActiveKernels>(isa).above(x.data<const float>("x", {n}), n, threshold,
+                                           index.data<int32_t>("index", {n + 1}));
 }
 
-int64_t above(uintptr_t x, int64_t n, float threshold, uintptr_t index, int isa) {
-  return pick_above(isa)(reinterpret_cast<const float*>(x), n, threshold,
-                         reinterpret_cast<int32_t*>(index));
+void largest(const Tensor& x, const Tensor& index) {
+  const int64_t n = x.count(), k = index.count();
+  if (k > n) throw std::invalid_argument("active: bad count");
+  indices_of_largest(x.data<const float>("x", {n}), n, k, index.data<int32_t>("index", {k}));
 }
 
-void largest(uintptr_t x, int64_t n, int64_t k, uintptr_t index) {
-  if (k < 0 || k > n) throw std::invalid_argument("active: bad count");
-  indices_of_largest(reinterpret_cast<const float*>(x), n, k, reinterpret_cast<int32_t*>(index));
-}
-
-// Kept from call to call: fresh memory would cost a page fault per 4 KiB, which shows at 1 ms a call.
+// Kept from call to call: fresh memory would cost a page fault per 4 KiB, which shows at 1 ms a
+// call.
 struct Scratch {
   float *sums, *coefficients, *hidden, *scaled;
   int32_t* index;
@@ -85,60 +84,67 @@ struct Scratch {
   }
 };
 
-// index 0: those of x above the threshold, x (rows, count) row by row; else the same for all rows.
-void sum(const Shape& parts, uintptr_t x, int64_t rows, uintptr_t index, int64_t active,
-         float threshold, uintptr_t y, uintptr_t bias, int threads, int isa) {
-  check_isa(isa);
-  const Lines m = lines(parts);
-  if (rows < 0 || active < 0 || threads < 1) throw std::invalid_argument("active: bad size");
-  ActiveSum run = active_sum_portable;
-#if defined(__x86_64__)
-  if (isa == kAvx512) run = active_sum_avx512;
-  if (isa == kAvx2) run = active_sum_avx2;
-#endif
-  nb::gil_scoped_release released;
+// index: int32, the same neurons for every row of x (..., count); none: those of x above the
+// threshold, row by row. y (..., width); bias (width,).
+void sum(const Tensor& values, const std::optional<Tensor>& scale, const Tensor& x,
+         const std::optional<Tensor>& index, float threshold, const Tensor& y,
+         const std::optional<Tensor>& bias, int threads, int isa) {
+  const auto& run = kernels<ActiveKernels>(isa);
+  const Neurons m = neurons(values, scale);
+  const int64_t rows = m.width ? y.count() / m.width : 0;
+  if (threads < 1 || x.count() != rows * m.count)
+    throw std::invalid_argument("active: x and y do not fit each other");
+  const float* inputs = x.rows<const float>("x", m.count);
+  float* outputs = y.rows<float>("y", m.width);
+  const float* first = bias ? bias->data<const float>("bias", {m.width}) : nullptr;
+  int64_t active = index ? index->count() : 0;
+  const int32_t* given = index ? index->data<const int32_t>("index", {active}) : nullptr;
   const Scratch scratch(kShares * m.width, std::max(active, m.count), 0, 0, m.count + 1);
-  const ActiveAbove choose = pick_above(isa);
-  const auto* given = reinterpret_cast<const int32_t*>(index);
   for (int64_t row = 0; row < rows; ++row) {
-    const float* input = reinterpret_cast<const float*>(x) + row * m.count;
-    if (!index) active = choose(input, m.count, threshold, scratch.index);
-    run(m, input, index ? given : scratch.index, active,
-        reinterpret_cast<float*>(y) + row * m.width, reinterpret_cast<const float*>(bias),
-        scratch.sums, scratch.coefficients, threads);
+    const float* input = inputs + row * m.count;
+    if (!index) active = run.above(input, m.count, threshold, scratch.index);
+    run.sum(m, input, index ? given : scratch.index, active, outputs + row * m.width, first,
+            scratch.sums, scratch.coefficients, threads);
   }
 }
 
-int64_t gated(const Shape& gate, const Shape& up, const Shape& down, float threshold, int64_t top,
-              bool by_gate, uintptr_t x, int64_t rows, uintptr_t y, int threads, int isa) {
-  check_isa(isa);
-  const GatedMlp m{lines(gate), lines(up), lines(down), threshold, top, by_gate};
-  const int64_t count = m.gate.count, width = m.gate.width;
+// Neurons of gate and up are (count, in), those of down (count, out); see GatedMlp.
+int64_t gated_mlp(const Tensor& gate, const std::optional<Tensor>& gate_scale, const Tensor& up,
+                  const std::optional<Tensor>& up_scale, const Tensor& down,
+                  const std::optional<Tensor>& down_scale, float threshold, int64_t top,
+                  bool by_gate, const Tensor& x, const Tensor& y, int threads, int isa) {
+  const auto& run = kernels<ActiveKernels>(isa);
+  const GatedMlp m{neurons(gate, gate_scale),
+                   neurons(up, up_scale),
+                   neurons(down, down_scale),
+                   threshold,
+                   top,
+                   by_gate};
+  const int64_t count = m.gate.count, width = m.gate.width, out = m.down.width;
   if (m.up.count != count || m.down.count != count || m.up.width != width || top > count ||
-      rows < 0 || threads < 1)
+      threads < 1)
     throw std::invalid_argument("active: weights of different shapes");
-  ActiveMlp run = active_mlp_portable;
-#if defined(__x86_64__)
-  if (isa == kAvx512) run = active_mlp_avx512;
-  if (isa == kAvx2) run = active_mlp_avx2;
-#endif
-  nb::gil_scoped_release released;
-  const Scratch scratch(kShares * m.down.width, count, count, 2 * width, count + 1);
+  const int64_t rows = out ? y.count() / out : 0;
+  if (x.count() != rows * width) throw std::invalid_argument("active: x and y differ in batch");
+  const float* inputs = x.rows<const float>("x", width);
+  float* outputs = y.rows<float>("y", out);
+  const Scratch scratch(kShares * out, count, count, 2 * width, count + 1);
   int64_t kept = 0;
   for (int64_t row = 0; row < rows; ++row)
-    kept += run(m, reinterpret_cast<const float*>(x) + row * width,
-                reinterpret_cast<float*>(y) + row * m.down.width, scratch.hidden, scratch.index,
-                scratch.scaled, scratch.sums, scratch.coefficients, threads);
+    kept +=
+        run.gated_mlp(m, inputs + row * width, outputs + row * out, scratch.hidden, scratch.index,
+                      scratch.scaled, scratch.sums, scratch.coefficients, threads);
   return kept;
 }
 
 }  // namespace
 
 void bind_active(nb::module_& m) {
-  m.def("active_above", &above, nb::call_guard<nb::gil_scoped_release>());
-  m.def("active_largest", &largest, nb::call_guard<nb::gil_scoped_release>());
-  m.def("active_sum", &sum);
-  m.def("active_mlp", &gated);
+  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+  m.def("active_above", &above, Unlocked());
+  m.def("active_largest", &largest, Unlocked());
+  m.def("active_sum", &sum, Unlocked());
+  m.def("active_mlp", &gated_mlp, Unlocked());
 }
 
 }  // namespace gossamer

@@ -1,4 +1,4 @@
-// Active-line products, compiled once per instruction set.
+// Active-neuron products, compiled once per instruction set.
 #pragma once
 #include <omp.h>
 #if defined(__AVX2__)
@@ -34,56 +34,56 @@ inline Wide load(const int8_t* from) {
 #endif
 }
 
-constexpr int kAtOnce = 4;  // lines whose streams from memory are in flight together
+constexpr int kAtOnce = 4;  // neurons whose streams from memory are in flight together
 
 // A cache line of each stream: 1, 2 or 4 vectors.
 template <class T>
-constexpr int kVectorsPerLine = 4 / sizeof(T);
+constexpr int kVectorsPerCacheLine = 4 / sizeof(T);
 
-// y[from..to) += sum of C lines times their coefficients; asks for the lines that come next.
+// y[from..to) += sum of C neurons times their coefficients; asks for the neurons that come next.
 template <class T, int C>
-void add_lines(const T* const* lines, const T* const* next, const float* coefficients, int64_t from,
-               int64_t to, float* y) {
-  constexpr int V = kVectorsPerLine<T>;
+void add_neurons(const T* const* neurons, const T* const* next, const float* coefficients,
+                 int64_t from, int64_t to, float* y) {
+  constexpr int V = kVectorsPerCacheLine<T>;
   int64_t j = from;
   for (; j + 16 * V <= to; j += 16 * V) {
     Wide sums[V];
     for (int v = 0; v < V; ++v) sums[v] = load(y + j + 16 * v);
     for (int c = 0; c < C; ++c) {
       __builtin_prefetch(next[c] + j, 0, 2);
-      for (int v = 0; v < V; ++v) sums[v] += coefficients[c] * load(lines[c] + j + 16 * v);
+      for (int v = 0; v < V; ++v) sums[v] += coefficients[c] * load(neurons[c] + j + 16 * v);
     }
     for (int v = 0; v < V; ++v) store(sums[v], y + j + 16 * v);
   }
   for (; j < to; ++j)
-    for (int c = 0; c < C; ++c) y[j] += coefficients[c] * widen(lines[c][j]);
+    for (int c = 0; c < C; ++c) y[j] += coefficients[c] * widen(neurons[c][j]);
 }
 
-// Lines first..last of the index list into y[from..to). They come in fours, and the next four are
-// asked for: the processor's own prefetching stops at a page, which a line may not even fill.
+// Neurons first..last of the index list into y[from..to). They come in fours, and the next four are
+// asked for: the processor's own prefetching stops at a page, which a neuron may not even fill.
 template <class T>
-void add_share(const Lines& m, const int32_t* index, int64_t active, const float* coefficients,
+void add_share(const Neurons& m, const int32_t* index, int64_t active, const float* coefficients,
                int64_t first, int64_t last, int64_t from, int64_t to, float* y) {
   const T* values = static_cast<const T*>(m.values);
   for (int64_t j = from; j < to; ++j) y[j] = 0.0f;
   for (int64_t k = first; k < last; k += kAtOnce) {
-    const T *lines[kAtOnce], *next[kAtOnce];
+    const T *neurons[kAtOnce], *next[kAtOnce];
     for (int c = 0; c < kAtOnce; ++c) {
       const int64_t later = k + kAtOnce + c;
-      lines[c] = values + index[k + c < last ? k + c : last - 1] * m.width;
+      neurons[c] = values + index[k + c < last ? k + c : last - 1] * m.width;
       next[c] = values + index[later < active ? later : active - 1] * m.width;
     }
     switch (last - k) {
-      case 1: add_lines<T, 1>(lines, next, coefficients + k, from, to, y); break;
-      case 2: add_lines<T, 2>(lines, next, coefficients + k, from, to, y); break;
-      case 3: add_lines<T, 3>(lines, next, coefficients + k, from, to, y); break;
-      default: add_lines<T, kAtOnce>(lines, next, coefficients + k, from, to, y);
+      case 1: add_neurons<T, 1>(neurons, next, coefficients + k, from, to, y); break;
+      case 2: add_neurons<T, 2>(neurons, next, coefficients + k, from, to, y); break;
+      case 3: add_neurons<T, 3>(neurons, next, coefficients + k, from, to, y); break;
+      default: add_neurons<T, kAtOnce>(neurons, next, coefficients + k, from, to, y);
     }
   }
 }
 
-// y[from..to): the shares in their order, times the scales across the lines, plus bias.
-inline void finish(const Lines& m, const float* bias, const float* sums, int64_t shares,
+// y[from..to): the shares in their order, times the scales across the neurons, plus bias.
+inline void finish(const Neurons& m, const float* bias, const float* sums, int64_t shares,
                    int64_t from, int64_t to, float* y) {
   int64_t j = from;
   for (; j + 16 <= to; j += 16) {
@@ -103,11 +103,11 @@ inline void finish(const Lines& m, const float* bias, const float* sums, int64_t
 
 // All threads of a team call this together; y is complete for all of them afterwards.
 template <class T>
-void team_sum(const Lines& m, const float* x, const int32_t* index, int64_t active, float* y,
+void team_sum(const Neurons& m, const float* x, const int32_t* index, int64_t active, float* y,
               const float* bias, float* sums, float* coefficients) {
   const int64_t i = omp_get_thread_num(), n = omp_get_num_threads();
   for (int64_t k = active * i / n; k < active * (i + 1) / n; ++k)
-    coefficients[k] = x[index[k]] * (m.line_scale ? m.line_scale[index[k]] : 1.0f);
+    coefficients[k] = x[index[k]] * (m.neuron_scale ? m.neuron_scale[index[k]] : 1.0f);
   const int64_t shares = active < 16 * kShares ? 1 : kShares;
   const int64_t slices = (n + shares - 1) / shares, blocks = (m.width + 63) / 64;
 #pragma omp barrier
@@ -125,75 +125,76 @@ void team_sum(const Lines& m, const float* x, const int32_t* index, int64_t acti
 #pragma omp barrier
 }
 
-inline void sum_dispatch(const Lines& m, const float* x, const int32_t* index, int64_t active,
+inline void sum_dispatch(const Neurons& m, const float* x, const int32_t* index, int64_t active,
                          float* y, const float* bias, float* sums, float* coefficients) {
-  if (m.type == kLineInt8) team_sum<int8_t>(m, x, index, active, y, bias, sums, coefficients);
-  else if (m.type == kLineBf16) team_sum<uint16_t>(m, x, index, active, y, bias, sums, coefficients);
+  if (m.type == kNeuronInt8) team_sum<int8_t>(m, x, index, active, y, bias, sums, coefficients);
+  else if (m.type == kNeuronBf16)
+    team_sum<uint16_t>(m, x, index, active, y, bias, sums, coefficients);
   else team_sum<float>(m, x, index, active, y, bias, sums, coefficients);
 }
 
-inline void run_active_sum(const Lines& m, const float* x, const int32_t* index, int64_t active,
+inline void run_active_sum(const Neurons& m, const float* x, const int32_t* index, int64_t active,
                            float* y, const float* bias, float* sums, float* coefficients,
                            int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   sum_dispatch(m, x, index, active, y, bias, sums, coefficients);
 }
 
-// The products of C lines with x, each in two sums for the latency of fused multiply-add.
+// The products of C neurons with x, each in two sums for the latency of fused multiply-add.
 template <class T, int C>
-void dot_lines(const T* const* lines, const T* const* next, const float* x, int64_t width,
-               float* out) {
-  constexpr int V = kVectorsPerLine<T>;
+void dot_neurons(const T* const* neurons, const T* const* next, const float* x, int64_t width,
+                 float* out) {
+  constexpr int V = kVectorsPerCacheLine<T>;
   Wide sums[C][2] = {};
   int64_t j = 0;
   for (; j + 16 * V <= width; j += 16 * V)
     for (int c = 0; c < C; ++c) {
       __builtin_prefetch(next[c] + j, 0, 2);
       for (int v = 0; v < V; ++v)
-        sums[c][v % 2] += load(lines[c] + j + 16 * v) * load(x + j + 16 * v);
+        sums[c][v % 2] += load(neurons[c] + j + 16 * v) * load(x + j + 16 * v);
     }
   for (int c = 0; c < C; ++c) {
     const Wide all = sums[c][0] + sums[c][1];
     out[c] = 0.0f;
     for (int lane = 0; lane < 16; ++lane) out[c] += all[lane];
-    for (int64_t k = j; k < width; ++k) out[c] += widen(lines[c][k]) * x[k];
+    for (int64_t k = j; k < width; ++k) out[c] += widen(neurons[c][k]) * x[k];
   }
 }
 
-// out[i] = line index[i] (line i without an index) times x, for first <= i < last.
+// out[i] = neuron index[i] (neuron i without an index) times x, for first <= i < last.
 template <class T>
-void dot_share(const Lines& m, const int32_t* index, const float* x, int64_t first, int64_t last,
+void dot_share(const Neurons& m, const int32_t* index, const float* x, int64_t first, int64_t last,
                float* out) {
   const T* values = static_cast<const T*>(m.values);
   for (int64_t k = first; k < last; k += kAtOnce) {
-    const T *lines[kAtOnce], *next[kAtOnce];
+    const T *neurons[kAtOnce], *next[kAtOnce];
     for (int c = 0; c < kAtOnce; ++c) {
       const int64_t here = k + c < last ? k + c : last - 1;
       const int64_t later = k + kAtOnce + c < last ? k + kAtOnce + c : last - 1;
-      lines[c] = values + (index ? index[here] : here) * m.width;
+      neurons[c] = values + (index ? index[here] : here) * m.width;
       next[c] = values + (index ? index[later] : later) * m.width;
     }
     float products[kAtOnce];
-    if (last - k >= kAtOnce) dot_lines<T, kAtOnce>(lines, next, x, m.width, products);
+    if (last - k >= kAtOnce) dot_neurons<T, kAtOnce>(neurons, next, x, m.width, products);
     else
       for (int c = 0; c < last - k; ++c)
-        dot_lines<T, 1>(lines + c, next + c, x, m.width, products + c);
+        dot_neurons<T, 1>(neurons + c, next + c, x, m.width, products + c);
     for (int c = 0; c < kAtOnce && k + c < last; ++c) {
-      const int64_t line = index ? index[k + c] : k + c;
-      out[k + c] = products[c] * (m.line_scale ? m.line_scale[line] : 1.0f);
+      const int64_t neuron = index ? index[k + c] : k + c;
+      out[k + c] = products[c] * (m.neuron_scale ? m.neuron_scale[neuron] : 1.0f);
     }
   }
 }
 
-inline void dot_dispatch(const Lines& m, const int32_t* index, const float* x, int64_t first,
+inline void dot_dispatch(const Neurons& m, const int32_t* index, const float* x, int64_t first,
                          int64_t last, float* out) {
-  if (m.type == kLineInt8) dot_share<int8_t>(m, index, x, first, last, out);
-  else if (m.type == kLineBf16) dot_share<uint16_t>(m, index, x, first, last, out);
+  if (m.type == kNeuronInt8) dot_share<int8_t>(m, index, x, first, last, out);
+  else if (m.type == kNeuronBf16) dot_share<uint16_t>(m, index, x, first, last, out);
   else dot_share<float>(m, index, x, first, last, out);
 }
 
-// x, times the scales across a line where there are any.
-inline const float* scaled(const Lines& m, const float* x, float* scratch) {
+// x, times the scales across a neuron where there are any.
+inline const float* scaled(const Neurons& m, const float* x, float* scratch) {
   if (!m.across_scale) return x;
   for (int64_t j = 0; j < m.width; ++j) scratch[j] = x[j] * m.across_scale[j];
   return scratch;

@@ -1,12 +1,11 @@
 // Bitmap-packed sparse matrices: one bit per position, kept values in row order.
 //
 // Kernels are plain functions over raw pointers; shapes and sizes are checked by the bindings.
-// Every instruction set is its own translation unit that includes bitmap_driver.hpp after its
-// primitives, all of it in an anonymous namespace, so no code compiled for a newer processor can
-// be linked into the path of an older one.
+// The primitives of an instruction set lie in <set>.hpp, the loops over them in driver.hpp.
 #pragma once
 #include <cstdint>
 
+#include "common/tables.hpp"
 #include "common/word.hpp"
 
 namespace gossamer {
@@ -21,32 +20,28 @@ struct Bitmap {
   const uint16_t* columns = nullptr;  // of every value, or null; matvec reads them in place of bits
 };
 
-// y (batch, rows) = x (batch, stride * 8) W^T + bias, batch 1 to 8, float32,
-// x on a 64-byte boundary.
-// Columns that a row does not keep never touch its result, even where x is NaN or infinite. With
-// `columns` inputs are picked, which costs by the weights that are kept, not by all positions.
-using Matvec = void (*)(const Bitmap&, const float* x, int64_t batch, float* y, const float* bias,
-                        int threads);
+struct BitmapKernels {
+  // y (batch, rows) = x (batch, stride * 8) W^T + bias, batch 1 to 8, float32, x on a 64-byte
+  // boundary. Columns that a row does not keep never touch its result, even where x is NaN or
+  // infinite. With `columns` inputs are picked, which costs by the weights that are kept, not by
+  // all positions.
+  void (*matvec)(const Bitmap&, const float* x, int64_t batch, float* y, const float* bias,
+                 int threads);
 
-// yt (tiles, rows, width) = W xt (tiles, stride * 8, width) + bias, width 16, 32, 48 or 64.
-// cursor: scratch of `rows` offsets.
-using Spmm = void (*)(const Bitmap&, const float* xt, int64_t tiles, int64_t width, float* yt,
-                      const float* bias, int64_t* cursor, int threads);
+  // yt (tiles, rows, width) = W xt (tiles, stride * 8, width) + bias, width 16, 32, 48 or 64.
+  // cursor: scratch of `rows` offsets.
+  void (*spmm)(const Bitmap&, const float* xt, int64_t tiles, int64_t width, float* yt,
+               const float* bias, int64_t* cursor, int threads);
 
-// Rows from..to as dense float32 rows of `cols` into out.
-using Unpack = void (*)(const Bitmap&, int64_t cols, int64_t from, int64_t to, float* out,
-                        int threads);
+  // Rows from..to as dense float32 rows of `cols` into out.
+  void (*unpack)(const Bitmap&, int64_t cols, int64_t from, int64_t to, float* out, int threads);
+};
 
-void unpack_portable(const Bitmap&, int64_t, int64_t, int64_t, float*, int);
-void unpack_avx2(const Bitmap&, int64_t, int64_t, int64_t, float*, int);
-void unpack_avx512(const Bitmap&, int64_t, int64_t, int64_t, float*, int);
-void matvec_portable(const Bitmap&, const float*, int64_t, float*, const float*, int);
-void spmm_portable(const Bitmap&, const float*, int64_t, int64_t, float*, const float*, int64_t*,
-                   int);
-void matvec_avx2(const Bitmap&, const float*, int64_t, float*, const float*, int);
-void spmm_avx2(const Bitmap&, const float*, int64_t, int64_t, float*, const float*, int64_t*, int);
-void matvec_avx512(const Bitmap&, const float*, int64_t, float*, const float*, int);
-void spmm_avx512(const Bitmap&, const float*, int64_t, int64_t, float*, const float*, int64_t*,
-                 int);
+template <>
+const BitmapKernels Tables<BitmapKernels>::portable;
+template <>
+const BitmapKernels Tables<BitmapKernels>::avx2;
+template <>
+const BitmapKernels Tables<BitmapKernels>::avx512;
 
 }  // namespace gossamer

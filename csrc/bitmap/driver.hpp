@@ -12,8 +12,8 @@
 #pragma once
 #include <omp.h>
 
-#include "common/batch_tiles.hpp"
 #include "bitmap/bitmap.hpp"
+#include "common/batch_tiles.hpp"
 
 namespace gossamer {
 namespace {
@@ -120,8 +120,8 @@ void spmm_rows(const Bitmap& m, const float* xt, int64_t tiles, float* yt, const
       const int64_t count = words - w < kColumnWords ? words - w : kColumnWords;
       for (int64_t r = from; r < to; ++r) {
         const Word* bits = reinterpret_cast<const Word*>(m.bits + r * m.stride) + w;
-        const T* stop = row_axpy<T, NV>(bits, count, values + cursor[r], x + w * 64 * width,
-                                        y + r * width);
+        const T* stop =
+            row_axpy<T, NV>(bits, count, values + cursor[r], x + w * 64 * width, y + r * width);
         cursor[r] = stop - values;
       }
     }

@@ -1,42 +1,43 @@
-// Binding of the product with blocks. Arrays come by address; Python owns them and has checked
-// dtype, contiguity and that every index is in range.
+// Binding of the product with blocks. Python has checked that every index is in range.
 #include "blocks/bindings.hpp"
+
+#include <nanobind/stl/optional.h>
 
 #include <stdexcept>
 
 #include "blocks/blocks.hpp"
 #include "common/isa.hpp"
+#include "common/tensor.hpp"
 
 namespace nb = nanobind;
 
 namespace gossamer {
 namespace {
 
-void linear(uintptr_t values, uintptr_t columns, uintptr_t splits, int64_t rows, int64_t cols,
-            int64_t height, int64_t width, bool bf16, uintptr_t x, uintptr_t y, int64_t batch,
-            uintptr_t bias, uintptr_t xt, uintptr_t yt, int threads, int isa) {
-  check_isa(isa);
+// values: (blocks, width, height), float32 or bfloat16; columns: int32 (blocks,); splits: int64,
+// see Blocks; x (batch, cols), y (batch, rows) and bias float32.
+void linear(const Tensor& values, const Tensor& columns, const Tensor& splits, const Tensor& x,
+            const Tensor& y, const std::optional<Tensor>& bias, int64_t cols, const Tensor& xt,
+            const Tensor& yt, int threads, int isa) {
+  const int64_t count = values.size(0), width = values.size(1), height = values.size(2);
   const bool power = height == 1 || height == 2 || height == 4 || height == 8 || height == 16;
-  if (!power || width < 1 || rows < 0 || cols < 0 || rows % height || cols % width)
+  if (!power || width < 1 || cols < 0 || cols % width || threads < 1)
     throw std::invalid_argument("blocks: bad shape");
-  if (batch < 0 || threads < 1 || xt % 64 || yt % 64)
-    throw std::invalid_argument("blocks: bad size or scratch");
-  const Blocks m{reinterpret_cast<const void*>(values),
-                 reinterpret_cast<const int32_t*>(columns),
-                 reinterpret_cast<const int64_t*>(splits),
-                 rows,
-                 cols,
-                 height,
-                 width,
-                 bf16};
-  BlocksLinear run = blocks_portable;
-#if defined(__x86_64__)
-  if (isa == kAvx512) run = blocks_avx512;
-  if (isa == kAvx2) run = blocks_avx2;
-#endif
-  run(m, reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), batch,
-      reinterpret_cast<const float*>(bias), reinterpret_cast<float*>(xt),
-      reinterpret_cast<float*>(yt), threads);
+  Blocks m{values.floats("values", {count, width, height}),
+           columns.data<const int32_t>("columns", {count}),
+           nullptr,
+           splits.size(1) * height,
+           cols,
+           height,
+           width,
+           values.is_bf16()};
+  m.splits = splits.data<const int64_t>("splits", {m.parts() + 1, m.block_rows()});
+  const int64_t batch = m.rows ? y.count() / m.rows : 0;
+  if (x.count() != batch * cols) throw std::invalid_argument("blocks: x and y differ in batch");
+  kernels<BlocksKernels>(isa).linear(
+      m, x.rows<const float>("x", cols), y.rows<float>("y", m.rows), batch,
+      bias ? bias->data<const float>("bias", {m.rows}) : nullptr,
+      xt.scratch("xt", cols * kCsrWidth), yt.scratch("yt", m.rows * kCsrWidth), threads);
 }
 
 }  // namespace

@@ -21,14 +21,18 @@ struct Blocks {
   int64_t parts() const { return (cols + kCsrBlock - 1) / kCsrBlock; }
 };
 
-// y (batch, rows) = x (batch, cols) W^T + bias, all float32. xt: scratch of cols * 128 floats, yt:
-// of rows * 128, both on 64-byte boundaries.
-using BlocksLinear = void (*)(const Blocks&, const float* x, float* y, int64_t batch,
-                              const float* bias, float* xt, float* yt, int threads);
+struct BlocksKernels {
+  // y (batch, rows) = x (batch, cols) W^T + bias, all float32. xt: scratch of cols * kCsrWidth
+  // floats, yt: of rows * kCsrWidth, both on 64-byte boundaries.
+  void (*linear)(const Blocks&, const float* x, float* y, int64_t batch, const float* bias,
+                 float* xt, float* yt, int threads);
+};
 
-void blocks_portable(const Blocks&, const float*, float*, int64_t, const float*, float*, float*,
-                     int);
-void blocks_avx2(const Blocks&, const float*, float*, int64_t, const float*, float*, float*, int);
-void blocks_avx512(const Blocks&, const float*, float*, int64_t, const float*, float*, float*, int);
+template <>
+const BlocksKernels Tables<BlocksKernels>::portable;
+template <>
+const BlocksKernels Tables<BlocksKernels>::avx2;
+template <>
+const BlocksKernels Tables<BlocksKernels>::avx512;
 
 }  // namespace gossamer

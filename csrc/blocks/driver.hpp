@@ -3,8 +3,8 @@
 #pragma once
 #include <omp.h>
 
-#include "common/batch_tiles.hpp"
 #include "blocks/blocks.hpp"
+#include "common/batch_tiles.hpp"
 #include "common/lanes.hpp"
 
 namespace gossamer {
@@ -109,15 +109,15 @@ void blocks_share(const Blocks& m, const float* x, float* y, int64_t batch, cons
     const Cut tiles = cut<H>(count);
     for (int t = 0; t < tiles.tiles; ++t) {
       const int64_t before = int64_t{t} * 16 * tiles.vectors, left = count - before;
-      turn_in(x + (at + before) * m.cols, m.cols, left < tiles.wide(t) ? left : tiles.wide(t),
-              tiles.wide(t), m.cols * i / n, m.cols * (i + 1) / n, xt + before * m.cols);
+      transpose_in(x + (at + before) * m.cols, m.cols, left < tiles.wide(t) ? left : tiles.wide(t),
+                   tiles.wide(t), m.cols * i / n, m.cols * (i + 1) / n, xt + before * m.cols);
     }
 #pragma omp barrier
     blocks_chunk<T, H>(m, tiles, bias, xt, yt, from, to);
     for (int t = 0; t < tiles.tiles; ++t) {
       const int64_t before = int64_t{t} * 16 * tiles.vectors, left = count - before;
-      turn_out(y + (at + before) * m.rows, m.rows, left < tiles.wide(t) ? left : tiles.wide(t),
-               tiles.wide(t), from * m.height, to * m.height, false, yt + before * m.rows);
+      transpose_out(y + (at + before) * m.rows, m.rows, left < tiles.wide(t) ? left : tiles.wide(t),
+                    tiles.wide(t), from * m.height, to * m.height, false, yt + before * m.rows);
     }
 #pragma omp barrier
   }

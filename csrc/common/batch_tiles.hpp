@@ -1,8 +1,10 @@
-// Batches turned into tiles (column, batch) and back, so that a weight meets a contiguous vector of
-// the batch. Compiled once per instruction set, in its anonymous namespace.
+// Batches transposed into tiles (column, batch) and back, so that a weight meets a contiguous
+// vector of the batch. Compiled once per instruction set, in its anonymous namespace.
 #pragma once
 #include <cmath>
 #include <cstdint>
+
+#include "common/bfloat16.hpp"
 
 namespace gossamer {
 namespace {
@@ -12,14 +14,6 @@ typedef float Wide __attribute__((vector_size(64)));
 inline Wide spread(const float* value) {
   const float v = *value;
   return Wide{v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v};
-}
-
-inline float widen(float value) { return value; }
-inline float widen(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float result;
-  __builtin_memcpy(&result, &bits, 4);
-  return result;
 }
 
 typedef uint32_t Words __attribute__((vector_size(64)));
@@ -41,16 +35,12 @@ inline void store(Wide value, uint16_t* to) {
   const auto bits = reinterpret_cast<Words>(value);
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const auto odd = reinterpret_cast<Words>(value != value);
-  const Halves raw = __builtin_convertvector((odd & ((bits >> 16) | 0x40)) | (~odd & rounded), Halves);
+  const Halves raw =
+      __builtin_convertvector((odd & ((bits >> 16) | 0x40)) | (~odd & rounded), Halves);
   __builtin_memcpy(to, &raw, sizeof raw);
 }
-inline float narrow_or_same(float value, float*) { return value; }
-inline uint16_t narrow_or_same(float value, uint16_t*) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  if (value != value) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
+inline void store(float value, float* to) { *to = value; }
+inline void store(float value, uint16_t* to) { *to = narrow(value); }
 
 // One of the four butterflies of a 16 x 16 transpose: exchanges the off-diagonal S x S blocks.
 template <int S>
@@ -76,11 +66,11 @@ __attribute__((always_inline)) inline void transpose(Wide (&v)[16]) {
   butterfly<1>(v);
 }
 
-// Columns from..to of x (count rows of `cols`, at most 16), turned into xt (cols, width), zero
+// Columns from..to of x (count rows of `cols`, at most 16), transposed into xt (cols, width), zero
 // beyond count.
 template <class X>
-void turn_rows(const X* x, int64_t cols, int64_t count, int64_t width, int64_t from, int64_t to,
-               float* xt) {
+void transpose_rows(const X* x, int64_t cols, int64_t count, int64_t width, int64_t from,
+                    int64_t to, float* xt) {
   int64_t j = from;
   for (; j + 16 <= to; j += 16) {
     Wide v[16];
@@ -89,22 +79,21 @@ void turn_rows(const X* x, int64_t cols, int64_t count, int64_t width, int64_t f
     for (int64_t k = 0; k < 16; ++k) store(v[k], xt + (j + k) * width);
   }
   for (; j < to; ++j)
-    for (int64_t k = 0; k < 16; ++k)
-      xt[j * width + k] = k < count ? widen(x[k * cols + j]) : 0.0f;
+    for (int64_t k = 0; k < 16; ++k) xt[j * width + k] = k < count ? widen(x[k * cols + j]) : 0.0f;
 }
 
 // The same for any number of rows.
 template <class X>
-void turn_in(const X* x, int64_t cols, int64_t count, int64_t width, int64_t from, int64_t to,
-             float* xt) {
+void transpose_in(const X* x, int64_t cols, int64_t count, int64_t width, int64_t from, int64_t to,
+                  float* xt) {
   for (int64_t b = 0; b < width; b += 16)
-    turn_rows(x + b * cols, cols, count - b < 16 ? count - b : 16, width, from, to, xt + b);
+    transpose_rows(x + b * cols, cols, count - b < 16 ? count - b : 16, width, from, to, xt + b);
 }
 
 // Rows from..to of yt (rows, width) back to y (count rows of `rows`).
 template <class X>
-void turn_out(X* y, int64_t rows, int64_t count, int64_t width, int64_t from, int64_t to, bool relu,
-              const float* yt) {
+void transpose_out(X* y, int64_t rows, int64_t count, int64_t width, int64_t from, int64_t to,
+                   bool relu, const float* yt) {
   const auto lowest = relu ? 0.0f : -INFINITY;
   for (int64_t b = 0; b < count; b += 16) {
     const int64_t batch = count - b < 16 ? count - b : 16;
@@ -122,7 +111,7 @@ void turn_out(X* y, int64_t rows, int64_t count, int64_t width, int64_t from, in
     for (; j < to; ++j)
       for (int64_t k = 0; k < batch; ++k) {
         const float sum = yt[j * width + b + k];
-        y[(b + k) * rows + j] = narrow_or_same(sum < lowest ? 0.0f : sum, static_cast<X*>(nullptr));
+        store(sum < lowest ? 0.0f : sum, y + (b + k) * rows + j);
       }
   }
 }

@@ -1,6 +1,9 @@
-// The instruction sets a kernel may be asked for, and which of them this processor has.
+// The instruction sets a kernel may be asked for, which of them this processor has, and their
+// tables. For the bindings only: what is inline here must not be compiled for a newer processor.
 #pragma once
 #include <stdexcept>
+
+#include "common/tables.hpp"
 
 namespace gossamer {
 
@@ -31,6 +34,17 @@ inline bool has_vnni() {
 
 inline void check_isa(int isa) {
   if (isa < 0 || isa > best_isa()) throw std::invalid_argument("this processor lacks that ISA");
+}
+
+// The functions of an operation for one instruction set.
+template <class Kernels>
+const Kernels& kernels(int isa) {
+  check_isa(isa);
+#if defined(__x86_64__)
+  if (isa == kAvx512) return Tables<Kernels>::avx512;
+  if (isa == kAvx2) return Tables<Kernels>::avx2;
+#endif
+  return Tables<Kernels>::portable;
 }
 
 }  // namespace gossamer

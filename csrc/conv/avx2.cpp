@@ -1,4 +1,3 @@
-// Convolutions on channels-first images, compiled for avx2.
 namespace gossamer {
 namespace {
 constexpr int kLanes = 8;        // floats in a register
@@ -9,7 +8,8 @@ constexpr int kTileVectors = 2;  // registers in a strip for tiles of 4 outputs
 #include "conv/driver.hpp"
 
 namespace gossamer {
-void conv_avx2(const Conv& c, const float* x, float* y, float* scratch, int threads) {
-  run_conv(c, x, y, scratch, threads);
-}
+
+template <>
+const ConvKernels Tables<ConvKernels>::avx2 = {run_conv};
+
 }  // namespace gossamer

@@ -4,8 +4,8 @@
 #pragma once
 #include <cstdint>
 
-#include "conv/conv.hpp"
 #include "common/lanes.hpp"
+#include "conv/conv.hpp"
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -104,7 +104,7 @@ inline void write_taps(const Geometry& s, const Layout& l, const float* planes, 
 // From right to left, for the sake of what exceeds the rows.
 template <int S, int R>
 void depthwise_rows(const float* even, const float* odd, int64_t plane_row, const Lanes* taps,
-                    float bias, const Ends& end, int64_t wide, float* to) {
+                    float bias, const Epilogue& epilogue, int64_t wide, float* to) {
   for (int64_t j = (wide - 1) / kLanes * kLanes; j >= 0; j -= kLanes) {
     Lanes sums[R];
     for (int r = 0; r < R; ++r) sums[r] = same(bias);
@@ -123,23 +123,24 @@ void depthwise_rows(const float* even, const float* odd, int64_t plane_row, cons
         sums[r] += taps[3 * t + 2] * right;
       }
     }
-    for (int r = 0; r < R; ++r) store_lanes(finish(sums[r], end.low, end.high), to + r * wide + j);
+    for (int r = 0; r < R; ++r)
+      store_lanes(finish(sums[r], epilogue.low, epilogue.high), to + r * wide + j);
   }
 }
 
 template <int S>
 void depthwise_plane(const Layout& l, const float* planes, const float* weight, float bias,
-                     const Ends& end, int64_t rows, int64_t wide, float* to) {
+                     const Epilogue& epilogue, int64_t rows, int64_t wide, float* to) {
   Lanes taps[9];
   for (int t = 0; t < 9; ++t) taps[t] = same(weight[t]);
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) {
     const float* at = planes + S * r * l.plane_row;
-    depthwise_rows<S, 4>(at, at + l.plane, l.plane_row, taps, bias, end, wide, to + r * wide);
+    depthwise_rows<S, 4>(at, at + l.plane, l.plane_row, taps, bias, epilogue, wide, to + r * wide);
   }
   for (; r < rows; ++r) {
     const float* at = planes + S * r * l.plane_row;
-    depthwise_rows<S, 1>(at, at + l.plane, l.plane_row, taps, bias, end, wide, to + r * wide);
+    depthwise_rows<S, 1>(at, at + l.plane, l.plane_row, taps, bias, epilogue, wide, to + r * wide);
   }
 }
 
@@ -147,8 +148,8 @@ void depthwise_plane(const Layout& l, const float* planes, const float* weight, 
 inline void depthwise_band(const Conv& c, const Layout& l, const float* x, int64_t channel,
                            int64_t first, int64_t rows, float* planes, float* to) {
   const Geometry& s = c.shape;
-  pad_rows(s, l, x + channel * s.height * s.width, first * s.stride_y,
-           (rows - 1) * s.stride_y + 3, planes);
+  pad_rows(s, l, x + channel * s.height * s.width, first * s.stride_y, (rows - 1) * s.stride_y + 3,
+           planes);
   const float *weight = c.depthwise + 9 * channel, *bias = c.between.bias;
   const auto plane = s.stride_x == 1 ? depthwise_plane<1> : depthwise_plane<2>;
   plane(l, planes, weight, bias ? bias[channel] : 0.0f, c.between, rows, s.out_width(), to);

@@ -1,13 +1,15 @@
 // Sparse convolutions on channels-first images, and dense depthwise ones before them.
 //
 // Vector lanes run over pixels, so unstructured weights cost nothing in lanes (after Fast Sparse
-// ConvNets, 2019). A thread takes a range of output rows and cuts it into bands. Of a band it writes
-// everything that weights multiply into scratch that stays in the second-level cache: the input
-// channels of a 1x1 convolution, the shifted copies of each channel that a larger kernel meets, or
-// the results of a 3x3 depthwise convolution, which are never written anywhere else. Then strips of
-// the band meet all weights, their sums in registers.
+// ConvNets, 2019). A thread takes a range of output rows and cuts it into bands. Of a band it
+// writes everything that weights multiply into scratch that stays in the second-level cache: the
+// input channels of a 1x1 convolution, the shifted copies of each channel that a larger kernel
+// meets, or the results of a 3x3 depthwise convolution, which are never written anywhere else. Then
+// strips of the band meet all weights, their sums in registers.
 #pragma once
 #include <cstdint>
+
+#include "common/tables.hpp"
 
 namespace gossamer {
 
@@ -37,7 +39,7 @@ struct Kept {
 };
 
 // What follows a sum: the bias of its channel, then a clamp that NaN passes.
-struct Ends {
+struct Epilogue {
   const float* bias;
   float low, high;
 };
@@ -45,9 +47,9 @@ struct Ends {
 struct Conv {
   Geometry shape;
   const float* depthwise;  // (channels, 9), or null
-  Ends between;            // of the depthwise convolution
-  const Kept* kept;        // or null: a depthwise convolution alone
-  Ends end;
+  Epilogue between;  // of the depthwise convolution
+  const Kept* kept;  // or null: a depthwise convolution alone
+  Epilogue epilogue;
   int64_t depth() const { return kept ? kept->depth : 1; }
 };
 
@@ -59,9 +61,9 @@ struct Layout {
 
 inline Layout conv_layout(const Conv& c, int threads) {
   const Geometry& s = c.shape;
-  const int64_t high = s.out_height(), wide = s.out_width(), all = s.images * high;
+  const int64_t height = s.out_height(), wide = s.out_width(), all = s.images * height;
   const int64_t most = kBandFloats / (c.depth() * wide + 1) + 1;
-  int64_t rows = (all + threads - 1) / threads < high ? (all + threads - 1) / threads : high;
+  int64_t rows = (all + threads - 1) / threads < height ? (all + threads - 1) / threads : height;
   if (rows > most) rows = (rows + (rows + most - 1) / most - 1) / ((rows + most - 1) / most);
   Layout l;
   l.rows = rows;
@@ -71,11 +73,16 @@ inline Layout conv_layout(const Conv& c, int threads) {
   return l;
 }
 
-// scratch: conv_layout(...).floats() per thread, on a 64-byte boundary and rounded up to 16.
-using RunConv = void (*)(const Conv&, const float* x, float* y, float* scratch, int threads);
+struct ConvKernels {
+  // scratch: conv_layout(...).floats() per thread, on a 64-byte boundary and rounded up to 16.
+  void (*run)(const Conv&, const float* x, float* y, float* scratch, int threads);
+};
 
-void conv_portable(const Conv&, const float*, float*, float*, int);
-void conv_avx2(const Conv&, const float*, float*, float*, int);
-void conv_avx512(const Conv&, const float*, float*, float*, int);
+template <>
+const ConvKernels Tables<ConvKernels>::portable;
+template <>
+const ConvKernels Tables<ConvKernels>::avx2;
+template <>
+const ConvKernels Tables<ConvKernels>::avx512;
 
 }  // namespace gossamer

@@ -20,25 +20,27 @@ struct Strip {
 };
 
 template <int V>
-__attribute__((always_inline)) inline void store_row(const Lanes* sums, const Ends& end,
+__attribute__((always_inline)) inline void store_row(const Lanes* sums, const Epilogue& epilogue,
                                                      const Strip& strip, int64_t row) {
   float* to = strip.y + row * strip.pixels;
 #pragma GCC unroll 4
-  for (int v = 0; v + 1 < V; ++v) store_lanes(finish(sums[v], end.low, end.high), to + v * kLanes);
-  const Lanes last = finish(sums[V - 1], end.low, end.high);
+  for (int v = 0; v + 1 < V; ++v)
+    store_lanes(finish(sums[v], epilogue.low, epilogue.high), to + v * kLanes);
+  const Lanes last = finish(sums[V - 1], epilogue.low, epilogue.high);
   store_some(last, to + (V - 1) * kLanes, strip.count - (V - 1) * kLanes);
 }
 
 // Output after output.
 template <int V>
-void rows_product(const Kept& m, const Ends& end, const Strip& strip) {
+void rows_product(const Kept& m, const Epilogue& epilogue, const Strip& strip) {
   const float* values = m.values;
   const uint16_t* columns = m.columns;
   for (int64_t k = 0; k < m.out; ++k) {
     const int64_t row = m.rows[k];
     const float* const last = values + m.counts[k];
     Lanes even[V], odd[V];  // two sets of sums, for the latency of fused multiply-add
-    for (int v = 0; v < V; ++v) even[v] = same(end.bias ? end.bias[row] : 0.0f), odd[v] = Lanes{};
+    for (int v = 0; v < V; ++v)
+      even[v] = same(epilogue.bias ? epilogue.bias[row] : 0.0f), odd[v] = Lanes{};
     for (; values + 2 <= last; values += 2, columns += 2) {
       const auto* first = reinterpret_cast<const Lanes*>(strip.x + columns[0] * strip.pitch);
       const auto* second = reinterpret_cast<const Lanes*>(strip.x + columns[1] * strip.pitch);
@@ -53,7 +55,7 @@ void rows_product(const Kept& m, const Ends& end, const Strip& strip) {
       ++values;
     }
     for (int v = 0; v < V; ++v) even[v] += odd[v];
-    store_row<V>(even, end, strip, row);
+    store_row<V>(even, epilogue, strip, row);
   }
 }
 
@@ -83,7 +85,7 @@ __attribute__((always_inline)) inline void pattern_product(const int32_t* counts
 
 // Four outputs at a time; a loaded vector serves all of them that keep its column.
 template <int V>
-void tiles_product(const Kept& m, const Ends& end, const Strip& strip) {
+void tiles_product(const Kept& m, const Epilogue& epilogue, const Strip& strip) {
   const float* values = m.values;
   const uint16_t* columns = m.columns;
   for (int64_t first = 0; first < m.out; first += kTileRows) {
@@ -93,23 +95,23 @@ void tiles_product(const Kept& m, const Ends& end, const Strip& strip) {
     for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v)
-        sums[r][v] = same(end.bias && r < rows ? end.bias[first + r] : 0.0f);
+        sums[r][v] = same(epilogue.bias && r < rows ? epilogue.bias[first + r] : 0.0f);
     pattern_product<V, 1>(m.counts + first / kTileRows * kTileCounts, values, columns, strip, sums);
 #pragma GCC unroll 4
     for (int r = 0; r < kTileRows; ++r)
-      if (r < rows) store_row<V>(sums[r], end, strip, first + r);
+      if (r < rows) store_row<V>(sums[r], epilogue, strip, first + r);
   }
 }
 
 template <int V>
-void strip_product(int vectors, const Kept& m, const Ends& end, const Strip& strip) {
+void strip_product(int vectors, const Kept& m, const Epilogue& epilogue, const Strip& strip) {
   if (vectors < V) {
-    if constexpr (V > 1) strip_product<V - 1>(vectors, m, end, strip);
+    if constexpr (V > 1) strip_product<V - 1>(vectors, m, epilogue, strip);
     return;
   }
   if constexpr (V <= kTileVectors)
-    if (m.tiled) return tiles_product<V>(m, end, strip);
-  rows_product<V>(m, end, strip);
+    if (m.tiled) return tiles_product<V>(m, epilogue, strip);
+  rows_product<V>(m, epilogue, strip);
 }
 
 // Strips of nearly equal width, since the narrowest are the slowest.
@@ -123,7 +125,7 @@ inline void band_product(const Conv& c, const Layout& l, const float* band, floa
     const int64_t end = to * kLanes < count ? to * kLanes : count;
     const Strip strip{band + from * kLanes, l.pitch, y + from * kLanes, pixels,
                       end - from * kLanes};
-    strip_product<kRowVectors>(static_cast<int>(to - from), *c.kept, c.end, strip);
+    strip_product<kRowVectors>(static_cast<int>(to - from), *c.kept, c.epilogue, strip);
   }
 }
 
@@ -131,13 +133,13 @@ inline void band_product(const Conv& c, const Layout& l, const float* band, floa
 inline void run_share(const Conv& c, const Layout& l, const float* x, float* y, float* band,
                       int64_t row, int64_t last) {
   const Geometry& s = c.shape;
-  const int64_t high = s.out_height(), wide = s.out_width(), pixels = high * wide;
+  const int64_t height = s.out_height(), wide = s.out_width(), pixels = height * wide;
   float* planes = band + c.depth() * l.pitch;
   for (int64_t i = 0; i < 2 * l.plane; ++i) planes[i] = 0.0f;
   const int64_t out = c.kept ? c.kept->out : s.channels;
   for (int64_t count; row < last; row += count) {
-    const int64_t image = row / high, first = row % high;
-    count = high - first < last - row ? high - first : last - row;
+    const int64_t image = row / height, first = row % height;
+    count = height - first < last - row ? height - first : last - row;
     if (count > l.rows) count = l.rows;
     const float* from = x + image * s.channels * s.height * s.width;
     float* to = y + image * out * pixels + first * wide;

@@ -1,30 +1,15 @@
-// Compressed rows and blocks, AVX2 path.
-#include "blocks/blocks.hpp"
-#include "csr/csr.hpp"
-
 namespace gossamer {
 namespace {
 constexpr int kLanes = 8;  // floats in a register
 constexpr int kVectors = 4;  // of 16 floats, in a batch tile of compressed rows
-constexpr int kSums = 4;  // of 16 floats, in registers for the product with blocks
-constexpr int kHeight = 4;  // of rows that have such sums
-}
+}  // namespace
 }  // namespace gossamer
 
-#include "blocks/driver.hpp"
 #include "csr/driver.hpp"
 
 namespace gossamer {
-void csr_linear_avx2(Csr m, Reordered other, const float* x, float* y, int64_t batch,
-                    const float* bias, float* xt, float* yt, int threads) {
-  run_csr_linear(m, other, x, y, batch, bias, xt, yt, threads);
-}
-void csr_sampled_avx2(const Csr& m, const float* x, const float* dy, float* grad,
-                      int64_t batch, float* xt, float* yt, int threads) {
-  run_csr_sampled(m, x, dy, grad, batch, xt, yt, threads);
-}
-void blocks_avx2(const Blocks& m, const float* x, float* y, int64_t batch, const float* bias,
-                 float* xt, float* yt, int threads) {
-  run_blocks(m, x, y, batch, bias, xt, yt, threads);
-}
+
+template <>
+const CsrKernels Tables<CsrKernels>::avx2 = {run_csr_linear, run_csr_sampled};
+
 }  // namespace gossamer

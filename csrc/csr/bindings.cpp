@@ -1,66 +1,67 @@
-// Bindings of the products with compressed rows. Arrays come by address; Python owns them and has
-// checked dtype, contiguity and that every index is in range.
+// Bindings of the products with compressed rows. Python has checked that every index is in range.
 #include "csr/bindings.hpp"
+
+#include <nanobind/stl/optional.h>
 
 #include <stdexcept>
 
-#include "csr/csr.hpp"
 #include "common/isa.hpp"
+#include "common/tensor.hpp"
+#include "csr/csr.hpp"
 
 namespace nb = nanobind;
 
 namespace gossamer {
 namespace {
 
-Csr view(uintptr_t values, uintptr_t columns, uintptr_t splits, int64_t rows, int64_t cols) {
-  return {reinterpret_cast<const float*>(values), reinterpret_cast<const int32_t*>(columns),
-          reinterpret_cast<const int64_t*>(splits), rows, cols};
+// columns: int32 (nnz,); splits: int64, see Csr.
+Csr matrix(const float* values, const Tensor& columns, const Tensor& splits, int64_t cols) {
+  Csr m{values, columns.data<const int32_t>("columns", {columns.count()}), nullptr, splits.size(1),
+        cols};
+  m.splits = splits.data<const int64_t>("splits", {m.blocks() + 1, m.rows});
+  return m;
 }
 
-void check(int64_t rows, int64_t cols, int64_t batch, uintptr_t xt, uintptr_t yt, int threads,
-           int isa) {
-  check_isa(isa);
-  if (rows < 0 || cols < 0 || batch < 0 || threads < 1 || xt % 64 || yt % 64)
-    throw std::invalid_argument("csr: bad size or scratch");
+// `places` and the scratch `reordered` come together: see Reordered.
+void linear(const Tensor& values, const std::optional<Tensor>& places,
+            const std::optional<Tensor>& reordered, const Tensor& columns, const Tensor& splits,
+            const Tensor& x, const Tensor& y, const std::optional<Tensor>& bias, int64_t cols,
+            const Tensor& xt, const Tensor& yt, int threads, int isa) {
+  const int64_t count = columns.count();
+  const Csr m = matrix(values.data<const float>("values", {count}), columns, splits, cols);
+  const int64_t batch = m.rows ? y.count() / m.rows : 0;
+  if (threads < 1 || x.count() != batch * cols || !places != !reordered)
+    throw std::invalid_argument("csr: x and y differ in batch");
+  Reordered other{};
+  if (places)
+    other = {places->data<const int32_t>("places", {count}),
+             reordered->data<float>("reordered", {count})};
+  kernels<CsrKernels>(isa).linear(
+      m, other, x.rows<const float>("x", cols), y.rows<float>("y", m.rows), batch,
+      bias ? bias->data<const float>("bias", {m.rows}) : nullptr,
+      xt.scratch("xt", cols * kCsrWidth), yt.scratch("yt", m.rows * kCsrWidth), threads);
 }
 
-void linear(uintptr_t values, uintptr_t places, uintptr_t reordered, uintptr_t columns,
-            uintptr_t splits, int64_t rows, int64_t cols, uintptr_t x, uintptr_t y, int64_t batch, uintptr_t bias, uintptr_t xt,
-            uintptr_t yt, int threads, int isa) {
-  check(rows, cols, batch, xt, yt, threads, isa);
-  CsrLinear run = csr_linear_portable;
-#if defined(__x86_64__)
-  if (isa == kAvx512) run = csr_linear_avx512;
-  if (isa == kAvx2) run = csr_linear_avx2;
-#endif
-  const Reordered other{reinterpret_cast<const int32_t*>(places),
-                        reinterpret_cast<float*>(reordered)};
-  run(view(values, columns, splits, rows, cols), other, reinterpret_cast<const float*>(x),
-      reinterpret_cast<float*>(y), batch, reinterpret_cast<const float*>(bias),
-      reinterpret_cast<float*>(xt), reinterpret_cast<float*>(yt), threads);
-}
-
-void sampled(uintptr_t columns, uintptr_t splits, int64_t rows, int64_t cols, uintptr_t x,
-             uintptr_t dy, uintptr_t grad, int64_t batch, uintptr_t xt, uintptr_t yt, int threads,
-             int isa) {
-  check(rows, cols, batch, xt, yt, threads, isa);
-  CsrSampled run = csr_sampled_portable;
-#if defined(__x86_64__)
-  if (isa == kAvx512) run = csr_sampled_avx512;
-  if (isa == kAvx2) run = csr_sampled_avx2;
-#endif
-  run(view(0, columns, splits, rows, cols), reinterpret_cast<const float*>(x),
-      reinterpret_cast<const float*>(dy), reinterpret_cast<float*>(grad), batch,
-      reinterpret_cast<float*>(xt), reinterpret_cast<float*>(yt), threads);
+void sampled(const Tensor& columns, const Tensor& splits, const Tensor& x, const Tensor& dy,
+             const Tensor& grad, int64_t batch, int64_t cols, const Tensor& xt, const Tensor& yt,
+             int threads, int isa) {
+  const Csr m = matrix(nullptr, columns, splits, cols);
+  if (threads < 1 || batch < 0 || x.count() != batch * cols || dy.count() != batch * m.rows)
+    throw std::invalid_argument("csr: x and dy differ in batch");
+  kernels<CsrKernels>(isa).sampled(
+      m, x.rows<const float>("x", cols), dy.rows<const float>("dy", m.rows),
+      grad.data<float>("grad", {columns.count()}), batch, xt.scratch("xt", cols * kCsrWidth),
+      yt.scratch("yt", m.rows * kCsrWidth), threads);
 }
 
 }  // namespace
 
 void bind_csr(nb::module_& m) {
-  m.def("csr_linear", &linear, nb::call_guard<nb::gil_scoped_release>());
-  m.def("csr_sampled", &sampled, nb::call_guard<nb::gil_scoped_release>());
+  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+  m.def("csr_linear", &linear, Unlocked());
+  m.def("csr_sampled", &sampled, Unlocked());
   m.attr("CSR_BLOCK") = kCsrBlock;
-  m.attr("CSR_WIDTH") = 128;
+  m.attr("CSR_WIDTH") = kCsrWidth;
 }
 
 }  // namespace gossamer

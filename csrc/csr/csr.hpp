@@ -1,15 +1,17 @@
 // Sparse matrices whose values change at every step: compressed rows, with float32 values.
 //
-// A batch is turned into tiles (column, batch), so each kept weight multiplies contiguous vectors.
-// Columns are walked in blocks of kCsrBlock, which keeps the tile's part that a block reads in the
-// second-level cache while all rows pass over it. The transposed matrix has an index of its own
-// over the same values.
+// A batch is transposed into tiles (column, batch), so each kept weight multiplies contiguous
+// vectors. Columns are walked in blocks of kCsrBlock, which keeps the tile's part that a block
+// reads in the second-level cache while all rows pass over it. The transposed matrix has an index
+// of its own over the same values.
 #pragma once
 #include <cstdint>
 
+#include "common/tables.hpp"
+
 namespace gossamer {
 
-constexpr int64_t kCsrBlock = 1024;
+constexpr int64_t kCsrBlock = 1024, kCsrWidth = 128;
 
 struct Csr {
   const float* values;
@@ -26,26 +28,23 @@ struct Reordered {
   float* values;          // scratch of as many floats
 };
 
-// y (batch, rows) = x (batch, cols) W^T + bias. xt: scratch of cols * 128 floats, yt: of rows * 128,
-// both on 64-byte boundaries.
-using CsrLinear = void (*)(Csr, Reordered, const float* x, float* y, int64_t batch,
-                           const float* bias, float* xt, float* yt, int threads);
+struct CsrKernels {
+  // y (batch, rows) = x (batch, cols) W^T + bias. xt: scratch of cols * kCsrWidth floats, yt: of
+  // rows * kCsrWidth, both on 64-byte boundaries.
+  void (*linear)(Csr, Reordered, const float* x, float* y, int64_t batch, const float* bias,
+                 float* xt, float* yt, int threads);
 
-// grad[e] = sum over the batch of dy[., row of e] * x[., column of e], for the entries of `m` in
-// order. xt and yt as above.
-using CsrSampled = void (*)(const Csr& m, const float* x, const float* dy, float* grad,
-                            int64_t batch, float* xt, float* yt, int threads);
+  // grad[e] = sum over the batch of dy[., row of e] * x[., column of e], for the entries of the
+  // matrix in order. xt and yt as above.
+  void (*sampled)(const Csr&, const float* x, const float* dy, float* grad, int64_t batch,
+                  float* xt, float* yt, int threads);
+};
 
-void csr_linear_portable(Csr, Reordered, const float*, float*, int64_t, const float*, float*, float*,
-                         int);
-void csr_linear_avx2(Csr, Reordered, const float*, float*, int64_t, const float*, float*, float*,
-                     int);
-void csr_linear_avx512(Csr, Reordered, const float*, float*, int64_t, const float*, float*, float*,
-                       int);
-void csr_sampled_portable(const Csr&, const float*, const float*, float*, int64_t, float*, float*,
-                          int);
-void csr_sampled_avx2(const Csr&, const float*, const float*, float*, int64_t, float*, float*, int);
-void csr_sampled_avx512(const Csr&, const float*, const float*, float*, int64_t, float*, float*,
-                        int);
+template <>
+const CsrKernels Tables<CsrKernels>::portable;
+template <>
+const CsrKernels Tables<CsrKernels>::avx2;
+template <>
+const CsrKernels Tables<CsrKernels>::avx512;
 
 }  // namespace gossamer

@@ -6,8 +6,8 @@
 #include <type_traits>
 
 #include "common/batch_tiles.hpp"
-#include "csr/csr.hpp"
 #include "common/lanes.hpp"
+#include "csr/csr.hpp"
 
 namespace gossamer {
 namespace {
@@ -146,11 +146,11 @@ inline void run_csr_linear(Csr m, Reordered other, const float* x, float* y, int
     for (int64_t at = 0; at < batch; at += 16 * kVectors) {
       const int64_t count = batch - at < 16 * kVectors ? batch - at : 16 * kVectors;
       const int vectors = vectors_of(count);
-      turn_in(x + at * m.cols, m.cols, count, 16 * vectors, m.cols * i / n, m.cols * (i + 1) / n,
-              xt);
+      transpose_in(x + at * m.cols, m.cols, count, 16 * vectors, m.cols * i / n,
+                   m.cols * (i + 1) / n, xt);
 #pragma omp barrier
       with_vectors(vectors, [&](auto nv) { product_tile<nv>(m, bias, xt, yt, from, to); });
-      turn_out(y + at * m.rows, m.rows, count, 16 * vectors, from, to, false, yt);
+      transpose_out(y + at * m.rows, m.rows, count, 16 * vectors, from, to, false, yt);
 #pragma omp barrier
     }
   }
@@ -165,12 +165,11 @@ inline void run_csr_sampled(const Csr& m, const float* x, const float* dy, float
     for (int64_t at = 0; at < batch; at += 16 * kVectors) {
       const int64_t count = batch - at < 16 * kVectors ? batch - at : 16 * kVectors;
       const int vectors = vectors_of(count);
-      turn_in(x + at * m.cols, m.cols, count, 16 * vectors, m.cols * i / n, m.cols * (i + 1) / n,
-              xt);
-      turn_in(dy + at * m.rows, m.rows, count, 16 * vectors, from, to, yt);
+      transpose_in(x + at * m.cols, m.cols, count, 16 * vectors, m.cols * i / n,
+                   m.cols * (i + 1) / n, xt);
+      transpose_in(dy + at * m.rows, m.rows, count, 16 * vectors, from, to, yt);
 #pragma omp barrier
-      with_vectors(vectors,
-                   [&](auto nv) { sampled_tile<nv>(m, xt, yt, at > 0, grad, from, to); });
+      with_vectors(vectors, [&](auto nv) { sampled_tile<nv>(m, xt, yt, at > 0, grad, from, to); });
 #pragma omp barrier
     }
   }

@@ -1,30 +1,15 @@
-// Compressed rows and blocks, portable path.
-#include "blocks/blocks.hpp"
-#include "csr/csr.hpp"
-
 namespace gossamer {
 namespace {
 constexpr int kLanes = 4;  // floats in a register
 constexpr int kVectors = 2;  // of 16 floats, in a batch tile of compressed rows
-constexpr int kSums = 2;  // of 16 floats, in registers for the product with blocks
-constexpr int kHeight = 2;  // of rows that have such sums
-}
+}  // namespace
 }  // namespace gossamer
 
-#include "blocks/driver.hpp"
 #include "csr/driver.hpp"
 
 namespace gossamer {
-void csr_linear_portable(Csr m, Reordered other, const float* x, float* y, int64_t batch,
-                        const float* bias, float* xt, float* yt, int threads) {
-  run_csr_linear(m, other, x, y, batch, bias, xt, yt, threads);
-}
-void csr_sampled_portable(const Csr& m, const float* x, const float* dy, float* grad,
-                          int64_t batch, float* xt, float* yt, int threads) {
-  run_csr_sampled(m, x, dy, grad, batch, xt, yt, threads);
-}
-void blocks_portable(const Blocks& m, const float* x, float* y, int64_t batch, const float* bias,
-                     float* xt, float* yt, int threads) {
-  run_blocks(m, x, y, batch, bias, xt, yt, threads);
-}
+
+template <>
+const CsrKernels Tables<CsrKernels>::portable = {run_csr_linear, run_csr_sampled};
+
 }  // namespace gossamer

@@ -11,14 +11,15 @@
 
 namespace gossamer {
 
-// A linear layer: dense rows, or a bitmap and its kept values, float32 or bfloat16; or quantised; or N:M.
+// A linear layer: dense rows, or a bitmap and its kept values, float32 or bfloat16; or quantised;
+// or N:M.
 struct Linear {
   Bitmap packed{};               // for a dense layer: values, rows and bf16 only
   int64_t cols = 0;
   const float* bias = nullptr;
   bool dense = true;
   const Quantized* quantized = nullptr;  // then nothing above but cols, bias and packed.rows counts
-  const Nm* nm = nullptr;                // the same
+  const Nm* nm = nullptr;  // the same
   bool apart() const { return quantized || nm; }  // its kernels are compiled apart
 };
 
@@ -26,7 +27,7 @@ struct Layer {
   const float* input_norm = nullptr;
   const float* mlp_norm = nullptr;
   Linear q, k, v, o, gate, up, down;
-  float* keys = nullptr;    // (kv_heads, capacity, head_dim)
+  float* keys = nullptr;  // (kv_heads, capacity, head_dim)
   float* values = nullptr;  // the same
 };
 
@@ -35,7 +36,7 @@ struct Llama {
   float eps, scale;
   const void* embedding = nullptr;  // (vocab, hidden)
   bool embedding_bf16 = false;
-  const float* cosines = nullptr;   // (capacity, head_dim)
+  const float* cosines = nullptr;  // (capacity, head_dim)
   const float* sines = nullptr;
   const float* final_norm = nullptr;
   Linear head;
@@ -48,17 +49,21 @@ struct Llama {
   int64_t most_rows = 0;  // of any layer; sums and more_sums hold 2 more per thread
   int8_t* integers = nullptr;
   float *integer_scales, *integer_sums;
-  QuantizeInput quantize = nullptr;
-  QuantizedRows quantized_rows = nullptr;
-  NmRows nm_rows = nullptr;
+  decltype(QuantizedKernels::quantize_input) quantize = nullptr;
+  decltype(QuantizedKernels::rows) quantized_rows = nullptr;
+  decltype(NmKernels::rows) nm_rows = nullptr;
 };
 
-// Appends `token` at `position` (positions before it are in the cache), writes logits (vocab,).
-using DecodeStep = void (*)(const Llama&, int64_t token, int64_t position, float* logits,
-                            int threads);
+struct DecoderKernels {
+  // Appends `token` at `position` (positions before it are in the cache), writes logits (vocab,).
+  void (*step)(const Llama&, int64_t token, int64_t position, float* logits, int threads);
+};
 
-void decode_portable(const Llama&, int64_t, int64_t, float*, int);
-void decode_avx2(const Llama&, int64_t, int64_t, float*, int);
-void decode_avx512(const Llama&, int64_t, int64_t, float*, int);
+template <>
+const DecoderKernels Tables<DecoderKernels>::portable;
+template <>
+const DecoderKernels Tables<DecoderKernels>::avx2;
+template <>
+const DecoderKernels Tables<DecoderKernels>::avx512;
 
 }  // namespace gossamer

@@ -15,10 +15,13 @@ namespace {
 // library's it vectorises.
 inline float fast_exp(float x) {
   x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-  const float n = static_cast<float>(static_cast<int32_t>(x * 1.44269504f + (x < 0 ? -0.5f : 0.5f)));
+  const float n =
+      static_cast<float>(static_cast<int32_t>(x * 1.44269504f + (x < 0 ? -0.5f : 0.5f)));
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  const float p = 1.0f + r * (1.0f + r * (0.5f + r * (0.166666667f + r * (0.0416666667f +
-                  r * (8.33333377e-3f + r * 1.38888892e-3f)))));
+  const float p =
+      1.0f +
+      r * (1.0f + r * (0.5f + r * (0.166666667f + r * (0.0416666667f + r * (8.33333377e-3f +
+                                                                            r * 1.38888892e-3f)))));
   const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
   float scale;
   __builtin_memcpy(&scale, &bits, 4);
@@ -80,10 +83,10 @@ inline QuantInput as_integers(const Llama& m, const Linear& layer, const float* 
   return {x, m.integers, m.integer_scales, m.integer_sums};
 }
 
-// The rows from..to of a layer whose kernels are compiled apart, into a part of `memory` that is thread i's alone, since threads
-// are not at the same layer at the same time; row r is at [r].
-inline float* sums_apart(const Llama& m, const Linear& layer, const QuantInput& input,
-                         int64_t from, int64_t to, int i, int n, float* memory) {
+// The rows from..to of a layer whose kernels are compiled apart, into a part of `memory` that is
+// thread i's alone, since threads are not at the same layer at the same time; row r is at [r].
+inline float* sums_apart(const Llama& m, const Linear& layer, const QuantInput& input, int64_t from,
+                         int64_t to, int i, int n, float* memory) {
   float* own = memory + m.most_rows * i / n + 2 * i - from;
   if (layer.nm) m.nm_rows(*layer.nm, input.exact, from, to, own);
   else m.quantized_rows(*layer.quantized, input, from, to, own);
@@ -199,7 +202,8 @@ inline void mlp(const Llama& m, const Layer& layer, int i, int n) {
       m.gated[r] = silu(both[0]) * both[1];
     }
   } else {  // kinds that differ are split differently
-    product(m, layer.gate, m.normed, normed, i, n, [&](int64_t r, float y) { m.gated[r] = silu(y); });
+    product(m, layer.gate, m.normed, normed, i, n,
+            [&](int64_t r, float y) { m.gated[r] = silu(y); });
 #pragma omp barrier
     product(m, layer.up, m.normed, normed, i, n, [&](int64_t r, float y) { m.gated[r] *= y; });
   }

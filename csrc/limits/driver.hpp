@@ -1,7 +1,9 @@
 // The loops of limits.hpp, compiled once per instruction set.
 #pragma once
+#include <omp.h>
+
+#include "common/batch_tiles.hpp"
 #include "limits/limits.hpp"
-#include "sell/driver.hpp"
 
 namespace gossamer {
 namespace {

@@ -59,16 +59,15 @@ inline __m256 lookup8(const float* x, __m256i at) {
   if constexpr (PARTS == 1) return _mm256_blend_ps(first, second, 0xf0);
   const __m256 third = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + 16), at);
   const __m256 fourth = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + 24), at);
-  return _mm256_blend_ps(_mm256_blend_ps(first, second, 0x0c),
-                         _mm256_blend_ps(third, fourth, 0xc0), 0xf0);
+  return _mm256_blend_ps(_mm256_blend_ps(first, second, 0x0c), _mm256_blend_ps(third, fourth, 0xc0),
+                         0xf0);
 }
 
 template <int PARTS>
 inline Floats lookup(const float* x, Ints at) {
   if constexpr (PARTS == 0)
     return {_mm256_i32gather_ps(x, at.low, 4), _mm256_i32gather_ps(x, at.high, 4)};
-  else
-    return {lookup8<PARTS>(x, at.low), lookup8<PARTS>(x + 16 * PARTS, at.high)};
+  else return {lookup8<PARTS>(x, at.low), lookup8<PARTS>(x + 16 * PARTS, at.high)};
 }
 
 inline Floats fused(Floats a, Floats b, Floats sum) {
@@ -96,5 +95,8 @@ inline void spill(Floats v, float* to) {
 #include "nm/driver.hpp"
 
 namespace gossamer {
-GOSSAMER_NM(avx2)
+
+template <>
+const NmKernels Tables<NmKernels>::avx2 = {run_nm_matvec, run_nm_rows, run_nm_unpack};
+
 }  // namespace gossamer

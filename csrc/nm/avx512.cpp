@@ -68,5 +68,8 @@ inline void spill(Floats v, float* to) { _mm512_storeu_ps(to, v); }
 #include "nm/driver.hpp"
 
 namespace gossamer {
-GOSSAMER_NM(avx512)
+
+template <>
+const NmKernels Tables<NmKernels>::avx512 = {run_nm_matvec, run_nm_rows, run_nm_unpack};
+
 }  // namespace gossamer

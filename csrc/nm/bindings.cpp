@@ -1,41 +1,17 @@
-// Bindings of the N:M products. Arrays come by address; Python owns them and has checked dtype and
-// contiguity. Codes cannot point outside a padded input, so no content can make a kernel stray.
 #include "nm/bindings.hpp"
 
-#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
 
 #include <cstring>
 #include <stdexcept>
 #include <vector>
 
 #include "common/isa.hpp"
+#include "common/scratch.hpp"
 
 namespace nb = nanobind;
 
 namespace gossamer {
-
-Nm nm_view(const NmArgs& a) {
-  const int64_t rows = a[2], cols = a[3], keep = a[4], group = a[5];
-  if (rows < 0 || cols < 0 || group < 2 || group > 32 || group & (group - 1) || keep < 1 ||
-      keep >= group)
-    throw std::invalid_argument("nm: bad size");
-  Nm m{reinterpret_cast<const uint8_t*>(a[0]), reinterpret_cast<const void*>(a[1]), rows, 0,
-       static_cast<int>(keep), static_cast<int>(group), a[8] != 0};
-  m.spans = (cols + m.span_columns() - 1) / m.span_columns();
-  if (a[6] != m.code_bytes() || a[7] != m.blocks() * kLaneCount)
-    throw std::invalid_argument("nm: codes or values do not fit the shape");
-  return m;
-}
-
-NmRows pick_nm_rows(int isa) {
-#if defined(__x86_64__)
-  if (isa == kAvx512) return nm_rows_avx512;
-  if (isa == kAvx2) return nm_rows_avx2;
-#endif
-  (void)isa;
-  return nm_rows_portable;
-}
-
 namespace {
 
 // The word of a lane that holds the code of block k, shifted so that the code is lowest.
@@ -74,57 +50,60 @@ void check_row(const Nm& m, int64_t row, int64_t cols) {
   }
 }
 
-// Throws where places in a group do not ascend, an unused bit is set, or padding is not zero.
-void check(const NmArgs& matrix) {
-  const Nm m = nm_view(matrix);
-  for (int64_t r = 0; r < m.rows; ++r) check_row(m, r, matrix[3]);
-}
-
-// x (batch, cols), float32, y (batch, rows): padded here, because small layers are called so often
-// that every tensor operation around the kernel would cost more than the kernel.
-void matvec(const NmArgs& matrix, uintptr_t x, int64_t batch, uintptr_t y, uintptr_t bias,
-            int threads, int isa) {
-  check_isa(isa);
-  if (batch < 1 || batch > 8 || threads < 1) throw std::invalid_argument("nm: bad batch");
-  const Nm m = nm_view(matrix);
-  const int64_t cols = matrix[3], padded = m.padded();
-  const auto* input = reinterpret_cast<const float*>(x);
-  thread_local std::vector<float> wide;
-  if (padded != cols || x % 64) {
-    wide.assign(batch * padded + 16, 0.0f);
-    float* aligned = wide.data() + (64 - reinterpret_cast<uintptr_t>(wide.data()) % 64) / 4 % 16;
-    for (int64_t b = 0; b < batch; ++b)
-      if (cols) std::memcpy(aligned + b * padded, input + b * cols, cols * sizeof(float));
-    input = aligned;
-  }
-  NmMatvec run = nm_matvec_portable;
-#if defined(__x86_64__)
-  if (isa == kAvx512) run = nm_matvec_avx512;
-  if (isa == kAvx2) run = nm_matvec_avx2;
-#endif
-  run(m, input, batch, reinterpret_cast<float*>(y), reinterpret_cast<const float*>(bias), threads);
-}
-
-void unpack(const NmArgs& matrix, int64_t from, int64_t to, uintptr_t out, int threads, int isa) {
-  check_isa(isa);
-  const Nm m = nm_view(matrix);
-  if (from < 0 || to < from || to > m.rows || threads < 1)
-    throw std::invalid_argument("nm: bad rows");
-  if (from == to || matrix[3] == 0) return;  // nowhere to write
-  NmUnpack run = nm_unpack_portable;
-#if defined(__x86_64__)
-  if (isa == kAvx512) run = nm_unpack_avx512;
-  if (isa == kAvx2) run = nm_unpack_avx2;
-#endif
-  run(m, matrix[3], from, to, reinterpret_cast<float*>(out), threads);
-}
-
 }  // namespace
 
+NmMatrix::NmMatrix(const Tensor& codes, const Tensor& values, int64_t cols, int keep, int group)
+    : cols_(cols),
+      kept_{codes.owner(), values.owner()} {
+  if (cols < 0 || group < 2 || group > 32 || group & (group - 1) || keep < 1 || keep >= group)
+    throw std::invalid_argument("nm: bad size");
+  view_.rows = codes.size(0), view_.keep = keep, view_.group = group;
+  view_.spans = (cols + view_.span_columns() - 1) / view_.span_columns();
+  view_.codes = codes.data<const uint8_t>("codes", {view_.rows, view_.code_bytes()});
+  view_.values = values.floats("values", {view_.rows, view_.blocks() * kLaneCount});
+  view_.bf16 = values.is_bf16();
+}
+
+void NmMatrix::check() const {
+  for (int64_t r = 0; r < view_.rows; ++r) check_row(view_, r, cols_);
+}
+
+// Padded here, because small layers are called so often that every tensor operation around the
+// kernel would cost more than the kernel.
+void NmMatrix::matvec(const Tensor& x, const Tensor& y, const std::optional<Tensor>& bias,
+                      int threads, int isa) const {
+  const int64_t rows = view_.rows, batch = rows ? y.count() / rows : 0, padded = view_.padded();
+  if (batch < 1 || batch > 8 || threads < 1) throw std::invalid_argument("nm: bad batch");
+  const float* input = x.data<const float>("x", {batch, cols_});
+  auto* output = y.data<float>("y", {batch, rows});
+  thread_local std::vector<float> wide;
+  if (padded != cols_ || reinterpret_cast<uintptr_t>(input) % 64) {
+    float* copy = aligned(wide, batch * padded);
+    for (int64_t b = 0; b < batch; ++b) {
+      if (cols_) std::memcpy(copy + b * padded, input + b * cols_, cols_ * sizeof(float));
+      std::memset(copy + b * padded + cols_, 0, (padded - cols_) * sizeof(float));
+    }
+    input = copy;
+  }
+  kernels<NmKernels>(isa).matvec(view_, input, batch, output,
+                                 bias ? bias->data<const float>("bias", {rows}) : nullptr, threads);
+}
+
+void NmMatrix::unpack(int64_t first, const Tensor& out, int threads, int isa) const {
+  const int64_t last = first + out.size(0);
+  if (first < 0 || last > view_.rows || threads < 1) throw std::invalid_argument("nm: bad rows");
+  auto* to = out.data<float>("out", {last - first, cols_});
+  if (first == last || cols_ == 0) return;  // nowhere to write
+  kernels<NmKernels>(isa).unpack(view_, cols_, first, last, to, threads);
+}
+
 void bind_nm(nb::module_& m) {
-  m.def("nm_check", &check, nb::call_guard<nb::gil_scoped_release>());
-  m.def("nm_matvec", &matvec, nb::call_guard<nb::gil_scoped_release>());
-  m.def("nm_unpack", &unpack, nb::call_guard<nb::gil_scoped_release>());
+  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+  nb::class_<NmMatrix>(m, "NmMatrix")
+      .def(nb::init<const Tensor&, const Tensor&, int64_t, int, int>())
+      .def("check", &NmMatrix::check, Unlocked())
+      .def("matvec", &NmMatrix::matvec, Unlocked())
+      .def("unpack", &NmMatrix::unpack, Unlocked());
 }
 
 }  // namespace gossamer

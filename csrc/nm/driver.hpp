@@ -27,9 +27,14 @@ struct NmPlan {
   int32_t base[16];  // of each lane's group in a span
 
   explicit NmPlan(const Nm& m)
-      : words(m.blocks() / m.per_word()), per_word(m.per_word()), left(m.blocks() % m.per_word()),
-        per_span(m.blocks_per_span()), columns(m.span_columns()), stride(m.code_bytes()),
-        blocks(m.blocks()), tail(m.tail_width()) {
+      : words(m.blocks() / m.per_word()),
+        per_word(m.per_word()),
+        left(m.blocks() % m.per_word()),
+        per_span(m.blocks_per_span()),
+        columns(m.span_columns()),
+        stride(m.code_bytes()),
+        blocks(m.blocks()),
+        tail(m.tail_width()) {
     for (int lane = 0; lane < 16; ++lane) base[lane] = lane / m.slots() * m.group;
   }
 };
@@ -169,6 +174,10 @@ inline void nm_share(const Nm& m, const float* x, int64_t batch, int64_t from, i
   else by_bits<float>(m, x, batch, from, to, out);
 }
 
+inline void run_nm_rows(const Nm& m, const float* x, int64_t from, int64_t to, float* y) {
+  nm_share(m, x, 1, from, to, {y, m.rows, nullptr});
+}
+
 inline void run_nm_matvec(const Nm& m, const float* x, int64_t batch, float* y, const float* bias,
                           int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -210,18 +219,4 @@ inline void run_nm_unpack(const Nm& m, int64_t cols, int64_t from, int64_t to, f
 }
 
 }  // namespace
-
-#define GOSSAMER_NM(isa)                                                                         \
-  void nm_matvec_##isa(const Nm& m, const float* x, int64_t batch, float* y, const float* bias,  \
-                       int threads) {                                                            \
-    run_nm_matvec(m, x, batch, y, bias, threads);                                                \
-  }                                                                                              \
-  void nm_rows_##isa(const Nm& m, const float* x, int64_t from, int64_t to, float* y) {          \
-    nm_share(m, x, 1, from, to, {y, m.rows, nullptr});                                           \
-  }                                                                                              \
-  void nm_unpack_##isa(const Nm& m, int64_t cols, int64_t from, int64_t to, float* out,          \
-                       int threads) {                                                            \
-    run_nm_unpack(m, cols, from, to, out, threads);                                              \
-  }
-
 }  // namespace gossamer

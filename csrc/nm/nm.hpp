@@ -9,14 +9,16 @@
 #pragma once
 #include <cstdint>
 
+#include "common/tables.hpp"
+
 namespace gossamer {
 
 constexpr int64_t kLaneCount = 16;
 
 struct Nm {
   const uint8_t* codes;  // (rows, code_bytes)
-  const void* values;    // (rows, blocks * 16) float32, or bfloat16 as uint16
-  int64_t rows, spans;   // spans of a row
+  const void* values;  // (rows, blocks * 16) float32, or bfloat16 as uint16
+  int64_t rows, spans;  // spans of a row
   int keep, group;
   bool bf16;
   int bits() const { return __builtin_ctz(static_cast<unsigned>(group)); }
@@ -34,30 +36,27 @@ struct Nm {
     const int64_t left = blocks() % per_word() * bits();
     return left == 0 ? 0 : left <= 8 / bits() * bits() ? 1 : left <= 16 / bits() * bits() ? 2 : 4;
   }
-  int64_t code_bytes() const {
-    return kLaneCount * (blocks() / per_word() * 4 + tail_width());
-  }
+  int64_t code_bytes() const { return kLaneCount * (blocks() / per_word() * 4 + tail_width()); }
 };
 
-// y (batch, rows) = x (batch, padded) W^T + bias; x is 0 beyond the matrix's columns. What is
-// stored as zero multiplies too.
-using NmMatvec = void (*)(const Nm&, const float* x, int64_t batch, float* y, const float* bias,
-                          int threads);
+struct NmKernels {
+  // y (batch, rows) = x (batch, padded) W^T + bias; x is 0 beyond the matrix's columns. What is
+  // stored as zero multiplies too.
+  void (*matvec)(const Nm&, const float* x, int64_t batch, float* y, const float* bias,
+                 int threads);
 
-// y[r] = row r of W times x for the rows from..to, bias not added; one thread.
-using NmRows = void (*)(const Nm&, const float* x, int64_t from, int64_t to, float* y);
+  // y[r] = row r of W times x for the rows from..to, bias not added; one thread.
+  void (*rows)(const Nm&, const float* x, int64_t from, int64_t to, float* y);
 
-// Rows from..to as dense float32 rows of `cols` into out.
-using NmUnpack = void (*)(const Nm&, int64_t cols, int64_t from, int64_t to, float* out,
-                          int threads);
+  // Rows from..to as dense float32 rows of `cols` into out.
+  void (*unpack)(const Nm&, int64_t cols, int64_t from, int64_t to, float* out, int threads);
+};
 
-#define GOSSAMER_NM(isa)                                                                        \
-  void nm_matvec_##isa(const Nm&, const float*, int64_t, float*, const float*, int);            \
-  void nm_rows_##isa(const Nm&, const float*, int64_t, int64_t, float*);                        \
-  void nm_unpack_##isa(const Nm&, int64_t, int64_t, int64_t, float*, int);
-GOSSAMER_NM(portable)
-GOSSAMER_NM(avx2)
-GOSSAMER_NM(avx512)
-#undef GOSSAMER_NM
+template <>
+const NmKernels Tables<NmKernels>::portable;
+template <>
+const NmKernels Tables<NmKernels>::avx2;
+template <>
+const NmKernels Tables<NmKernels>::avx512;
 
 }  // namespace gossamer

@@ -40,8 +40,7 @@ inline Ints next(Ints codes) {
 
 template <int BITS>
 inline Ints columns(Ints codes, Ints base) {
-  for (int k = 0; k < 16; ++k)
-    codes.lane[k] = (codes.lane[k] & ((1u << BITS) - 1)) | base.lane[k];
+  for (int k = 0; k < 16; ++k) codes.lane[k] = (codes.lane[k] & ((1u << BITS) - 1)) | base.lane[k];
   return codes;
 }
 
@@ -84,5 +83,8 @@ inline void spill(const Floats& v, float* to) { std::memcpy(to, v.lane, sizeof v
 #include "nm/driver.hpp"
 
 namespace gossamer {
-GOSSAMER_NM(portable)
+
+template <>
+const NmKernels Tables<NmKernels>::portable = {run_nm_matvec, run_nm_rows, run_nm_unpack};
+
 }  // namespace gossamer

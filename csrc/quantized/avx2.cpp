@@ -9,8 +9,8 @@ namespace {
 
 // 1 in every byte whose bit is set.
 inline __m256i ones_of(uint32_t bits) {
-  const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2,
-                                          2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
+  const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2,
+                                          2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
   const __m256i select = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u));
   const __m256i copies = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(bits)), spread);
   const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(copies, select), select);
@@ -43,7 +43,8 @@ inline __m256i half_of(const Row& row, const uint8_t* from, uint64_t kept, int h
 inline void word_integers(const Row& row, const uint8_t* from, uint64_t kept, uint8_t* out) {
   for (int h = 0; h < 2; ++h) {
     const __m256i ones = ones_of(static_cast<uint32_t>(kept >> (32 * h)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * h), half_of(row, from, kept, h, ones));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * h),
+                        half_of(row, from, kept, h, ones));
   }
 }
 
@@ -84,7 +85,7 @@ void row_dot(const Quantized& m, int64_t row, const QuantInput* x, float* out) {
     }
     from += __builtin_popcountll(kept);
     const __m256i zero = _mm256_set1_epi32(zero_of(m, row, w) << place.lift);
-    const float scale = from_bf16(m.scales[row * m.groups + (w >> m.group_shift)]) /
+    const float scale = widen(m.scales[row * m.groups + (w >> m.group_shift)]) /
                         static_cast<float>(1 << place.lift);
     for (int b = 0; b < B; ++b) {
       const __m256i total = _mm256_sub_epi32(weighted[b], _mm256_mullo_epi32(plain[b], zero));
@@ -101,5 +102,10 @@ void rows_dot(const Quantized& m, int64_t row, const QuantInput* x, float* out) 
 }
 
 }  // namespace
-GOSSAMER_QUANTIZED(avx2)
+
+template <>
+const QuantizedKernels Tables<QuantizedKernels>::avx2 = {
+    run_quantize_input,   run_quantized_matvec,  run_quantized_rows,
+    run_quantized_unpack, run_quantized_densify, nullptr};
+
 }  // namespace gossamer

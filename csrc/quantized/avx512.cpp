@@ -51,9 +51,9 @@ inline __m512 both_scales(const Quantized& m, int64_t row, int64_t first, int64_
         return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << some) - 1), totals + at);
       };
       const __m512 low = part(0), high = part(16);
-      sums = _mm512_add_ps(_mm512_permutex2var_ps(low, even, high),
-                           _mm512_permutex2var_ps(low, _mm512_or_si512(even, _mm512_set1_epi32(1)),
-                                                  high));
+      sums = _mm512_add_ps(
+          _mm512_permutex2var_ps(low, even, high),
+          _mm512_permutex2var_ps(low, _mm512_or_si512(even, _mm512_set1_epi32(1)), high));
     } else {
       const auto pairs = static_cast<__mmask16>((1u << ((count + 1) / 2)) - 1);
       inputs = _mm512_permutexvar_ps(_mm512_srli_epi32(lane, 1),
@@ -84,18 +84,18 @@ inline __m512i rest_of(const Quantized& m, int64_t row, int64_t w) {
 }
 
 // The integers of word k at their columns; columns that keep none get the zero point.
-template <bool DENSE, int RUN, int ROWS>
+template <bool DENSE, int BALANCED, int ROWS>
 inline void next_word(Walk<ROWS>& walk, int64_t k, __m512i* integers) {
   _mm_prefetch(reinterpret_cast<const char*>(walk.from[0]) + kAhead, _MM_HINT_T0);
   if constexpr (DENSE) {
     const __m512i both = _mm512_loadu_si512(walk.from[0]);
     for (int r = 0; r < ROWS; ++r) integers[r] = _mm512_and_si512(both, walk.own[r]);
     walk.from[0] += 64;
-  } else if constexpr (RUN > 0) {
+  } else if constexpr (BALANCED > 0) {
     const __m512i both = spread(walk.from[0], walk.rest);
     for (int r = 0; r < ROWS; ++r)
       integers[r] = _mm512_and_si512(
-          _mm512_shuffle_epi8(both, even_places<RUN>(walk.bitmap[r] + k)), walk.own[r]);
+          _mm512_shuffle_epi8(both, even_places<BALANCED>(walk.bitmap[r] + k)), walk.own[r]);
     walk.from[0] += 32;
   } else {
     for (int r = 0; r < ROWS; ++r) {
@@ -112,7 +112,7 @@ inline void next_word(Walk<ROWS>& walk, int64_t k, __m512i* integers) {
 //
 // Columns that are not kept are given the zero point as their integer, so that every column is off
 // by the same amount, zero times the sum of the inputs, which is taken from the whole row at once.
-template <bool DENSE, int RUN, bool ZEROS, int ROWS, int B, int PER>
+template <bool DENSE, int BALANCED, bool ZEROS, int ROWS, int B, int PER>
 __attribute__((noinline)) void some_words(const Quantized& m, int64_t row, int64_t first,
                                           int64_t words, const QuantInput* x, Walk<ROWS>& from,
                                           __m512* totals) {
@@ -136,13 +136,14 @@ __attribute__((noinline)) void some_words(const Quantized& m, int64_t row, int64
                      _MM_HINT_T0);
     for (int k = 0; k < count; ++k) {
       __m512i integers[ROWS];
-      next_word<DENSE, RUN>(walk, unit * PER + k, integers);
+      next_word<DENSE, BALANCED>(walk, unit * PER + k, integers);
       for (int i = 0; i < ROWS * B; ++i)
-        dots[i] = _mm512_dpbusd_epi32(
-            dots[i], integers[i / B], _mm512_load_si512(inputs[i % B] + (unit * PER + k) * 64));
+        dots[i] = _mm512_dpbusd_epi32(dots[i], integers[i / B],
+                                      _mm512_load_si512(inputs[i % B] + (unit * PER + k) * 64));
     }
     for (int i = 0; i < ROWS * B; ++i)
-      sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[i]), _mm512_set1_ps(scales[i][unit]), sums[i]);
+      sums[i] =
+          _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[i]), _mm512_set1_ps(scales[i][unit]), sums[i]);
   };
   int64_t unit = 0;
   for (; (unit + 1) * PER <= words; ++unit) unit_of(unit, PER);
@@ -152,7 +153,7 @@ __attribute__((noinline)) void some_words(const Quantized& m, int64_t row, int64
   from = walk;
 }
 
-template <bool DENSE, int RUN, bool ZEROS, int ROWS, int B, int PER>
+template <bool DENSE, int BALANCED, bool ZEROS, int ROWS, int B, int PER>
 void whole_rows(const Quantized& m, int64_t row, const QuantInput* x, float* out) {
   __m512 sums[ROWS * B];
   for (int i = 0; i < ROWS * B; ++i) sums[i] = _mm512_setzero_ps();
@@ -165,25 +166,30 @@ void whole_rows(const Quantized& m, int64_t row, const QuantInput* x, float* out
   }
   for (int64_t first = 0; first < m.words; first += kChunk) {
     const int64_t words = m.words - first < kChunk ? m.words - first : kChunk;
-    some_words<DENSE, RUN, ZEROS, ROWS, B, PER>(m, row, first, words, x, walk, sums);
+    some_words<DENSE, BALANCED, ZEROS, ROWS, B, PER>(m, row, first, words, x, walk, sums);
   }
   for (int i = 0; i < ROWS * B; ++i) out[i] = _mm512_reduce_add_ps(sums[i]);
 }
 
-template <bool DENSE, int RUN, int ROWS, int B>
+template <bool DENSE, int BALANCED, int ROWS, int B>
 void formed_rows(const Quantized& m, int64_t row, const QuantInput* x, float* out) {
-  if (m.zeros) return whole_rows<DENSE, RUN, true, ROWS, B, 1>(m, row, x, out);
-  if (m.group_shift > 0) return whole_rows<DENSE, RUN, false, ROWS, B, 2>(m, row, x, out);
-  return whole_rows<DENSE, RUN, false, ROWS, B, 1>(m, row, x, out);
+  if (m.zeros) return whole_rows<DENSE, BALANCED, true, ROWS, B, 1>(m, row, x, out);
+  if (m.group_shift > 0) return whole_rows<DENSE, BALANCED, false, ROWS, B, 2>(m, row, x, out);
+  return whole_rows<DENSE, BALANCED, false, ROWS, B, 1>(m, row, x, out);
 }
 
 template <bool DENSE, int ROWS, int B>
 void rows_dot(const Quantized& m, int64_t row, const QuantInput* x, float* out) {
-  if (!DENSE && m.run == 4) return formed_rows<false, 4, ROWS, B>(m, row, x, out);
-  if (!DENSE && m.run == 8) return formed_rows<false, 8, ROWS, B>(m, row, x, out);
+  if (!DENSE && m.balanced == 4) return formed_rows<false, 4, ROWS, B>(m, row, x, out);
+  if (!DENSE && m.balanced == 8) return formed_rows<false, 8, ROWS, B>(m, row, x, out);
   return formed_rows<DENSE, 0, ROWS, B>(m, row, x, out);
 }
 
 }  // namespace
-GOSSAMER_QUANTIZED(avx512)
+
+template <>
+const QuantizedKernels Tables<QuantizedKernels>::avx512 = {
+    run_quantize_input,   run_quantized_matvec,  run_quantized_rows,
+    run_quantized_unpack, run_quantized_densify, quantized_matmul};
+
 }  // namespace gossamer

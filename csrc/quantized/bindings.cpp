@@ -1,157 +1,132 @@
-// Binding of the quantised matrices. Arrays come by address; Python keeps them alive and has checked
-// dtype and contiguity. Sizes are checked here.
 #include "quantized/bindings.hpp"
 
-#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
 
-#include <cstring>
 #include <stdexcept>
 #include <vector>
 
+#include "common/bfloat16.hpp"
 #include "common/isa.hpp"
+#include "common/scratch.hpp"
 
 namespace nb = nanobind;
 
 namespace gossamer {
-namespace {
 
-float widen(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
+const QuantizedKernels& quantized_kernels(int isa) {
+  return kernels<QuantizedKernels>(isa == kAvx512 && !has_vnni() ? kAvx2 : isa);
 }
 
-// Round to nearest even; NaN stays NaN.
-uint16_t narrow(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if (value != value) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+QuantizedMatrix::QuantizedMatrix(const Tensor& values, const Tensor& offsets, const Maybe& bitmap,
+                                 const Tensor& scales, const Maybe& zeros, const Maybe& outlier_ptr,
+                                 const Maybe& outlier_cols, const Maybe& outlier_values,
+                                 int64_t cols, int64_t group, int bits, int balanced)
+    : kept_{values.owner(), offsets.owner(), scales.owner()} {
+  Quantized& m = view_;
+  const bool power = group >= 64 && (group & (group - 1)) == 0;
+  if (cols < 0 || !power || (bits != 4 && bits != 8))
+    throw std::invalid_argument("quantized: bad shape, group or bits");
+  m.rows = scales.size(0), m.cols = cols, m.words = (cols + 63) / 64;
+  m.bits = bits, m.balanced = balanced,
+  m.group_shift = __builtin_ctzll(static_cast<uint64_t>(group)) - 6;
+  m.groups = (m.words + (int64_t{1} << m.group_shift) - 1) >> m.group_shift;
+  m.scales = scales.bfloats("scales", {m.rows, m.groups});
+  m.offsets = offsets.data<const int64_t>("offsets", {byte_rows() + 1});
+  m.values = values.data<const uint8_t>("values", {m.offsets[byte_rows()] + kSlack});
+  if (m.offsets[0] != 0) throw std::invalid_argument("quantized: offsets do not begin at 0");
+  if (bitmap) {
+    m.bitmap =
+        reinterpret_cast<const Word*>(bitmap->data<const uint8_t>("bitmap", {m.rows, m.words * 8}));
+    kept_[3] = bitmap->owner();
+  }
+  if (balanced && ((balanced != 4 && balanced != 8) || cols % 64 || !bitmap))
+    throw std::invalid_argument("quantized: badly balanced");
+  if (zeros) {
+    m.zeros = zeros->data<const uint8_t>("zeros", {m.rows, m.groups});
+    kept_[4] = zeros->owner();
+  }
+  if (!outlier_ptr) return;
+  if (!outlier_cols || !outlier_values)
+    throw std::invalid_argument("quantized: outliers come with columns and values");
+  m.outlier_ptr = outlier_ptr->data<const int64_t>("outlier offsets", {m.rows + 1});
+  const int64_t outliers = m.outlier_ptr[m.rows];
+  m.outlier_cols = outlier_cols->data<const int32_t>("outlier columns", {outliers});
+  m.outlier_values = outlier_values->data<const float>("outlier values", {outliers});
+  if (m.outlier_ptr[0] != 0) throw std::invalid_argument("quantized: outliers do not begin at 0");
+  kept_[5] = outlier_ptr->owner(), kept_[6] = outlier_cols->owner();
+  kept_[7] = outlier_values->owner();
 }
 
-template <class T>
-T* aligned(std::vector<T>& memory, int64_t count) {
-  memory.resize(count + 64 / sizeof(T));
-  const auto at = reinterpret_cast<uintptr_t>(memory.data());
-  return reinterpret_cast<T*>(at + (64 - at % 64) % 64);
-}
-
-#if defined(__x86_64__)
-#define GOSSAMER_PICK(name, isa) \
-  (isa == kAvx512 && has_vnni() ? name##_avx512 : isa >= kAvx2 ? name##_avx2 : name##_portable)
-#else
-#define GOSSAMER_PICK(name, isa) ((void)isa, name##_portable)
-#endif
-
-// x (batch, cols) and y (batch, rows), both float32 or both bfloat16; bias float32 or 0.
-void matvec(const QuantizedArgs& args, uintptr_t x, int64_t batch, bool bf16, uintptr_t y,
-            uintptr_t bias, int threads, int isa) {
-  check_isa(isa);
-  if (batch < 1 || batch > 8 || threads < 1) throw std::invalid_argument("quantized: bad batch");
-  const Quantized m = quantized_view(args);
+void QuantizedMatrix::matvec(const Tensor& x, const Tensor& y, const Maybe& bias, int threads,
+                             int isa) const {
+  const Quantized& m = view_;
+  const QuantizedKernels& run = quantized_kernels(isa);
+  const int64_t batch = m.rows ? y.count() / m.rows : 0;
+  if (batch < 1 || batch > 8 || threads < 1 || x.count() != batch * m.cols ||
+      x.is_bf16() != y.is_bf16())
+    throw std::invalid_argument("quantized: bad batch");
+  const void* given = x.float_rows("x", m.cols);
+  void* out = y.float_rows("y", m.rows);
+  const float* first = bias ? bias->data<const float>("bias", {m.rows}) : nullptr;
   thread_local std::vector<float> wide, scales, totals, sums;
   thread_local std::vector<int8_t> values;
   const int64_t padded = m.words * 64, pairs = pairs_of(m.words);
-  auto* input = reinterpret_cast<const float*>(x);
-  if (bf16) {
-    wide.resize(batch * m.cols);
+  auto* input = static_cast<const float*>(given);
+  if (x.is_bf16()) {
+    float* copy = aligned(wide, batch * m.cols);
     for (int64_t i = 0; i < batch * m.cols; ++i)
-      wide[i] = widen(reinterpret_cast<const uint16_t*>(x)[i]);
-    input = wide.data();
+      copy[i] = widen(static_cast<const uint16_t*>(given)[i]);
+    input = copy;
   }
   int8_t* q = aligned(values, batch * padded);
-  scales.resize(batch * pairs);
-  totals.resize(batch * m.words);
+  float *scale = aligned(scales, batch * pairs), *total = aligned(totals, batch * m.words);
   QuantInput inputs[8];
   for (int64_t b = 0; b < batch; ++b) {
-    inputs[b] = {input + b * m.cols, q + b * padded, scales.data() + b * pairs,
-                 totals.data() + b * m.words};
-    pick_quantize_input(isa)(input + b * m.cols, m.cols, 0, pairs, q + b * padded,
-                             scales.data() + b * pairs, totals.data() + b * m.words);
+    inputs[b] = {input + b * m.cols, q + b * padded, scale + b * pairs, total + b * m.words};
+    run.quantize_input(input + b * m.cols, m.cols, 0, pairs, q + b * padded, scale + b * pairs,
+                       total + b * m.words);
   }
-  auto* output = reinterpret_cast<float*>(y);
-  if (bf16) {
-    sums.resize(batch * m.rows);
-    output = sums.data();
-  }
-  GOSSAMER_PICK(quantized_matvec, isa)
-  (m, inputs, batch, output, reinterpret_cast<const float*>(bias), threads);
-  if (bf16)
-    for (int64_t i = 0; i < batch * m.rows; ++i)
-      reinterpret_cast<uint16_t*>(y)[i] = narrow(output[i]);
+  if (!x.is_bf16()) return run.matvec(m, inputs, batch, static_cast<float*>(out), first, threads);
+  float* output = aligned(sums, batch * m.rows);
+  run.matvec(m, inputs, batch, output, first, threads);
+  for (int64_t i = 0; i < batch * m.rows; ++i) static_cast<uint16_t*>(out)[i] = narrow(output[i]);
 }
 
-void unpack(const QuantizedArgs& args, int64_t from, int64_t to, uintptr_t out, int threads,
-            int isa) {
-  check_isa(isa);
-  const Quantized m = quantized_view(args);
-  if (from < 0 || to < from || to > m.rows || threads < 1)
-    throw std::invalid_argument("quantized: bad rows");
-  GOSSAMER_PICK(quantized_unpack, isa)(m, from, to, reinterpret_cast<float*>(out), threads);
-}
-
-// out: bytes of the dense integers, as many as rows and words ask for.
-void fill(const QuantizedArgs& args, uintptr_t out, int64_t bytes, int threads, int isa) {
-  check_isa(isa);
-  const Quantized m = quantized_view(args);
-  const int64_t shared = m.bits == 4 ? (m.rows + 1) / 2 : m.rows;
-  if (bytes != shared * m.words * 64 || threads < 1)
-    throw std::invalid_argument("quantized: bad number of bytes to fill");
-  GOSSAMER_PICK(quantized_fill, isa)(m, reinterpret_cast<uint8_t*>(out), threads);
-}
-
-// x (batch, cols) and y (batch, rows), float32; bias float32 or 0. Only where `has_vnni`.
-void matmul(const QuantizedArgs& args, uintptr_t x, int64_t batch, uintptr_t y, uintptr_t bias,
-            int threads) {
-  const Quantized m = quantized_view(args);
+void QuantizedMatrix::matmul(const Tensor& x, const Tensor& y, const Maybe& bias, int threads,
+                             int isa) const {
+  const auto run = quantized_kernels(isa).matmul;
+  if (!run) throw std::invalid_argument("quantized: this processor lacks byte dot products");
+  const int64_t batch = x.size(0);
   if (batch < 1 || threads < 1) throw std::invalid_argument("quantized: bad batch");
-#if defined(__x86_64__)
-  if (best_isa() == kAvx512 && has_vnni())
-    return quantized_matmul_avx512(m, reinterpret_cast<const float*>(x), batch,
-                                   reinterpret_cast<float*>(y),
-                                   reinterpret_cast<const float*>(bias), threads);
-#endif
-  throw std::invalid_argument("quantized: this processor lacks byte dot products");
+  run(view_, x.data<const float>("x", {batch, view_.cols}), batch,
+      y.data<float>("y", {batch, view_.rows}),
+      bias ? bias->data<const float>("bias", {view_.rows}) : nullptr, threads);
 }
 
-}  // namespace
-
-Quantized quantized_view(const QuantizedArgs& a) {
-  Quantized m{};
-  m.values = reinterpret_cast<const uint8_t*>(a[0]);
-  m.offsets = reinterpret_cast<const int64_t*>(a[1]);
-  m.bitmap = reinterpret_cast<const Word*>(a[2]);
-  m.scales = reinterpret_cast<const uint16_t*>(a[3]);
-  m.zeros = reinterpret_cast<const uint8_t*>(a[4]);
-  m.outlier_ptr = reinterpret_cast<const int64_t*>(a[5]);
-  m.outlier_cols = reinterpret_cast<const int32_t*>(a[6]);
-  m.outlier_values = reinterpret_cast<const float*>(a[7]);
-  m.rows = a[8], m.cols = a[9], m.words = (m.cols + 63) / 64;
-  if (m.rows < 0 || m.cols < 0 || a[10] < 0 || a[10] > 32 || (a[11] != 4 && a[11] != 8))
-    throw std::invalid_argument("quantized: bad shape, group or bits");
-  m.group_shift = static_cast<int>(a[10]), m.bits = static_cast<int>(a[11]);
-  m.run = static_cast<int>(a[14]);
-  if (m.run && ((m.run != 4 && m.run != 8) || m.cols % 64 || !m.bitmap))
-    throw std::invalid_argument("quantized: bad run");
-  m.groups = (m.words + (int64_t{1} << m.group_shift) - 1) >> m.group_shift;
-  const int64_t shared = m.bits == 4 ? (m.rows + 1) / 2 : m.rows;
-  if (m.offsets[0] != 0 || m.offsets[shared] + kSlack != a[12])
-    throw std::invalid_argument("quantized: offsets do not end at the number of bytes");
-  if (m.outlier_ptr && (m.outlier_ptr[0] != 0 || m.outlier_ptr[m.rows] != a[13]))
-    throw std::invalid_argument("quantized: outlier offsets do not end at their number");
-  return m;
+void QuantizedMatrix::unpack(int64_t first, const Tensor& out, int threads, int isa) const {
+  const int64_t last = first + out.size(0);
+  if (first < 0 || last > view_.rows || threads < 1)
+    throw std::invalid_argument("quantized: bad rows");
+  quantized_kernels(isa).unpack(view_, first, last,
+                                out.data<float>("out", {last - first, view_.cols}), threads);
 }
 
-QuantizeInput pick_quantize_input(int isa) { return GOSSAMER_PICK(quantize_input, isa); }
-QuantizedRows pick_quantized_rows(int isa) { return GOSSAMER_PICK(quantized_rows, isa); }
+void QuantizedMatrix::densify(const Tensor& out, int threads, int isa) const {
+  const int64_t bytes = byte_rows() * view_.words * 64;
+  if (threads < 1) throw std::invalid_argument("quantized: no thread");
+  quantized_kernels(isa).densify(view_, out.data<uint8_t>("out", {bytes + kSlack}), threads);
+}
 
 void bind_quantized(nb::module_& m) {
-  m.def("quantized_matvec", &matvec, nb::call_guard<nb::gil_scoped_release>());
-  m.def("quantized_matmul", &matmul, nb::call_guard<nb::gil_scoped_release>());
-  m.def("quantized_unpack", &unpack, nb::call_guard<nb::gil_scoped_release>());
-  m.def("quantized_fill", &fill, nb::call_guard<nb::gil_scoped_release>());
-  m.def("has_vnni", &has_vnni);
+  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+  using Maybe = QuantizedMatrix::Maybe;
+  nb::class_<QuantizedMatrix>(m, "QuantizedMatrix")
+      .def(nb::init<const Tensor&, const Tensor&, const Maybe&, const Tensor&, const Maybe&,
+                    const Maybe&, const Maybe&, const Maybe&, int64_t, int64_t, int, int>())
+      .def("matvec", &QuantizedMatrix::matvec, Unlocked())
+      .def("matmul", &QuantizedMatrix::matmul, Unlocked())
+      .def("unpack", &QuantizedMatrix::unpack, Unlocked())
+      .def("densify", &QuantizedMatrix::densify, Unlocked());
 }
 
 }  // namespace gossamer

@@ -46,7 +46,7 @@ void some_rows(const Quantized& m, const QuantInput* x, int64_t batch, float* y,
                int64_t from, int64_t to) {
   int64_t r = from;
   // Two rows at once: they share their bytes, or the loads of inputs where these are what is left.
-  if (m.bits == 4 || (!DENSE && !m.run && !m.zeros))
+  if (m.bits == 4 || (!DENSE && !m.balanced && !m.zeros))
     for (; r + 2 <= to; r += 2) rows_of_all<DENSE, 2>(m, x, batch, y, bias, r);
   for (; r < to; ++r) rows_of_all<DENSE, 1>(m, x, batch, y, bias, r);
 }
@@ -59,7 +59,7 @@ inline void unpack_row(const Quantized& m, int64_t row, float* out) {
     uint8_t integers[64];
     word_integers(place, from, kept, integers);
     from += __builtin_popcountll(kept);
-    const float scale = from_bf16(m.scales[row * m.groups + (w >> m.group_shift)]);
+    const float scale = widen(m.scales[row * m.groups + (w >> m.group_shift)]);
     const int zero = zero_of(m, row, w);
     const int64_t left = m.cols - w * 64, count = left < 64 ? left : 64;
     for (int64_t j = 0; j < count; ++j) {
@@ -73,7 +73,7 @@ inline void unpack_row(const Quantized& m, int64_t row, float* out) {
 }
 
 // A row's integers over the bytes that it shares, which are 0 where they are its own.
-inline void fill_row(const Quantized& m, int64_t row, uint8_t* out) {
+inline void densify_row(const Quantized& m, int64_t row, uint8_t* out) {
   const Row place(m, row);
   const uint8_t* from = place.values;
   for (int64_t w = 0; w < m.words; ++w) {
@@ -86,13 +86,13 @@ inline void fill_row(const Quantized& m, int64_t row, uint8_t* out) {
   }
 }
 
-inline void run_quantized_fill(const Quantized& m, uint8_t* out, int threads) {
-  const int64_t high = m.bits == 4 ? 2 : 1, width = m.words * 64;
+inline void run_quantized_densify(const Quantized& m, uint8_t* out, int threads) {
+  const int64_t sharing = m.bits == 4 ? 2 : 1, width = m.words * 64;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t first = 0; first < m.rows; first += high) {
-    uint8_t* bytes = out + first / high * width;
+  for (int64_t first = 0; first < m.rows; first += sharing) {
+    uint8_t* bytes = out + first / sharing * width;
     std::memset(bytes, 0, width);
-    for (int64_t r = first; r < first + high && r < m.rows; ++r) fill_row(m, r, bytes);
+    for (int64_t r = first; r < first + sharing && r < m.rows; ++r) densify_row(m, r, bytes);
   }
 }
 
@@ -110,10 +110,15 @@ inline int64_t share_of_rows(const Quantized& m, int i, int n) {
   return m.bits == 4 ? 2 * low : low;
 }
 
-inline void run_quantized_rows(const Quantized& m, const QuantInput* x, int64_t batch, float* y,
-                               const float* bias, int64_t from, int64_t to) {
+inline void quantized_share(const Quantized& m, const QuantInput* x, int64_t batch, float* y,
+                            const float* bias, int64_t from, int64_t to) {
   if (m.bitmap) some_rows<false>(m, x, batch, y, bias, from, to);
   else some_rows<true>(m, x, batch, y, bias, from, to);
+}
+
+inline void run_quantized_rows(const Quantized& m, const QuantInput& x, int64_t from, int64_t to,
+                               float* y) {
+  quantized_share(m, &x, 1, y, nullptr, from, to);
 }
 
 inline void run_quantized_matvec(const Quantized& m, const QuantInput* x, int64_t batch, float* y,
@@ -121,7 +126,7 @@ inline void run_quantized_matvec(const Quantized& m, const QuantInput* x, int64_
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int i = omp_get_thread_num(), n = omp_get_num_threads();
-    run_quantized_rows(m, x, batch, y, bias, share_of_rows(m, i, n), share_of_rows(m, i + 1, n));
+    quantized_share(m, x, batch, y, bias, share_of_rows(m, i, n), share_of_rows(m, i + 1, n));
   }
 }
 
@@ -132,26 +137,4 @@ inline void run_quantized_unpack(const Quantized& m, int64_t from, int64_t to, f
 }
 
 }  // namespace
-
-#define GOSSAMER_QUANTIZED(isa)                                                                   \
-  void quantize_input_##isa(const float* x, int64_t cols, int64_t from, int64_t to,               \
-                            int8_t* values, float* scales, float* sums) {                         \
-    run_quantize_input(x, cols, from, to, values, scales, sums);                                  \
-  }                                                                                               \
-  void quantized_matvec_##isa(const Quantized& m, const QuantInput* x, int64_t batch, float* y,   \
-                              const float* bias, int threads) {                                   \
-    run_quantized_matvec(m, x, batch, y, bias, threads);                                          \
-  }                                                                                               \
-  void quantized_rows_##isa(const Quantized& m, const QuantInput& x, int64_t from, int64_t to,    \
-                            float* y) {                                                           \
-    run_quantized_rows(m, &x, 1, y, nullptr, from, to);                                           \
-  }                                                                                               \
-  void quantized_unpack_##isa(const Quantized& m, int64_t from, int64_t to, float* out,           \
-                              int threads) {                                                      \
-    run_quantized_unpack(m, from, to, out, threads);                                              \
-  }                                                                                               \
-  void quantized_fill_##isa(const Quantized& m, uint8_t* out, int threads) {                      \
-    run_quantized_fill(m, out, threads);                                                          \
-  }
-
 }  // namespace gossamer

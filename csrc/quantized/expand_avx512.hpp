@@ -2,9 +2,9 @@
 // with VBMI2 have an instruction for it. Included by the sources compiled for AVX-512.
 //
 // Where a kept weight goes follows from counting the bits before it: one multiplication counts
-// within 8 columns, one shuffle carries to the next 8, and a byte shuffle within 16 columns does the
-// rest. Where every 4 (or 8) columns keep exactly 2 (or 4), nothing needs counting: a table says
-// what each 4 bits of the bitmap mean.
+// within 8 columns, one shuffle carries to the next 8, and a byte shuffle within 16 columns does
+// the rest. Where every 4 (or 8) columns keep exactly 2 (or 4), nothing needs counting: a table
+// says what each 4 bits of the bitmap mean.
 #pragma once
 #include <immintrin.h>
 
@@ -18,8 +18,8 @@ inline __m512i expand_any(const uint8_t* from, uint64_t kept, __m512i rest) {
   const auto mask = static_cast<__mmask64>(kept);
   const __m512i ones = _mm512_maskz_mov_epi8(mask, _mm512_set1_epi8(1));
   const __m512i count = _mm512_mullo_epi64(ones, _mm512_set1_epi64(0x0101010101010101));
-  const __m512i carry = _mm512_broadcast_i32x4(
-      _mm_setr_epi8(-1, -1, -1, -1, -1, -1, -1, -1, 7, 7, 7, 7, 7, 7, 7, 7));
+  const __m512i carry =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(-1, -1, -1, -1, -1, -1, -1, -1, 7, 7, 7, 7, 7, 7, 7, 7));
   const __m512i before = _mm512_add_epi8(
       count, _mm512_add_epi8(_mm512_shuffle_epi8(count, carry), _mm512_set1_epi8(-1)));
   const auto sixteen = [&](int64_t at) {
@@ -27,7 +27,8 @@ inline __m512i expand_any(const uint8_t* from, uint64_t kept, __m512i rest) {
   };
   __m512i found = _mm512_broadcast_i32x4(sixteen(0));
   found = _mm512_mask_broadcast_i32x4(found, 0x00f0, sixteen(__builtin_popcountll(kept & 0xffff)));
-  found = _mm512_mask_broadcast_i32x4(found, 0x0f00, sixteen(__builtin_popcountll(kept & 0xffffffff)));
+  found =
+      _mm512_mask_broadcast_i32x4(found, 0x0f00, sixteen(__builtin_popcountll(kept & 0xffffffff)));
   found = _mm512_mask_broadcast_i32x4(found, 0xf000, sixteen(__builtin_popcountll(kept << 16)));
   return _mm512_mask_shuffle_epi8(rest, mask, found, before);
 }
@@ -50,20 +51,19 @@ constexpr uint32_t count_of(uint32_t bits) {
   return (count == 4 ? 0 : count) * 0x01010101u;
 }
 
-#define GOSSAMER_OF_16(f)                                                                        \
-  _mm512_setr_epi32(                                                                             \
-      static_cast<int>(f(0)), static_cast<int>(f(1)), static_cast<int>(f(2)),                    \
-      static_cast<int>(f(3)), static_cast<int>(f(4)), static_cast<int>(f(5)),                    \
-      static_cast<int>(f(6)), static_cast<int>(f(7)), static_cast<int>(f(8)),                    \
-      static_cast<int>(f(9)), static_cast<int>(f(10)), static_cast<int>(f(11)),                  \
-      static_cast<int>(f(12)), static_cast<int>(f(13)), static_cast<int>(f(14)),                 \
-      static_cast<int>(f(15)))
+#define GOSSAMER_OF_16(f)                                                                      \
+  _mm512_setr_epi32(static_cast<int>(f(0)), static_cast<int>(f(1)), static_cast<int>(f(2)),    \
+                    static_cast<int>(f(3)), static_cast<int>(f(4)), static_cast<int>(f(5)),    \
+                    static_cast<int>(f(6)), static_cast<int>(f(7)), static_cast<int>(f(8)),    \
+                    static_cast<int>(f(9)), static_cast<int>(f(10)), static_cast<int>(f(11)),  \
+                    static_cast<int>(f(12)), static_cast<int>(f(13)), static_cast<int>(f(14)), \
+                    static_cast<int>(f(15)))
 
-// Where every RUN columns keep exactly RUN / 2: where in its lane of `spread` each column's integer
-// lies.
-template <int RUN>
+// Where every BALANCED columns keep exactly BALANCED / 2: where in its lane of `spread` each
+// column's integer lies.
+template <int BALANCED>
 inline __m512i even_places(const Word* kept) {
-  static_assert(RUN == 4 || RUN == 8, "");
+  static_assert(BALANCED == 4 || BALANCED == 8, "");
   const auto* halves = reinterpret_cast<const char*>(kept);
   int low, high;
   __builtin_memcpy(&low, halves, 4);
@@ -73,7 +73,7 @@ inline __m512i even_places(const Word* kept) {
       _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
   const __m512i fours = _mm512_srlv_epi32(bits, shifts);  // only the low 4 bits count below
   const __m512i places = _mm512_permutexvar_epi32(fours, GOSSAMER_OF_16(place_of));
-  if constexpr (RUN == 4) {
+  if constexpr (BALANCED == 4) {
     return _mm512_add_epi8(
         places, _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x02020202, 0x04040404, 0x06060606)));
   } else {

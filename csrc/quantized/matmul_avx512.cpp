@@ -1,6 +1,6 @@
 // AVX-512 path (F, BW, DQ, VL, VNNI) of the product with many inputs: 32 rows of weights at a time
-// are unpacked to bytes and turned so that a vector holds 4 columns of 16 rows; then every 4 inputs,
-// spread over a vector, meet them in one byte dot product, and the sums stay in registers.
+// are unpacked to bytes and transposed so that a vector holds 4 columns of 16 rows; then every 4
+// inputs, spread over a vector, meet them in one byte dot product, and the sums stay in registers.
 #include <omp.h>
 
 #include <algorithm>
@@ -16,15 +16,15 @@ namespace {
 constexpr int kRows = 32;  // in two vectors
 constexpr int kTile = 12;  // inputs at a time: 24 sums, 2 weights and 1 input fill the registers
 
-// Inputs as integers, tile by tile: the same 4 columns of all inputs of a tile together. Lanes of the
-// last tile that no input fills are computed and thrown away.
-struct Turned {
+// Inputs as integers, tile by tile: the same 4 columns of all inputs of a tile together. Lanes of
+// the last tile that no input fills are computed and thrown away.
+struct PackedInputs {
   std::vector<int32_t> four;   // (tiles, padded / 4, kTile): 4 integers each
   std::vector<float> scales;   // (tiles, pairs, kTile)
   std::vector<float> sums;     // (tiles, words, kTile)
 };
 
-void turn_inputs(const float* x, int64_t batch, int64_t cols, int threads, Turned& out) {
+void pack_inputs(const float* x, int64_t batch, int64_t cols, int threads, PackedInputs& out) {
   const int64_t words = (cols + 63) / 64, pairs = pairs_of(words);
   const int64_t tiles = (batch + kTile - 1) / kTile;
   const auto grow = [](auto& memory, int64_t size) {
@@ -44,13 +44,15 @@ void turn_inputs(const float* x, int64_t batch, int64_t cols, int threads, Turne
                          &out.scales[(tile * pairs + p) * kTile + lane], sums);
       const int64_t some = words - 2 * p < 2 ? 1 : 2;
       for (int64_t k = 0; k < some * 16; ++k)
-        std::memcpy(&out.four[((tile * words * 16) + p * 32 + k) * kTile + lane], values + 4 * k, 4);
-      for (int64_t w = 0; w < some; ++w) out.sums[(tile * words + 2 * p + w) * kTile + lane] = sums[w];
+        std::memcpy(&out.four[((tile * words * 16) + p * 32 + k) * kTile + lane], values + 4 * k,
+                    4);
+      for (int64_t w = 0; w < some; ++w)
+        out.sums[(tile * words + 2 * p + w) * kTile + lane] = sums[w];
     }
   }
 }
 
-// 16 vectors of 16 numbers, turned.
+// 16 vectors of 16 numbers, transposed.
 inline void transpose(__m512i* v) {
   __m512i a[16], b[16];
   for (int i = 0; i < 16; i += 2) {
@@ -90,7 +92,7 @@ struct Panel {
   }
 };
 
-template <bool DENSE, int RUN>
+template <bool DENSE, int BALANCED>
 void unpack_panel(const Quantized& m, int64_t row, Panel& out) {
   const int64_t count = std::min<int64_t>(kRows, m.rows - row);
   const uint8_t* from[kRows];
@@ -103,12 +105,14 @@ void unpack_panel(const Quantized& m, int64_t row, Panel& out) {
         v[k] = _mm512_setzero_si512();
         if (r >= count) continue;
         const Row place(m, row + r);
-        const __m512i rest = _mm512_set1_epi8(static_cast<char>(zero_of(m, row + r, w) << place.lift));
+        const __m512i rest =
+            _mm512_set1_epi8(static_cast<char>(zero_of(m, row + r, w) << place.lift));
         if constexpr (DENSE) {
           v[k] = _mm512_loadu_si512(from[r]);
           from[r] += 64;
-        } else if constexpr (RUN > 0) {
-          v[k] = _mm512_shuffle_epi8(spread(from[r], rest), even_places<RUN>(place.bitmap + w));
+        } else if constexpr (BALANCED > 0) {
+          v[k] =
+              _mm512_shuffle_epi8(spread(from[r], rest), even_places<BALANCED>(place.bitmap + w));
           from[r] += 32;
         } else {
           v[k] = expand_any(from[r], place.bitmap[w], rest);
@@ -123,7 +127,7 @@ void unpack_panel(const Quantized& m, int64_t row, Panel& out) {
   for (int64_t g = 0; g < m.groups; ++g)
     for (int64_t r = 0; r < kRows; ++r) {
       const bool there = r < count;
-      const float scale = there ? from_bf16(m.scales[(row + r) * m.groups + g]) : 0.0f;
+      const float scale = there ? widen(m.scales[(row + r) * m.groups + g]) : 0.0f;
       out.scales[g * kRows + r] = scale;
       out.zeros[g * kRows + r] =
           there ? scale * static_cast<float>(zero_of(m, row + r, g << m.group_shift)) : 0.0f;
@@ -174,7 +178,8 @@ inline void tile_part(std::integer_sequence<int, I...>, const Panel::Vector* wei
 
 // One tile of N inputs times a panel; out (N, 32).
 template <int N>
-void tile_of(const Quantized& m, const Panel& panel, const Turned& x, int64_t tile, __m512* out) {
+void tile_of(const Quantized& m, const Panel& panel, const PackedInputs& x, int64_t tile,
+             __m512* out) {
   const int64_t pairs = pairs_of(m.words), per = m.group_shift > 0 ? 2 : 1;
   for (int i = 0; i < 2 * N; ++i) out[i] = _mm512_setzero_ps();
   for (int64_t w = 0; w < m.words; w += per) {
@@ -182,9 +187,9 @@ void tile_of(const Quantized& m, const Panel& panel, const Turned& x, int64_t ti
     alignas(64) float sums[kTile];
     const float* first = &x.sums[(tile * m.words + w) * kTile];
     for (int n = 0; n < kTile; ++n) sums[n] = first[n] + (words > 1 ? first[kTile + n] : 0.0f);
-    tile_part(std::make_integer_sequence<int, N>{}, &panel.integers[w * 32], &x.four[(tile * m.words + w) * 16 * kTile], words * 16,
-                 &panel.scales[g * kRows], &panel.zeros[g * kRows],
-                 &x.scales[(tile * pairs + w / 2) * kTile], sums, out);
+    tile_part(std::make_integer_sequence<int, N>{}, &panel.integers[w * 32],
+              &x.four[(tile * m.words + w) * 16 * kTile], words * 16, &panel.scales[g * kRows],
+              &panel.zeros[g * kRows], &x.scales[(tile * pairs + w / 2) * kTile], sums, out);
   }
 }
 
@@ -200,21 +205,21 @@ void write_tile(const __m512* sums, int64_t count, int64_t rows, const float* bi
   }
 }
 
-// Adds what the outliers of 32 rows give; turned: x (cols, batch).
-void add_outliers(const Quantized& m, int64_t row, int64_t batch, const float* turned, float* y) {
+// Adds what the outliers of 32 rows give; columns: x (cols, batch).
+void add_outliers(const Quantized& m, int64_t row, int64_t batch, const float* columns, float* y) {
   std::vector<float> sums(batch);
   for (int64_t r = row; r < std::min(row + kRows, m.rows); ++r) {
     if (m.outlier_ptr[r] == m.outlier_ptr[r + 1]) continue;
     std::fill(sums.begin(), sums.end(), 0.0f);
     for (int64_t k = m.outlier_ptr[r]; k < m.outlier_ptr[r + 1]; ++k) {
-      const float* column = turned + m.outlier_cols[k] * batch;
+      const float* column = columns + m.outlier_cols[k] * batch;
       for (int64_t b = 0; b < batch; ++b) sums[b] += m.outlier_values[k] * column[b];
     }
     for (int64_t b = 0; b < batch; ++b) y[b * m.rows + r] += sums[b];
   }
 }
 
-void panel_times_all(const Quantized& m, int64_t row, const Panel& panel, const Turned& x,
+void panel_times_all(const Quantized& m, int64_t row, const Panel& panel, const PackedInputs& x,
                      int64_t batch, float* y, const float* bias) {
   for (int64_t first = 0; first < batch; first += kTile) {
     __m512 sums[2 * kTile];
@@ -229,11 +234,11 @@ void panel_times_all(const Quantized& m, int64_t row, const Panel& panel, const 
 
 }  // namespace
 
-void quantized_matmul_avx512(const Quantized& m, const float* x, int64_t batch, float* y,
-                             const float* bias, int threads) {
-  thread_local Turned turned;
-  const Turned& input = turned;
-  turn_inputs(x, batch, m.cols, threads, turned);
+void quantized_matmul(const Quantized& m, const float* x, int64_t batch, float* y,
+                      const float* bias, int threads) {
+  thread_local PackedInputs packed;
+  const PackedInputs& input = packed;
+  pack_inputs(x, batch, m.cols, threads, packed);
   std::vector<float> columns;
   if (m.outlier_ptr) {
     columns.resize(m.cols * batch);
@@ -247,8 +252,8 @@ void quantized_matmul_avx512(const Quantized& m, const float* x, int64_t batch, 
 #pragma omp for schedule(dynamic)
     for (int64_t row = 0; row < m.rows; row += kRows) {
       if (!m.bitmap) unpack_panel<true, 0>(m, row, panel);
-      else if (m.run == 4) unpack_panel<false, 4>(m, row, panel);
-      else if (m.run == 8) unpack_panel<false, 8>(m, row, panel);
+      else if (m.balanced == 4) unpack_panel<false, 4>(m, row, panel);
+      else if (m.balanced == 8) unpack_panel<false, 8>(m, row, panel);
       else unpack_panel<false, 0>(m, row, panel);
       panel_times_all(m, row, panel, input, batch, y, bias);
       if (m.outlier_ptr) add_outliers(m, row, batch, columns.data(), y);

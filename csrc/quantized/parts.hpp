@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "common/bfloat16.hpp"
 #include "quantized/quantized.hpp"
 
 namespace gossamer {
@@ -18,16 +19,11 @@ struct Row {
   Row(const Quantized& m, int64_t row)
       : values(m.values + m.offsets[m.bits == 4 ? row / 2 : row]),
         bitmap(m.bitmap ? m.bitmap + row * m.words : nullptr),
-        mask(m.bits == 8 ? 0xff : row % 2 ? 0xf0 : 0x0f),
+        mask(m.bits == 8 ? 0xff
+             : row % 2   ? 0xf0
+                         : 0x0f),
         lift(m.bits == 4 && row % 2 ? 4 : 0) {}
 };
-
-inline float from_bf16(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float result;
-  __builtin_memcpy(&result, &bits, 4);
-  return result;
-}
 
 inline int zero_of(const Quantized& m, int64_t row, int64_t w) {
   return m.zeros ? m.zeros[row * m.groups + (w >> m.group_shift)] : 1 << (m.bits - 1);
@@ -60,7 +56,8 @@ inline void quantize_block(const Sixteen* block, int words, int8_t* values, floa
     for (int k = 4 * w; k < 4 * w + 4; ++k) {
       const Sixteen scaled = finite ? rounded(block[k] * turn) : none;
       const Sixteen low = scaled < -127.0f ? none - 127.0f : scaled;
-      const SixteenInts found = __builtin_convertvector(low > 127.0f ? none + 127.0f : low, SixteenInts);
+      const SixteenInts found =
+          __builtin_convertvector(low > 127.0f ? none + 127.0f : low, SixteenInts);
       const SixteenBytes bytes = __builtin_convertvector(found, SixteenBytes);
       std::memcpy(values + 16 * k, &bytes, 16);
       sum += found;

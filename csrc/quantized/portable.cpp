@@ -21,9 +21,10 @@ void row_dot(const Quantized& m, int64_t row, const QuantInput* x, float* out) {
       const int weight = (*from++ & place.mask) - zero;
       for (int b = 0; b < B; ++b) sums[b] += weight * x[b].values[w * 64 + __builtin_ctzll(kept)];
     }
-    const float scale = from_bf16(m.scales[row * m.groups + (w >> m.group_shift)]) /
+    const float scale = widen(m.scales[row * m.groups + (w >> m.group_shift)]) /
                         static_cast<float>(1 << place.lift);
-    for (int b = 0; b < B; ++b) out[b] += static_cast<float>(sums[b]) * (scale * x[b].scales[w / 2]);
+    for (int b = 0; b < B; ++b)
+      out[b] += static_cast<float>(sums[b]) * (scale * x[b].scales[w / 2]);
   }
 }
 
@@ -33,5 +34,10 @@ void rows_dot(const Quantized& m, int64_t row, const QuantInput* x, float* out) 
 }
 
 }  // namespace
-GOSSAMER_QUANTIZED(portable)
+
+template <>
+const QuantizedKernels Tables<QuantizedKernels>::portable = {
+    run_quantize_input,   run_quantized_matvec,  run_quantized_rows,
+    run_quantized_unpack, run_quantized_densify, nullptr};
+
 }  // namespace gossamer

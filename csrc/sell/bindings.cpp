@@ -1,13 +1,16 @@
-// Building the SELL form from a bitmap, and its binding. Arrays come by address; Python owns them
-// and has checked dtype and contiguity.
+// Building the SELL form from a bitmap, and its binding.
 #include "sell/bindings.hpp"
 
+#include <nanobind/stl/optional.h>
+
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <stdexcept>
 #include <vector>
 
 #include "common/isa.hpp"
+#include "common/tensor.hpp"
 #include "sell/sell.hpp"
 
 namespace nb = nanobind;
@@ -55,16 +58,16 @@ struct Bits {
   }
 };
 
-struct Four {
-  uint16_t shared, length, rows[kFour];
-  bool operator<(const Four& b) const {
+struct Quad {
+  uint16_t shared, length, rows[kQuad];
+  bool operator<(const Quad& b) const {
     return length != b.length ? length < b.length : shared < b.shared;
   }
 };
 
-// The fours of a chunk and block in the order in which they are stored. `kept`: of its rows, and
+// The quads of a chunk and block in the order in which they are stored. `kept`: of its rows, and
 // one empty row behind them.
-std::vector<Four> plan(const std::vector<Kept>& kept) {
+std::vector<Quad> plan(const std::vector<Kept>& kept) {
   const int none = static_cast<int>(kept.size()) - 1;
   std::vector<uint16_t> order;
   std::vector<int> counts(kept.size());
@@ -72,17 +75,18 @@ std::vector<Four> plan(const std::vector<Kept>& kept) {
     if ((counts[r] = kept[r].count())) order.push_back(static_cast<uint16_t>(r));
   std::stable_sort(order.begin(), order.end(),
                    [&](uint16_t a, uint16_t b) { return counts[a] < counts[b]; });
-  while (order.size() % kFour) order.push_back(static_cast<uint16_t>(none));
-  std::vector<Four> fours(order.size() / kFour);
-  for (size_t i = 0; i < fours.size(); ++i) {
-    const uint16_t* r = &order[i * kFour];
+  while (order.size() % kQuad) order.push_back(static_cast<uint16_t>(none));
+  std::vector<Quad> quads(order.size() / kQuad);
+  for (size_t i = 0; i < quads.size(); ++i) {
+    const uint16_t* r = &order[i * kQuad];
     const int both = std::min((kept[r[0]] & kept[r[1]]).count(), (kept[r[2]] & kept[r[3]]).count());
     const int longest = std::max({counts[r[0]], counts[r[1]], counts[r[2]], counts[r[3]]});
-    fours[i] = {static_cast<uint16_t>(both / kShared * kShared), static_cast<uint16_t>(longest),
+    quads[i] = {static_cast<uint16_t>(both / kShared * kShared),
+                static_cast<uint16_t>(longest),
                 {r[0], r[1], r[2], r[3]}};
   }
-  std::stable_sort(fours.begin(), fours.end());
-  return fours;
+  std::stable_sort(quads.begin(), quads.end());
+  return quads;
 }
 
 std::vector<Kept> rows_of(const Bits& bits, int64_t chunk, int64_t size, int64_t block) {
@@ -92,7 +96,7 @@ std::vector<Kept> rows_of(const Bits& bits, int64_t chunk, int64_t size, int64_t
   return kept;
 }
 
-// Calls f(at, rows of the block, its fours) for every chunk and block; the calls run side by side.
+// Calls f(at, rows of the block, its quads) for every chunk and block; the calls run side by side.
 template <class F>
 void for_all(const Bits& bits, int64_t chunk, F f) {
   const int64_t chunks = (bits.rows + chunk - 1) / chunk;
@@ -104,23 +108,32 @@ void for_all(const Bits& bits, int64_t chunk, F f) {
   }
 }
 
-// offsets (chunks * blocks + 1, 4): where groups, rows, columns and values begin.
-void count(uintptr_t bits_at, int64_t rows, int64_t cols, int64_t stride, int64_t chunk,
-           uintptr_t offsets_at) {
-  const Bits bits{reinterpret_cast<const uint8_t*>(bits_at), rows, cols, stride};
-  auto* offsets = reinterpret_cast<int64_t*>(offsets_at);
+Bits bits_of(const Tensor& bitmap, int64_t cols) {
+  const int64_t rows = bitmap.size(0), stride = (cols + 63) / 64 * 8;
+  return {bitmap.data<const uint8_t>("bitmap", {rows, stride}), rows, cols, stride};
+}
+
+int64_t parts_of(const Bits& bits, int64_t chunk) {
+  if (chunk < 1 || chunk > UINT16_MAX) throw std::invalid_argument("sell: bad chunk");
+  return (bits.rows + chunk - 1) / chunk * ((bits.cols + kColumns - 1) / kColumns);
+}
+
+// offsets: int64 (chunks * blocks + 1, 4), where groups, rows, columns and values begin.
+void count(const Tensor& bitmap, int64_t cols, int64_t chunk, const Tensor& out) {
+  const Bits bits = bits_of(bitmap, cols);
+  const int64_t all = parts_of(bits, chunk);
+  auto* offsets = out.data<int64_t>("offsets", {all + 1, 4});
   std::fill(offsets, offsets + 4, 0);
-  for_all(bits, chunk, [&](int64_t at, const std::vector<Kept>&, const std::vector<Four>& fours) {
+  for_all(bits, chunk, [&](int64_t at, const std::vector<Kept>&, const std::vector<Quad>& quads) {
     int64_t* next = offsets + 4 * (at + 1);
     std::fill(next, next + 4, 0);
-    for (size_t i = 0; i < fours.size(); ++i) {
-      next[0] += i == 0 || fours[i - 1] < fours[i];
-      next[1] += kFour;
-      next[2] += fours[i].length * kFour - fours[i].shared * 2;
-      next[3] += fours[i].length * kFour;
+    for (size_t i = 0; i < quads.size(); ++i) {
+      next[0] += i == 0 || quads[i - 1] < quads[i];
+      next[1] += kQuad;
+      next[2] += quads[i].length * kQuad - quads[i].shared * 2;
+      next[3] += quads[i].length * kQuad;
     }
   });
-  const int64_t all = (rows + chunk - 1) / chunk * ((cols + kColumns - 1) / kColumns);
   for (int64_t i = 4; i < 4 * (all + 1); ++i) offsets[i] += offsets[i - 4];
 }
 
@@ -133,21 +146,21 @@ struct Row {
 };
 
 template <class T>
-void write_four(const Four& four, Row<T> (&rows)[kFour], uint8_t*& columns, T*& values) {
+void write_quad(const Quad& quad, Row<T> (&rows)[kQuad], uint8_t*& columns, T*& values) {
   Kept common[2] = {rows[0].kept & rows[1].kept, rows[2].kept & rows[3].kept};
-  for (int s = 0; s < four.shared; ++s)
+  for (int s = 0; s < quad.shared; ++s)
     for (int pair = 0; pair < 2; ++pair) {
       const int bit = common[pair].take();
       *columns++ = static_cast<uint8_t>(bit);
       for (int r = 2 * pair; r < 2 * pair + 2; ++r) *values++ = rows[r].value(bit);
     }
   // What is left of the common columns is not shared.
-  for (int r = 0; r < kFour; ++r) {
+  for (int r = 0; r < kQuad; ++r) {
     const int pair = r / 2;
     const Kept shared = (rows[2 * pair].kept & rows[2 * pair + 1].kept) - common[pair];
     rows[r].left = rows[r].kept - shared;
   }
-  for (int s = four.shared; s < four.length; ++s)
+  for (int s = quad.shared; s < quad.length; ++s)
     for (auto& row : rows) {
       const int bit = row.left.take();
       *columns++ = static_cast<uint8_t>(bit);
@@ -166,81 +179,102 @@ void fill_all(const Bits& bits, const T* values, const int64_t* row_ptr, int64_t
     for (int64_t block = 1, sum = 0; block < blocks; ++block)
       before[row * blocks + block] =
           static_cast<int32_t>(sum += bits.block(row, block - 1).count());
-  for_all(bits, chunk, [&](int64_t at, const std::vector<Kept>& all, const std::vector<Four>& fours) {
-    const int64_t* from = offsets + 4 * at;
-    uint16_t *sizes = groups + 3 * from[0], *row_at = rows + from[1];
-    uint8_t* column_at = columns + from[2];
-    T* value_at = kept + from[3];
-    for (size_t i = 0; i < fours.size(); ++i) {
-      const Four& four = fours[i];
-      if (i == 0 || fours[i - 1] < four) {
-        if (i > 0) sizes += 3;
-        sizes[0] = four.shared, sizes[1] = four.length - four.shared, sizes[2] = 0;
-      }
-      ++sizes[2];
-      Row<T> four_rows[kFour];
-      for (int r = 0; r < kFour; ++r) {
-        *row_at++ = four.rows[r];
-        const int64_t row = at / blocks * chunk + four.rows[r];
-        const T* first = values;
-        if (four.rows[r] < chunk) first += row_ptr[row] + before[row * blocks + at % blocks];
-        four_rows[r] = {first, all[four.rows[r]], {}};
-      }
-      write_four(four, four_rows, column_at, value_at);
-    }
-  });
+  for_all(bits, chunk,
+          [&](int64_t at, const std::vector<Kept>& all, const std::vector<Quad>& quads) {
+            const int64_t* from = offsets + 4 * at;
+            uint16_t *sizes = groups + 3 * from[0], *row_at = rows + from[1];
+            uint8_t* column_at = columns + from[2];
+            T* value_at = kept + from[3];
+            for (size_t i = 0; i < quads.size(); ++i) {
+              const Quad& quad = quads[i];
+              if (i == 0 || quads[i - 1] < quad) {
+                if (i > 0) sizes += 3;
+                sizes[0] = quad.shared, sizes[1] = quad.length - quad.shared, sizes[2] = 0;
+              }
+              ++sizes[2];
+              Row<T> quad_rows[kQuad];
+              for (int r = 0; r < kQuad; ++r) {
+                *row_at++ = quad.rows[r];
+                const int64_t row = at / blocks * chunk + quad.rows[r];
+                const T* first = values;
+                if (quad.rows[r] < chunk)
+                  first += row_ptr[row] + before[row * blocks + at % blocks];
+                quad_rows[r] = {first, all[quad.rows[r]], {}};
+              }
+              write_quad(quad, quad_rows, column_at, value_at);
+            }
+          });
 }
 
-// `kept` begins one value into its array: see SellLinear.
-void fill(uintptr_t bits_at, uintptr_t values, uintptr_t row_ptr, int64_t rows, int64_t cols,
-          int64_t stride, bool bf16, int64_t chunk, uintptr_t offsets, uintptr_t groups,
-          uintptr_t rows_at, uintptr_t columns, uintptr_t kept) {
-  const Bits bits{reinterpret_cast<const uint8_t*>(bits_at), rows, cols, stride};
-  const auto* ptr = reinterpret_cast<const int64_t*>(row_ptr);
-  const auto* from = reinterpret_cast<const int64_t*>(offsets);
-  auto* sizes = reinterpret_cast<uint16_t*>(groups);
-  auto* places = reinterpret_cast<uint16_t*>(rows_at);
-  auto* to = reinterpret_cast<uint8_t*>(columns);
-  if (bf16)
-    fill_all(bits, reinterpret_cast<const uint16_t*>(values), ptr, chunk, from, sizes, places, to,
-             reinterpret_cast<uint16_t*>(kept));
+// `kept` has one value more than are written, before them: see SellKernels.
+void fill(const Tensor& bitmap, const Tensor& values, const Tensor& row_ptr, int64_t cols,
+          int64_t chunk, const Tensor& offsets, const Tensor& groups, const Tensor& rows,
+          const Tensor& columns, const Tensor& kept) {
+  const Bits bits = bits_of(bitmap, cols);
+  const auto* ptr = row_ptr.data<const int64_t>("row offsets", {bits.rows + 1});
+  const void* from = values.floats("values", {ptr[bits.rows]});
+  const int64_t all = parts_of(bits, chunk);
+  const auto* at = offsets.data<const int64_t>("offsets", {all + 1, 4});
+  auto* sizes = groups.data<uint16_t>("groups", {at[4 * all], 3});
+  auto* places = rows.data<uint16_t>("rows", {at[4 * all + 1]});
+  auto* to = columns.data<uint8_t>("columns", {at[4 * all + 2]});
+  void* stored = kept.floats("kept", {at[4 * all + 3] + 1});
+  if (values.type() != kept.type()) throw std::invalid_argument("sell: values of two types");
+  if (values.is_bf16())
+    fill_all(bits, static_cast<const uint16_t*>(from), ptr, chunk, at, sizes, places, to,
+             static_cast<uint16_t*>(stored) + 1);
   else
-    fill_all(bits, reinterpret_cast<const float*>(values), ptr, chunk, from, sizes, places, to,
-             reinterpret_cast<float*>(kept));
+    fill_all(bits, static_cast<const float*>(from), ptr, chunk, at, sizes, places, to,
+             static_cast<float*>(stored) + 1);
 }
 
-void linear(uintptr_t groups, uintptr_t row_places, uintptr_t columns, uintptr_t values,
-            uintptr_t offsets, int64_t rows, int64_t cols, int64_t chunk, bool bf16, uintptr_t x,
-            uintptr_t y, int64_t batch, bool x_bf16, uintptr_t bias, bool relu, uintptr_t xt,
-            uintptr_t yt, int threads, int isa) {
-  check_isa(isa);
-  if (rows < 0 || cols < 0 || batch < 0 || threads < 1 || chunk < 1 || xt % 64 || yt % 64)
-    throw std::invalid_argument("sell: bad size or scratch");
-  const Sell m{reinterpret_cast<const uint16_t*>(groups),
-               reinterpret_cast<const uint16_t*>(row_places),
-               reinterpret_cast<const uint8_t*>(columns),
-               reinterpret_cast<const void*>(values),
-               reinterpret_cast<const int64_t*>(offsets),
-               rows,
-               cols,
-               chunk,
-               bf16};
-  const Dense d{reinterpret_cast<const void*>(x), reinterpret_cast<void*>(y), batch, x_bf16};
-  SellLinear run = sell_portable;
-#if defined(__x86_64__)
-  if (isa == kAvx512) run = sell_avx512;
-  if (isa == kAvx2) run = sell_avx2;
-#endif
-  run(m, d, reinterpret_cast<const float*>(bias), relu, reinterpret_cast<float*>(xt),
-      reinterpret_cast<float*>(yt), threads);
-}
+class SellMatrix {
+ public:
+  SellMatrix(const Tensor& values, const Tensor& columns, const Tensor& rows, const Tensor& groups,
+             const Tensor& offsets, int64_t out, int64_t cols, int64_t chunk)
+      : kept_{values.owner(), columns.owner(), rows.owner(), groups.owner(), offsets.owner()} {
+    const int64_t all = parts_of({nullptr, out, cols, 0}, chunk);
+    view_.offsets = offsets.data<const int64_t>("offsets", {all + 1, 4});
+    const int64_t* end = view_.offsets + 4 * all;
+    view_.groups = groups.data<const uint16_t>("groups", {end[0], 3});
+    view_.places = rows.data<const uint16_t>("rows", {end[1]});
+    view_.columns = columns.data<const uint8_t>("columns", {end[2]});
+    view_.bf16 = values.is_bf16();
+    view_.values = static_cast<const char*>(values.floats("values", {end[3] + 1})) +
+                   (view_.bf16 ? sizeof(uint16_t) : sizeof(float));
+    view_.rows = out, view_.cols = cols, view_.chunk = chunk;
+  }
+
+  // x (..., cols) and y (..., rows), both float32 or both bfloat16; bias float32.
+  void linear(const Tensor& x, const Tensor& y, const std::optional<Tensor>& bias, bool relu,
+              const Tensor& xt, const Tensor& yt, int threads, int isa) const {
+    const int64_t batch = view_.rows ? y.count() / view_.rows : 0;
+    const int64_t width = batch < kBatch ? (batch + 15) / 16 * 16 : kBatch;
+    if (threads < 1 || x.count() != batch * view_.cols || x.is_bf16() != y.is_bf16())
+      throw std::invalid_argument("sell: x and y do not fit each other");
+    const Dense dense{x.float_rows("x", view_.cols), y.float_rows("y", view_.rows), batch,
+                      x.is_bf16()};
+    kernels<SellKernels>(isa).linear(
+        view_, dense, bias ? bias->data<const float>("bias", {view_.rows}) : nullptr, relu,
+        xt.scratch("xt", view_.blocks() * (kColumns + 1) * width),
+        yt.scratch("yt", threads * (view_.chunk + 1) * kBatch), threads);
+  }
+
+ private:
+  Sell view_{};
+  std::array<nb::object, 5> kept_;
+};
 
 }  // namespace
 
 void bind_sell(nb::module_& m) {
-  m.def("sell_count", &count, nb::call_guard<nb::gil_scoped_release>());
-  m.def("sell_fill", &fill, nb::call_guard<nb::gil_scoped_release>());
-  m.def("sell_linear", &linear, nb::call_guard<nb::gil_scoped_release>());
+  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+  m.def("sell_count", &count, Unlocked());
+  m.def("sell_fill", &fill, Unlocked());
+  nb::class_<SellMatrix>(m, "SellMatrix")
+      .def(nb::init<const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                    int64_t, int64_t, int64_t>())
+      .def("linear", &SellMatrix::linear, Unlocked());
   m.attr("SELL_COLUMNS") = kColumns;
   m.attr("SELL_BATCH") = kBatch;
 }

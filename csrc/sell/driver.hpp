@@ -10,8 +10,8 @@
 namespace gossamer {
 namespace {
 
-typedef float Loose __attribute__((aligned(2), may_alias));
-inline Lanes broadcast(const Loose* value) {
+typedef float UnalignedFloat __attribute__((aligned(2), may_alias));
+inline Lanes broadcast(const UnalignedFloat* value) {
   Lanes all;
 #if defined(__AVX2__)
   asm("vbroadcastss %1, %0" : "=v"(all) : "m"(*value));
@@ -23,7 +23,7 @@ inline Lanes broadcast(const Loose* value) {
 // The upper half of the 32 bits that end with the value: one broadcast and one mask.
 inline Lanes broadcast(const uint16_t* value) {
   typedef int32_t Bits __attribute__((vector_size(4 * kLanes)));
-  const auto* both = reinterpret_cast<const Loose*>(value - 1);
+  const auto* both = reinterpret_cast<const UnalignedFloat*>(value - 1);
   return reinterpret_cast<Lanes>(reinterpret_cast<Bits>(broadcast(both)) &
                                  static_cast<int32_t>(0xffff0000));
 }
@@ -37,59 +37,59 @@ inline void add_product(Lanes& sum, Lanes weight, const Lanes* input) {
 #endif
 }
 
-// A tile of the batch has NV * 16 columns, and rows First.. of a four are multiplied together: all
+// A tile of the batch has NV * 16 columns, and rows First.. of a quad are multiplied together: all
 // four, or two where that many sums fill the registers.
 template <int NV>
 constexpr int kParts = 16 * NV / kLanes;
 template <int NV>
-constexpr int64_t kRows = kParts<NV> * kFour <= kSums ? kFour : kFour / 2;
+constexpr int64_t kRows = kParts<NV> * kQuad <= kSums ? kQuad : kQuad / 2;
 template <int NV>
 using Sums = Lanes[kRows<NV>][kParts<NV>];
 
-// The inputs of the column in byte `i` of a word: the byte is turned to where its weight is the
+// The inputs of the column in byte `i` of a word: the byte is rotated to where its weight is the
 // tile's size. The empty statement keeps the address in one register, which the decoders need to
 // keep a load and its product together.
 template <int NV>
 inline const Lanes* column(const float* x, uint64_t word, int i) {
   constexpr int at = NV == 4 ? 8 : NV == 2 ? 7 : 6;
   const int by = (i * 8 - at) & 63;
-  const uint64_t turned = word >> by | word << ((64 - by) & 63);
-  const auto* from = reinterpret_cast<const char*>(x) + (turned & (uint64_t{0xff} << at));
+  const uint64_t rotated = word >> by | word << ((64 - by) & 63);
+  const auto* from = reinterpret_cast<const char*>(x) + (rotated & (uint64_t{0xff} << at));
   asm("" : "+r"(from));
   return reinterpret_cast<const Lanes*>(from);
 }
 
 // S columns of each row on its own.
 template <class T, int NV, int First, int S>
-__attribute__((always_inline)) inline void singles(const uint8_t*& columns, const T*& values,
-                                                   const float* x, Sums<NV>& sums) {
+__attribute__((always_inline)) inline void own_columns(const uint8_t*& columns, const T*& values,
+                                                       const float* x, Sums<NV>& sums) {
   uint64_t word = 0;
-  __builtin_memcpy(&word, columns, S * kFour);
+  __builtin_memcpy(&word, columns, S * kQuad);
 #pragma GCC unroll 2
   for (int s = 0; s < S; ++s)
 #pragma GCC unroll 4
     for (int r = 0; r < kRows<NV>; ++r) {
-      const int place = s * kFour + First + r;
+      const int place = s * kQuad + First + r;
       const Lanes* from = column<NV>(x, word, place);
       const Lanes weight = broadcast(values + place);
 #pragma GCC unroll 4
       for (int k = 0; k < kParts<NV>; ++k) add_product(sums[r][k], weight, from + k);
     }
-  columns += S * kFour;
-  values += S * kFour;
+  columns += S * kQuad;
+  values += S * kQuad;
 }
 
 // kShared columns that rows 0 and 1 share, and as many of rows 2 and 3.
 template <class T, int NV, int First>
-__attribute__((always_inline)) inline void shared(const uint8_t*& columns, const T*& values,
-                                                  const float* x, Sums<NV>& sums) {
+__attribute__((always_inline)) inline void shared_columns(const uint8_t*& columns, const T*& values,
+                                                          const float* x, Sums<NV>& sums) {
   uint64_t word;
   __builtin_memcpy(&word, columns, 2 * kShared);
 #pragma GCC unroll 4
   for (int s = 0; s < kShared; ++s)
 #pragma GCC unroll 2
     for (int r = 0; r < kRows<NV>; r += 2) {
-      const int place = s * kFour + First + r;
+      const int place = s * kQuad + First + r;
       const Lanes* from = column<NV>(x, word, place / 2);
       const Lanes first = broadcast(values + place), second = broadcast(values + place + 1);
 #pragma GCC unroll 4
@@ -103,14 +103,14 @@ __attribute__((always_inline)) inline void shared(const uint8_t*& columns, const
       }
     }
   columns += 2 * kShared;
-  values += kShared * kFour;
+  values += kShared * kQuad;
 }
 
 // Eight columns at a time where the rows keep them apart.
 template <class T, int NV, int First>
-__attribute__((always_inline)) inline void four(const uint16_t* sizes, const uint16_t* rows,
-                                                const uint8_t*& columns, const T*& values,
-                                                const float* x, float* y) {
+__attribute__((always_inline)) inline void quad_product(const uint16_t* sizes, const uint16_t* rows,
+                                                        const uint8_t*& columns, const T*& values,
+                                                        const float* x, float* y) {
   Sums<NV> sums;
   Lanes* out[kRows<NV>];
 #pragma GCC unroll 4
@@ -119,19 +119,20 @@ __attribute__((always_inline)) inline void four(const uint16_t* sizes, const uin
 #pragma GCC unroll 4
     for (int k = 0; k < kParts<NV>; ++k) sums[r][k] = out[r][k];
   }
-  for (int left = sizes[0]; left > 0; left -= kShared) shared<T, NV, First>(columns, values, x, sums);
+  for (int left = sizes[0]; left > 0; left -= kShared)
+    shared_columns<T, NV, First>(columns, values, x, sums);
   for (int left = sizes[1] / 8; left > 0; --left) {
-    singles<T, NV, First, 2>(columns, values, x, sums);
-    singles<T, NV, First, 2>(columns, values, x, sums);
-    singles<T, NV, First, 2>(columns, values, x, sums);
-    singles<T, NV, First, 2>(columns, values, x, sums);
+    own_columns<T, NV, First, 2>(columns, values, x, sums);
+    own_columns<T, NV, First, 2>(columns, values, x, sums);
+    own_columns<T, NV, First, 2>(columns, values, x, sums);
+    own_columns<T, NV, First, 2>(columns, values, x, sums);
   }
   if (sizes[1] & 4) {
-    singles<T, NV, First, 2>(columns, values, x, sums);
-    singles<T, NV, First, 2>(columns, values, x, sums);
+    own_columns<T, NV, First, 2>(columns, values, x, sums);
+    own_columns<T, NV, First, 2>(columns, values, x, sums);
   }
-  if (sizes[1] & 2) singles<T, NV, First, 2>(columns, values, x, sums);
-  if (sizes[1] & 1) singles<T, NV, First, 1>(columns, values, x, sums);
+  if (sizes[1] & 2) own_columns<T, NV, First, 2>(columns, values, x, sums);
+  if (sizes[1] & 1) own_columns<T, NV, First, 1>(columns, values, x, sums);
 #pragma GCC unroll 4
   for (int r = 0; r < kRows<NV>; ++r)
 #pragma GCC unroll 4
@@ -139,18 +140,18 @@ __attribute__((always_inline)) inline void four(const uint16_t* sizes, const uin
 }
 
 template <class T, int NV>
-void group(const uint16_t* sizes, const uint16_t*& rows, const uint8_t*& columns, const T*& values,
-           const float* x, float* y, const char*& ahead) {
-  for (int i = 0; i < sizes[2]; ++i, rows += kFour) {
+void group_product(const uint16_t* sizes, const uint16_t*& rows, const uint8_t*& columns,
+                   const T*& values, const float* x, float* y, const char*& ahead) {
+  for (int i = 0; i < sizes[2]; ++i, rows += kQuad) {
 #pragma GCC unroll 4
     for (int k = 0; k < NV; ++k, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-    if constexpr (kRows<NV> < kFour) {
+    if constexpr (kRows<NV> < kQuad) {
       const uint8_t* same_columns = columns;
       const T* same_values = values;
-      four<T, NV, 0>(sizes, rows, same_columns, same_values, x, y);
-      four<T, NV, 2>(sizes, rows, columns, values, x, y);
+      quad_product<T, NV, 0>(sizes, rows, same_columns, same_values, x, y);
+      quad_product<T, NV, 2>(sizes, rows, columns, values, x, y);
     } else {
-      four<T, NV, 0>(sizes, rows, columns, values, x, y);
+      quad_product<T, NV, 0>(sizes, rows, columns, values, x, y);
     }
   }
 }
@@ -165,7 +166,7 @@ void block_product(const Sell& m, int64_t at, const float* x, float* y) {
   const T* values = static_cast<const T*>(m.values) + from[3];
   const char* ahead = reinterpret_cast<const char*>(x + (kColumns + 1) * 16 * NV);
   for (int64_t g = from[0]; g < from[4]; ++g)
-    group<T, NV>(m.groups + 3 * g, rows, columns, values, x, y, ahead);
+    group_product<T, NV>(m.groups + 3 * g, rows, columns, values, x, y, ahead);
 }
 
 template <class T>
@@ -211,10 +212,11 @@ inline void start(const Sell& m, int64_t chunk, const float* bias, int64_t width
   }
 }
 
-// Share i of n of x, turned into (tile, block, kColumns + 1, width); a block's last row is zeros.
-// Sixteen rows of x are read to their end before the next sixteen, as prefetchers expect it.
+// Share i of n of x, transposed into (tile, block, kColumns + 1, width); a block's last row is
+// zeros. Sixteen rows of x are read to their end before the next sixteen, as prefetchers expect it.
 template <class X>
-void turn_share(const Sell& m, const X* x, const Tile* tiles, int count, float* xt, int i, int n) {
+void transpose_share(const Sell& m, const X* x, const Tile* tiles, int count, float* xt, int i,
+                     int n) {
   const int64_t blocks = m.blocks(), from = blocks * i / n, to = blocks * (i + 1) / n;
   for (int t = 0; t < count; ++t) {
     const int64_t width = 16 * tiles[t].vectors;
@@ -223,8 +225,8 @@ void turn_share(const Sell& m, const X* x, const Tile* tiles, int count, float* 
         const int64_t first = block * kColumns, left = tiles[t].count - b;
         const int64_t last = first + kColumns < m.cols ? first + kColumns : m.cols;
         float* out = xt + (tiles[t].first * blocks + block * width) * (kColumns + 1) + b;
-        turn_rows(x + (tiles[t].first + b) * m.cols, m.cols, left < 16 ? left : 16, width, first,
-                  last, out - first * width);
+        transpose_rows(x + (tiles[t].first + b) * m.cols, m.cols, left < 16 ? left : 16, width,
+                       first, last, out - first * width);
         store(Wide{}, out + kColumns * width);
       }
   }
@@ -239,7 +241,7 @@ void run_share(const Sell& m, const Dense& d, const float* bias, bool relu, floa
   for (int64_t done = 0; done < d.batch; done += kBatch) {
     const int count = cut(d.batch - done < kBatch ? d.batch - done : kBatch, tiles);
     const X* x = static_cast<const X*>(d.x) + done * m.cols;
-    turn_share(m, x, tiles, count, xt, i, n);
+    transpose_share(m, x, tiles, count, xt, i, n);
 #pragma omp barrier
     for (int64_t chunk = from; chunk < to; ++chunk) {
       for (int t = 0; t < count; ++t)
@@ -254,9 +256,9 @@ void run_share(const Sell& m, const Dense& d, const float* bias, bool relu, floa
         }
       const int64_t first = chunk * m.chunk, left = m.rows - first;
       for (int t = 0; t < count; ++t)
-        turn_out(static_cast<X*>(d.y) + (done + tiles[t].first) * m.rows + first, m.rows,
-                 tiles[t].count, 16 * tiles[t].vectors, 0, left < m.chunk ? left : m.chunk, relu,
-                 yt + tiles[t].first * (m.chunk + 1));
+        transpose_out(static_cast<X*>(d.y) + (done + tiles[t].first) * m.rows + first, m.rows,
+                      tiles[t].count, 16 * tiles[t].vectors, 0, left < m.chunk ? left : m.chunk,
+                      relu, yt + tiles[t].first * (m.chunk + 1));
     }
 #pragma omp barrier
   }

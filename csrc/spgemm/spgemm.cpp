@@ -21,9 +21,9 @@ struct Entry<void> {
   int32_t key;
 };
 
-// Open addressing with linear probing, at most a quarter full, since a mispredicted probe costs more
-// than room in the cache; or, where one slot per column fits the second-level cache or is no more
-// than that, one slot per column, which needs no probing. Between rows every slot is free.
+// Open addressing with linear probing, at most a quarter full, since a mispredicted probe costs
+// more than room in the cache; or, where one slot per column fits the second-level cache or is no
+// more than that, one slot per column, which needs no probing. Between rows every slot is free.
 template <class T>
 class Table {
  public:
@@ -67,8 +67,8 @@ inline int64_t products(const Rows& a, const Rows& b, int64_t i) {
   return sum;
 }
 
-// The rows of b are anywhere in memory: asks for one some way ahead, and for the offset of one twice
-// as far, also beyond this row of a.
+// The rows of b are anywhere in memory: asks for one some way ahead, and for the offset of one
+// twice as far, also beyond this row of a.
 inline void ask(const Rows& a, const Rows& b, int64_t p, int64_t stored, size_t width) {
   if (p + 2 * kAhead >= stored) return;
   __builtin_prefetch(b.row_ptr + a.columns[p + 2 * kAhead]);
@@ -170,8 +170,7 @@ void fill_all(const Rows& a, const Rows& b, const int64_t* row_ptr, bool sorted,
       if (static_cast<int64_t>(found.size()) < 2 * count) found.resize(2 * count);
       if (table.direct())
         fill_row<T, true>(a, b, i, table, sorted, found.data(), columns + first, out + first);
-      else
-        fill_row<T, false>(a, b, i, table, sorted, found.data(), columns + first, out + first);
+      else fill_row<T, false>(a, b, i, table, sorted, found.data(), columns + first, out + first);
     }
   }
 }
@@ -198,8 +197,8 @@ void spgemm_count(const Rows& a, const Rows& b, int64_t* counts, int threads) {
   }
 }
 
-void spgemm_fill(const Rows& a, const Rows& b, const int64_t* row_ptr, bool sorted,
-                 int32_t* columns, void* values, int threads) {
+void spgemm_multiply(const Rows& a, const Rows& b, const int64_t* row_ptr, bool sorted,
+                     int32_t* columns, void* values, int threads) {
   if (a.wide) fill_all<double>(a, b, row_ptr, sorted, columns, values, threads);
   else fill_all<float>(a, b, row_ptr, sorted, columns, values, threads);
 }

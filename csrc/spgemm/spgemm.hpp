@@ -20,7 +20,7 @@ void spgemm_count(const Rows& a, const Rows& b, int64_t* counts, int threads);
 
 // Columns and values of a * b at row_ptr, which the counts add up to; each row's columns ascending
 // if `sorted`, else in the order in which they turn up. O(multiplications), plus the sorting.
-void spgemm_fill(const Rows& a, const Rows& b, const int64_t* row_ptr, bool sorted,
-                 int32_t* columns, void* values, int threads);
+void spgemm_multiply(const Rows& a, const Rows& b, const int64_t* row_ptr, bool sorted,
+                     int32_t* columns, void* values, int threads);
 
 }  // namespace gossamer

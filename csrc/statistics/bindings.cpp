@@ -1,9 +1,9 @@
-// Bindings of the statistics kernels. Arrays come by address; Python owns them and has checked
-// dtype, shape and contiguity.
+// Bindings of the statistics kernels.
 #include "statistics/bindings.hpp"
 
 #include <stdexcept>
 
+#include "common/tensor.hpp"
 #include "statistics/statistics.hpp"
 
 namespace nb = nanobind;
@@ -11,26 +11,32 @@ namespace nb = nanobind;
 namespace gossamer {
 namespace {
 
-bool mask(uintptr_t scores, int64_t rows, int64_t n, int64_t k, uintptr_t out, int threads) {
-  if (rows < 0 || n < 1 || k < 1 || k >= n || threads < 1)
-    throw std::invalid_argument("top_mask: bad size");
-  return top_mask(reinterpret_cast<const float*>(scores), rows, n, k,
-                  reinterpret_cast<uint8_t*>(out), threads);
+// scores: float32 (rows, n); mask: boolean of the same shape.
+bool mask(const Tensor& scores, int64_t k, const Tensor& out, int threads) {
+  const int64_t rows = scores.size(0), n = scores.size(1);
+  if (n < 1 || k < 1 || k >= n || threads < 1) throw std::invalid_argument("top_mask: bad size");
+  return top_mask(scores.data<const float>("scores", {rows, n}), rows, n, k,
+                  reinterpret_cast<uint8_t*>(out.data<bool>("mask", {rows, n})), threads);
 }
 
-void add(uintptr_t total, uintptr_t rest, int64_t stride, uintptr_t product,
-         int64_t product_stride, int64_t rows, int64_t cols, int threads) {
-  if (rows < 0 || cols < 0 || cols > stride || cols > product_stride || threads < 1)
-    throw std::invalid_argument("compensated_add: bad size");
-  compensated_add(reinterpret_cast<float*>(total), reinterpret_cast<float*>(rest), stride,
-                  reinterpret_cast<const float*>(product), product_stride, rows, cols, threads);
+// All float32 (rows, cols), their rows any distance apart; total's and rest's as far as each other.
+void add(const Tensor& total, const Tensor& rest, const Tensor& product, int threads) {
+  const int64_t rows = product.size(0), cols = product.size(1);
+  int64_t stride, other, product_stride;
+  float* sums = total.strided("total", rows, cols, &stride);
+  float* rests = rest.strided("rest", rows, cols, &other);
+  const float* products = product.strided("product", rows, cols, &product_stride);
+  if (threads < 1 || stride != other)
+    throw std::invalid_argument("compensated_add: total and rest lie differently");
+  compensated_add(sums, rests, stride, products, product_stride, rows, cols, threads);
 }
 
 }  // namespace
 
 void bind_statistics(nb::module_& m) {
-  m.def("top_mask", &mask, nb::call_guard<nb::gil_scoped_release>());
-  m.def("compensated_add", &add, nb::call_guard<nb::gil_scoped_release>());
+  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+  m.def("top_mask", &mask, Unlocked());
+  m.def("compensated_add", &add, Unlocked());
 }
 
 }  // namespace gossamer

@@ -20,9 +20,9 @@ __attribute__((always_inline)) inline void few_rows(const float* scores, int32_t
   Group score[N];
   Counts before[N];
   for (int i = 0; i < N; ++i) {
-    float turned[kRows];
-    for (int lane = 0; lane < kRows; ++lane) turned[lane] = scores[lane * N + i];
-    std::memcpy(&score[i], turned, sizeof turned);
+    float column[kRows];
+    for (int lane = 0; lane < kRows; ++lane) column[lane] = scores[lane * N + i];
+    std::memcpy(&score[i], column, sizeof column);
     numbers &= score[i] == score[i];
     before[i] = Counts{};
   }
@@ -85,8 +85,7 @@ bool long_row(const float* scores, int64_t n, int64_t k, uint8_t* mask,
     for (int64_t j = 0; j < count; ++j) ++found[j % 4][left[j] >> shift & 255];
     uint32_t digit = 255;
     for (;; --digit) {
-      const int64_t here =
-          found[0][digit] + found[1][digit] + found[2][digit] + found[3][digit];
+      const int64_t here = found[0][digit] + found[1][digit] + found[2][digit] + found[3][digit];
       if (room <= here) break;
       room -= here;
     }
@@ -126,8 +125,7 @@ bool some_rows(const float* scores, int64_t rows, int64_t n, int64_t k, uint8_t*
 
 }  // namespace
 
-bool top_mask(const float* scores, int64_t rows, int64_t n, int64_t k, uint8_t* mask,
-              int threads) {
+bool top_mask(const float* scores, int64_t rows, int64_t n, int64_t k, uint8_t* mask, int threads) {
   bool numbers = true;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : numbers)
   {

@@ -37,9 +37,7 @@ def top_mask(scores: Tensor, k: int) -> Tensor:
         return reference.top_mask(scores, k)
     rows = scores.detach().contiguous()
     mask = torch.empty(rows.shape, dtype=torch.bool)
-    module = _dispatch.kernels()
-    assert module is not None
-    found = module.top_mask(rows.data_ptr(), *rows.shape, k, mask.data_ptr(), _threads(rows))
+    found = _dispatch.compiled().top_mask(rows, k, mask, _threads(rows))
     return mask if found else reference.top_mask(scores, k)
 
 
@@ -72,10 +70,7 @@ def _add(total: Tensor, rest: Tensor, product: Tensor) -> None:
     if module is None or _dispatch.isa_index() < 0:
         reference.compensated_add(total, rest, product)
         return
-    module.compensated_add(
-        total.data_ptr(), rest.data_ptr(), total.stride(0), product.data_ptr(), product.stride(0),
-        *product.shape, _threads(product),
-    )  # fmt: skip
+    module.compensated_add(total, rest, product, _threads(product))
 
 
 def _threads(numbers: Tensor) -> int:
