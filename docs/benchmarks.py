@@ -13,9 +13,9 @@ Case = dict[str, Any]
 LOADS = (
     "Loads, not multiply-adds. A kept weight takes 5 loads for 4 vectors of products: 3.4 cycles "
     "measured where the products alone take 2, and 2.6 where two rows share the column, as half do "
-    "at 50%. And sums: a block of 112 columns and 64 rows of input fills the first-level cache, so "
+    "at 50%. And sums: a block of 112 columns and 64 rows fills the first-level cache, so "
     "the sums of four rows (32 lines in and out, of which the second level moves 0.65 per cycle "
-    "here) come and go for every block, at 95% zeros 50 cycles beside 75 for the 22 weights that the "
+    "here) come and go for every block, at 95% sparsity 50 cycles beside 75 for the 22 weights that the "
     "four rows keep there; blocks of 112 to 240 columns measured within 5% at 95%. Sums in the cache "
     "and inputs in registers instead take 6.7 cycles a weight, for their stores; 128 rows at a time, "
     "which read the weights once, gain 1%. Turning the inputs and results takes 0.3 ms of a call."
@@ -23,7 +23,7 @@ LOADS = (
 BITMAPS = (
     "Instructions: each word of 64 positions is expanded whatever it keeps, 14 turns of one port "
     "(two masks loaded, 4 vectors widened, 4 expanded at 2 each), 14.4 cycles measured in cache; "
-    "80% zeros would have to take 9.7 to stream at 0.85. Lookup tables, compressing x instead "
+    "80% sparsity would have to take 9.7 to stream at 0.85. Lookup tables, compressing x instead "
     "and widening ahead were measured and are no faster; two rows in one stream of 32 bits, "
     "which need no widening, gain 3 to 10% and would be one more form in memory. At 50% the "
     "bytes alone would take 2.2 ms and the instructions alone 2.0, which overlap in part. Below "
@@ -117,17 +117,19 @@ def targets() -> list[Row]:
         label = f"bfloat16, 128 rows, {1 - density:.0%} zeros, over the best dense bfloat16"
         rows.append((label, found, over("dense bfloat16"), target, LOADS))
     found = cases("kernels", block="16x1", density=0.3)
-    rows.append(("blocks 16x1, 70% zeros, 128 rows, over the best dense", found, best, 2.5, LOADS))
+    rows.append(
+        ("blocks 16x1, 70% sparsity, 128 rows, over the best dense", found, best, 2.5, LOADS)
+    )
     for density in (0.5, 0.3, 0.2):
         found = cases("kernels", dtype="bfloat16", density=density, **wide)
         label = f"bfloat16, 1 row, {1 - density:.0%} zeros, of the read bandwidth"
         rows.append((label, found, of_limit, 0.85, BITMAPS))
     found = cases("kernels", dtype="bfloat16", density=0.5, **wide)
-    rows.append(("bfloat16, 1 row, 50% zeros, over the best dense", found, best, 1.7, BITMAPS))
+    rows.append(("bfloat16, 1 row, 50% sparsity, over the best dense", found, best, 1.7, BITMAPS))
     for even in ("", "4:8", "2:4"):
         found = cases("kernels", dtype="int4", density=0.5, block=even, form="", **wide)
         how = f" as {even}" if even else ", held dense"
-        label = f"4 bits, 1 row, 50% zeros{how}, over the best dense bfloat16"
+        label = f"4 bits, 1 row, 50% sparsity{how}, over the best dense bfloat16"
         rows.append((label, found, over("dense bfloat16"), 3.5, UNPACK))
     for density, target in {0.1: 2.5, 0.05: 4.0}.items():
         label = f"training step of an MLP, {1 - density:.0%} zeros, over dense autograd"
@@ -150,9 +152,9 @@ def _other_targets() -> list[Row]:
         rows.append((label, [case], over("scipy"), 1.5, SORT))
     for dtype, target in {"bfloat16": 1.3, "int8": 1.5, "int4": 1.4}.items():
         for case in cases("decode", dtype=dtype):
-            if (peer := case["case"].get("peer")) is None or case["case"]["density"] == 1.0:
+            if (baseline := case["case"].get("baseline")) is None or case["case"]["density"] == 1.0:
                 continue
-            label = f"Llama of 1.1 billion, {dtype} + {_zeros(case)}, over {peer}"
+            label = f"Llama of 1.1 billion, {dtype} + {_zeros(case)}, over {baseline}"
             rows.append((f"{label}, decoding", [case], best, target, UNPACK))
             rows.append((f"{label}, prompt of 256", [case], prompt, 1.0, PROMPTS))
     return rows
@@ -184,8 +186,8 @@ def page() -> str:
 
 def _zeros(case: Case) -> str:
     pattern = case["case"]["pattern"]
-    scattered = "50% zeros, held dense" if case["case"]["dtype"] == "int4" else "50% zeros"
-    return {"dense": "no zeros", "2:4": "50% zeros as 2:4"}.get(pattern, scattered)
+    scattered = "50% sparsity, held dense" if case["case"]["dtype"] == "int4" else "50% sparsity"
+    return {"dense": "no zeros", "2:4": "50% sparsity as 2:4"}.get(pattern, scattered)
 
 
 def _processor(record: dict[str, Any]) -> str:
@@ -213,10 +215,12 @@ def _layers() -> str:
         facts, times = case["case"], case["milliseconds"]
         block = f", {facts['block']}" if facts.get("block") else ""
         block += ", held sparse" if facts.get("form") else ""
-        peer = f"{times[case['best_dense']]:.2f} ms ({case['best_dense'].replace(' dense', '')})"
+        baseline = (
+            f"{times[case['best_dense']]:.2f} ms ({case['best_dense'].replace(' dense', '')})"
+        )
         lines.append(
             f"| {facts['out']} x {facts['inputs']} | {facts['dtype']}{block} | "
-            f"{facts['batch']} | {facts['density']:g} | {times['gossamer']:.2f} ms | {peer} | "
+            f"{facts['batch']} | {facts['density']:g} | {times['gossamer']:.2f} ms | {baseline} | "
             f"{case['ratio']:.2f}x | {case['fraction_of_limit']:.2f} of {case['limit']} |"
         )
     return "\n".join(lines)
@@ -226,11 +230,11 @@ def _decode() -> str:
     lines = ["| ours | against | ours, tokens/s | its | decoding | prompt of 256 |"]
     lines.append("|---|---|---|---|---|---|")
     for case in read("decode")["cases"]:
-        if (peer := case["case"].get("peer")) is None:
+        if (baseline := case["case"].get("baseline")) is None:
             continue
         times = case["tokens_per_second"]
         lines.append(
-            f"| {case['case']['dtype']}, {_zeros(case)} | {peer} | {times['gossamer']:.1f} | {times[peer]:.1f} | "
+            f"| {case['case']['dtype']}, {_zeros(case)} | {baseline} | {times['gossamer']:.1f} | {times[baseline]:.1f} | "
             f"{case['ratio']:.2f}x | {case['prompt_ratio']:.2f}x |"
         )
     return "\n".join(lines)
@@ -266,9 +270,9 @@ Random weights in the geometry of a Llama of 1.1 billion parameters, one process
 
 {layers}
 
-## Choosing by measured costs
+## Choosing by measured latencies
 
 `gossamer calibrate` times every kernel on a few layers of this machine, fits what a call, the vectors, all positions and the kept weights cost, and keeps the result in the user's cache folder. `gs.compress`, `gs.load` and `gossamer compress` use it where it is there: each layer gets the kernel that is predicted to be fastest, for one row of input in models that generate text and 128 rows in others, or stays dense where none wins, and its record has the predictions. Without it short timings decide, and records say so. Measure on an idle machine: whatever else runs is measured too.
 
-Files hold the smallest form; memory may hold a faster one. One row of input takes the bitmap, or where few weights are kept their columns (2 bytes more for each); scattered 4-bit integers are dense; many rows have the forms of [the table above](#layers). Records, `rows_decided`, `form_decided` and `batches_decided` of a layer say which and why.
+Files hold the smallest form; memory may hold a faster one. One row of input takes the bitmap, or where few weights are kept their columns (2 bytes more for each); scattered 4-bit integers are dense; many rows have the forms of [the table above](#layers). Records, `rows_decided`, `form_decided` and `large_batches_decided` of a layer say which and why.
 """

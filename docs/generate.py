@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import runpy
+import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 from gossamer.core.card import Card
-from gossamer.methods import cards, find
+from gossamer.methods import cards, find, summary
 
 OUT = Path(__file__).parent / "methods"
 BENCHMARKS = Path(__file__).parent / "guide" / "benchmarks.md"
@@ -19,23 +20,18 @@ VERDICTS = Path(__file__).parents[1] / "src" / "gossamer" / "methods" / "verdict
 
 
 def page(card: Card) -> str:
-    """The page of one method."""
-    needs = ", ".join(card.needs) or "nothing: no calibration data"
-    return f"""# {card.name}
+    """The page of one method: the docstring of its module, its facts and the ledger's record."""
+    method = find(f"{card.topic}.{card.name}")
+    title, _, text = (sys.modules[method.__module__].__doc__ or "").strip().partition("\n")
+    return f"""# {title.rstrip(".")}
+{text}
 
-{card.summary}
-
-- Paper: [{card.title}]({card.link}), {card.year}
-- Kind: {card.kind}; status: {card.status}
-- Needs: {needs}
+- Name: `{card.name}`; in Python `gs.{card.topic}.{method.__name__}`
+- Role: {card.role}; status: {card.status}
+- Needs: {", ".join(card.needs) or "nothing: no calibration data"}
 - Patterns: {", ".join(card.patterns)}
-- Defaults: {card.defaults}
 
-**What the paper claims.** {card.claim}
-
-{ledger(card.name)}**Notes.** {card.notes}
-
-```
+{ledger(card.name)}```
 {usage(card)}
 ```
 """
@@ -50,8 +46,8 @@ def ledger(name: str) -> str:
     lines = [f"**What came out here: {found['verdict']}.** {found['claimed']} {found['where']}", ""]
     lines += ["| | mean | 95% interval |", "|---|---|---|"]
     lines += [
-        f"| {arm} | {value['mean']:.4f} | ± {value['ci95']:.4f} |"
-        for arm, value in found["measured"].items()
+        f"| {variant} | {value['mean']:.4f} | ± {value['ci95']:.4f} |"
+        for variant, value in found["measured"].items()
     ]
     return "\n".join([*lines, "", found["why"], "", f"([record]({RECORDS}/{name}.json))", "", ""])
 
@@ -68,29 +64,29 @@ def verdicts() -> str:
 
 def usage(card: Card) -> str:
     """How to run the method: on the command line, or in and around a training loop."""
-    if card.kind == "rounds":
+    if card.role == "recipe":
         return f"""def train(model, trainer, part):  # part: which round, copy and steps
     with gs.sparse_training(model, optimizer, trainer, total_steps=n):
         ...  # the loop as it was
 
-gs.train_rounds(model, gs.{find(card.name).__name__}(density=0.1), train)"""
-    if card.kind != "trainer":
+gs.train_rounds(model, gs.{card.topic}.{find(card.name).__name__}(density=0.1), train)"""
+    if card.role != "topology":
         return f"gossamer compress --method {card.name} --sparsity 0.5"
     method = find(card.name)
     needed = [
         x.name for x in fields(method) if x.default is MISSING and x.default_factory is MISSING
     ]
     given = {"density": "density=0.1", "coupled": "coupled=gs.coupled_channels(model, batch)"}
-    call = f"gs.{method.__name__}({', '.join(given[name] for name in needed)})"
+    call = f"gs.{card.topic}.{method.__name__}({', '.join(given[name] for name in needed)})"
     loop = "    ...  # the loop as it was: loss.backward(); optimizer.step()"
     if "coupled" in needed:
-        loop += "\nsmall = gs.shrink(model, batch).model"
+        loop += "\nsmall = gs.remove_channels(model, batch).model"
     return f"with gs.sparse_training(model, optimizer, {call}, total_steps=n):\n{loop}"
 
 
 def pages() -> dict[str, str]:
     """File name to content, the index included."""
-    lines = [f"- [{card.name}]({card.name}.md): {card.summary}" for card in cards()]
+    lines = [f"- [{card.name}]({card.name}.md): {summary(find(card.name))}" for card in cards()]
     index = "# Methods\n\nWritten from the cards by `make docs`.\n\n" + "\n".join(lines) + "\n"
     return {"index.md": index, **{f"{card.name}.md": page(card) for card in cards()}}
 

@@ -15,9 +15,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture(autouse=True, scope="session")
-def no_cached_costs(tmp_path_factory):
+def no_cached_latency(tmp_path_factory):
     """No test reads or writes the costs that this user has measured, or goes by speeds of now:
-    `costs=None` is the rule. What measures is tested by hand. Gives the user's setting."""
+    `latency=None` is the rule. What measures is tested by hand. Gives the user's setting."""
     with pytest.MonkeyPatch.context() as patch:
         users = os.environ.get("XDG_CACHE_HOME", "")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -26,10 +26,10 @@ def no_cached_costs(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def smollm2_folder(no_cached_costs):
+def smollm2_folder(no_cached_latency):
     """SmolLM2-135M as `make test-models` fetches it; skips where it is absent."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", no_cached_costs)
+        patch.setenv("XDG_CACHE_HOME", no_cached_latency)
         try:
             return smollm2()
         except UsageError as error:

@@ -17,8 +17,8 @@ TEXT = "".join(f"line {n}: the quick brown fox jumps over {n * n} dogs\n" for n 
 @pytest.fixture(scope="module")
 def pair(tiny_llama):
     dense = tiny_llama(layers=1, positions=128)
-    pruned = gs.prune(copy.deepcopy(dense), gs.Magnitude(), density=0.3)
-    return dense, gs.compress(pruned, costs="rule")
+    pruned = gs.prune(copy.deepcopy(dense), gs.weights.Magnitude(), density=0.3)
+    return dense, gs.compress(pruned, latency="rule")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,9 @@ def test_it_prints_and_saves(report, tmp_path):
 def test_any_model_on_batches():
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 16)).eval()
-    fast = gs.compress(gs.prune(copy.deepcopy(dense), gs.Magnitude(), density=0.3), costs="rule")
+    fast = gs.compress(
+        gs.prune(copy.deepcopy(dense), gs.weights.Magnitude(), density=0.3), latency="rule"
+    )
     batches = [torch.randn(8, 32) for _ in range(3)]
     report = gs.compare(dense, fast, iter(batches))
     assert report.quality["dense"] == 1.0 and report.speed["unit"] == "inputs/s"
@@ -127,22 +129,22 @@ ROWS = [torch.randn(64, 32, generator=torch.Generator().manual_seed(0))]
 @pytest.mark.parametrize(
     ("words", "objects"),
     [
-        ({"method": "Wanda", "sparsity": 0.7}, {"method": gs.Wanda(), "density": 0.3}),
+        ({"method": "Wanda", "sparsity": 0.7}, {"method": gs.weights.Wanda(), "density": 0.3}),
         (
             {"method": "sparsegpt:block=8,damping=0.1", "pattern": "2:4"},
-            {"method": gs.SparseGPT(block=8, damping=0.1), "pattern": gs.NM(2, 4)},
+            {"method": gs.weights.SparseGPT(block=8, damping=0.1), "pattern": gs.NM(2, 4)},
         ),
         (
             {"method": "magnitude", "allocation": "erk", "sparsity": 0.9},
-            {"method": gs.Magnitude(), "allocation": gs.ERK(), "density": 0.1},
+            {"method": gs.weights.Magnitude(), "allocation": gs.ERK(), "density": 0.1},
         ),
         (
             {"method": "wanda: scope = tensor", "allocation": "owl:lam=0.05", "density": 0.5},
-            {"method": gs.Wanda("tensor"), "allocation": gs.OWL(lam=0.05), "density": 0.5},
+            {"method": gs.weights.Wanda("tensor"), "allocation": gs.OWL(lam=0.05), "density": 0.5},
         ),
         (
             {"method": "random:seed=7", "pattern": "unstructured:row", "density": 0.25},
-            {"method": gs.Random(7), "pattern": gs.Unstructured("row"), "density": 0.25},
+            {"method": gs.weights.Random(7), "pattern": gs.Unstructured("row"), "density": 0.25},
         ),
     ],
 )

@@ -81,3 +81,15 @@ def test_links_and_commands_exist(path):
             assert (file.parent / target).exists(), target
     for command in re.findall(r"^\s*gossamer (\w+)", text, re.MULTILINE):
         assert command in COMMANDS, command
+
+
+def test_contributing_quotes_classes_as_they_are():
+    def lines(text):  # of any indentation: ruff formats the blocks of this page
+        return "\n".join(line.strip() for line in text.split("\n") if line.strip())
+
+    files = sorted((ROOT / "src/gossamer/methods").rglob("*.py"))
+    source = "\n".join(lines(path.read_text()) for path in files)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    assert len(blocks) >= 2
+    for block in blocks:
+        assert lines(block) in source, block

@@ -49,7 +49,9 @@ def main() -> None:
     for density in (1.0, 0.7, 0.5):
         model = copy.deepcopy(dense)
         if density < 1:
-            gs.prune(model, gs.SparseGPT(), density=density, data=calibration_batches(n=128))
+            gs.prune(
+                model, gs.weights.SparseGPT(), density=density, data=calibration_batches(n=128)
+            )
         packed = 2 * weights
         if density < 1:
             half = copy.deepcopy(model).to(torch.bfloat16)

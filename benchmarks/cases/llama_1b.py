@@ -48,7 +48,7 @@ def build(layers: int, dtype: torch.dtype) -> LlamaForCausalLM:
 def speed(layers: int, repeats: int) -> dict[str, object]:
     dense = build(layers, torch.bfloat16)
     sparse = build(layers, torch.bfloat16)
-    gs.prune(sparse, gs.Magnitude(), density=0.5)
+    gs.prune(sparse, gs.weights.Magnitude(), density=0.5)
     result = gs.compress(sparse)
     kernels = sorted({str(layer.kernel) for layer in result.layers})
     ids = torch.randint(0, 32000, (1, 16), generator=torch.Generator().manual_seed(1))
@@ -68,7 +68,7 @@ def speed(layers: int, repeats: int) -> dict[str, object]:
 
 def exact(layers: int, steps: int = 32) -> bool:
     model = build(layers, torch.float32)
-    gs.prune(model, gs.Magnitude(), density=0.5)
+    gs.prune(model, gs.weights.Magnitude(), density=0.5)
     ids = torch.randint(0, 32000, (1, 16), generator=torch.Generator().manual_seed(1))
     masked = generate(model, ids, max_new_tokens=steps)
     gs.compress(model)

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from gossamer import Magnitude, SparseGPT, Wanda
 from gossamer.core.pattern import NM
 from gossamer.engine.measure.evaluate import embedding_similarity
 from gossamer.engine.prune.run import prune
+from gossamer.methods.weights import Magnitude, SparseGPT, Wanda
 from gossamer.nn.kernel_choice.machine import machine
 
 OUT = Path(__file__).parents[1] / "results" / "minilm.json"

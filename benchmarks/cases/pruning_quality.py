@@ -30,11 +30,11 @@ PATTERNS = {
 
 def methods(seed: int) -> dict[str, object]:
     return {
-        "sparsegpt": gs.SparseGPT(),
-        "wanda": gs.Wanda(),
-        "wanda, tensor scope": gs.Wanda(),
-        "magnitude": gs.Magnitude(),
-        "random": gs.Random(seed=seed),
+        "sparsegpt": gs.weights.SparseGPT(),
+        "wanda": gs.weights.Wanda(),
+        "wanda, tensor scope": gs.weights.Wanda(),
+        "magnitude": gs.weights.Magnitude(),
+        "random": gs.weights.Random(seed=seed),
     }
 
 

@@ -59,7 +59,7 @@ def train(seed: int, options: dict[str, Any]) -> dict[str, float]:
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     order = torch.Generator().manual_seed(seed)
     every = options.get("every", 11)
-    method = gs.RigL(DENSITY, every=every, drop=options.get("drop", 0.3))
+    method = gs.weights.RigL(DENSITY, every=every, drop=options.get("drop", 0.3))
     grown = wasted = 0
     with gs.sparse_training(model, optimizer, method, total_steps=STEPS, include=("12",),
                             seed=seed) as run:  # fmt: skip

@@ -34,7 +34,11 @@ from gossamer.testbed import calibration_text, heldout_text
 from gossamer.testbed.packaged import smollm2
 
 OUT = Path(__file__).parents[1] / "results" / "smollm2.json"
-METHODS = {"sparsegpt": gs.SparseGPT, "wanda": gs.Wanda, "magnitude": gs.Magnitude}
+METHODS = {
+    "sparsegpt": gs.weights.SparseGPT,
+    "wanda": gs.weights.Wanda,
+    "magnitude": gs.weights.Magnitude,
+}
 SEEDS = (0, 1, 2)
 STUDENT_95 = 4.303  # two-sided, three seeds
 T = TypeVar("T")
@@ -110,7 +114,7 @@ def compressed(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     cast(model, torch.float32)
     bits = timed(steps, "quality", lambda: quality(model, on, plan))
     cast(model, torch.bfloat16)
-    packed = timed(steps, "pack", lambda: gs.compress(result, costs="rule"))
+    packed = timed(steps, "pack", lambda: gs.compress(result, latency="rule"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "small"
         timed(steps, "save", lambda: gs.save(packed, folder, tokenizer=on.tokenizer))
@@ -121,7 +125,7 @@ def compressed(plan: Plan, name: str, seed: int) -> dict[str, Any]:
 def decoding(plan: Plan) -> dict[str, Any]:
     """Tokens per second in bfloat16, all three in turns; which weights are zero does not matter."""
     full, small = subject(torch.bfloat16), subject(torch.bfloat16)
-    gs.compress(gs.prune(small.model, gs.Magnitude(), density=plan.density), costs="rule")
+    gs.compress(gs.prune(small.model, gs.weights.Magnitude(), density=plan.density), latency="rule")
     ids = full.ids(plan.text[:4096])[:32].unsqueeze(0)
 
     def measure() -> dict[str, Any]:

@@ -3,10 +3,10 @@
 Run: python benchmarks/cases/training_table.py [JOURNAL]. Writes
 benchmarks/results/training_table.json; JOURNAL, a file of one line a run, lets it go on after a
 kill. One process and thread, about an hour.
-Every arm trains for as many steps as the budget buys, to 1% of it unless the rounding of its
+Every variant trains for as many steps as the budget buys, to 1% of it unless the rounding of its
 schedule jumps across (GraNet, one seed, 3%): `train_flops` counts
 multiply-adds from the densities of each layer at each step, plus a dense weight gradient in the
-steps that grow by it, in dense steps. A short run first finds what a step of the arm costs. Arms rewire 30 times in a run.
+steps that grow by it, in dense steps. A short run first finds what a step of the variant costs. Variants rewire 30 times in a run.
 Arms marked eps 1e-3 have that in their batch norms in place of 1e-5: see rigl_stability.py.
 """
 
@@ -42,19 +42,19 @@ def network(eps: float = 1e-5) -> nn.Sequential:
     )  # fmt: skip
 
 
-def method_of(arm: str, every: int) -> Any:
-    """The method of an arm, with an update every `every` steps."""
+def method_of(variant: str, every: int) -> Any:
+    """The method of a variant, with an update every `every` steps."""
     return {
         "dense": lambda: None,
-        "static, uniform": lambda: gs.StaticRandom(DENSITY, gs.Uniform()),
-        "static, ERK": lambda: gs.StaticRandom(DENSITY, gs.ERK()),
-        "SNIP": lambda: gs.SNIP(DENSITY),
-        "SET": lambda: gs.SET(DENSITY, gs.ERK(), every=every),
-        "RigL": lambda: gs.RigL(DENSITY, every=every),
-        "GMP": lambda: gs.GMP(DENSITY, gs.ERK(), every=every),
-        "GraNet": lambda: gs.GraNet(DENSITY, every=every),
-        "GraNet without regrowth": lambda: gs.GraNet(DENSITY, every=every, regrow=False),
-    }[arm.removesuffix(", eps 1e-3")]()
+        "static, uniform": lambda: gs.weights.StaticRandom(DENSITY, gs.Uniform()),
+        "static, ERK": lambda: gs.weights.StaticRandom(DENSITY, gs.ERK()),
+        "SNIP": lambda: gs.weights.SNIP(DENSITY),
+        "SET": lambda: gs.weights.SET(DENSITY, gs.ERK(), every=every),
+        "RigL": lambda: gs.weights.RigL(DENSITY, every=every),
+        "GMP": lambda: gs.weights.GMP(DENSITY, gs.ERK(), every=every),
+        "GraNet": lambda: gs.weights.GraNet(DENSITY, every=every),
+        "GraNet without regrowth": lambda: gs.weights.GraNet(DENSITY, every=every, regrow=False),
+    }[variant.removesuffix(", eps 1e-3")]()
 
 
 ARMS = (
@@ -75,12 +75,12 @@ class Outcome:
     growth_flops: float
 
 
-def train(arm: str, seed: int, total: int) -> Outcome:
+def train(variant: str, seed: int, total: int) -> Outcome:
     """One run of `total` steps."""
     train_x, train_y, test_x, test_y = digits(seed=seed)
     torch.manual_seed(seed)
-    model = network(1e-3 if "eps" in arm else 1e-5)
-    method = method_of(arm, max(1, total // UPDATES))
+    model = network(1e-3 if "eps" in variant else 1e-5)
+    method = method_of(variant, max(1, total // UPDATES))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     order = torch.Generator().manual_seed(seed)
@@ -121,7 +121,7 @@ def step_cost(run: gs.SparseRun | None) -> tuple[float, float]:
     kept weights, and by the rest of the weight gradient where the step grows by it."""
     if run is None:
         return 1.0, 0.0
-    grows = run.trainer.gradients_at_update and run.trainer.due(run.step + 1, run.total_steps)
+    grows = "gradients" in run.method.card.needs and run.method.due(run.step + 1, run.total_steps)
     kept = growth = dense = 0.0
     for name, mask in run.masks.items():
         work = mask.numel() * PLACES[name]
@@ -139,24 +139,24 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"mean": float(numbers.mean()), "ci95": half}
 
 
-def job(arm: str, seed: int) -> Outcome:
-    """One arm on one seed, for as long as the budget lasts."""
+def job(variant: str, seed: int) -> Outcome:
+    """One variant on one seed, for as long as the budget lasts."""
     # Growth costs about the same however long the run is: the number of updates is fixed.
-    probe = train(arm, seed, 2 * UPDATES)
+    probe = train(variant, seed, 2 * UPDATES)
     left = BUDGET - probe.growth_flops
-    found = train(arm, seed, round(left * probe.steps / probe.kept_flops))
+    found = train(variant, seed, round(left * probe.steps / probe.kept_flops))
     # Schedules round their updates to whole steps, so a run may miss the budget; then again.
     for _ in range(3):
         spent = found.kept_flops + found.growth_flops
         if abs(spent - BUDGET) <= 0.01 * BUDGET:
             break
         left = BUDGET - found.growth_flops
-        found = train(arm, seed, round(left * found.steps / found.kept_flops))
+        found = train(variant, seed, round(left * found.steps / found.kept_flops))
     return found
 
 
 def table(results: dict[tuple[str, int], Outcome]) -> dict[str, Any]:
-    """The record of these runs; every arm on the same seeds."""
+    """The record of these runs; every variant on the same seeds."""
     rows: dict[str, Any] = {}
     seeds = sorted({seed for _, seed in results})
     for name in ARMS:
@@ -176,7 +176,7 @@ def table(results: dict[tuple[str, int], Outcome]) -> dict[str, Any]:
     return {
         "data": "scikit-learn digits, 25% held out by the seed",
         "network": "conv 8-16-32 with BatchNorm, linear 128-10",
-        "density": DENSITY, "budget": f"{BUDGET} dense steps of {BATCH} (9 epochs) for every arm, but for the rounding of schedules",
+        "density": DENSITY, "budget": f"{BUDGET} dense steps of {BATCH} (9 epochs) for every variant, but for the rounding of schedules",
         "updates": UPDATES, "seeds": len(seeds),
         "optimizer": "SGD 0.1, momentum 0.9, weight decay 5e-4, cosine over the run",
         "machine": machine(), "rows": rows,
@@ -184,20 +184,20 @@ def table(results: dict[tuple[str, int], Outcome]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run every arm on every seed and write the table."""
+    """Run every variant on every seed and write the table."""
     torch.set_num_threads(1)
     journal = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     results: dict[tuple[str, int], Outcome] = {}
     if journal and journal.exists():
         for line in journal.read_text().splitlines():
             entry = json.loads(line)
-            results[entry["arm"], entry["seed"]] = Outcome(**entry["outcome"])
+            results[entry["variant"], entry["seed"]] = Outcome(**entry["outcome"])
     for seed in SEEDS:
-        for arm in ARMS:
-            if (arm, seed) in results:
+        for variant in ARMS:
+            if (variant, seed) in results:
                 continue
-            outcome = results[arm, seed] = job(arm, seed)
-            line = json.dumps({"arm": arm, "seed": seed, "outcome": asdict(outcome)})
+            outcome = results[variant, seed] = job(variant, seed)
+            line = json.dumps({"variant": variant, "seed": seed, "outcome": asdict(outcome)})
             print(line, file=sys.stderr, flush=True)
             if journal:
                 with journal.open("a") as stream:

@@ -1,7 +1,7 @@
 """True sparse training of an MLP 3072-4096-4096-10 at 95% sparsity against dense autograd.
 
 Run: python benchmarks/cases/true_sparse_mlp.py [times memory agreement static set rigl].
-Writes benchmarks/results/true_sparse_mlp.json: step times in one process, in turns; peak memory of each arm in a process of its own; losses against
+Writes benchmarks/results/true_sparse_mlp.json: step times in one process, in turns; peak memory of each variant in a process of its own; losses against
 the masked simulation on the same topology; accuracy of both on Fashion-MNIST (Debian's package
 dataset-fashion-mnist) over three seeds.
 """
@@ -77,15 +77,15 @@ def times() -> dict[str, float]:
     """Milliseconds of a step, and of one that rewires all layers, beyond an ordinary one."""
     x, y = batch(SIZES[0])
     models = {"sparse": sparse(SIZES, DENSITY), "dense": dense(SIZES)}
-    arms = {name: (model, adamw(model), x, y) for name, model in models.items()}
-    calls = {name: (lambda arm=arm: step(*arm)) for name, arm in arms.items()}
+    variants = {name: (model, adamw(model), x, y) for name, model in models.items()}
+    calls = {name: (lambda variant=variant: step(*variant)) for name, variant in variants.items()}
     found = {name: 1e3 * taken for name, taken in interleaved(calls, 9).items()}
-    for method in (gs.SET(DENSITY, every=1), gs.RigL(DENSITY, every=1, until=1.0)):
-        with gs.true_sparse_training(*arms["sparse"][:2], method, total_steps=100):
+    for method in (gs.weights.SET(DENSITY, every=1), gs.weights.RigL(DENSITY, every=1, until=1.0)):
+        with gs.true_sparse_training(*variants["sparse"][:2], method, total_steps=100):
             taken = []
             for _ in range(4):
                 start = time.perf_counter()
-                step(*arms["sparse"])
+                step(*variants["sparse"])
                 taken.append(time.perf_counter() - start)
         found[f"rewiring, {method.card.name}"] = 1e3 * sorted(taken)[1] - found["sparse"]
     return found
@@ -97,16 +97,16 @@ def peak_bytes() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def memory(arm: str, density: float) -> dict[str, int]:
+def memory(variant: str, density: float) -> dict[str, int]:
     """In this process: bytes that building and three steps add at the most, and what is held."""
     x, y = batch(SIZES[0])
     step(*(lambda m: (m, adamw(m)))(stack([nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 10)])),
          x[:, :8], y)  # fmt: skip
     before = peak_bytes()
-    model = dense(SIZES) if arm == "dense" else sparse(SIZES, density)
+    model = dense(SIZES) if variant == "dense" else sparse(SIZES, density)
     optimizer = adamw(model)
-    if arm == "rigl":
-        method = gs.RigL(density, every=1)
+    if variant == "rigl":
+        method = gs.weights.RigL(density, every=1)
         with gs.true_sparse_training(model, optimizer, method, total_steps=100):
             [step(model, optimizer, x, y) for _ in range(3)]
     else:
@@ -161,7 +161,7 @@ def agreement() -> dict[str, float]:
     With SGD: Adam's first steps are the learning rate in size, so that among weights just grown
     rounding decides which is smallest.
     """
-    method = gs.RigL(DENSITY, every=3, until=1.0)
+    method = gs.weights.RigL(DENSITY, every=3, until=1.0)
     model = sparse(SIZES, DENSITY)
     ours, theirs, _, masks = both(model, method, 8, lambda at: batch(SIZES[0], at % 3), 0, sgd)
     shared = sum(
@@ -198,9 +198,9 @@ def accuracy(name: str, seeds: range, epochs: int) -> dict[str, object]:
             for rows in torch.randperm(len(train[1]), generator=generator).split(BATCH)[:steps]
         ]
         method = {
-            "static": lambda: gs.StaticRandom(DENSITY),
-            "set": lambda: gs.SET(DENSITY, every=100),
-            "rigl": lambda: gs.RigL(DENSITY, every=100),
+            "static": lambda: gs.weights.StaticRandom(DENSITY),
+            "set": lambda: gs.weights.SET(DENSITY, every=100),
+            "rigl": lambda: gs.weights.RigL(DENSITY, every=100),
         }[name]()
         model = sparse(SMALL, DENSITY, seed)
         data = [(train[0][taken], train[1][taken]) for taken in order]
@@ -214,15 +214,15 @@ def accuracy(name: str, seeds: range, epochs: int) -> dict[str, object]:
     return {**rows, "mean_difference": float(difference.mean()), "spread_over_seeds": float(spread)}
 
 
-def apart(arm: str, density: float) -> dict[str, int]:
+def apart(variant: str, density: float) -> dict[str, int]:
     """`memory` in a process of its own."""
-    command = [sys.executable, __file__, "arm", arm, str(density)]
+    command = [sys.executable, __file__, "variant", variant, str(density)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:
     """Measure everything and write it."""
-    if sys.argv[1:2] == ["arm"]:
+    if sys.argv[1:2] == ["variant"]:
         print(json.dumps(memory(sys.argv[2], float(sys.argv[3]))))
         return
     out = ROOT / "benchmarks" / "results" / "true_sparse_mlp.json"
@@ -234,8 +234,10 @@ def main() -> None:
         found = times()
         record["milliseconds"], record["ratio"] = found, found["dense"] / found["sparse"]
     if "memory" in parts:
-        arms = [("dense", 1.0), *(("sparse", d) for d in (0.1, 0.05, 0.025)), ("rigl", DENSITY)]
-        record["memory"] = {f"{arm}, density {d:g}": apart(arm, d) for arm, d in arms}
+        variants = [("dense", 1.0), *(("sparse", d) for d in (0.1, 0.05, 0.025)), ("rigl", DENSITY)]
+        record["memory"] = {
+            f"{variant}, density {d:g}": apart(variant, d) for variant, d in variants
+        }
     if "agreement" in parts:
         record["agreement"] = agreement()
     fashion_mnist = record.setdefault("fashion_mnist", {})

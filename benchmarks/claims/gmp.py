@@ -21,9 +21,9 @@ def check(short: bool = False) -> dict[str, Any]:
     found |= arms(
         {
             "large dense": lambda _: None,
-            "large, GMP to 10%": lambda _: gs.GMP(0.1, every=every),
-            "large, GMP to 5%": lambda _: gs.GMP(0.05, every=every, begin=0.25),
-            "large, 5% at once": lambda _: gs.GMP(0.05, every=every, begin=0.25, end=0.25),
+            "large, GMP to 10%": lambda _: gs.weights.GMP(0.1, every=every),
+            "large, GMP to 5%": lambda _: gs.weights.GMP(0.05, every=every, begin=0.25),
+            "large, 5% at once": lambda _: gs.weights.GMP(0.05, every=every, begin=0.25, end=0.25),
         },
         seeds,
         steps,

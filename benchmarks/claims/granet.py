@@ -16,10 +16,10 @@ def check(short: bool = False) -> dict[str, Any]:
     every = max(1, steps // 40)
     found = arms(
         {
-            "GraNet": lambda _: gs.GraNet(0.03, every=every),
-            "GraNet without regrowth": lambda _: gs.GraNet(0.03, every=every, regrow=False),
-            "GMP": lambda _: gs.GMP(0.03, gs.ERK(), every=every),
-            "RigL": lambda _: gs.RigL(0.03, every=every),
+            "GraNet": lambda _: gs.weights.GraNet(0.03, every=every),
+            "GraNet without regrowth": lambda _: gs.weights.GraNet(0.03, every=every, regrow=False),
+            "GMP": lambda _: gs.weights.GMP(0.03, gs.ERK(), every=every),
+            "RigL": lambda _: gs.weights.RigL(0.03, every=every),
         },
         seeds,
         steps,

@@ -17,20 +17,20 @@ def one(seed: int, steps: int, rounds: int, rewind: int, density: float) -> dict
     """Accuracies of the dense network, the ticket, its support drawn anew, and a random support."""
     found: dict[str, float] = {}
 
-    def part_of(model: nn.Module, trainer: Any, part: gs.Part) -> None:
+    def part_of(model: nn.Module, trainer: Any, part: gs.RoundPart) -> None:
         train(model, trainer, steps, seed, first=part.first, last=part.last)
         if part.index == 0 and part.last is None:
             found["dense"] = accuracy(model, seed)
 
     model = seeded(lambda: mlp(128, 64), seed)
-    method = gs.IMP(density, rounds, rewind)
+    method = gs.weights.IMP(density, rounds, rewind)
     result = gs.train_rounds(model, method, part_of, include=("*",))
     found["ticket"] = accuracy(model, seed)
     masks = {name: support.mask for name, support in result.supports.items()}
     shuffle = torch.Generator().manual_seed(seed)
     for name, trainer in (
-        ("same support, fresh weights", gs.Keep(masks)),
-        ("random support, same layer counts", gs.Keep({
+        ("same support, fresh weights", gs.weights.FixedMasks(masks)),
+        ("random support, same layer counts", gs.weights.FixedMasks({
             key: mask.flatten()[torch.randperm(mask.numel(), generator=shuffle)].view_as(mask)
             for key, mask in masks.items()
         })),

@@ -15,7 +15,7 @@ from gossamer.testbed import digits
 DENSITY = 0.05
 
 
-def one(method: gs.ISSP, seed: int, steps: int) -> float:
+def one(method: gs.weights.ISSP, seed: int, steps: int) -> float:
     """Held-out squared error, times 1000."""
     train_x, _, test_x, _ = digits(seed=seed)
     torch.manual_seed(seed)
@@ -39,9 +39,9 @@ def check(short: bool = False) -> dict[str, Any]:
     """Five seeds at 5%."""
     seeds, steps = (2, 20) if short else (5, 500)
     methods = {
-        "ISS-P": gs.ISSP(DENSITY, alpha=0.95),
-        "hard thresholding": gs.ISSP(DENSITY, alpha=0.0),
-        "at the start": gs.ISSP(DENSITY, until=0.0),
+        "ISS-P": gs.weights.ISSP(DENSITY, alpha=0.95),
+        "hard thresholding": gs.weights.ISSP(DENSITY, alpha=0.0),
+        "at the start": gs.weights.ISSP(DENSITY, until=0.0),
     }
     arms = {n: [one(m, seed, steps) for seed in range(seeds)] for n, m in methods.items()}
     return record(

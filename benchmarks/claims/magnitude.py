@@ -16,11 +16,14 @@ def one(seed: int, steps: int) -> dict[str, float]:
     train(model, None, steps, seed)
     found = {"dense": accuracy(model, seed)}
     trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for name, method in (("magnitude", gs.Magnitude()), ("random", gs.Random(seed))):
+    for name, method in (
+        ("magnitude", gs.weights.Magnitude()),
+        ("random", gs.weights.Random(seed)),
+    ):
         model.load_state_dict(trained)
         gs.prune(model, method, density=1 / 9, include=("*",))
         found[f"{name}, as pruned"] = accuracy(model, seed)
-        train(model, gs.Keep(), steps, seed, lr=0.05)
+        train(model, gs.weights.FixedMasks(), steps, seed, lr=0.05)
         found[f"{name}, retrained"] = accuracy(model, seed)
     return found
 

@@ -21,7 +21,7 @@ def one(targeted: bool, seed: int, steps: int) -> tuple[float, float, float, flo
     """Final accuracy, loss of accuracy at the cut, mean kept and mean marked scale before it."""
     model = seeded(lambda: mlp(64, 32, norm=True), seed)
     train(model, None, steps, seed)
-    method = gs.MaskSparsity(0.5, COUPLED, penalty=0.03, targeted=targeted)
+    method = gs.weights.MaskSparsity(0.5, COUPLED, penalty=0.03, targeted=targeted)
     cut = int(0.75 * steps)
     seen: list[float] = []
     scales: list[float] = []
@@ -30,8 +30,8 @@ def one(targeted: bool, seed: int, steps: int) -> tuple[float, float, float, flo
         if run.step in (cut - 1, cut):
             seen.append(accuracy(run.model, seed))
         if run.step == cut - 1:
-            own = run.state_dict()["own"]
-            kept = torch.cat([own[x.name].flatten() for x in run.layers])
+            own = run.state_dict()["state"]
+            kept = torch.cat([own[f"{x.name}:stays"].flatten() for x in run.layers])
             scale = torch.cat([x.weight.detach().abs() for x in run.layers])
             scales.extend((float(scale[kept].mean()), float(scale[~kept].mean())))
 

@@ -16,8 +16,8 @@ def one(width: int, density: float, seed: int, steps: int) -> tuple[float, float
     dense = seeded(lambda: mlp(width, width, norm=True), seed)
     train(dense, None, steps, seed)
     pruned = seeded(lambda: mlp(width, width, norm=True), seed)
-    gs.prune(pruned, gs.Random(seed), density=density, include=("*",))
-    train(pruned, gs.Keep(), steps, seed)
+    gs.prune(pruned, gs.weights.Random(seed), density=density, include=("*",))
+    train(pruned, gs.weights.FixedMasks(), steps, seed)
     return accuracy(dense, seed), accuracy(pruned, seed)
 
 

@@ -20,7 +20,7 @@ def check(short: bool = False) -> dict[str, Any]:
     for seed in range(seeds):
         model = seeded(lambda: mlp(128, 64, norm=True), seed)
         spent.append(0.0)
-        train(model, gs.GMP(DENSITY, gs.ERK(), every), steps, seed,
+        train(model, gs.weights.GMP(DENSITY, gs.ERK(), every), steps, seed,
               watch=lambda run: spent.__setitem__(-1, spent[-1] + run.density))  # fmt: skip
         gmp.append(accuracy(model, seed))
     # In a perceptron a step costs its density; a growing step has a dense weight gradient, 1/3.
@@ -30,9 +30,9 @@ def check(short: bool = False) -> dict[str, Any]:
     found = {"GMP": gmp}
     found |= arms(
         {
-            "RigL": lambda _: gs.RigL(DENSITY, every=max(1, longer // updates)),
-            "SET": lambda _: gs.SET(DENSITY, gs.ERK(), every=max(1, longer // updates)),
-            "static": lambda _: gs.StaticRandom(DENSITY),
+            "RigL": lambda _: gs.weights.RigL(DENSITY, every=max(1, longer // updates)),
+            "SET": lambda _: gs.weights.SET(DENSITY, gs.ERK(), every=max(1, longer // updates)),
+            "static": lambda _: gs.weights.StaticRandom(DENSITY),
         },
         seeds,
         longer,

@@ -16,10 +16,10 @@ def check(short: bool = False) -> dict[str, Any]:
     found: dict[str, list[float]] = {}
     for pattern in (gs.NM(1, 16), gs.NM(2, 4)):
         methods = {
-            "SR-STE 2e-4": lambda _, p=pattern: gs.SRSTE(p),
-            "SR-STE 2e-2": lambda _, p=pattern: gs.SRSTE(p, decay=0.02),
-            "SdGf": lambda _, p=pattern: gs.SdGf(p),
-            "SdGf, whole gradient": lambda _, p=pattern: gs.SdGf(p, gradient="straight"),
+            "SR-STE 2e-4": lambda _, p=pattern: gs.weights.SRSTE(p),
+            "SR-STE 2e-2": lambda _, p=pattern: gs.weights.SRSTE(p, decay=0.02),
+            "SdGf": lambda _, p=pattern: gs.weights.SdGf(p),
+            "SdGf, whole gradient": lambda _, p=pattern: gs.weights.SdGf(p, gradient="straight"),
         }
         runs = arms(methods, seeds, steps, lambda: mlp(128, 64, norm=True))
         found |= {f"{pattern.keep}:{pattern.group} {name}": run for name, run in runs.items()}

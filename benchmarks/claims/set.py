@@ -17,8 +17,8 @@ def check(short: bool = False) -> dict[str, Any]:
     found = arms(
         {
             "dense": lambda _: None,
-            "SET": lambda _: gs.SET(0.05, every=every),
-            "static, ER": lambda _: gs.StaticRandom(0.05, gs.ER()),
+            "SET": lambda _: gs.weights.SET(0.05, every=every),
+            "static, ER": lambda _: gs.weights.StaticRandom(0.05, gs.ER()),
         },
         seeds,
         steps,

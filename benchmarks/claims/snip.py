@@ -16,8 +16,8 @@ def check(short: bool = False) -> dict[str, Any]:
     found = arms(
         {
             "dense": lambda _: None,
-            "SNIP": lambda _: gs.SNIP(0.05),
-            "random, ERK": lambda _: gs.StaticRandom(0.05),
+            "SNIP": lambda _: gs.weights.SNIP(0.05),
+            "random, ERK": lambda _: gs.weights.StaticRandom(0.05),
         },
         seeds,
         steps,

@@ -13,7 +13,7 @@ import gossamer as gs
 def check(short: bool = False) -> dict[str, Any]:
     """Three seeds at 50% and 2:4."""
     seeds = 2 if short else 3
-    methods = {"sparsegpt": gs.SparseGPT(), "magnitude": gs.Magnitude()}
+    methods = {"sparsegpt": gs.weights.SparseGPT(), "magnitude": gs.weights.Magnitude()}
     half = arms({"dense": None, **methods}, seeds, short)
     pairs = arms(methods, seeds, short, pattern=gs.NM(2, 4), density=None)
     dense = half["dense"]

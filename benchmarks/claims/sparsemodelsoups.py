@@ -22,22 +22,22 @@ def one(seed: int, steps: int, copies: int, density: float) -> dict[str, float]:
     long after each."""
     members: dict[int, list[float]] = {}
 
-    def retrain(model: nn.Module, trainer: Any, part: gs.Part) -> None:
+    def retrain(model: nn.Module, trainer: Any, part: gs.RoundPart) -> None:
         order = 100 * seed + part.member
         train(model, trainer, steps, seed, lr=0.05 if part.index else 0.1, order=order)
         members.setdefault(part.index, []).append(accuracy(model, seed))
 
-    def longer(model: nn.Module, trainer: Any, part: gs.Part) -> None:
+    def longer(model: nn.Module, trainer: Any, part: gs.RoundPart) -> None:
         times = copies if part.index else 1
         train(model, trainer, times * steps, seed, lr=0.05 if part.index else 0.1)
 
     data = list(digits(seed=seed)[0].split(64))
     soup = seeded(network, seed)
     gs.train_rounds(
-        soup, gs.SparseModelSoups(density, 3, copies), retrain, include=("*",), data=data
+        soup, gs.weights.SparseModelSoups(density, 3, copies), retrain, include=("*",), data=data
     )
     plain = seeded(network, seed)
-    gs.train_rounds(plain, gs.SparseModelSoups(density, 3, 1), longer, include=("*",))
+    gs.train_rounds(plain, gs.weights.SparseModelSoups(density, 3, 1), longer, include=("*",))
     last = members[3]
     return {
         "dense": members[0][0],

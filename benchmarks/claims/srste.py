@@ -23,7 +23,7 @@ def train(decay: float, seed: int, steps: int) -> tuple[float, float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     order = torch.Generator().manual_seed(seed)
     flips = 0
-    method = gs.SRSTE(gs.NM(1, 4), decay=decay)
+    method = gs.weights.SRSTE(gs.NM(1, 4), decay=decay)
     with gs.sparse_training(model, optimizer, method, total_steps=steps, include=("3",)) as run:
         for _ in range(steps):
             rows = torch.randint(0, len(train_x), (64,), generator=order)

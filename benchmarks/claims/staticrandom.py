@@ -19,7 +19,7 @@ def check(short: bool = False) -> dict[str, Any]:
         both = arms(
             {
                 f"dense, width {width}": lambda _: None,
-                f"10% random, width {width}": lambda _: gs.StaticRandom(0.1),
+                f"10% random, width {width}": lambda _: gs.weights.StaticRandom(0.1),
             },
             seeds,
             steps,
@@ -30,8 +30,8 @@ def check(short: bool = False) -> dict[str, Any]:
         gaps.append([a - b for a, b in zip(dense, sparse)])
     found |= arms(
         {
-            "5% ERK": lambda _: gs.StaticRandom(0.05),
-            "5% uniform": lambda _: gs.StaticRandom(0.05, gs.Uniform()),
+            "5% ERK": lambda _: gs.weights.StaticRandom(0.05),
+            "5% uniform": lambda _: gs.weights.StaticRandom(0.05, gs.Uniform()),
         },
         seeds,
         steps,

@@ -74,7 +74,7 @@ def train(
     if method is None:
         loop(None)
         return None
-    include = () if method.scales else ("*",)
+    include = () if method.trains_scales else ("*",)
     with gs.sparse_training(
         model, optimizer, method, total_steps=steps, include=include, seed=seed,
         loss=lambda: loss_of(steps),

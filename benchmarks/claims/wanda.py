@@ -14,9 +14,9 @@ def check(short: bool = False) -> dict[str, Any]:
     """Three seeds at 50%."""
     seeds = 2 if short else 3
     methods = {
-        "wanda": gs.Wanda(),
-        "magnitude": gs.Magnitude(),
-        "sparsegpt": gs.SparseGPT(),
+        "wanda": gs.weights.Wanda(),
+        "magnitude": gs.weights.Magnitude(),
+        "sparsegpt": gs.weights.SparseGPT(),
     }
     found = arms(methods, seeds, short)
     return record(

@@ -3,7 +3,6 @@ does it beat group lasso with as many neurons left?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,8 +12,8 @@ from claims.vision import accuracy, mlp, seeded, train
 from torch import Tensor
 
 import gossamer as gs
-from gossamer.core.allocation import LayerInfo
-from gossamer.methods.weights.topology import Fixed
+from gossamer.core.step import Step
+from gossamer.methods.weights.topology import StaticSupport
 
 COUPLED = (
     gs.Coupled(128, ("1",), (), (), ("3",)),
@@ -26,38 +25,33 @@ LASSO = (1e-4, 3e-4, 1e-3, 3e-3)
 
 
 @dataclass(frozen=True)
-class GroupLasso(Fixed):
+class GroupLasso(StaticSupport):
     """The proximal step of `strength` times the sum of the groups' norms after each step, and the
     cut of WGSEF at the same step: as many neurons stay, so the FLOPs are the same."""
 
     strength: float
 
-    shrinks: ClassVar[bool] = True
-    card: ClassVar[gs.Card] = gs.WGSEF.card
-    cut: ClassVar[gs.WGSEF] = gs.WGSEF(DENSITY, COUPLED)
+    card: ClassVar[gs.Card] = gs.weights.WGSEF.card
+    cut: ClassVar[gs.weights.WGSEF] = gs.weights.WGSEF(DENSITY, COUPLED)
 
-    def start(
-        self, layers: Sequence[LayerInfo], gradients: Mapping[str, Tensor], generator: Any
-    ) -> dict[str, Tensor]:
+    def start(self, step: Step) -> dict[str, Tensor]:
         """Every weight."""
-        return self.cut.start(layers, gradients, generator)
+        return self.cut.start(step)
 
     def due(self, step: int, total: int) -> bool:
         """At the cut."""
         return self.cut.due(step, total)
 
-    def update(self, *given: Any) -> list[dict[str, Tensor]]:
+    def update(self, step: Step) -> list[dict[str, Tensor]]:
         """The groups with the largest norm."""
-        return self.cut.update(*given)
+        return self.cut.update(step)
 
-    def shrink(
-        self, step: int, total: int, layers: Sequence[LayerInfo], masks: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def edit_weights(self, step: Step) -> dict[str, Tensor]:
         """Each row of the coupled layers, shorter by the strength, down to zero."""
-        if step > self.cut.last(total):
+        if step.number > self.cut.last(step.total):
             return {}
         shrunk = {}
-        for x in layers[:2]:
+        for x in step.layers[:2]:
             norm = x.weight.norm(dim=1, keepdim=True)
             shrunk[x.name] = x.weight * (1 - self.strength / norm.clamp_min(1e-12)).clamp_min(0)
         return shrunk
@@ -88,7 +82,7 @@ def check(short: bool = False) -> dict[str, Any]:
         train(model, None, steps, seed, decay=0.0)
         dense.append(accuracy(model, seed))
     runs, none = (
-        [one(gs.WGSEF(DENSITY, COUPLED, strength), seed, steps) for seed in range(seeds)]
+        [one(gs.weights.WGSEF(DENSITY, COUPLED, strength), seed, steps) for seed in range(seeds)]
         for strength in (0.01, 1e-9)
     )
     lasso = {s: [one(GroupLasso(s), seed, steps) for seed in range(seeds)] for s in LASSO}

@@ -13,12 +13,16 @@ register_with_transformers()
 if TYPE_CHECKING:
     from gossamer._public import *  # noqa: F403
     from gossamer._public import __all__ as __all__
-    from gossamer.methods.weights.catalogue import *  # noqa: F403 - every method by its name
+    from gossamer.methods import weights as weights
 else:
 
     def __getattr__(name: str) -> object:
         if name.startswith("_") and name != "__all__":
             raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
+        topic = importlib.import_module("gossamer.methods").topic(name)
+        if topic is not None:
+            globals()[name] = topic
+            return topic
         public = importlib.import_module("gossamer._public")
         if name == "__all__" or name in public.__all__:
             globals()[name] = value = getattr(public, name)
@@ -28,4 +32,6 @@ else:
         raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *importlib.import_module("gossamer._public").__all__})
+        found = importlib.import_module("gossamer.methods")
+        built = {name for name in found.TOPICS if found.topic(name)}
+        return sorted({*globals(), *built, *importlib.import_module("gossamer._public").__all__})

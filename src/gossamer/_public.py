@@ -17,20 +17,23 @@ from gossamer.core.result import CompressResult, Coverage, LayerRecord, LeftOut,
 from gossamer.core.select import select, select_global
 from gossamer.core.support import Support
 from gossamer.core.text import text_batches
-from gossamer.engine.prune.structure import ShrinkResult, coupled_channels, fixed_channels, shrink
+from gossamer.engine.prune.structure import (
+    RemoveChannelsResult,
+    coupled_channels,
+    fixed_channels,
+    remove_channels,
+)
 from gossamer.engine.serve.compress import compress
 from gossamer.engine.serve.generate import generate
-from gossamer.engine.serve.measure_latency import calibrate_costs
+from gossamer.engine.serve.measure_latency import calibrate_latency
 from gossamer.engine.serve.unpack import unpack
 from gossamer.engine.train.compressed import TrueSparseRun, sparse_layers, true_sparse_training
-from gossamer.engine.train.masked import SparseRun, sparse_training
-from gossamer.engine.train.rounds import Part, RoundsResult, train_rounds
+from gossamer.engine.train.masked import sparse_training
+from gossamer.engine.train.rounds import RoundPart, RoundsResult, train_rounds
+from gossamer.engine.train.run import SparseRun
 from gossamer.io import export, load, push, save
 from gossamer.methods import cards, find
-from gossamer.methods.weights.catalogue import *  # noqa: F403 - every method by its name
-from gossamer.methods.weights.catalogue import CATALOGUE
-from gossamer.methods.weights.keep import Keep
-from gossamer.nn.kernel_choice.latency import Costs
+from gossamer.nn.kernel_choice.latency import LatencyModel
 from gossamer.nn.semi_structured import from_semi_structured, to_semi_structured
 from gossamer.report.comparison import Comparison
 
@@ -45,22 +48,21 @@ __all__ = [
     "Channel",
     "Comparison",
     "CompressResult",
-    "Costs",
     "Coupled",
     "Coverage",
     "FormatError",
     "Global",
     "GossamerError",
-    "Keep",
+    "LatencyModel",
     "LayerRecord",
     "LeftOut",
     "MissingExtra",
     "NonFiniteError",
-    "Part",
     "PatternError",
     "PruneResult",
+    "RemoveChannelsResult",
+    "RoundPart",
     "RoundsResult",
-    "ShrinkResult",
     "SparseRun",
     "Support",
     "TrueSparseRun",
@@ -68,7 +70,7 @@ __all__ = [
     "UniformPlus",
     "Unstructured",
     "UsageError",
-    "calibrate_costs",
+    "calibrate_latency",
     "cards",
     "compare",
     "compress",
@@ -83,10 +85,10 @@ __all__ = [
     "parse_pattern",
     "prune",
     "push",
+    "remove_channels",
     "save",
     "select",
     "select_global",
-    "shrink",
     "sparse_layers",
     "sparse_training",
     "text_batches",
@@ -95,4 +97,3 @@ __all__ = [
     "true_sparse_training",
     "unpack",
 ]
-__all__ += [x.__name__ for x in CATALOGUE]

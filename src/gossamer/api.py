@@ -92,7 +92,7 @@ def prune(
 
 
 def _pruner(text: str) -> Method:
-    if methods.find(text.partition(":")[0]).card.kind not in ("score", "solver"):
+    if methods.find(text.partition(":")[0]).card.role not in ("scorer", "solver"):
         raise UsageError(
             f"method {text!r} chooses weights while a model trains; use gs.sparse_training in a "
             "training loop, or a method for trained models here (see gs.cards())"

@@ -34,9 +34,9 @@ def test_every_method_has_a_record_and_a_check():
 def test_the_verdict_follows_from_the_figures(path):
     ledger = load("ledger")
     found = json.loads(path.read_text())
-    for arm in found["measured"].values():
-        assert len(arm["seeds"]) >= 3
-        assert ledger.interval(arm["seeds"])["mean"] == pytest.approx(arm["mean"])
+    for variant in found["measured"].values():
+        assert len(variant["seeds"]) >= 3
+        assert ledger.interval(variant["seeds"])["mean"] == pytest.approx(variant["mean"])
     again = [
         ledger.promise(p["what"], p["differences"], slack=p["slack"]) for p in found["promises"]
     ]
@@ -73,4 +73,4 @@ def test_a_verdict_needs_an_interval_on_one_side():
 def test_the_short_form_runs(path):
     found = load(path.stem).check(True)
     assert found["method"] == path.stem and found["claimed"] and found["promises"]
-    assert all(len(arm["seeds"]) >= 2 for arm in found["measured"].values())
+    assert all(len(variant["seeds"]) >= 2 for variant in found["measured"].values())

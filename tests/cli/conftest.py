@@ -10,12 +10,12 @@ import pytest
 
 from gossamer.io.load import read_content
 from gossamer.io.stored import unpack
-from gossamer.nn.kernel_choice.latency import Costs
-from gossamer.nn.kernel_choice.machine import machine, store_costs
+from gossamer.nn.kernel_choice.latency import LatencyModel
+from gossamer.nn.kernel_choice.machine import machine, store_latency
 
 
 @pytest.fixture(autouse=True, scope="module")
-def costs_like_the_rules(no_cached_costs, tmp_path_factory):
+def costs_like_the_rules(no_cached_latency, tmp_path_factory):
     """Commands find costs that say what the rules say, so that no test measures any."""
     dense = {1: (0.0, 0.0, 1e-9, 0.0, 0.0)}
     sparse = {1: (0.0, 0.0, 0.0, 1.1e-9, 0.0)}
@@ -25,7 +25,7 @@ def costs_like_the_rules(no_cached_costs, tmp_path_factory):
         terms[f"sell-spmm {dtype}"] = sparse
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("costs")))
-        store_costs(Costs(machine(), terms))
+        store_latency(LatencyModel(machine(), terms))
         yield
 
 

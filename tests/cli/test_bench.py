@@ -11,13 +11,13 @@ import torch
 
 from gossamer.bench import (
     active,
+    baselines,
     conv,
     decode,
     kernels,
     llama_cpp,
     measure,
     nm,
-    peers,
     spgemm,
     training,
 )
@@ -239,13 +239,13 @@ def test_decode_against_llama_cpp(monkeypatch, capsys, tmp_path):
     argv = ["bench", "--patience=0", "--suite=decode", "--repeats=1", f"--work={tmp_path}"]
     main([*argv, "--json"])
     first, *classes = json.loads(capsys.readouterr().out)["cases"]
-    assert [case["case"]["peer"] for case in classes] == [
-        f"llama.cpp {each.peer}" for each in llama_cpp.CLASSES
+    assert [case["case"]["baseline"] for case in classes] == [
+        f"llama.cpp {each.baseline}" for each in llama_cpp.CLASSES
     ]
-    assert "peer" not in first["case"]
+    assert "baseline" not in first["case"]
     for case in classes:
-        peer, times = case["best_dense"], case["tokens_per_second"]
-        assert case["ratio"] == pytest.approx(times["gossamer"] / times[peer])
+        baseline, times = case["best_dense"], case["tokens_per_second"]
+        assert case["ratio"] == pytest.approx(times["gossamer"] / times[baseline])
         assert case["prompt_ratio"] > 0 and 0 < case["fraction_of_limit"] < 10
         assert case["file_bytes"]["gossamer"] > 0
     written = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.gguf")}
@@ -260,18 +260,18 @@ def test_decode_against_llama_cpp(monkeypatch, capsys, tmp_path):
 
 def test_a_peer_that_is_missing_costs_a_line(monkeypatch):
     monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
-    assert "gossamer[peers]" in llama_cpp.missing()
+    assert "gossamer[baselines]" in llama_cpp.missing()
 
 
 def test_a_wrong_integer_peer_gets_no_speed(monkeypatch):
     pytest.importorskip("onnxruntime")
-    right = kernels.integer_peers.onnx_int4
+    right = kernels.integer_baselines.onnx_int4
 
     def wrong(weights, x):
         call = right(weights, x)
         return lambda: 1.5 * call()
 
-    monkeypatch.setattr(kernels.integer_peers, "onnx_int4", wrong)
+    monkeypatch.setattr(kernels.integer_baselines, "onnx_int4", wrong)
     with pytest.raises(GossamerError, match="onnxruntime dense int4 is wrong"):
         kernels.measure(kernels.Case(64, 300, "int4", 0.5, 1), LIMITS, rounds=1)
 
@@ -414,11 +414,11 @@ def test_disturbed_rounds_do_not_count_whatever_they_say(monkeypatch):
     monkeypatch.setattr(measure, "calm", lambda peak: next(states))
     times = iter([9.0, 1.0, 0.1, 7.0, 3.0])  # warm-up, calm, disturbed twice, calm
     monkeypatch.setattr(measure, "_turn", lambda call: next(times))
-    assert interleaved({"one": str}, measure.Rounds(2, patience=60)) == Turns({"one": 2.0}, 0.9)
+    assert interleaved({"one": str}, measure.Repeats(2, patience=60)) == Turns({"one": 2.0}, 0.9)
     states, times = iter([0.1, 0.2, 0.6, 0.7]), iter([9.0, 1.0, 2.0, 3.0])
     clock = iter([0.0, 1.0, 2.0, 99.0, 100.0])  # patience ends with the third round
     monkeypatch.setattr(measure.time, "monotonic", lambda: next(clock))
-    assert interleaved({"one": str}, measure.Rounds(1, patience=60)) == Turns({"one": 3.0}, 0.6)
+    assert interleaved({"one": str}, measure.Repeats(1, patience=60)) == Turns({"one": 3.0}, 0.6)
 
 
 def test_the_better_limits_count():
@@ -432,7 +432,7 @@ def test_the_better_limits_count():
     assert [case["fraction_of_limit"] for case in cases] == [0.5, 0.5]
 
 
-def test_limits_of_a_disturbed_machine_are_measured_again(monkeypatch):
+def test_limits_of_a_disturbed_machine_are_measured_again(monkeypatch, over_threads):
     """The first says 60 of 100 possible flops, the second comes while others work, then all is well."""
     found = iter([Limits(9.0, 60.0, 2), Limits(8.0, 70.0, 2), Limits(7.0, 96.0, 2)])
     rates = iter([100.0, 50.0, 50.0, 60.0, 50.0, 96.0, 50.0, 50.0])
@@ -440,7 +440,7 @@ def test_limits_of_a_disturbed_machine_are_measured_again(monkeypatch):
     for place in (measure, timing):
         monkeypatch.setattr(place, "rate", lambda threads: next(rates))
     monkeypatch.setattr(measure.time, "sleep", lambda seconds: None)
-    assert measure_limits(patience=60) == Limits(9.0, 96.0, 2)
+    assert over_threads(lambda: measure_limits(patience=60), (2,)) == [Limits(9.0, 96.0, 2)]
     assert next(rates, None) is None
 
 
@@ -451,9 +451,9 @@ def test_our_own_dense_product_is_right(isa, rows, monkeypatch):
         pytest.skip(f"this processor lacks {isa}")
     monkeypatch.setenv("GOSSAMER_ISA", isa)
     weights, x = [torch.randn(rows, 192).bfloat16() for _ in range(2)], torch.randn(1, 192)
-    run = peers.own_dense_bfloat16(weights, x)
+    run = baselines.own_dense_bfloat16(weights, x)
     for weight in (*weights, weights[0]):
         expected = (x @ weight.float().t()).bfloat16()
         torch.testing.assert_close(run(), expected, rtol=1e-2, atol=1e-2)
-    assert peers.own_dense_bfloat16(weights, torch.randn(2, 192)) is None
-    assert peers.torch_bsr(weights, x, "16x1") is None
+    assert baselines.own_dense_bfloat16(weights, torch.randn(2, 192)) is None
+    assert baselines.torch_bsr(weights, x, "16x1") is None

@@ -9,7 +9,7 @@ from torch import nn
 
 import gossamer as gs
 from gossamer.cli import main
-from gossamer.nn.kernel_choice.latency import Costs
+from gossamer.nn.kernel_choice.latency import LatencyModel
 from gossamer.nn.kernel_choice.machine import machine
 from gossamer.nn.serving import serves
 
@@ -30,7 +30,7 @@ def net():
 
 @pytest.fixture
 def saved(tmp_path):
-    result = gs.compress(net(), costs=Costs(machine(), TERMS), batches=False)
+    result = gs.compress(net(), latency=LatencyModel(machine(), TERMS), large_batches=False)
     gs.save(result, tmp_path / "out")
     return result, tmp_path / "out"
 
@@ -59,7 +59,7 @@ def test_kernels_and_reasons_are_those_of_the_result(saved, capsys, monkeypatch)
 
 
 def test_batches_that_are_prepared_and_integers(tmp_path, capsys):
-    gs.save(gs.compress(net(), costs="rule", batches=True), tmp_path / "sell")
+    gs.save(gs.compress(net(), latency="rule", large_batches=True), tmp_path / "sell")
     gs.save(gs.compress(net(), bits=4), tmp_path / "int4")
     decisions = json.loads(shown(tmp_path / "sell", capsys, "--json").out)["decisions"]
     assert decisions["0"]["kernel"].startswith("bitmap-matvec/")
@@ -139,7 +139,10 @@ def test_verify_compares_every_file(saved, capsys):
 
 def test_layers_of_a_kind_stand_in_one_line_unless_asked(tmp_path, capsys, tiny_llama, monkeypatch):
     model = tiny_llama()
-    gs.save(gs.compress(gs.prune(model, gs.Magnitude(), density=0.5), costs="rule"), tmp_path / "a")
+    gs.save(
+        gs.compress(gs.prune(model, gs.weights.Magnitude(), density=0.5), latency="rule"),
+        tmp_path / "a",
+    )
     text = shown(tmp_path / "a", capsys).out
     assert "model.layers.*.mlp.up_proj" in text and "layers.0.mlp" not in text
     every = shown(tmp_path / "a", capsys, "--layers").out
@@ -165,7 +168,7 @@ def test_serves_says_what_unprepared_layers_do_with_batches(saved):
     layer = result.model[0]
     layer.unpack_from = 1 << 62
     assert "unpack" not in serves(layer)[1]
-    assert dataclasses.asdict(result.layers[0])["batches"].split("/")[0] in (
+    assert dataclasses.asdict(result.layers[0])["batch_kernel"].split("/")[0] in (
         "bitmap-spmm",
         "bitmap-unpack",
     )

@@ -23,9 +23,8 @@ def test_imp_reports_all_rounds_together(tmp_path, capsys, stored_tensors, monke
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out, log = tmp_path / "out", tmp_path / "log"
-    options = json.dumps({"rounds": 2, "rewind": 5})
     monkeypatch.setattr("gossamer.engine.progress.PAUSE", 0.002)
-    main(flags(out, method="imp", density=0.04, steps=30, options=options, log=log))
+    main(flags(out, method="imp:rounds=2,rewind=5", density=0.04, steps=30, log=log))
     assert "round 2 of 2" in capsys.readouterr().err
     found = result(out)
     kept = [layer["density"] for layer in found["layers"]]
@@ -53,9 +52,8 @@ def test_imp_reports_all_rounds_together(tmp_path, capsys, stored_tensors, monke
 
 def test_a_run_killed_inside_a_round_resumes_bitwise(tmp_path, kill_at, over_threads):
     def argv(name):
-        options = json.dumps({"rounds": 2, "members": 2})
-        return flags(tmp_path / name, model="cnn", method="sparsemodelsoups", density=0.2, steps=12,
-                     save_every=3, options=options, batch=32)  # fmt: skip
+        return flags(tmp_path / name, model="cnn", method="sparsemodelsoups:rounds=2,members=2", density=0.2, steps=12,
+                     save_every=3, batch=32)  # fmt: skip
 
     folder = tmp_path / ".cut.train" / "checkpoint"
     kill_at(folder / "part-2.safetensors", argv("cut"))
@@ -71,14 +69,13 @@ def test_a_run_killed_inside_a_round_resumes_bitwise(tmp_path, kill_at, over_thr
 
 def test_a_comparison_gives_rounds_the_flops_of_one_run(tmp_path):
     out = tmp_path / "out"
-    main(flags(out, steps=20, sweep_methods="dense,rigl,imp", sweep_density="0.3", batch=32,
-               options=json.dumps({"rounds": 2, "every": 4})))  # fmt: skip
+    main(flags(out, steps=20, sweep_methods="dense,rigl:every=4,imp:rounds=2", sweep_density="0.3", batch=32))  # fmt: skip
     found = result(out)
-    steps = {arm["method"]: arm["steps"] for arm in found["arms"]}
-    assert steps["imp"] == 20 < steps["dense"] < steps["rigl"]
-    for arm in found["arms"]:
-        spent = arm["runs"][0]["flops"]["spent"]
-        assert spent == pytest.approx(found["budget_flops"], rel=0.05), arm["method"]
+    steps = {variant["method"]: variant["steps"] for variant in found["variants"]}
+    assert steps["imp:rounds=2"] == 20 < steps["dense"] < steps["rigl:every=4"]
+    for variant in found["variants"]:
+        spent = variant["runs"][0]["flops"]["spent"]
+        assert spent == pytest.approx(found["budget_flops"], rel=0.05), variant["method"]
 
 
 def refused(argv, capsys):
@@ -90,8 +87,8 @@ def refused(argv, capsys):
 
 def test_bad_input_is_one_line(tmp_path, capsys):
     out = tmp_path / "out"
-    assert "rewinds" in refused(flags(out, method="imp", steps=5, options='{"rewind": 5}'), capsys)
-    assert "rounds" in refused(flags(out, method="imp", options='{"rounds": 0}'), capsys)
+    assert "rewinds" in refused(flags(out, method="imp:rewind=5", steps=5), capsys)
+    assert "rounds" in refused(flags(out, method="imp:rounds=0"), capsys)
     assert "--pattern" in refused(flags(out, method="imp", pattern="2:4"), capsys)
     figures = tmp_path / ".out.train" / "checkpoint" / "figures.json"
     figures.parent.mkdir(parents=True)

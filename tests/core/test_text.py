@@ -61,7 +61,7 @@ def test_tokenizers_of_transformers_without_a_padding_token(tiny_llama):
     assert tokenizer.decode(batch["input_ids"][0]) in TEXT
     (rows,) = gs.text_batches(tokenizer, TEXT.split(". ")[:5], length=6)
     assert tuple(rows["input_ids"].shape) == tuple(rows["attention_mask"].shape)
-    result = gs.prune(tiny_llama(layers=1), gs.Wanda(), density=0.5, data=[rows])
+    result = gs.prune(tiny_llama(layers=1), gs.weights.Wanda(), density=0.5, data=[rows])
     assert result.measured_density == pytest.approx(0.5, abs=0.01)
 
 

@@ -17,7 +17,7 @@ import torch
 import gossamer as gs
 from gossamer.core.errors import FormatError, UsageError
 from gossamer.core.matrix import as_matrix
-from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d, QuantizedLinear, prepare_batches
+from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d, QuantizedLinear, prepare_large_batches
 from gossamer.ops import bitmap as ops
 from gossamer.ops import nm, quantized
 from gossamer.ops.bitmap import reference as bitmap_reference
@@ -119,7 +119,7 @@ def test_random_bitmaps_are_refused_or_multiply_right():
         except (FormatError, UsageError):
             continue
         if rng.random() < 0.5:
-            prepare_batches(layer)
+            prepare_large_batches(layer)
         x = torch.randn(rng.choice([1, 2, 5, 8, 9, 40, 70]), width, generator=generator)
         expected = x @ layer.to_matrix().float().t()
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4, msg=f"{seed}")
@@ -131,14 +131,14 @@ INTEGERS = [(4, True, 0.0), (4, False, 0.05), (8, True, 0.1), (8, False, 0.0)]
 
 def bitmaps():
     network = model()
-    gs.prune(network, gs.Magnitude(), density=0.4)
+    gs.prune(network, gs.weights.Magnitude(), density=0.4)
     return gs.compress(network).model, model
 
 
 def integers(bits, symmetric, outliers):
     """Integer layers, one sparse and one dense, and the same model with nothing in it."""
     network = model()
-    gs.prune(network, gs.Magnitude(), density=0.4, exclude=("2",))
+    gs.prune(network, gs.weights.Magnitude(), density=0.4, exclude=("2",))
     for name in "02":
         layer = network.get_submodule(name)
         packed = QuantizedLinear.from_matrix(
@@ -151,7 +151,7 @@ def integers(bits, symmetric, outliers):
 def nm_layers(keep, group, dtype):
     """Both layers N:M, though a bitmap might be smaller."""
     network, pattern = model().to(dtype), f"{keep}:{group}"
-    gs.prune(network, gs.Magnitude(), pattern=gs.NM(keep, group))
+    gs.prune(network, gs.weights.Magnitude(), pattern=gs.NM(keep, group))
     for name in "02":
         layer = network.get_submodule(name)
         network.set_submodule(name, NMLinear.from_matrix(layer.weight, layer.bias, pattern))
@@ -413,6 +413,6 @@ def test_random_nm_is_refused_or_multiplies_right():
             refused += 1
             continue
         if rng.random() < 0.5:
-            prepare_batches(layer)
+            prepare_large_batches(layer)
         check_nm(layer, seed)
     assert refused > 0

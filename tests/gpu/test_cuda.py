@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from examples import PRUNERS
 from torch import nn
 
 import gossamer as gs
-from gossamer.methods.weights import METHODS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,12 +26,12 @@ def data(device):
 
 
 @pytest.mark.parametrize("pattern", [gs.Unstructured(), gs.NM(2, 4), gs.Block(4, 1)], ids=str)
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(PRUNERS))
 def test_masks_are_those_of_the_cpu(name, pattern):
     here, there = model(), model().cuda()
     density = None if isinstance(pattern, gs.NM) else 0.5
-    one = gs.prune(here, METHODS[name](), pattern=pattern, density=density, data=data("cpu"))
-    two = gs.prune(there, METHODS[name](), pattern=pattern, density=density, data=data("cuda"))
+    one = gs.prune(here, PRUNERS[name](), pattern=pattern, density=density, data=data("cpu"))
+    two = gs.prune(there, PRUNERS[name](), pattern=pattern, density=density, data=data("cuda"))
     for layer, support in one.supports.items():
         same = (support.mask == two.supports[layer].mask.cpu()).float().mean()
         assert same > 0.999, layer  # sums in another order may turn a tie
@@ -39,7 +39,7 @@ def test_masks_are_those_of_the_cpu(name, pattern):
 
 def test_compress_refuses_cuda_weights_and_save_reloads_on_the_cpu(tmp_path):
     there = model().cuda()
-    result = gs.prune(there, gs.Magnitude(), density=0.5)
+    result = gs.prune(there, gs.weights.Magnitude(), density=0.5)
     packed = gs.compress(copy.deepcopy(there))
     assert all(r.kernel is None and "CPU" in r.reason for r in packed.layers)
     gs.save(gs.compress(result.model.cpu()), tmp_path / "out")

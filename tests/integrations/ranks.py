@@ -10,9 +10,9 @@ from torch import nn
 import gossamer as gs
 
 METHODS = {
-    "rigl": lambda: gs.RigL(0.2, every=2),
-    "set": lambda: gs.SET(0.2, every=2),
-    "srste": lambda: gs.SRSTE(decay=0.01),
+    "rigl": lambda: gs.weights.RigL(0.2, every=2),
+    "set": lambda: gs.weights.SET(0.2, every=2),
+    "srste": lambda: gs.weights.SRSTE(decay=0.01),
 }
 STEPS, ROWS = 8, 6
 """Rows of a global batch: as many on one rank, half on each of two."""

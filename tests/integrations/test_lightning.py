@@ -8,7 +8,10 @@ import gossamer as gs
 
 lightning = pytest.importorskip("lightning.pytorch")
 
-METHODS = {"rigl": lambda: gs.RigL(0.2, every=2), "srste": lambda: gs.SRSTE(decay=0.01)}
+METHODS = {
+    "rigl": lambda: gs.weights.RigL(0.2, every=2),
+    "srste": lambda: gs.weights.SRSTE(decay=0.01),
+}
 X = torch.randn(18, 8, generator=torch.Generator().manual_seed(1))
 DATA = torch.utils.data.TensorDataset(X, (X.sum(1) > 0).long())
 
@@ -114,7 +117,7 @@ def test_averages_of_other_callbacks_keep_to_the_support(kind, first, tmp_path):
             mask = callback.run.masks["body.0"]
             self.seen = (*self.seen, bool(self.body[0].weight[~mask].any()))
 
-    callback, model = SparseTraining(gs.SET(0.2, every=2), seed=3), Watched()
+    callback, model = SparseTraining(gs.weights.SET(0.2, every=2), seed=3), Watched()
     other = averaging(kind)
     keep = lightning.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
     runner = lightning.Trainer(
@@ -140,7 +143,7 @@ def test_weights_that_another_callback_writes_are_an_error(tmp_path):
             nn.init.ones_(pl_module.body[0].weight)
 
     for order in (1, -1):
-        callbacks = [SparseTraining(gs.SET(0.2, every=2)), Writes()][::order]
+        callbacks = [SparseTraining(gs.weights.SET(0.2, every=2)), Writes()][::order]
         runner = lightning.Trainer(
             callbacks=callbacks, accelerator="cpu", max_steps=3, logger=False,
             enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
@@ -159,7 +162,7 @@ def test_layers_that_thaw_are_an_error(tmp_path):
     model = Net()
     model.body[2].requires_grad_(False)
     runner = lightning.Trainer(
-        callbacks=[SparseTraining(gs.SET(0.2, every=9)), Thaws()], accelerator="cpu", max_steps=5,
+        callbacks=[SparseTraining(gs.weights.SET(0.2, every=9)), Thaws()], accelerator="cpu", max_steps=5,
         logger=False, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=False,
     )  # fmt: skip

@@ -27,7 +27,7 @@ class Net(nn.Module):
 
 def adapted(**more):
     """(the pruned model before LoRA, the same with adapters whose B is not zero)"""
-    net = gs.prune(Net(), gs.Magnitude(), density=0.4, data=[X]).model
+    net = gs.prune(Net(), gs.weights.Magnitude(), density=0.4, data=[X]).model
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["first", "second", "conv"], **more)
     torch.manual_seed(1)
     model = peft.get_peft_model(copy.deepcopy(net), config)
@@ -123,12 +123,12 @@ def test_adapters_stay_dense_unless_asked_for():
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     with (
         pytest.raises(gs.UsageError, match="sparse_lora"),
-        gs.sparse_training(model, optimizer, gs.StaticRandom(0.5), total_steps=2),
+        gs.sparse_training(model, optimizer, gs.weights.StaticRandom(0.5), total_steps=2),
     ):
         pass
     base = model.base_model.model.first.base_layer.weight.requires_grad_()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    with gs.sparse_training(model, optimizer, gs.StaticRandom(0.5), total_steps=2) as run:
+    with gs.sparse_training(model, optimizer, gs.weights.StaticRandom(0.5), total_steps=2) as run:
         model(X).square().mean().backward()
         optimizer.step()
     assert list(run.masks) == ["base_model.model.first.base_layer"]
@@ -136,6 +136,6 @@ def test_adapters_stay_dense_unless_asked_for():
     for name, parameter in model.named_parameters():
         assert "lora_A" not in name or bool(parameter.all()), name
     with gs.sparse_training(
-        model, optimizer, gs.StaticRandom(0.5), total_steps=2, include=("*.lora_A.default",)
+        model, optimizer, gs.weights.StaticRandom(0.5), total_steps=2, include=("*.lora_A.default",)
     ) as run:
         assert len(run.masks) == 4

@@ -25,7 +25,7 @@ class Net(nn.Module):
 
 
 def pruned():
-    return gs.prune(Net(), gs.Magnitude(), density=0.5)
+    return gs.prune(Net(), gs.weights.Magnitude(), density=0.5)
 
 
 def adapt(net, config):

@@ -67,7 +67,7 @@ MODELS = {"llama": llama, "tied": lambda: llama(tie_word_embeddings=True), "gemm
 @pytest.mark.parametrize("shards", [False, True])
 def test_from_pretrained_loads_what_save_wrote(name, shards, tmp_path, monkeypatch, capfd):
     model = MODELS[name]()
-    gs.prune(model, gs.Magnitude(), density=0.4)
+    gs.prune(model, gs.weights.Magnitude(), density=0.4)
     zeros_in(model.get_input_embeddings().weight)
     if name == "mixtral":
         for layer in model.model.layers:
@@ -75,7 +75,7 @@ def test_from_pretrained_loads_what_save_wrote(name, shards, tmp_path, monkeypat
     expected = logits(model)
     if shards:
         monkeypatch.setattr(sys.modules["gossamer.io.save"], "LARGEST", 30_000)
-    gs.save(fast := gs.compress(model, costs="rule"), tmp_path / "out")
+    gs.save(fast := gs.compress(model, latency="rule"), tmp_path / "out")
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(again), expected)
     assert packed(again) == packed(fast.model) and packed(again)
@@ -88,7 +88,7 @@ def test_from_pretrained_loads_what_save_wrote(name, shards, tmp_path, monkeypat
 @pytest.mark.parametrize("bits", [4, 8])
 def test_integers_and_another_dtype(bits, tmp_path):
     model = llama()
-    gs.prune(model, gs.Magnitude(), density=0.4)
+    gs.prune(model, gs.weights.Magnitude(), density=0.4)
     fast = gs.compress(model, bits=bits, group=64).model
     gs.save(fast, tmp_path / "out")
     again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -100,8 +100,8 @@ def test_integers_and_another_dtype(bits, tmp_path):
 
 def test_the_dtype_that_is_asked_for(tmp_path):
     model = llama()
-    gs.prune(model, gs.Magnitude(), density=0.4)
-    gs.save(gs.compress(model, costs="rule"), tmp_path / "out")
+    gs.prune(model, gs.weights.Magnitude(), density=0.4)
+    gs.save(gs.compress(model, latency="rule"), tmp_path / "out")
     half = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     assert {half.get_submodule(name).values.dtype for name in packed(half)} == {torch.bfloat16}
     loaded = gs.load(tmp_path / "out", dtype=torch.bfloat16)
@@ -110,8 +110,8 @@ def test_the_dtype_that_is_asked_for(tmp_path):
 
 def test_a_base_model_and_another_head_find_their_layers(tmp_path):
     model = llama()
-    gs.prune(model, gs.Magnitude(), density=0.4)
-    gs.save(gs.compress(model, costs="rule"), tmp_path / "out")
+    gs.prune(model, gs.weights.Magnitude(), density=0.4)
+    gs.save(gs.compress(model, latency="rule"), tmp_path / "out")
     base = tf.AutoModel.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         expected = gs.load(tmp_path / "out").model(IDS)[0]
@@ -131,18 +131,18 @@ def test_convolutions(tmp_path):
     )
     model = tf.ResNetModel(config).eval()
     x = torch.randn(1, 3, 32, 32)
-    gs.prune(model, gs.Magnitude(), density=0.1)
+    gs.prune(model, gs.weights.Magnitude(), density=0.1)
     with torch.no_grad():
         expected = model(x)[0]
-        gs.save(gs.compress(model, costs="rule"), tmp_path / "out")
+        gs.save(gs.compress(model, latency="rule"), tmp_path / "out")
         again = tf.AutoModel.from_pretrained(tmp_path / "out")
         torch.testing.assert_close(again(x)[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_damage_is_told_by_from_pretrained_too(tmp_path):
     model = llama()
-    gs.prune(model, gs.Magnitude(), density=0.4)
-    gs.save(gs.compress(model, costs="rule"), tmp_path / "out")
+    gs.prune(model, gs.weights.Magnitude(), density=0.4)
+    gs.save(gs.compress(model, latency="rule"), tmp_path / "out")
     path = tmp_path / "out/gossamer.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -153,9 +153,9 @@ def test_damage_is_told_by_from_pretrained_too(tmp_path):
 
 def test_layers_that_would_be_slower_run_dense(tmp_path, monkeypatch):
     model = llama()
-    gs.prune(model, gs.Magnitude(), density=0.4)
+    gs.prune(model, gs.weights.Magnitude(), density=0.4)
     expected = logits(model)
-    gs.save(gs.compress(model, costs="rule"), tmp_path / "out")
+    gs.save(gs.compress(model, latency="rule"), tmp_path / "out")
     fill = sys.modules["gossamer.io.fill"]
     with monkeypatch.context() as patch:
         patch.setattr(fill, "why_dense", lambda *_: "no kernel wins: here")
@@ -171,9 +171,9 @@ def test_layers_that_would_be_slower_run_dense(tmp_path, monkeypatch):
 @pytest.mark.parametrize("how", ["compressed", "loaded", "from_pretrained"])
 def test_save_pretrained_writes_what_can_be_read_back(how, tmp_path):
     model = llama()
-    gs.prune(model, gs.Magnitude(), density=0.4)
+    gs.prune(model, gs.weights.Magnitude(), density=0.4)
     expected = logits(model)
-    fast = gs.compress(model, costs="rule").model
+    fast = gs.compress(model, latency="rule").model
     gs.save(fast, tmp_path / "first")
     if how == "loaded":
         fast = gs.load(tmp_path / "first")
@@ -213,8 +213,8 @@ def test_sentence_transformer_and_back(tmp_path):
                                                    *"abcdefgh"]))  # fmt: skip
     tokenizer = tf.BertTokenizer(str(tmp_path / "vocab.txt"))
     model = tf.BertModel(config).eval()
-    gs.prune(model, gs.Magnitude(), density=0.4)
-    gs.save(gs.compress(model, costs="rule"), tmp_path / "out", tokenizer=tokenizer)
+    gs.prune(model, gs.weights.Magnitude(), density=0.4)
+    gs.save(gs.compress(model, latency="rule"), tmp_path / "out", tokenizer=tokenizer)
     encoder = st.SentenceTransformer(str(tmp_path / "out"), device="cpu")
     expected = encoder.encode(["a b c"])
     assert any(isinstance(m, BitmapLinear) for m in encoder.modules())
@@ -230,9 +230,9 @@ def test_sentence_transformer_and_back(tmp_path):
 def test_the_layout_of_the_hubs_cache(tmp_path):
     """There every file is a link into `blobs`; nothing else that is a link is read."""
     model = llama()
-    gs.prune(model, gs.Magnitude(), density=0.4)
+    gs.prune(model, gs.weights.Magnitude(), density=0.4)
     expected = logits(model)
-    gs.save(gs.compress(model, costs="rule"), tmp_path / "out")
+    gs.save(gs.compress(model, latency="rule"), tmp_path / "out")
     snapshot = tmp_path / "models--me--x/snapshots/abc"
     snapshot.mkdir(parents=True)
     (tmp_path / "models--me--x/blobs").mkdir()
@@ -251,7 +251,7 @@ def test_the_layout_of_the_hubs_cache(tmp_path):
 
 def test_the_file_that_config_json_names_is_ours(tmp_path):
     model = llama()
-    gs.save(gs.prune(model, gs.Magnitude(), density=0.4), tmp_path / "out")
+    gs.save(gs.prune(model, gs.weights.Magnitude(), density=0.4), tmp_path / "out")
     path = tmp_path / "out/config.json"
     facts = json.loads(path.read_text())
     facts["quantization_config"]["weights"] = "../other.safetensors"
@@ -274,8 +274,8 @@ print(float(model(torch.arange(12)[None]).logits.abs().sum()))
 @pytest.mark.parametrize("when", ["before", "after", "never"])
 def test_in_a_fresh_process(when, tmp_path):
     model = llama()
-    gs.prune(model, gs.Magnitude(), density=0.4)
-    gs.save(gs.compress(model, costs="rule"), tmp_path / "out")
+    gs.prune(model, gs.weights.Magnitude(), density=0.4)
+    gs.save(gs.compress(model, latency="rule"), tmp_path / "out")
     parts = {"before": "", "after": "", when: "import gossamer"}
     code = CODE.format(folder=str(tmp_path / "out"), before=parts["before"], after=parts["after"])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

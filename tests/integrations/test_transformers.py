@@ -10,9 +10,9 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 METHODS = {
-    "rigl": lambda: gs.RigL(0.2, every=2),
-    "set": lambda: gs.SET(0.2, every=2),
-    "srste": lambda: gs.SRSTE(decay=0.01),
+    "rigl": lambda: gs.weights.RigL(0.2, every=2),
+    "set": lambda: gs.weights.SET(0.2, every=2),
+    "srste": lambda: gs.weights.SRSTE(decay=0.01),
 }
 DATA = [
     {"x": torch.randn(8, generator=torch.Generator().manual_seed(i)), "labels": torch.tensor(i % 3)}

@@ -14,7 +14,7 @@ def saved(tmp_path_factory, tiny_llama):
     """A folder with a small packed model; copy it before changing anything."""
     folder = tmp_path_factory.mktemp("saved") / "model"
     model = tiny_llama(positions=64)
-    gs.prune(model, gs.Magnitude(), density=0.4)
+    gs.prune(model, gs.weights.Magnitude(), density=0.4)
     gs.save(gs.compress(model), folder)
     return folder
 
@@ -37,7 +37,7 @@ def nm_parts(as_nm):
     def nm_parts():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(200, 33))
-        pruned = gs.prune(net, gs.Magnitude(), pattern=gs.NM(2, 8))
+        pruned = gs.prune(net, gs.weights.Magnitude(), pattern=gs.NM(2, 8))
         return as_nm(pruned, "2:8"), nn.Sequential(nn.Linear(200, 33))
 
     return nm_parts

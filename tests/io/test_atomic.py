@@ -34,7 +34,7 @@ def killed_at(step, target):
         return call
 
     try:
-        atomic._sync = dying(atomic._sync)
+        atomic.flush = dying(atomic.flush)
         atomic._exchange = dying(atomic._exchange)
         atomic.shutil.rmtree = dying(atomic.shutil.rmtree)
         with atomic.new_folder(target, True) as place:

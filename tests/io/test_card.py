@@ -10,7 +10,7 @@ from gossamer.core.errors import FormatError
 
 @pytest.fixture
 def saved(tmp_path, tiny_llama):
-    pruned = gs.prune(tiny_llama(positions=64), gs.Magnitude(), density=0.4)
+    pruned = gs.prune(tiny_llama(positions=64), gs.weights.Magnitude(), density=0.4)
     facts = {"method": "magnitude", "bits per byte": 1.25, "note": "a | b\nc", "data": [1, 2]}
     gs.save(gs.compress(pruned), tmp_path / "out", provenance=facts)
     return tmp_path / "out"
@@ -68,7 +68,7 @@ def test_a_pruned_model_has_a_card_and_a_dense_one_has_none(tmp_path, tiny_llama
     model = tiny_llama(positions=64)
     gs.save(model, tmp_path / "dense")
     assert not (tmp_path / "dense/README.md").exists()
-    gs.prune(model, gs.Magnitude(), density=0.4)
+    gs.prune(model, gs.weights.Magnitude(), density=0.4)
     gs.save(model, tmp_path / "out")
     text = (tmp_path / "out/README.md").read_text()
     total = sum(p.numel() for p in model.parameters())

@@ -20,12 +20,12 @@ def mlp():
 
 
 def packed(net):
-    return gs.compress(gs.prune(net, gs.Magnitude(), density=0.2), costs="rule")
+    return gs.compress(gs.prune(net, gs.weights.Magnitude(), density=0.2), latency="rule")
 
 
 def test_a_plain_module_is_exported_from_its_folder_and_from_memory(tmp_path):
     fast = packed(mlp())
-    masked = gs.prune(mlp(), gs.Magnitude(), density=0.2).model.state_dict()
+    masked = gs.prune(mlp(), gs.weights.Magnitude(), density=0.2).model.state_dict()
     gs.save(fast, tmp_path / "out")
     with pytest.raises(UsageError, match="model="):
         gs.export(tmp_path / "out", tmp_path / "no")
@@ -46,9 +46,9 @@ def test_a_plain_module_is_exported_from_its_folder_and_from_memory(tmp_path):
 def test_a_transposed_layer_in_memory_is_written_as_it_was(tmp_path):
     config = tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32)
     model = tf.GPT2LMHeadModel(config).eval()
-    gs.prune(model, gs.Magnitude(), density=0.3)
+    gs.prune(model, gs.weights.Magnitude(), density=0.3)
     masked = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    gs.export(gs.compress(model, costs="rule"), tmp_path / "out")
+    gs.export(gs.compress(model, latency="rule"), tmp_path / "out")
     plain = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(plain.state_dict()[name], tensor) for name, tensor in masked.items())
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
@@ -68,10 +68,10 @@ def test_a_model_of_diffusers_goes_there_and_back(tmp_path):
 
     model = build()
     x, step = torch.randn(1, 3, 8, 8), torch.tensor(3)
-    gs.prune(model, gs.Magnitude(), density=0.3)
+    gs.prune(model, gs.weights.Magnitude(), density=0.3)
     with torch.no_grad():
         expected = model(x, step).sample
-        gs.save(gs.compress(model, costs="rule"), tmp_path / "out")
+        gs.save(gs.compress(model, latency="rule"), tmp_path / "out")
         again = gs.load(tmp_path / "out")
         torch.testing.assert_close(again(x, step).sample, expected, rtol=1e-4, atol=1e-4)
         gs.export(tmp_path / "out", tmp_path / "dense")
@@ -87,7 +87,7 @@ def test_what_belongs_to_the_model_goes_along_and_links_do_not(tmp_path):
         intermediate_size=64,
     )  # fmt: skip
     model = tf.BertModel(config)
-    gs.save(gs.prune(model, gs.Magnitude(), density=0.3), tmp_path / "out")
+    gs.save(gs.prune(model, gs.weights.Magnitude(), density=0.3), tmp_path / "out")
     secret = tmp_path / "secret"
     secret.write_text("secret")
     (tmp_path / "out/modules.json").write_text("[]")

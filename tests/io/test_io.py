@@ -49,7 +49,7 @@ def test_round_trip_and_export(build, dtype, tmp_path):
     model = build()
     # not model.to(dtype): that would round the rotary frequencies too, which no file stores
     model = type(model)._from_config(model.config, dtype=dtype).eval()
-    pruned = gs.prune(model, gs.Magnitude(), density=0.4)
+    pruned = gs.prune(model, gs.weights.Magnitude(), density=0.4)
     masked = {n: p.detach().clone() for n, p in model.named_parameters()}
     dense = logits(model)
     fast = gs.compress(pruned)
@@ -78,7 +78,7 @@ def test_every_pattern_round_trips_in_a_plain_module(text, dtype, tmp_path):
         torch.manual_seed(1)
         return nn.Sequential(nn.Linear(72, 64), nn.ReLU(), nn.Linear(64, 8, bias=False)).to(dtype)
 
-    pruned = gs.prune(build(), gs.Magnitude(), pattern=pattern, density=density)
+    pruned = gs.prune(build(), gs.weights.Magnitude(), pattern=pattern, density=density)
     fast = gs.compress(pruned).model
     gs.save(fast, tmp_path / "out")
     again = gs.load(tmp_path / "out", model=build())
@@ -94,7 +94,7 @@ def test_every_pattern_round_trips_in_a_plain_module(text, dtype, tmp_path):
 def test_nm_round_trip_and_export(build, dtype, as_nm, tmp_path):
     model = build()
     model = type(model)._from_config(model.config, dtype=dtype).eval()
-    pruned = gs.prune(model, gs.Magnitude(), pattern=gs.NM(1, 4))
+    pruned = gs.prune(model, gs.weights.Magnitude(), pattern=gs.NM(1, 4))
     masked = {n: p.detach().clone() for n, p in model.named_parameters()}
     fast = as_nm(pruned, "1:4")
     expected = logits(fast)
@@ -111,7 +111,7 @@ def test_nm_round_trip_and_export(build, dtype, as_nm, tmp_path):
 @pytest.mark.parametrize("build", [llama, gpt2], ids=["llama", "gpt2"])
 def test_quantised_round_trip_and_export(build, bits, tmp_path):
     model = build()
-    gs.prune(model, gs.Magnitude(), density=0.4)
+    gs.prune(model, gs.weights.Magnitude(), density=0.4)
     fast = gs.compress(model, bits=bits, group=64).model
     expected = logits(fast)
     gs.save(fast, tmp_path / "out")
@@ -154,7 +154,7 @@ def test_bert_whose_buffers_live_below_the_config(tmp_path):
         intermediate_size=128,
     )  # fmt: skip
     model = transformers.BertModel(config).eval()
-    gs.prune(model, gs.Magnitude(), density=0.4)
+    gs.prune(model, gs.weights.Magnitude(), density=0.4)
     gs.save(gs.compress(model), tmp_path / "out")
     again = gs.load(tmp_path / "out", dtype=torch.float32)
     ids = torch.arange(12)[None]
@@ -164,7 +164,7 @@ def test_bert_whose_buffers_live_below_the_config(tmp_path):
 def test_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["gossamer.io.save"], "LARGEST", 40_000)
     model = llama()
-    gs.prune(model, gs.Magnitude(), density=0.4)
+    gs.prune(model, gs.weights.Magnitude(), density=0.4)
     fast = gs.compress(model).model
     gs.save(fast, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("gossamer-*.safetensors"))) > 2

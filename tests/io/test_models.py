@@ -74,7 +74,7 @@ def first(model, name):
 def test_computed_buffers_are_what_the_class_computes(name, tmp_path):
     torch.manual_seed(0)
     model = COMPUTED[name]().eval()
-    gs.prune(model, gs.Magnitude(), density=0.4)
+    gs.prune(model, gs.weights.Magnitude(), density=0.4)
     x = inputs(name)
     with torch.no_grad():
         expected = model(**x)[0]
@@ -91,7 +91,7 @@ def test_computed_buffers_are_what_the_class_computes(name, tmp_path):
 def test_bfloat16_models_get_buffers_that_bfloat16_layers_take(tmp_path):
     config = COMPUTED["xglm"]().config
     model = tf.XGLMForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
-    gs.prune(model, gs.Magnitude(), density=0.4)
+    gs.prune(model, gs.weights.Magnitude(), density=0.4)
     gs.save(model, tmp_path / "out")
     assert torch.equal(first(gs.load(tmp_path / "out"), "xglm"), first(model, "xglm"))
 
@@ -173,10 +173,10 @@ WRAPPED = {
 @pytest.mark.parametrize("packed", [True, False])
 def test_names_of_wrappers_are_not_written(name, packed, tmp_path):
     net = WRAPPED[name]()
-    gs.prune(net, gs.Magnitude(), density=0.2)
+    gs.prune(net, gs.weights.Magnitude(), density=0.2)
     bare = mlp()
-    gs.prune(bare, gs.Magnitude(), density=0.2)
-    gs.save(gs.compress(net, costs="rule") if packed else net, tmp_path / "out")
+    gs.prune(bare, gs.weights.Magnitude(), density=0.2)
+    gs.save(gs.compress(net, latency="rule") if packed else net, tmp_path / "out")
     empty = nn.Module()
     empty.net = mlp()
     empty = empty if name == "inside" else mlp()
@@ -271,7 +271,7 @@ def test_a_config_that_does_not_validate_is_written_with_a_word(tmp_path, caplog
 def test_save_leaves_the_model_and_its_config_alone(tmp_path):
     model = COMPUTED["gemma"]()
     before = model.config.to_dict()
-    gs.save(gs.prune(model, gs.Magnitude(), density=0.3), tmp_path / "out")
+    gs.save(gs.prune(model, gs.weights.Magnitude(), density=0.3), tmp_path / "out")
     assert model.config.to_dict() == before
 
 
@@ -297,9 +297,9 @@ class Twice(nn.Module):
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_layer_under_two_names_is_stored_once_and_shared_again(packed, tmp_path):
     net = Twice()
-    gs.prune(net, gs.Magnitude(), density=0.2)
+    gs.prune(net, gs.weights.Magnitude(), density=0.2)
     dense = net.a.weight.detach().clone()
-    gs.save(gs.compress(net, costs="rule") if packed else net, tmp_path / "out")
+    gs.save(gs.compress(net, latency="rule") if packed else net, tmp_path / "out")
     again = gs.load(tmp_path / "out", model=Twice())
     assert again.a is again.b[0] and torch.equal(torch.as_tensor(again.a.weight), dense)
     assert hasattr(again.a, "bitmap") == packed
@@ -307,8 +307,8 @@ def test_a_layer_under_two_names_is_stored_once_and_shared_again(packed, tmp_pat
 
 def test_a_packed_instance_to_fill_is_refused_and_said_how(tmp_path):
     net = mlp()
-    gs.prune(net, gs.Magnitude(), density=0.2)
-    gs.save(gs.compress(net, costs="rule"), tmp_path / "out")
+    gs.prune(net, gs.weights.Magnitude(), density=0.2)
+    gs.save(gs.compress(net, latency="rule"), tmp_path / "out")
     with pytest.raises(UsageError, match=r"layer 0 is packed.*unpack"):
         gs.load(tmp_path / "out", model=net)
     with pytest.raises(UsageError, match="unpack"):
@@ -318,9 +318,9 @@ def test_a_packed_instance_to_fill_is_refused_and_said_how(tmp_path):
 
 def test_what_is_loaded_can_be_unpacked(tmp_path):
     model = COMPUTED["bigcode"]().eval()
-    gs.prune(model, gs.Magnitude(), density=0.2)
+    gs.prune(model, gs.weights.Magnitude(), density=0.2)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    gs.save(gs.compress(model, costs="rule"), tmp_path / "out")
+    gs.save(gs.compress(model, latency="rule"), tmp_path / "out")
     again = gs.unpack(gs.load(tmp_path / "out"))
     assert type(again.lm_head) is nn.Linear
     assert all(torch.equal(p, weights[name]) for name, p in again.named_parameters())

@@ -102,8 +102,8 @@ def test_a_dense_model_is_an_ordinary_file(tmp_path):
     assert read_manifest(tmp_path / "out")["stored"] == {}
 
 
-class Costs:
-    """Stands for measured costs, of which only `slow` decides here."""
+class LatencyModel:
+    """Stands for measured latencies, of which only `slow` decides here."""
 
     def __init__(self, slow):
         self.slow = slow
@@ -113,13 +113,15 @@ class Costs:
 def judged(monkeypatch):
     """Layers named slow are faster dense, whatever their costs."""
 
-    def why_dense(layer, costs, batches, calls=True):
-        return "no kernel wins: dense 1 ms" if costs and layer.out_features in costs.slow else None
+    def why_dense(layer, latency, batches, calls=True):
+        return (
+            "no kernel wins: dense 1 ms" if latency and layer.out_features in latency.slow else None
+        )
 
     monkeypatch.setattr(fill, "why_dense", why_dense)
     module = sys.modules["gossamer.io.load"]
-    monkeypatch.setattr(module, "known_costs", lambda costs: costs)
-    for name in ("use_costs", "choose_forms", "prepare_where_it_pays"):
+    monkeypatch.setattr(module, "known_latency", lambda latency: latency)
+    for name in ("use_latency", "choose_forms", "prepare_where_it_pays"):
         monkeypatch.setattr(module, name, lambda *_: None)
 
 
@@ -129,13 +131,13 @@ def two():
 
 
 def test_what_serves_is_chosen_where_it_is_loaded(judged, tmp_path):
-    net = gs.prune(two(), gs.Magnitude(), density=0.3).model
+    net = gs.prune(two(), gs.weights.Magnitude(), density=0.3).model
     x = torch.randn(5, 64)
     expected = net(x)
-    gs.save(gs.compress(net, costs="rule"), tmp_path / "packed")
+    gs.save(gs.compress(net, latency="rule"), tmp_path / "packed")
     size = (tmp_path / "packed/gossamer.safetensors").stat().st_size
 
-    here = gs.load(tmp_path / "packed", model=two(), costs=Costs([48]))
+    here = gs.load(tmp_path / "packed", model=two(), latency=LatencyModel([48]))
     assert isinstance(here[0], BitmapLinear) and type(here[2]) is nn.Linear
     assert here[2].dense_reason == "no kernel wins: dense 1 ms"
     torch.testing.assert_close(here(x), expected)
@@ -146,19 +148,19 @@ def test_what_serves_is_chosen_where_it_is_loaded(judged, tmp_path):
     assert manifest["decisions"]["2"].reason == "no kernel wins: dense 1 ms"
     assert (tmp_path / "again/gossamer.safetensors").stat().st_size < 1.1 * size
 
-    there = gs.load(tmp_path / "again", model=two(), costs=Costs([]))
+    there = gs.load(tmp_path / "again", model=two(), latency=LatencyModel([]))
     assert isinstance(there[0], BitmapLinear) and isinstance(there[2], BitmapLinear)
     torch.testing.assert_close(there(x), expected)
-    both = gs.load(tmp_path / "again", model=two(), costs=Costs([32, 48]))
+    both = gs.load(tmp_path / "again", model=two(), latency=LatencyModel([32, 48]))
     assert type(both[0]) is type(both[2]) is nn.Linear
     assert torch.equal(both[0].weight, net[0].to_matrix()) and both[2].bias is not None
 
 
 def test_layers_that_were_left_dense_for_another_reason_stay_so(judged, tmp_path):
     """And so does a model that was only pruned: it is to be trained on."""
-    net = gs.prune(two(), gs.Magnitude(), density=0.3)
+    net = gs.prune(two(), gs.weights.Magnitude(), density=0.3)
     gs.save(net, tmp_path / "out")
-    again = gs.load(tmp_path / "out", model=two(), costs=Costs([]))
+    again = gs.load(tmp_path / "out", model=two(), latency=LatencyModel([]))
     assert type(again[0]) is type(again[2]) is nn.Linear and again[0].weight.requires_grad
 
 
@@ -166,15 +168,15 @@ def test_a_convs_transposed_layer_round_trips_dense_and_packed(judged, tmp_path)
     tf = pytest.importorskip("transformers")
     config = tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32)
     model = tf.GPT2LMHeadModel(config).eval()
-    gs.prune(model, gs.Magnitude(), density=0.3)
+    gs.prune(model, gs.weights.Magnitude(), density=0.3)
     ids = torch.arange(12)[None]
     expected = model(ids).logits
-    gs.save(gs.compress(model, costs="rule"), tmp_path / "a")
-    dense = gs.load(tmp_path / "a", costs=Costs([32, 96, 128]))
+    gs.save(gs.compress(model, latency="rule"), tmp_path / "a")
+    dense = gs.load(tmp_path / "a", latency=LatencyModel([32, 96, 128]))
     assert not any(isinstance(m, BitmapLinear) for m in dense.modules())
     torch.testing.assert_close(dense(ids).logits, expected)
     gs.save(dense, tmp_path / "b")
-    packed = gs.load(tmp_path / "b", costs=Costs([]))
+    packed = gs.load(tmp_path / "b", latency=LatencyModel([]))
     assert any(isinstance(m, BitmapLinear) for m in packed.modules())
     torch.testing.assert_close(packed(ids).logits, expected)
 
@@ -211,8 +213,8 @@ def test_hostile_entries_get_one_clear_error_and_no_memory(change, tmp_path):
 
 
 def test_a_stored_entry_cannot_name_a_packed_layers_parts(tmp_path):
-    net = gs.prune(two(), gs.Magnitude(), density=0.3)
-    gs.save(gs.compress(net, costs="rule"), tmp_path / "out")
+    net = gs.prune(two(), gs.weights.Magnitude(), density=0.3)
+    gs.save(gs.compress(net, latency="rule"), tmp_path / "out")
     path = tmp_path / "out/gossamer.json"
     data = json.loads(path.read_text())
     data["stored"] = {"0.weight": {"shape": [32, 64], "dtype": "float32", "nnz": 1,

@@ -1,13 +1,17 @@
 """Every method in the registry, under every pattern it admits."""
 
+import sys
+
 import pytest
 import torch
+from examples import PRUNERS, TOPOLOGY
 
 import gossamer as gs
 from gossamer.core.select import kept_count, select
 from gossamer.core.stats import ColumnNorm, Hessian, LayerStats
-from gossamer.methods import cards, find
-from gossamer.methods.weights import CARDS, METHODS, ROUNDS, TRAINERS
+from gossamer.methods import TOPICS, cards, find, methods, summary, topic
+
+CARDS = [x.card for x in PRUNERS.values()]
 
 PATTERNS = {
     "unstructured": [gs.Unstructured(), gs.Unstructured("row"), gs.Unstructured("column")],
@@ -61,7 +65,7 @@ def test_counts_zeros_determinism_and_untouched_input(name, pattern, dtype):
     assert torch.equal(pruned, again) and torch.equal(support.mask, same.mask)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PRUNERS)
 @pytest.mark.parametrize("density", [0.1, 0.33, 0.77, 1.0])
 def test_exact_counts_at_awkward_densities(name, density):
     weight, x = problem(13, 37, seed=1)
@@ -70,7 +74,7 @@ def test_exact_counts_at_awkward_densities(name, density):
 
 
 @pytest.mark.parametrize(
-    "name", [c.name for c in CARDS if c.kind == "score" and c.name != "random"]
+    "name", [c.name for c in CARDS if c.role == "scorer" and c.name != "random"]
 )
 def test_scores_follow_a_permutation_of_rows_and_columns(name):
     weight, x = problem()
@@ -81,10 +85,10 @@ def test_scores_follow_a_permutation_of_rows_and_columns(name):
 
 
 def test_error_on_correlated_inputs_orders_the_methods():
-    losses = dict.fromkeys(METHODS, 0.0)
+    losses = dict.fromkeys(PRUNERS, 0.0)
     for seed in range(3):
         weight, x = problem(64, 96, seed)
-        for name in METHODS:
+        for name in PRUNERS:
             method = find(name)()
             pruned, _ = apply(method, weight, stats_of(x), method.default_pattern, 0.5)
             losses[name] += float((x @ (pruned - weight).t()).square().sum())
@@ -93,7 +97,9 @@ def test_error_on_correlated_inputs_orders_the_methods():
 
 def test_wanda_masks_equal_a_sort_of_each_row():
     weight, x = problem(40, 64, seed=5)
-    mask = select(gs.Wanda().score(weight, stats_of(x)), gs.Wanda().default_pattern, 0.5).mask
+    mask = select(
+        gs.weights.Wanda().score(weight, stats_of(x)), gs.weights.Wanda().default_pattern, 0.5
+    ).mask
     norm = x.double().square().sum(0).sqrt().float()
     for row in range(40):
         order = sorted(range(64), key=lambda j: (-float(weight[row, j].abs() * norm[j]), j))
@@ -103,14 +109,20 @@ def test_wanda_masks_equal_a_sort_of_each_row():
 def test_random_depends_on_seed_and_name_only():
     weight, _ = problem()
     one, other = LayerStats("a", 0), LayerStats("b", 0)
-    assert torch.equal(gs.Random(1).score(weight, one), gs.Random(1).score(weight * 2, one))
-    assert not torch.equal(gs.Random(1).score(weight, one), gs.Random(1).score(weight, other))
-    assert not torch.equal(gs.Random(1).score(weight, one), gs.Random(2).score(weight, one))
+    assert torch.equal(
+        gs.weights.Random(1).score(weight, one), gs.weights.Random(1).score(weight * 2, one)
+    )
+    assert not torch.equal(
+        gs.weights.Random(1).score(weight, one), gs.weights.Random(1).score(weight, other)
+    )
+    assert not torch.equal(
+        gs.weights.Random(1).score(weight, one), gs.weights.Random(2).score(weight, one)
+    )
 
 
 def test_missing_statistics_and_bad_weights_name_the_layer():
     weight, x = problem()
-    for method in (gs.Wanda(), gs.SparseGPT()):
+    for method in (gs.weights.Wanda(), gs.weights.SparseGPT()):
         with pytest.raises(gs.UsageError, match=r"h\.0\.fc"):
             apply(method, weight, LayerStats("h.0.fc", 0), gs.Unstructured(), 0.5)
     weight[0, 0] = float("nan")
@@ -118,13 +130,46 @@ def test_missing_statistics_and_bad_weights_name_the_layer():
         with pytest.raises(gs.NonFiniteError, match=r"h\.0\.fc"):
             apply(find(name)(), weight, stats_of(x, "h.0.fc"), gs.Unstructured(), 0.5)
     with pytest.raises(gs.PatternError, match="row"):
-        gs.SparseGPT().solve(torch.ones(24, 48), stats_of(x), gs.Channel(0), 0.5)
+        gs.weights.SparseGPT().solve(torch.ones(24, 48), stats_of(x), gs.Channel(0), 0.5)
 
 
-def test_the_catalogue():
-    assert {card.name for card in cards()} == set(METHODS) | set(TRAINERS) | set(ROUNDS)
-    assert all(find(card.name).card is card for card in cards())
-    for card in cards():
-        assert card.title and card.link.startswith("https://arxiv.org/") and card.claim
+ROLES = {"scorer", "solver", "topology", "recipe"}
+PATTERN_WORDS = {"unstructured", "nm", "block", "channel"}
+
+
+@pytest.mark.parametrize("name", methods())
+def test_cards_hold_facts_and_modules_tell_the_rest(name):
+    method = methods()[name]
+    card = method.card
+    assert find(name) is method and getattr(topic(card.topic), method.__name__) is method
+    assert card.role in ROLES and set(card.patterns) <= PATTERN_WORDS and card.patterns
+    assert set(card.needs) <= {"norm", "hessian", "gradients"}
+    assert card.link.startswith("https://arxiv.org/") and 1990 < card.year < 2030
+    text = sys.modules[method.__module__].__doc__
+    assert ": " in summary(method) and len(summary(method)) <= 100
+    assert all(f"**{word}.**" in text for word in ("Paper", "Claim", "Notes"))
+
+
+def test_topics_are_ten_and_their_registries_name_each_method_once():
+    assert len(TOPICS) == 10 and {card.topic for card in cards()} <= set(TOPICS)
+    for name in TOPICS:
+        if (module := topic(name)) is not None:
+            assert len(set(module.__all__)) == len(module.__all__) > 0
+    assert topic("attention") is None or cards("attention")
+    assert topic("no such") is None
+
+
+def test_names_are_found_near_ones_are_told_and_shared_ones_need_their_topic(monkeypatch):
     with pytest.raises(gs.UsageError, match="did you mean 'wanda'"):
         find("wonda")
+    assert find("Weights.Random") is gs.weights.Random
+    both = methods() | {"graphs.random": gs.weights.Magnitude}
+    monkeypatch.setattr("gossamer.methods.methods", lambda: both)
+    with pytest.raises(gs.UsageError, match=r"write weights\.random or graphs\.random"):
+        find("random")
+    assert find("graphs.random") is gs.weights.Magnitude and find("wanda") is gs.weights.Wanda
+
+
+def test_every_topology_method_has_an_example():
+    names = {card.name for card in cards() if card.role == "topology"}
+    assert names == {name.partition("-")[0] for name in TOPOLOGY}

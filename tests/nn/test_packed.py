@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import gossamer as gs
-from gossamer.nn import NMLinear, PackedConv2d, QuantizedLinear, prepare_batches
+from gossamer.nn import NMLinear, PackedConv2d, QuantizedLinear, prepare_large_batches
 
 KINDS = ["bitmap", "prepared", "columns", "blocks", "nm", "nm prepared", "int8", "conv", "chain"]
 LINEAR = KINDS[:7]
@@ -26,13 +26,13 @@ def masked(kind):
         net = nn.Sequential(nn.Linear(128, 64), nn.GELU(), nn.Linear(64, 32, bias=False))
     pattern = {"nm": gs.NM(1, 4), "blocks": gs.Block(16, 1)}.get(kind.partition(" ")[0])
     density = None if isinstance(pattern, gs.NM) else 0.2
-    gs.prune(net, gs.Magnitude(), pattern=pattern, density=density)
+    gs.prune(net, gs.weights.Magnitude(), pattern=pattern, density=density)
     return net.eval()
 
 
 def packed(kind, net):
     """The same, packed."""
-    options = {"batches": kind in ("prepared", "blocks", "conv", "chain")}
+    options = {"large_batches": kind in ("prepared", "blocks", "conv", "chain")}
     options["bits"] = 8 if kind == "int8" else None
     result = gs.PruneResult(net, {}, (), "", "", 0.2, 0.2)
     if kind.startswith("nm") or kind == "blocks":
@@ -40,11 +40,11 @@ def packed(kind, net):
         pattern = names[kind.partition(" ")[0]]
         records = [gs.LayerRecord(n, (), 0.2, 0.2, pattern=pattern) for n in ("0", "2")]
         result = gs.PruneResult(net, {}, tuple(records), "", pattern, 0.2, 0.2)
-    fast = gs.compress(result, costs="rule", **options).model
+    fast = gs.compress(result, latency="rule", **options).model
     if kind == "conv":  # the layers by themselves
         fast.__class__ = nn.Sequential
     if kind == "nm prepared":
-        prepare_batches(fast)
+        prepare_large_batches(fast)
     if kind == "columns":
         for layer in (fast[0], fast[2]):
             layer.prepare_columns()
@@ -340,12 +340,12 @@ def test_operators_pass_torch_s_own_check(kind):
     "pattern, density", [("unstructured", 0.3), ("2:4", None), ("block:16x1", 0.3)]
 )
 @pytest.mark.parametrize(
-    "options", [{"batches": False}, {"batches": True}, {"bits": 8}, {"bits": 4}]
+    "options", [{"large_batches": False}, {"large_batches": True}, {"bits": 8}, {"bits": 4}]
 )
 def test_results_may_be_written_into_in_place(pattern, density, options):
     net = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 64)).eval()
     gs.prune(net, "magnitude", pattern=pattern, density=density)
-    layer = gs.compress(net, costs="rule", **options).model[0]
+    layer = gs.compress(net, latency="rule", **options).model[0]
     for shape in [(), (1,), (6,), (2, 12), (100,)]:
         x = torch.randn(*shape, 128, requires_grad=True)
         wanted = layer(x.detach()) + 1

@@ -25,7 +25,7 @@ def mlp():
 
 
 def compress(net, **options):
-    return gs.compress(net, costs="rule", **options)
+    return gs.compress(net, latency="rule", **options)
 
 
 def reasons(result):
@@ -246,7 +246,7 @@ def test_the_whole_model_is_accounted_for():
         ("3.weight", 12), ("4.weight", 496),
     ]  # fmt: skip
     assert "Conv1d" in there.left_out[0].reason and "above 0.50" in there.left_out[1].reason
-    assert gs.compress(net, costs="rule", max_density=0.5).coverage == there
+    assert gs.compress(net, latency="rule", max_density=0.5).coverage == there
 
 
 def test_what_cannot_be_seen_is_refused_or_left():

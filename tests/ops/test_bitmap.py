@@ -138,7 +138,7 @@ def test_bitmaps_may_lie_anywhere(isa, monkeypatch):
             x = torch.randn(batch, 130)
             assert torch.equal(layer(x), plain(x))
         if not prepared:
-            assert layer.prepare_batches() == plain.prepare_batches()
+            assert layer.prepare_large_batches() == plain.prepare_large_batches()
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -235,7 +235,7 @@ def test_what_contradicts_itself_is_refused(isa, monkeypatch):
 def test_other_zeros_may_be_loaded_into_a_layer():
     """As many, elsewhere: what follows from the bitmap follows, and what contradicts it changes nothing."""
     matrix = sparse(40, 90)
-    for prepare in ("", "prepare_columns", "prepare_batches"):
+    for prepare in ("", "prepare_columns", "prepare_large_batches"):
         one = BitmapLinear.from_matrix(matrix)
         other = BitmapLinear.from_matrix(matrix.flip(0).contiguous())
         if prepare:

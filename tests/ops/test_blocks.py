@@ -6,7 +6,7 @@ from torch import nn
 
 import gossamer as gs
 from gossamer.core.errors import UsageError
-from gossamer.nn import BitmapLinear, prepare_batches
+from gossamer.nn import BitmapLinear, prepare_large_batches
 from gossamer.ops import _dispatch
 from gossamer.ops import blocks as ops
 from gossamer.ops.blocks import reference
@@ -97,10 +97,10 @@ def test_bad_input():
 
 def test_compress_serves_block_patterns_by_blocks():
     model = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 32))
-    pruned = gs.prune(model, gs.Magnitude(), pattern=gs.Block(16, 1), density=0.25)
+    pruned = gs.prune(model, gs.weights.Magnitude(), pattern=gs.Block(16, 1), density=0.25)
     x = torch.randn(40, 96)
     expected = model(x)
-    result = gs.compress(pruned, batches=True)
+    result = gs.compress(pruned, large_batches=True)
     assert all(isinstance(layer, BitmapLinear) for layer in (model[0], model[2]))
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     assert isinstance(model[0]._form[1], ops.Blocks)
@@ -111,7 +111,7 @@ def test_a_layer_of_blocks_follows_its_values_and_falls_back():
     matrix, _ = blocky(64, 96, (16, 1))
     layer = BitmapLinear.from_matrix(matrix, torch.randn(64), pattern="block:16x1")
     plain, x = BitmapLinear.from_matrix(matrix, layer.bias), torch.randn(40, 96)
-    assert prepare_batches(nn.Sequential(layer)) < prepare_batches(nn.Sequential(plain))
+    assert prepare_large_batches(nn.Sequential(layer)) < prepare_large_batches(nn.Sequential(plain))
     torch.testing.assert_close(layer(x), plain(x), rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         layer.values.mul_(2)
@@ -121,5 +121,5 @@ def test_a_layer_of_blocks_follows_its_values_and_falls_back():
     matrix[:, 3] = torch.randn(64)
     matrix[0, 3] = 0  # a block kept in part
     partly = BitmapLinear.from_matrix(matrix, pattern="block:16x1")
-    prepare_batches(nn.Sequential(partly))
+    prepare_large_batches(nn.Sequential(partly))
     assert not isinstance(partly._form[1], ops.Blocks)

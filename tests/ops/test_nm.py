@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from gossamer.core.errors import FormatError, UsageError
-from gossamer.nn import NMLinear, prepare_batches
+from gossamer.nn import NMLinear, prepare_large_batches
 from gossamer.ops import _dispatch
 from gossamer.ops import nm as ops
 from gossamer.ops.nm import Layout, reference
@@ -142,7 +142,7 @@ def test_prepared_batches_follow_the_values():
     x = torch.randn(40, 96)
     assert layer.batch_kernel is None
     plain = layer(x)
-    assert prepare_batches(torch.nn.Sequential(layer)) > 0
+    assert prepare_large_batches(torch.nn.Sequential(layer)) > 0
     assert layer.batch_kernel.startswith("sell")
     torch.testing.assert_close(layer(x), plain, rtol=1e-5, atol=1e-5)
     layer.values.mul_(2)

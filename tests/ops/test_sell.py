@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.core.errors import UsageError
-from gossamer.nn import BitmapLinear, prepare_batches
+from gossamer.nn import BitmapLinear, prepare_large_batches
 from gossamer.ops import _dispatch
 from gossamer.ops import bitmap as bitmap_ops
 from gossamer.ops import sell as ops
@@ -117,7 +117,7 @@ def test_a_layer_takes_the_form_for_batches_and_never_a_stale_one():
     layer = BitmapLinear.from_matrix(matrix, torch.randn(40))
     plain = layer(x)
     keys = set(layer.state_dict())
-    assert prepare_batches(torch.nn.Sequential(layer)) > 0
+    assert prepare_large_batches(torch.nn.Sequential(layer)) > 0
     assert set(layer.state_dict()) == keys
     torch.testing.assert_close(layer(x), plain, rtol=1e-5, atol=1e-5)
     with torch.no_grad():

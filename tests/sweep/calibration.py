@@ -32,7 +32,7 @@ def check(family: Family, layers: list[str]) -> None:
         layer: Any = model.get_submodule(name)
         scores = layer.weight.detach().double().abs() * norms
         others = [other for other in layers if other != name]
-        found = gs.prune(model, gs.Wanda(), density=0.5, data=data, exclude=others)
+        found = gs.prune(model, gs.weights.Wanda(), density=0.5, data=data, exclude=others)
         if set(found.supports) != {name}:
             raise Wrong(f"{sorted(found.supports)} pruned where only {name} was left")
         ranked(name, scores, found.supports[name].mask)

@@ -25,7 +25,7 @@ def load(row: Row, family: Family, folder: Path, name: str) -> None:
     others = {} if described else {"model": family.make(seed=1)}
     wanted, model = load_file(folder / "wanted.safetensors"), None
     with row.step(f"load {name}", too_late):
-        model = gs.load(folder / "packed", costs="rule", **others)
+        model = gs.load(folder / "packed", latency="rule", **others)
         checks.gap(checks.run(model, family.data()), wanted, checks.LARGEST_GAP)
     if row.passed(f"load {name}") and family.decodes:
         generate(row, family, model, folder, name)

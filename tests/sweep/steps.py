@@ -15,7 +15,11 @@ from torch import nn
 
 import gossamer as gs
 
-METHODS = {"sparsegpt": gs.SparseGPT, "wanda": gs.Wanda, "magnitude": gs.Magnitude}
+METHODS = {
+    "sparsegpt": gs.weights.SparseGPT,
+    "wanda": gs.weights.Wanda,
+    "magnitude": gs.weights.Magnitude,
+}
 PATTERNS = {"50%": (gs.Unstructured(), 0.5), "2:4": (gs.NM(2, 4), 0.5)}
 SPARSE = "magnitude 90%"
 """Sparse enough that convolutions are packed too."""
@@ -29,7 +33,7 @@ def variants(quick: bool = False) -> dict[str, tuple[Any, Any, float]]:
         for method, kind in METHODS.items()
         for pattern, how in PATTERNS.items()
     }
-    found[SPARSE] = (gs.Magnitude(), gs.Unstructured(), 0.1)
+    found[SPARSE] = (gs.weights.Magnitude(), gs.Unstructured(), 0.1)
     return {name: found[name] for name in QUICK} if quick else found
 
 
@@ -84,7 +88,7 @@ def pack(row: Row, family: Family, name: str, result: Any, place: Path) -> None:
     with row.step(f"compress {name}"):
         wanted, ids = checks.run(model, data), greedy(family, model)
         state = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        fast = gs.compress(result, costs="rule")
+        fast = gs.compress(result, latency="rule")
         gaps = row.facts.setdefault("gaps", {})
         gaps[name] = checks.gap(checks.run(fast.model, data), wanted, checks.LARGEST_GAP)
         checks.gap(checks.run(fast.model, data, grad=True), wanted, checks.LARGEST_GAP)

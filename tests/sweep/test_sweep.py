@@ -120,7 +120,11 @@ def pruned():
     family = next(family for family in FAMILIES if family.name == "mlp")
     model = family.make()
     before = checks.snapshot(model)
-    return model, before, gs.prune(model, gs.Magnitude(), pattern=gs.NM(2, 4), exclude=["4"])
+    return (
+        model,
+        before,
+        gs.prune(model, gs.weights.Magnitude(), pattern=gs.NM(2, 4), exclude=["4"]),
+    )
 
 
 def look(model, before, result):

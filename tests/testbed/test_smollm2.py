@@ -45,7 +45,7 @@ def test_sparsegpt_loses_least_and_the_folder_serves_what_was_pruned(dense, toke
     ids = prompt(tokenizer, calibration_text()[:20000].decode(errors="ignore"))[0, : 8 * 256]
     data = [{"input_ids": part} for part in ids.view(-1, 256).split(4)]
     bits = {"dense": bits_per_byte(dense, text, encode=Subject(dense, tokenizer).encode)}
-    for method in (gs.Magnitude(), gs.SparseGPT()):
+    for method in (gs.weights.Magnitude(), gs.weights.SparseGPT()):
         model = copy.deepcopy(dense)
         result = gs.prune(model, method, density=0.5, data=data)
         assert abs(result.measured_density - 0.5) < 1e-3

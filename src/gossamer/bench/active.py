@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gossamer.bench import peers
-from gossamer.bench.measure import Limits, Rounds, interleaved
+from gossamer.bench import baselines
+from gossamer.bench.measure import Limits, Repeats, interleaved
 from gossamer.core.errors import GossamerError
 from gossamer.ops import active
 
@@ -34,7 +34,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Columns at 50, 65 and 80% zeros in three dtypes, and MLPs of two models' geometries."""
+    """Columns at 50, 65 and 80% sparsity in three dtypes, and MLPs of two models' geometries."""
     columns = [
         Case(f"columns 4096x11008 {dtype} zeros {zeros:g}", 4096, 11008, dtype, zeros)
         for dtype in _DTYPES
@@ -49,7 +49,7 @@ def cases() -> list[Case]:
     return columns + mlps
 
 
-def measure(case: Case, limits: Limits, rounds: Rounds | int = 7) -> dict[str, Any]:
+def measure(case: Case, limits: Limits, rounds: Repeats | int = 7) -> dict[str, Any]:
     """Times of ours and of dense engines; raises GossamerError where a result is wrong."""
     build = _columns if case.name.startswith("columns") else _mlp
     calls, expected, nbytes = build(case)
@@ -80,10 +80,10 @@ def _columns(case: Case) -> Build:
     dense, rows = [weight] * 2, x.reshape(1, -1)
     found: dict[str, Callable[[], Tensor] | None] = {
         "gossamer": lambda: active.linear(x, next(turn), threshold=limit),
-        "torch dense float32": peers.torch_dense(dense, rows, torch.float32),
-        "torch dense bfloat16": peers.torch_dense([weight] * 3, rows, torch.bfloat16),
-        "numpy dense float32": peers.numpy_dense([weight, weight.clone()], rows),
-        "onnxruntime dense float32": peers.onnx_dense(dense, rows),
+        "torch dense float32": baselines.torch_dense(dense, rows, torch.float32),
+        "torch dense bfloat16": baselines.torch_dense([weight] * 3, rows, torch.bfloat16),
+        "numpy dense float32": baselines.numpy_dense([weight, weight.clone()], rows),
+        "onnxruntime dense float32": baselines.onnx_dense(dense, rows),
     }
     calls = {name: call for name, call in found.items() if call is not None}
     expected = kept.double() @ neurons.to_float().double()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.bench.measure import Limits, Rounds, interleaved
+from gossamer.bench.measure import Limits, Repeats, interleaved
 from gossamer.core.errors import GossamerError
 from gossamer.core.matrix import as_matrix, write_matrix
 from gossamer.core.pattern import Unstructured
@@ -90,7 +90,7 @@ def prune(model: nn.Sequential, density: float) -> nn.Sequential:
     return model
 
 
-def measure(case: Case, limits: Limits, rounds: Rounds | int = 7) -> dict[str, Any]:
+def measure(case: Case, limits: Limits, rounds: Repeats | int = 7) -> dict[str, Any]:
     """Whole forward passes; raises GossamerError where ours differs from torch's.
 
     `served`: whether `compress` puts kernels there; a single layer is measured with its kernel in
@@ -98,7 +98,7 @@ def measure(case: Case, limits: Limits, rounds: Rounds | int = 7) -> dict[str, A
     """
     model = layer(case) if case.channels else prune(build(), case.density)
     sparse = copy.deepcopy(model)
-    served = any(record.kernel for record in compress(sparse, costs="rule").layers)
+    served = any(record.kernel for record in compress(sparse, latency="rule").layers)
     if case.channels and not served:
         sparse = packed(model)
     inputs = case.channels or 3

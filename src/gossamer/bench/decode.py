@@ -65,7 +65,7 @@ def measure(geometry: str, density: float, limits: Limits, repeats: int = 5) -> 
         if isinstance(module, nn.Linear) and name != "lm_head":
             support = select(module.weight.detach().float().abs(), Unstructured("row"), density)
             module.weight.data *= support.mask
-    result = compress(sparse, costs="rule")
+    result = compress(sparse, latency="rule")
     ids = torch.randint(0, 32000, (1, 16), generator=torch.Generator().manual_seed(1))
     speed = decode_speed(dense, sparse, ids, new_tokens=16, repeats=repeats)
     packed = [m for m in sparse.modules() if isinstance(m, BitmapLinear)]

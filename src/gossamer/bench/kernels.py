@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.bench import integer_peers, peers
-from gossamer.bench.measure import Limits, Rounds, interleaved
+from gossamer.bench import baselines, integer_baselines
+from gossamer.bench.measure import Limits, Repeats, interleaved
 from gossamer.core.errors import GossamerError
 from gossamer.nn import BitmapLinear, QuantizedLinear
 from gossamer.nn.kernel_choice.decide import choose_columns, choose_form
@@ -31,10 +31,10 @@ _ROUNDED = {"int8": 0.03, "int4": 0.25}
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: the layer (out, in), dtype of its values, density and rows of input.
+    """One measurement: the layer (out, in), dtype of its values, density and batch size.
 
     block: what is kept or dropped whole, such as 16x1, or the even pattern, such as 2:4. Integers
-    have a scale per 128 columns; their peers get the weights in bfloat16, integer engines round
+    have a scale per 128 columns; their baselines get the weights in bfloat16, integer engines round
     them in their own ways. form: "sparse" for integers held by their bitmap in memory; else
     as layers are by rule.
     """
@@ -80,8 +80,8 @@ def cases() -> list[Case]:
     return decode + integers + batches + blocks
 
 
-def measure(case: Case, limits: Limits, rounds: Rounds | int = 7) -> dict[str, Any]:
-    """Times of ours and every peer present; raises GossamerError where a result is wrong."""
+def measure(case: Case, limits: Limits, rounds: Repeats | int = 7) -> dict[str, Any]:
+    """Times of ours and every baseline present; raises GossamerError where a result is wrong."""
     matrix = _matrix(case)
     width = matrix.element_size()
     copies = max(1, min(8, -(-_COLD // (matrix.numel() * width)))) if case.batch <= 8 else 1
@@ -91,7 +91,7 @@ def measure(case: Case, limits: Limits, rounds: Rounds | int = 7) -> dict[str, A
     layers = [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
     for layer in layers:
         if case.batch > 8 and isinstance(layer, BitmapLinear):
-            layer.prepare_batches()
+            layer.prepare_large_batches()
     calls = _calls([matrix] * copies, layers, x, case.block)
     _check(case, calls, matrix, x, first)
     with torch.inference_mode():
@@ -115,7 +115,7 @@ def _layer(case: Case, matrix: Tensor) -> Layer:
     if case.dtype in BITS:
         layer = QuantizedLinear.from_matrix(matrix, bits=BITS[case.dtype])
         if not case.form:
-            choose_form(layer, None, batches=False)
+            choose_form(layer, None, large_batches=False)
         return layer
     packed = BitmapLinear.from_matrix(matrix, pattern=f"block:{case.block}" if case.block else "")
     if case.batch <= MATVEC_ROWS:
@@ -155,25 +155,25 @@ def _calls(
 
     found: dict[str, Callable[[], Tensor] | None] = {
         "gossamer": ours,
-        "torch dense float32": peers.torch_dense(weights, x, torch.float32),
-        "torch dense bfloat16": peers.torch_dense(weights, x, torch.bfloat16),
-        "numpy dense float32": peers.numpy_dense(weights, x),
-        "onnxruntime dense float32": peers.onnx_dense(weights[:2], x),
-        "gossamer dense bfloat16": peers.own_dense_bfloat16(weights, x),
-        "torch csr float32": peers.torch_csr(weights[:2], x),
-        "scipy csr float32": peers.scipy_csr(weights[:2], x),
+        "torch dense float32": baselines.torch_dense(weights, x, torch.float32),
+        "torch dense bfloat16": baselines.torch_dense(weights, x, torch.bfloat16),
+        "numpy dense float32": baselines.numpy_dense(weights, x),
+        "onnxruntime dense float32": baselines.onnx_dense(weights[:2], x),
+        "gossamer dense bfloat16": baselines.own_dense_bfloat16(weights, x),
+        "torch csr float32": baselines.torch_csr(weights[:2], x),
+        "scipy csr float32": baselines.scipy_csr(weights[:2], x),
     }
     if len(inputs) > MATVEC_ROWS and isa() == "avx512":
         found["gossamer avx2"] = lambda: _with_isa("avx2", ours)
     if "x" in block:
-        found["torch bsr float32"] = peers.torch_bsr(weights[:1], x, block)
+        found["torch bsr float32"] = baselines.torch_bsr(weights[:1], x, block)
     if isinstance(layers[0], QuantizedLinear):
         found |= {
-            "torch dense int8 fbgemm": integer_peers.torch_int8(weights, x, "fbgemm"),
-            "torch dense int8 onednn": integer_peers.torch_int8(weights, x, "onednn"),
-            "torch dense int4": integer_peers.torch_int4(weights, x),
-            "onnxruntime dense int8": integer_peers.onnx_int8(weights, x),
-            "onnxruntime dense int4": integer_peers.onnx_int4(weights, x),
+            "torch dense int8 fbgemm": integer_baselines.torch_int8(weights, x, "fbgemm"),
+            "torch dense int8 onednn": integer_baselines.torch_int8(weights, x, "onednn"),
+            "torch dense int4": integer_baselines.torch_int4(weights, x),
+            "onnxruntime dense int8": integer_baselines.onnx_int8(weights, x),
+            "onnxruntime dense int4": integer_baselines.onnx_int4(weights, x),
         }
     return {name: call for name, call in found.items() if call is not None}
 

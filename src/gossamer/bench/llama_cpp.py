@@ -1,4 +1,4 @@
-"""llama.cpp as a peer of whole models: the same random weights, class by class, in one process.
+"""llama.cpp as a baseline of whole models: the same random weights, class by class, in one process.
 
 Half of our weights are zero: bfloat16 against F16, 8 bits against Q8_0, 4 bits (the head 8) against
 Q4_0, both integers with 2:4 zeros too; then our dense integers, which any zeros have to beat. Model
@@ -37,14 +37,14 @@ from gossamer.nn.serving import serves
 class Class:
     """What meets what: bits None for bfloat16, pattern "" for dense."""
 
-    peer: str
+    baseline: str
     bits: int | None
     pattern: str
 
     @property
     def folder(self) -> str:
         """The name of the folder that holds our side."""
-        return f"ours-{self.peer}-{(self.pattern or 'dense').replace(':', '-')}"
+        return f"ours-{self.baseline}-{(self.pattern or 'dense').replace(':', '-')}"
 
 
 CLASSES = (
@@ -77,24 +77,24 @@ _NAMES = {
 def missing() -> str | None:
     """What to install before llama.cpp can be compared with; None when it is there."""
     absent = [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]
-    return f"llama.cpp is not compared: {MissingExtra(absent[0], 'peers')}" if absent else None
+    return f"llama.cpp is not compared: {MissingExtra(absent[0], 'baselines')}" if absent else None
 
 
 def prepare(folder: Path, geometry: str) -> None:
     """Write the models of every class that are not there yet; random weights, seed 0."""
-    peers = [kind for kind in _KINDS if not (folder / f"{kind}.gguf").exists()]
+    baselines = [kind for kind in _KINDS if not (folder / f"{kind}.gguf").exists()]
     wanted = [each for each in CLASSES if not (folder / each.folder).exists()]
-    if not peers and not wanted:
+    if not baselines and not wanted:
         return
     folder.mkdir(parents=True, exist_ok=True)
     dense = build(geometry, torch.bfloat16)
-    for kind in peers:
+    for kind in baselines:
         _write_peer(dense, folder, kind)
     for each in wanted:
         model = copy.deepcopy(dense)
         if each.pattern:
             _prune(model, parse_pattern(each.pattern))
-        compress(model, bits=each.bits, costs="rule")
+        compress(model, bits=each.bits, latency="rule")
         save(model, folder / each.folder)
 
 
@@ -162,7 +162,7 @@ def measure(
     library: Any = importlib.import_module("llama_cpp")
     model = load(folder / each.folder)
     theirs = library.Llama(
-        str(folder / f"{each.peer}.gguf"),
+        str(folder / f"{each.baseline}.gguf"),
         n_ctx=2 * PROMPT,
         n_batch=PROMPT,
         n_threads=torch.get_num_threads(),
@@ -173,7 +173,7 @@ def measure(
     with torch.inference_mode():
         _check(model, prompt[:, :16], each.folder)
         turns = [(_ours(model, prompt), _theirs(theirs, prompt)) for _ in range(repeats + 1)][1:]
-    peer = f"llama.cpp {each.peer}"
+    baseline = f"llama.cpp {each.baseline}"
     (our_step, our_prompt), (step, whole) = (
         [statistics.median(turn[who][what] for turn in turns) for what in (0, 1)] for who in (0, 1)
     )
@@ -184,16 +184,16 @@ def measure(
             "density": 0.5 if each.pattern else 1.0,
             "pattern": each.pattern or "dense",
             "batch": 1,
-            "peer": peer,
+            "baseline": baseline,
         },
-        "tokens_per_second": {"gossamer": 1 / our_step, peer: 1 / step},
-        "best_dense": peer,
+        "tokens_per_second": {"gossamer": 1 / our_step, baseline: 1 / step},
+        "best_dense": baseline,
         "ratio": step / our_step,
-        "prompt_tokens_per_second": {"gossamer": PROMPT / our_prompt, peer: PROMPT / whole},
+        "prompt_tokens_per_second": {"gossamer": PROMPT / our_prompt, baseline: PROMPT / whole},
         "prompt_ratio": whole / our_prompt,
         "file_bytes": {
             "gossamer": sum(f.stat().st_size for f in (folder / each.folder).glob("*.safe*")),
-            peer: (folder / f"{each.peer}.gguf").stat().st_size,
+            baseline: (folder / f"{each.baseline}.gguf").stat().st_size,
         },
         "fraction_of_limit": limits.seconds(_bytes(model), 0.0)[0] / our_step,
         "limit": "bytes",

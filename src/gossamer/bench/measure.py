@@ -20,7 +20,7 @@ _TRIES = 3
 
 
 @dataclass(frozen=True)
-class Rounds:
+class Repeats:
     """How many turns every engine takes, and how long to wait for rounds that nobody disturbs.
 
     peak: flops per second that all threads reach on an idle machine, as far as known.
@@ -61,7 +61,7 @@ class Turns:
         }
 
 
-def interleaved(calls: Mapping[str, Call], rounds: Rounds | int) -> Turns:
+def interleaved(calls: Mapping[str, Call], rounds: Repeats | int) -> Turns:
     """Times of the calls, which take turns, after one untimed turn each.
 
     A turn is a pause, in which another engine's idle threads stop spinning, one untimed call, which
@@ -69,7 +69,7 @@ def interleaved(calls: Mapping[str, Call], rounds: Rounds | int) -> Turns:
     before or after which the machine was not calm do not count, whatever they say, as long as the
     patience lasts; if too few are left then, the calmest count.
     """
-    rounds = Rounds(rounds) if isinstance(rounds, int) else rounds
+    rounds = Repeats(rounds) if isinstance(rounds, int) else rounds
     for call in calls.values():
         _turn(call)
     end = time.monotonic() + rounds.patience

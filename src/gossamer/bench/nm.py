@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.bench import peers
-from gossamer.bench.measure import Limits, Rounds, interleaved
+from gossamer.bench import baselines
+from gossamer.bench.measure import Limits, Repeats, interleaved
 from gossamer.core.errors import GossamerError
 from gossamer.core.pattern import NM, parse_pattern
 from gossamer.core.select import select
@@ -27,7 +27,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Case:
-    """A layer (out, inputs) with values of dtype, and rows of input."""
+    """A layer (out, inputs) with values of dtype, and batch size."""
 
     name: str
     out: int
@@ -50,23 +50,23 @@ def cases() -> list[Case]:
     ]
 
 
-def measure(case: Case, limits: Limits, rounds: Rounds | int = 7) -> dict[str, Any]:
+def measure(case: Case, limits: Limits, rounds: Repeats | int = 7) -> dict[str, Any]:
     """Times of ours, of the bitmap form and of dense engines; GossamerError for a wrong result."""
     matrix = _matrix(case)
     layer = NMLinear.from_matrix(matrix, None, case.pattern)
     other = BitmapLinear.from_matrix(matrix)
     if case.batch > 8:
-        layer.prepare_batches()
-        other.prepare_batches()
+        layer.prepare_large_batches()
+        other.prepare_large_batches()
     x = torch.randn(case.batch, case.inputs, generator=torch.Generator().manual_seed(1))
     inputs, weights = x.to(matrix.dtype), [matrix] * (2 if case.batch <= 8 else 1)
     found: dict[str, Callable[[], Tensor] | None] = {
         "gossamer": _turns(layer, inputs, layer.nbytes, case),
         "gossamer bitmap": _turns(other, inputs, layer.nbytes, case),
-        "torch dense float32": peers.torch_dense(weights, x, torch.float32),
-        "torch dense bfloat16": peers.torch_dense(weights, x, torch.bfloat16),
-        "numpy dense float32": peers.numpy_dense(weights, x),
-        "onnxruntime dense float32": peers.onnx_dense(weights, x),
+        "torch dense float32": baselines.torch_dense(weights, x, torch.float32),
+        "torch dense bfloat16": baselines.torch_dense(weights, x, torch.bfloat16),
+        "numpy dense float32": baselines.numpy_dense(weights, x),
+        "onnxruntime dense float32": baselines.onnx_dense(weights, x),
     }
     calls = {name: call for name, call in found.items() if call is not None}
     _check(case, calls, inputs.double() @ matrix.double().t())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.bench.measure import Limits, Rounds, interleaved
+from gossamer.bench.measure import Limits, Repeats, interleaved
 from gossamer.core.errors import GossamerError, MissingExtra
 from gossamer.ops import spgemm
 
@@ -36,8 +36,8 @@ def cases() -> list[Case]:
     ]
 
 
-def measure(case: Case, limits: Limits, rounds: Rounds | int = 7) -> dict[str, Any]:
-    """Times of ours and the peers; raises GossamerError where a result is wrong.
+def measure(case: Case, limits: Limits, rounds: Repeats | int = 7) -> dict[str, Any]:
+    """Times of ours and the baselines; raises GossamerError where a result is wrong.
 
     The limit counts the bytes of both factors and the result once each: a bound that no row-wise
     product reaches, since it reads rows of the right matrix as often as the left one names them.

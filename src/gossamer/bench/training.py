@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gossamer.bench.measure import Limits, Rounds, interleaved
+from gossamer.bench.measure import Limits, Repeats, interleaved
 from gossamer.core.errors import GossamerError
 from gossamer.ops import csr
 
@@ -30,7 +30,7 @@ def cases() -> list[Case]:
     return [Case(4096, 2, density, 128) for density in (0.2, 0.1, 0.05)]
 
 
-def measure(case: Case, limits: Limits, rounds: Rounds | int = 7) -> dict[str, Any]:
+def measure(case: Case, limits: Limits, rounds: Repeats | int = 7) -> dict[str, Any]:
     """Seconds of a step against dense autograd; raises GossamerError where gradients differ.
 
     Both compute every gradient, that of the input too. Dense autograd runs in both of its ways:

@@ -26,7 +26,7 @@ COMMANDS = {
     "report": "Write the HTML report of a finished compression anew.",
     "train": "Train a sparse network, with checkpoints, and write model and report.",
     "methods": "List the methods, or show what is known of one.",
-    "calibrate": "Measure what every kernel costs on this machine.",
+    "calibrate": "Measure how fast every kernel is on this machine.",
     "bench": "Check the kernels, then time them against other engines.",
 }
 
@@ -118,7 +118,7 @@ def _help() -> str:
             f"  --debug    {DEBUG_HELP}",
             "",
             "First steps:",
-            "  gossamer compress --out small            the bundled model, 50% zeros",
+            "  gossamer compress --out small            the bundled model, 50% sparsity",
             "  gossamer compress MODEL --out small      a Hugging Face folder or name",
             '  gossamer generate small --prompt "import "',
         ]

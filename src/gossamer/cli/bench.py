@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 
 from gossamer.bench import active, conv, decode, kernels, llama_cpp, nm, spgemm, training
-from gossamer.bench.measure import Limits, Rounds, measure_limits, when_calm
+from gossamer.bench.measure import Limits, Repeats, measure_limits, when_calm
 from gossamer.cli.output import note, print_json, print_table
 from gossamer.core.errors import UsageError
-from gossamer.engine.prune.journal import write_whole
+from gossamer.core.files import write_whole
 from gossamer.nn.kernel_choice.machine import cache_folder, machine
 from gossamer.nn.kernel_choice.timing import CALM
 from gossamer.ops import _dispatch
@@ -132,7 +132,7 @@ class Bench:
         if self.suite == "decode":
             return self._decode(limits)
         measure = _SUITES[self.suite].measure
-        rounds = Rounds(self.repeats, self.patience, limits.flops)
+        rounds = Repeats(self.repeats, self.patience, limits.flops)
         return [
             (describe(vars(case)), functools.partial(measure, case, limits, rounds))
             for case in self._chosen()
@@ -167,7 +167,7 @@ class Bench:
         repeats = min(self.repeats, 5)
         return [
             (
-                f"{self.geometry} against llama.cpp {each.peer}, {each.folder}",
+                f"{self.geometry} against llama.cpp {each.baseline}, {each.folder}",
                 functools.partial(llama_cpp.measure, folder, self.geometry, each, limits, repeats),
             )
             for each in llama_cpp.CLASSES
@@ -185,7 +185,13 @@ class Bench:
                 ours, ratio = f"{prompt['gossamer']:.3g}", f"{result['prompt_ratio']:.2f}x"
                 rows.append((name, ours, ratio, _peer(result, prompt), "-"))
         unit = "tokens/s" if self.suite == "decode" else "ms"
-        header = ("case", f"ours, {unit}", "ratio", f"best peer and others, {unit}", "of the limit")
+        header = (
+            "case",
+            f"ours, {unit}",
+            "ratio",
+            f"best baseline and others, {unit}",
+            "of the limit",
+        )
         print_table(f"gossamer bench --suite {self.suite}", header, rows)
         if disturbed := sum(map(_disturbed, results)):
             note(

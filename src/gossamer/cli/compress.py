@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from gossamer.cli.compress_record import layers_of, record, source_dtype, work_of
-from gossamer.cli.costs import costs_named
 from gossamer.cli.inputs import (
     BUNDLED,
     BUNDLED_TEXT,
@@ -28,6 +27,7 @@ from gossamer.cli.inputs import (
     read_model,
     read_text,
 )
+from gossamer.cli.latency import latency_named
 from gossamer.cli.options import Share, fraction
 from gossamer.cli.output import print_json, print_table, print_text
 from gossamer.core.allocation import ALLOCATIONS
@@ -41,7 +41,7 @@ from gossamer.engine.prune.run import prune
 from gossamer.engine.serve.compress import compress
 from gossamer.io.atomic import check_target, new_folder
 from gossamer.io.save import save
-from gossamer.methods import find
+from gossamer.methods import build, parts
 from gossamer.ops.quantized import BITS
 from gossamer.report.html import render
 from gossamer.report.notes import notes, title
@@ -61,7 +61,8 @@ class Compress:
     """language model or text encoder: a Hugging Face folder, a hub name such as
     HuggingFaceTB/SmolLM2-135M (from the local cache first), or testbed:lm"""
     method: str = "sparsegpt"
-    """what chooses the weights, such as sparsegpt, wanda or magnitude; gossamer methods lists them"""
+    """scorer or solver, with its options, such as wanda or sparsegpt:block=64; `gossamer methods
+    weights` lists them"""
     pattern: str = "unstructured"
     """where zeros may lie: unstructured, unstructured:row, 2:4, 4:8, block:4x1, channel:1"""
     sparsity: Share | None = None
@@ -69,7 +70,7 @@ class Compress:
     density: Share | None = None
     """fraction of weights to keep, such as 0.3 or 30%, instead of --sparsity"""
     allocation: Literal["uniform", "uniform+", "er", "erk", "global", "lamp", "owl"] = "uniform"
-    """how the zeros are shared among layers"""
+    """how the density is shared among layers"""
     include: list[str] = field(default_factory=list)
     """further layers to prune, by name patterns such as '*embed*'; repeatable, or comma separated"""
     exclude: list[str] = field(default_factory=list)
@@ -95,7 +96,7 @@ class Compress:
     """also round the kept weights to integers of 4 or 8 bits, a language model's head to 8"""
     group: int = 128
     """with --bits, columns that share a scale: a power of two from 64 on"""
-    costs: str = "auto"
+    latency: str = "auto"
     """what chooses the kernels: auto (what `gossamer calibrate` measured, else short timings), rule,
     or the file of another calibration"""
     sweep: str = ""
@@ -118,7 +119,7 @@ class Compress:
         limit = eval_bytes(subject) if self.eval_bytes is None else self.eval_bytes
         task = task_of(subject, text[: limit or len(text)], progress=True)
         task.check(self.length, self.tokens)
-        plan["costs"] = costs_named(self.costs) if self.bits is None else None
+        plan["latency"] = latency_named(self.latency) if self.bits is None else None
         batches = task.calibration(calibration, self.samples, self.length, self.seed)
         dense = subject.model
         _round(dense, self._store)
@@ -253,7 +254,7 @@ class Compress:
         if self.bits is None:
             quality = task.quality(dense, pruned.model)
             _cast(pruned.model, self._store)
-            packed = compress(pruned, costs=plan["costs"], exclude=self._unpacked(dense))
+            packed = compress(pruned, latency=plan["latency"], exclude=self._unpacked(dense))
         else:
             _cast(pruned.model, self._store)  # so that dense bytes are those of the stored dtype
             packed = compress(
@@ -303,15 +304,15 @@ def _journals(target: Path) -> list[Path]:
     return sorted(target.parent.glob(f".{glob.escape(target.name)}.journal*"))
 
 
-def _pruner(name: str) -> Any:
-    """The method by name, with its defaults; raises UsageError for one that trains."""
-    method = find(name)
-    if method.card.kind not in ("score", "solver"):
+def _pruner(text: str) -> Any:
+    """The method by name and options; raises UsageError for one that trains."""
+    kind, _ = parts(text)
+    if kind.card.role not in ("scorer", "solver"):
         raise UsageError(
-            f"--method {name} chooses weights while a model trains; use gs.sparse_training in a "
-            "training loop, or a method for trained models here (see gossamer methods)"
+            f"--method {kind.card.name} makes a model sparse while it trains: use gossamer train, "
+            "or a scorer or solver here (see gossamer methods weights)"
         )
-    return method()
+    return build(text)
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

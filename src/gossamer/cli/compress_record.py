@@ -16,7 +16,7 @@ from torch import nn
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult
 from gossamer.engine.data import Batch, call
 from gossamer.engine.measure.tasks import Task
-from gossamer.engine.train.flops import forward_work
+from gossamer.engine.train.flops import forward_flops
 from gossamer.nn.kernel_choice.machine import machine as this_machine
 from gossamer.ops import _dispatch
 
@@ -84,7 +84,7 @@ def flops(
 def work_of(model: nn.Module, batch: Batch) -> dict[str, float]:
     """Multiply-adds of one token by the name of the layer, measured on a batch."""
     ids = batch["input_ids"] if not isinstance(batch, torch.Tensor) else batch
-    found = forward_work(model, lambda: call(model, batch))
+    found = forward_flops(model, lambda: call(model, batch))
     return {
         name: found.pop(id(module.weight)) / ids.numel()
         for name, module in model.named_modules()

@@ -35,7 +35,7 @@ def check_model(name: str, option: str = "--model") -> Path | None:
 
 
 def read_model(
-    name: str, dtype: str, batches: bool | None = None, option: str = "--model"
+    name: str, dtype: str, large_batches: bool | None = None, option: str = "--model"
 ) -> Subject:
     """The model in the dtype, in eval mode, with its tokenizer if its folder has one.
 
@@ -47,7 +47,7 @@ def read_model(
             from gossamer.testbed import language_model
 
             return Subject(language_model(DTYPES[dtype]), None)
-        model = load(folder, dtype=DTYPES[dtype], batches=batches)
+        model = load(folder, dtype=DTYPES[dtype], large_batches=large_batches)
     if not reads_text(model):
         raise UsageError(
             f"{option} {name}: {type(model).__name__} reads {main_input(model)}, and the commands "

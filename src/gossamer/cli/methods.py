@@ -3,82 +3,109 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from dataclasses import dataclass
 
 from gossamer.cli.output import print_json, print_table, print_text
 from gossamer.core.card import Card
-from gossamer.methods import cards, find, verdicts
+from gossamer.methods import TOPICS, cards, find, summary, verdicts
 
-KINDS = {
-    "score": "one-shot",
-    "solver": "one-shot",
-    "trainer": "training",
-    "rounds": "rounds",
+USE = {
+    "scorer": "gossamer compress",
+    "solver": "gossamer compress",
+    "topology": "gossamer train",
+    "recipe": "gossamer train",
 }
+"""The command that runs a method, by its role."""
 
 
 @dataclass
 class Methods:
-    """List the methods and what became of their claims here, or show one method's card.
+    """List the topics, the methods of one topic, or show the page of one method.
 
-    Example: gossamer methods sparsegpt
+    Example: gossamer methods weights
     """
 
     PLACES = ("name",)
 
     name: str = ""
-    """show all that is known of this method"""
+    """a topic, such as weights, or a method, such as sparsegpt"""
     json: bool = False
     """print one JSON object with every card and verdict"""
 
     def run(self) -> None:
-        """Print the catalogue or a card."""
-        found = verdicts()
-        chosen = [find(self.name).card] if self.name else list(cards())
+        """Print the topics, a topic's table or a method's page."""
+        name = self.name.strip().lower()
         if self.json:
-            both = [dataclasses.asdict(c) | {"verdict": found.get(c.name)} for c in chosen]
-            print_json({"methods": both})
-        elif self.name:
-            _print_card(chosen[0], found.get(chosen[0].name, "not tried"))
+            _print_json(list(cards(name)) if name in ("", *TOPICS) else [find(name).card])
+        elif not name:
+            _print_topics()
+        elif name in TOPICS:
+            _print_topic(name)
         else:
-            rows = [
-                (
-                    card.name,
-                    KINDS.get(card.kind, card.kind),
-                    _short(found.get(card.name)),
-                    card.summary,
-                )
-                for card in chosen
-            ]
-            print_table("Methods", ("name", "use", "claim", "what"), rows)
-            print_text(
-                "use: one-shot prunes a trained model (gossamer compress); training and rounds make "
-                "a model sparse while it trains (gossamer train)."
-            )
-            print_text(
-                "claim: what became of the paper's claim on small tasks here. open: the tasks are too "
-                "small to tell, which says nothing against the method."
-            )
-            print_text("gossamer methods NAME shows all that is known of one.")
+            _print_page(find(name))
+
+
+def _print_json(chosen: list[Card]) -> None:
+    found = verdicts()
+    both = [dataclasses.asdict(card) | {"verdict": found.get(card.name)} for card in chosen]
+    print_json({"methods": both})
+
+
+def _print_topics() -> None:
+    rows = [(name, str(len(cards(name)) or "none yet"), what) for name, what in TOPICS.items()]
+    print_table("Topics", ("topic", "methods", "what becomes sparse"), rows)
+    print_text("gossamer methods TOPIC lists a topic's methods; gossamer methods NAME shows one.")
+
+
+def _print_topic(name: str) -> None:
+    found = verdicts()
+    rows = [
+        (card.name, card.role, str(card.year), _short(found.get(card.name)), _what(card))
+        for card in cards(name)
+    ]
+    if not rows:
+        print_text(f"{name}: no method of this topic is built yet.")
+        return
+    print_table(f"{name}: {TOPICS[name]}", ("name", "role", "year", "claim", "what"), rows)
+    print_text(
+        "Scorers and solvers prune a trained model (gossamer compress). Topology methods and "
+        "recipes make a model sparse while it trains (gossamer train)."
+    )
+    print_text(
+        "claim: what became of the paper's claim on small tasks here; open means undecided. "
+        "gossamer methods NAME has the details."
+    )
+
+
+def _what(card: Card) -> str:
+    return summary(find(f"{card.topic}.{card.name}")).partition(": ")[2].rstrip(".")
 
 
 def _short(verdict: str | None) -> str:
-    words = {"not testable at this size": "open", "does not hold here": "no", None: "not tried"}
+    words = {
+        "undecided": "open",
+        "not testable here": "open",
+        "not testable at this size": "open",
+        "does not hold here": "no",
+        None: "not tried",
+    }
     return words.get(verdict, verdict or "")
 
 
-def _print_card(card: Card, verdict: str) -> None:
+def _print_page(method: type) -> None:
+    card: Card = method.card  # type: ignore[attr-defined]
+    text = importlib.import_module(method.__module__).__doc__ or ""
+    for paragraph in text.strip().split("\n\n"):
+        print_text(" ".join(paragraph.replace("**", "").split()))
+        print_text("")
     rows = [
-        ("use", KINDS.get(card.kind, card.kind)),
-        ("paper", f"{card.title}, {card.year}, {card.link}"),
+        ("topic and role", f"{card.topic}, {card.role}: {USE.get(card.role, 'used from Python')}"),
         ("needs", ", ".join(card.needs) or "no data"),
         ("patterns", ", ".join(card.patterns)),
-        ("defaults", card.defaults),
+        ("paper", f"{card.link}, {card.year}"),
         ("status", card.status),
-        ("claim", card.claim),
-        ("claim here", verdict),
-        ("notes", card.notes),
+        ("claim here", verdicts().get(card.name, "not tried")),
     ]
-    print_text(f"{card.name}: {card.summary}")
-    for name, text in rows:
-        print_text(f"{name}: {text}", indent="  ")
+    for name, value in rows:
+        print_text(f"{name}: {value}")

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -26,16 +27,17 @@ from gossamer.cli.train_rounds import RoundsRun
 from gossamer.cli.train_tasks import Images, Text, read_work
 from gossamer.core.allocation import ALLOCATIONS
 from gossamer.core.errors import MissingExtra, UsageError
+from gossamer.core.files import write_whole
 from gossamer.core.pattern import parse_pattern
+from gossamer.core.words import listed
 from gossamer.engine.progress import track
-from gossamer.engine.protocols import Rounds
-from gossamer.engine.prune.journal import write_whole
-from gossamer.engine.train.fit import Fit, Recipe
+from gossamer.engine.protocols import Recipe
+from gossamer.engine.train.fit import Fit, TrainingOptions
 from gossamer.engine.train.flops import expected_flops, steps_for
 from gossamer.engine.train.rounds import expected_rounds_flops
 from gossamer.io.atomic import check_target, new_folder
 from gossamer.io.save import save
-from gossamer.methods import find
+from gossamer.methods import parts
 from gossamer.nn.kernel_choice.machine import machine
 from gossamer.report.training import (
     SWEEP_HEADER,
@@ -65,7 +67,7 @@ class Train:
     width: int = 0
     """of the small networks: first channels of the CNN (8), hidden units of the MLP (256)"""
     method: str = "rigl"
-    """a trainer of gossamer methods, imp or sparsemodelsoups (rounds of trainings), or dense"""
+    """topology method or recipe, with its options, such as rigl:every=50,drop=0.3; or dense"""
     density: Share | None = None
     """fraction of weights to keep, such as 0.1 or 10%; 0.1 unless the pattern says otherwise"""
     sparsity: Share | None = None
@@ -74,14 +76,12 @@ class Train:
     """N:M such as 2:4, for the methods that train one"""
     allocation: Literal["uniform", "uniform+", "er", "erk"] | None = None
     """how density is shared among layers; the method's own unless named"""
-    options: dict[str, Any] = field(default_factory=dict)
-    """further arguments of the method, such as every=50,drop=0.3; its page names them"""
     include: list[str] = field(default_factory=list)
     """further layers to make sparse, by name patterns such as '*embed*'; repeatable, or comma separated"""
     exclude: list[str] = field(default_factory=list)
     """layers to leave dense, by name patterns such as '*head'; repeatable, or comma separated"""
     steps: int = 300
-    """optimizer steps, of each training in rounds; with a sweep, those of the costliest arm"""
+    """optimizer steps, of each training in rounds; with a sweep, those of the costliest variant"""
     batch: int = 64
     """images or text windows in a step"""
     length: int = 128
@@ -105,7 +105,7 @@ class Train:
     log: str = ""
     """folder for TensorBoard event files; none if empty"""
     sweep_methods: str = ""
-    """compare these, such as dense,staticrandom,rigl, at equal training FLOPs"""
+    """compare these, such as dense,set,rigl:every=50,drop=0.3, at equal training FLOPs"""
     sweep_density: str = ""
     """densities of the comparison, such as 0.05,0.1"""
     seeds: int = 1
@@ -122,14 +122,14 @@ class Train:
         check_target(Path(self.out), self.overwrite)
         if self.save_every < 1 or self.seeds < 1:
             raise UsageError("--save-every and --seeds are at least 1")
-        arms = self._arms()
+        variants = self._arms()
         if self.seeds > 1 and not self._sweeps:
             raise UsageError("--seeds belongs to a comparison: give --sweep-methods too")
         with self._writer() as writer:
             if self._sweeps:
-                self._sweep(arms, writer)
+                self._sweep(variants, writer)
             else:
-                self._single(*arms[0], writer)
+                self._single(*variants[0], writer)
         shutil.rmtree(self._hidden, ignore_errors=True)
 
     def again(self) -> str:
@@ -148,9 +148,9 @@ class Train:
     def _arms(self) -> list[tuple[str, float | None]]:
         """The methods and densities to train, each checked by constructing the method."""
         density = density_of(self.sparsity, self.density)
-        names = _words(self.sweep_methods) or [self.method]
+        names = listed(self.sweep_methods) or [self.method]
         try:
-            densities: list[float | None] = [float(x) for x in _words(self.sweep_density)]
+            densities: list[float | None] = [float(x) for x in listed(self.sweep_density)]
         except ValueError:
             raise UsageError(
                 f"--sweep-density is numbers such as 0.05,0.1, not {self.sweep_density!r}"
@@ -159,25 +159,23 @@ class Train:
             raise UsageError("give --density or --sweep-density, not both")
         for value in densities:
             density_of(None, value)
-        arms: list[tuple[str, float | None]] = []
+        variants: list[tuple[str, float | None]] = []
         for name in names:
-            free = name != "dense" and "density" in _fields(_trainer(name))
+            free = name != "dense" and "density" in _fields(_method_parts(name)[0])
             for value in (densities or [density]) if free or not densities else [None]:
                 self._method(name, value)
-                arms.append((name, value))
-        return arms
+                variants.append((name, value))
+        return variants
 
     def _method(self, name: str, density: float | None) -> Any:
         """The method's instance; None for dense training."""
         if name == "dense":
             return None
-        kind = _trainer(name)
-        known, values = _fields(kind), dict(self.options)
-        if self.sweep_methods:  # an option may concern some of the methods only
-            values = {key: value for key, value in values.items() if key in known}
-        for key in values:
-            if key not in known:
-                raise UsageError(f"--options: {name} has no {key!r}; it has {', '.join(known)}")
+        kind, values = _method_parts(name)
+        known = _fields(kind)
+        for key in ("density", "pattern", "allocation"):
+            if key in values:
+                raise UsageError(f"--method {name}: give --{key} instead of the option {key}")
         if "density" in known:
             values["density"] = 0.1 if density is None else density
         elif density is not None:
@@ -196,15 +194,15 @@ class Train:
         try:
             method = kind(**values)
         except TypeError as error:
-            raise UsageError(f"--options: {name} cannot be made of them ({error})") from None
-        if isinstance(method, Rounds) and (method.rewind or 0) >= self.steps:
-            raise UsageError(f"--options: {name} rewinds to a step before --steps {self.steps}")
+            raise UsageError(f"--method {name}: {error}") from None
+        if isinstance(method, Recipe) and (method.rewind or 0) >= self.steps:
+            raise UsageError(f"--method {name} rewinds to a step before --steps {self.steps}")
         return method
 
-    def _recipe(self, text: bool, steps: int) -> Recipe:
+    def _recipe(self, text: bool, steps: int) -> TrainingOptions:
         name = self.optimizer or ("adamw" if text else "sgd")
         lr, decay = {"adamw": (1e-3, 0.1)}.get(name, (0.1, 5e-4))
-        return Recipe(
+        return TrainingOptions(
             steps,
             lr if self.lr is None else self.lr,
             name,
@@ -227,7 +225,7 @@ class Train:
         fingerprint = {k: v for k, v in options.items() if k not in OUTSIDE}
         fingerprint.update(run=[name, density, seed, steps], content=work.digest())
         prefix = f"{name}-{density}-{seed}/" if self._sweeps else ""
-        if isinstance(method, Rounds):
+        if isinstance(method, Recipe):
             rounds = RoundsRun(
                 work, method, self._recipe(isinstance(work, Text), steps), seed,
                 self.include, self.exclude, (self._hidden / file).with_suffix(""), fingerprint,
@@ -279,27 +277,30 @@ class Train:
         print_table(f"{name} on {self.data}, {self.steps} steps", ("", "value"), headline(result))
         note(f"wrote {self.out}: model, result.json, report.html")
 
-    def _sweep(self, arms: list[tuple[str, float | None]], writer: Any) -> None:
+    def _sweep(self, variants: list[tuple[str, float | None]], writer: Any) -> None:
         work = self._work(self.seed)
         model = work.build(self.seed)
         loss = partial(_first_loss, work, self.seed)
 
-        def cost(arm: tuple[str, float | None], steps: int) -> float:
-            method, names = self._method(*arm), {"include": self.include, "exclude": self.exclude}
-            if isinstance(method, Rounds):
+        def cost(variant: tuple[str, float | None], steps: int) -> float:
+            method, names = (
+                self._method(*variant),
+                {"include": self.include, "exclude": self.exclude},
+            )
+            if isinstance(method, Recipe):
                 return expected_rounds_flops(model, method, steps, loss, **names)
             return expected_flops(model, method, steps, loss, **names)
 
-        budget = max(cost(arm, self.steps) for arm in arms)
+        budget = max(cost(variant, self.steps) for variant in variants)
         result: dict[str, Any] = {
             **self._facts(), "metric": work.metric, "better": work.better,
             "budget_flops": budget, "seeds": [self.seed + k for k in range(self.seeds)],
-            "arms": [],
+            "variants": [],
         }  # fmt: skip
-        for name, density in arms:
+        for name, density in variants:
             steps = steps_for(budget, self.steps, partial(cost, (name, density)))
             runs = [self._arm(name, density, seed, steps, writer) for seed in result["seeds"]]
-            result["arms"].append(
+            result["variants"].append(
                 {"method": name, "density": density, "steps": steps, "runs": runs}
             )
         with new_folder(Path(self.out).resolve(), self.overwrite) as place:
@@ -317,7 +318,7 @@ class Train:
     ) -> dict[str, Any]:
         """One run of the sweep; read from disk where the same command finished it already."""
         options = {k: v for k, v in dataclasses.asdict(self).items() if k not in OUTSIDE}
-        label = f"{name}-{density}-{seed}"
+        label = re.sub(r"[^\w.,=-]+", "-", f"{name}-{density}-{seed}")
         done = self._hidden / f"{label}.json"
         if done.exists():
             kept = json.loads(done.read_text())
@@ -352,14 +353,14 @@ class Train:
             writer.close()
 
 
-def _trainer(name: str) -> type[Any]:
-    kind = find(name)
-    if kind.card.kind not in ("trainer", "rounds"):
+def _method_parts(text: str) -> tuple[type[Any], dict[str, Any]]:
+    kind, options = parts(text)
+    if kind.card.role not in ("topology", "recipe"):
         raise UsageError(
-            f"--method {name} does not train: it is of kind {kind.card.kind}; choose a trainer of "
-            "gossamer methods, or gossamer compress"
+            f"--method {kind.card.name} does not train: it is a {kind.card.role}; choose a topology "
+            "method or a recipe of gossamer methods weights, or use gossamer compress"
         )
-    return kind
+    return kind, options
 
 
 def _fields(kind: type[Any]) -> tuple[str, ...]:
@@ -368,7 +369,3 @@ def _fields(kind: type[Any]) -> tuple[str, ...]:
 
 def _first_loss(work: Images | Text, seed: int, model: nn.Module) -> torch.Tensor:
     return work.loss(model, 0, seed)
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]

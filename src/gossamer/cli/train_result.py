@@ -30,7 +30,7 @@ def record(fit: Fit, work: Work, name: str, density: float | None, seed: int) ->
     masks = {} if run is None else run.masks
     tail = fit.losses[-max(1, steps // 10) :]
     return {
-        "method": name, "pattern": "" if run is None else format_pattern(run.trainer.pattern),
+        "method": name, "pattern": "" if run is None else format_pattern(run.method.pattern),
         "requested_density": density, "measured_density": fit.density,
         "steps": steps, "seed": seed, "recipe": dataclasses.asdict(fit.recipe),
         "quality": quality(work, fit.model),

@@ -20,12 +20,13 @@ from torch import nn
 from gossamer.cli.train_result import layers_of, log_step, quality
 from gossamer.cli.train_tasks import Images, Text
 from gossamer.core.errors import FormatError
+from gossamer.core.files import write_whole
 from gossamer.core.pattern import format_pattern
+from gossamer.engine.data import check_same_run
 from gossamer.engine.progress import track
-from gossamer.engine.protocols import Rounds, Trainer
-from gossamer.engine.prune.journal import check_same_run, write_whole
-from gossamer.engine.train.fit import Fit, Recipe
-from gossamer.engine.train.rounds import Part, RoundsResult, parts_of, train_rounds
+from gossamer.engine.protocols import Recipe, TopologyMethod
+from gossamer.engine.train.fit import Fit, TrainingOptions
+from gossamer.engine.train.rounds import RoundPart, RoundsResult, parts_of, train_rounds
 
 MEMBER = 10_007
 """Between the seeds of the batches of a soup's copies."""
@@ -36,8 +37,8 @@ class RoundsRun:
     """One run of an outer loop over a task, in a hidden folder."""
 
     work: Images | Text
-    method: Rounds
-    recipe: Recipe
+    method: Recipe
+    recipe: TrainingOptions
     seed: int
     include: list[str]
     exclude: list[str]
@@ -60,7 +61,7 @@ class RoundsRun:
             result = train_rounds(
                 model,
                 self.method,
-                lambda model, trainer, part: self._part(model, trainer, part, bar),
+                lambda model, method, part: self._part(model, method, part, bar),
                 include=self.include,
                 exclude=self.exclude,
                 data=self.work.inputs(),
@@ -70,7 +71,7 @@ class RoundsRun:
         return model, losses, self._record(model, result, losses, name, density)
 
     def _part(
-        self, model: nn.Module, trainer: Trainer, part: Part, bar: Callable[[str], None]
+        self, model: nn.Module, method: TopologyMethod, part: RoundPart, bar: Callable[[str], None]
     ) -> None:
         """One training of the loop; copies of a soup see the batches in orders of their own."""
         key = _key(part)
@@ -78,7 +79,7 @@ class RoundsRun:
         order = self.seed + MEMBER * part.member
         fit = Fit(
             model,
-            trainer,
+            method,
             lambda model, step: self.work.loss(model, step, order),
             self.recipe,
             include=self.include,
@@ -163,5 +164,5 @@ class RoundsRun:
         }  # fmt: skip
 
 
-def _key(part: Part) -> str:
+def _key(part: RoundPart) -> str:
     return f"{part.index}-{part.member}-{part.first}"

@@ -6,7 +6,7 @@ Every allocation meets the budget: sum of density_l * size_l equals density * su
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -22,8 +22,8 @@ class LayerInfo:
     """A layer as allocations see it.
 
     shape: of the original weight (a convolution's is 4-d). weight: (out, in). block: index of the
-    transformer block. norm: (in,) 2-norms of the dense model's calibration inputs, or None. own:
-    what a trainer keeps for the layer, of its own making, or None.
+    transformer block. norm: (in,) 2-norms of the dense model's calibration inputs, or None.
+    state: the tensors that a training method keeps for the layer, by names of its own.
     """
 
     name: str
@@ -31,7 +31,7 @@ class LayerInfo:
     block: int | None
     weight: Tensor
     norm: Tensor | None = None
-    own: Tensor | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def size(self) -> int:

@@ -7,22 +7,36 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Card:
-    """What a method is, needs, admits and claims.
+    """Eight facts of a method that a program may ask for.
 
-    needs: statistics it reads, of `norm`, `hessian`, `gradients`. patterns: of `unstructured`,
-    `nm`, `block`, `channel`. kind: `score`, `solver`, `trainer`, or `rounds` for an outer loop over
-    training. status: `stable` or `experimental`.
+    What the method does, what its paper claims and where it differs from the paper is the
+    docstring of its module.
+
+    Parameters
+    ----------
+    name : str
+        In lower case, as the command line has it; unique within the topic.
+    topic : str
+        What becomes sparse: the folder and the public namespace, such as `weights`.
+    role : str
+        How it plugs in: `scorer`, `solver`, `topology` or `recipe`.
+    needs : tuple of str
+        The statistics it reads: `norm`, `hessian`, `gradients`.
+    patterns : tuple of str
+        The patterns it admits: `unstructured`, `nm`, `block`, `channel`.
+    year : int
+        Of the paper.
+    link : str
+        To the paper; empty where there is none.
+    status : str
+        `stable` or `experimental`.
     """
 
     name: str
-    kind: str
-    title: str
-    year: int
-    link: str
+    topic: str
+    role: str
     needs: tuple[str, ...]
     patterns: tuple[str, ...]
-    claim: str
+    year: int
+    link: str
     status: str
-    summary: str
-    defaults: str
-    notes: str

@@ -18,10 +18,10 @@ from gossamer.core.support import Support
 class LayerRecord:
     """One layer. Bytes count the weight alone; kernel is None where the layer stays dense.
 
-    kernel: what serves up to 8 rows of input, or images, and behind a `+` what a form prepared for
-    batches. batches: what serves more than 8 rows, prepared or not; empty where dense. decided:
-    what chose, the measured costs with what they predict or a rule. predicted: seconds by kernel,
-    `dense` among them, where costs were measured. Of integers, density is that after rounding.
+    kernel: what serves batch sizes up to 8, or images, and behind a `+` what a form prepared for
+    batches. batch_kernel: what serves batches of more than 8, prepared or not; empty where dense. decided:
+    what chose, the measured latencies with what they predict or a rule. predicted: seconds by kernel,
+    `dense` among them, where latencies were measured. Of integers, density is that after rounding.
     """
 
     name: str
@@ -33,7 +33,7 @@ class LayerRecord:
     pattern: str = ""
     dense_bytes: int = 0
     sparse_bytes: int = 0
-    batches: str = ""
+    batch_kernel: str = ""
     decided: str = ""
     predicted: Mapping[str, float] = field(default_factory=dict)
 

@@ -38,7 +38,7 @@ def text_batches(
     Example:
 
         data = gs.text_batches(tokenizer, Path("notes.txt"), samples=64, length=256)
-        result = gs.prune(model, gs.SparseGPT(), density=0.5, data=data)
+        result = gs.prune(model, gs.weights.SparseGPT(), density=0.5, data=data)
     """
     if samples < 1 or length < 1 or batch < 1:
         raise UsageError("samples, length and batch are at least 1")

@@ -15,6 +15,15 @@ def build(text: str, kinds: Mapping[str, type[Any]], what: str) -> Any:
 
     Raises UsageError for an unknown name or option, naming near ones, or a value that is refused.
     """
+    kind, options = parts(text, kinds, what)
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise UsageError(f"{text!r}: {error}") from None
+
+
+def parts(text: str, kinds: Mapping[str, type[Any]], what: str) -> tuple[type[Any], dict[str, Any]]:
+    """The dataclass that a text names, and its options; raises UsageError as `build` does."""
     name, _, rest = text.partition(":")
     kind = known(name, kinds, what)
     fields = {each.name: each for each in dataclasses.fields(kind) if each.init}
@@ -23,14 +32,22 @@ def build(text: str, kinds: Mapping[str, type[Any]], what: str) -> Any:
         option, equals, value = (part.strip() for part in word.partition("="))
         if not equals:
             raise UsageError(
-                f"{word!r} in {text!r} is not option=value, such as {_example(fields)}"
+                f"{word!r} in {text!r} is not option=value, such as {_example(fields, option)}"
             )
         known(option, fields, f"option of {name.strip()}")
         options[option] = _value(value)
-    try:
-        return kind(**options)
-    except TypeError as error:
-        raise UsageError(f"{text!r}: {error}") from None
+    return kind, options
+
+
+def listed(text: str) -> list[str]:
+    """Several such texts in one: `dense,rigl:every=50,drop=0.3,set` are three."""
+    found: list[str] = []
+    for word in filter(None, (word.strip() for word in text.split(","))):
+        if found and "=" in word and ":" not in word:
+            found[-1] += f",{word}"
+        else:
+            found.append(word)
+    return found
 
 
 def known(word: str, choices: Mapping[str, Any], what: str) -> Any:
@@ -43,8 +60,8 @@ def known(word: str, choices: Mapping[str, Any], what: str) -> Any:
     raise UsageError(f"unknown {what} {word!r}; {hint}")
 
 
-def _example(fields: Mapping[str, Any]) -> str:
-    return f"{next(iter(fields), 'option')}=1"
+def _example(fields: Mapping[str, Any], option: str) -> str:
+    return f"{option if option in fields else next(iter(fields), 'option')}=1"
 
 
 def _value(text: str) -> Any:

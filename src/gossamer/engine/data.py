@@ -92,3 +92,11 @@ def _tensors(batch: Batch) -> dict[str, Tensor]:
     if isinstance(batch, Tensor):
         return {"": batch}
     return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+
+
+def check_same_run(place: str, old: Mapping[str, Any], new: Mapping[str, Any], remedy: str) -> None:
+    """Raise UsageError, naming what changed, unless a place's fingerprint is this run's."""
+    changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    if changed:
+        changes = ", ".join(changed)
+        raise UsageError(f"{place} belongs to another run: {changes} changed; {remedy}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from gossamer.core.allocation import LayerInfo
@@ -13,6 +12,7 @@ from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import Pattern
 from gossamer.core.stats import LayerStats
+from gossamer.core.step import Step
 from gossamer.core.support import Support
 
 
@@ -46,25 +46,18 @@ class Solver(Protocol):
 
 
 @runtime_checkable
-class Trainer(Protocol):
+class TopologyMethod(Protocol):
     """A method that chooses supports while the model trains. Pure functions over plain data.
 
     Every weight, gradient and mask is a matrix (out, in) laid out as `core.matrix.as_matrix`, by
-    layer name. Steps count optimizer steps taken, from 1; `total` is how many there will be.
+    layer name. What a method does beside choosing supports is found by the functions it has:
+    `EditsGradient`, `EditsWeights`, `KeepsState`. `Step.gradients` serves those whose card needs
+    `gradients`.
     """
 
-    dense: ClassVar[bool]
+    keeps_dense_weights: ClassVar[bool]
     """Whether weights outside the support live on behind it and receive gradients."""
-    gradients_at_start: ClassVar[bool]
-    """Whether `start` needs the gradients of one loss."""
-    gradients_at_update: ClassVar[bool]
-    """Whether `update` needs the gradients of all weights, kept or not."""
-    shrinks: ClassVar[bool]
-    """Whether `shrink` is called after every step, before `update`."""
-    owns: ClassVar[bool]
-    """Whether it keeps a tensor of its own for each layer: it is handed to every function as
-    `LayerInfo.own`, may learn from each step's gradients, and is saved with the run."""
-    scales: ClassVar[bool]
+    trains_scales: ClassVar[bool]
     """Whether it makes the scales of batch norms sparse, as matrices (channels, 1), rather than
     the weights of layers."""
 
@@ -73,53 +66,61 @@ class Trainer(Protocol):
     @property
     def pattern(self) -> Pattern: ...
 
-    def start(
-        self,
-        layers: Sequence[LayerInfo],
-        gradients: Mapping[str, Tensor],
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]:
+    def start(self, step: Step) -> dict[str, Tensor]:
         """The first masks."""
         ...
 
-    def due(self, step: int, total: int) -> bool:
+    def due(self, number: int, total: int, /) -> bool:
         """Whether supports may change after this step."""
         ...
 
-    def update(
-        self,
-        step: int,
-        total: int,
-        layers: Sequence[LayerInfo],
-        gradients: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor],
-        generator: torch.Generator,
-    ) -> list[dict[str, Tensor]]:
+    def update(self, step: Step) -> list[dict[str, Tensor]]:
         """The supports to pass through, in order. What leaves one and enters the next starts
         anew from zero; what stays in all of them keeps its value and its optimizer state."""
         ...
 
-    def shrink(
-        self, step: int, total: int, layers: Sequence[LayerInfo], masks: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """New values for the weights of some layers, by name."""
-        ...
 
-    def refine(self, layer: LayerInfo, gradient: Tensor, mask: Tensor) -> Tensor:
-        """The gradient that the optimizer is given, of a method that is `dense` or `owns`."""
-        ...
+@runtime_checkable
+class EditsGradient(Protocol):
+    """A topology method that changes the gradients before each step of the optimizer."""
 
-    def own(self, layers: Sequence[LayerInfo], generator: torch.Generator) -> dict[str, Tensor]:
-        """The first tensors of a method that `owns`, right after `start`."""
-        ...
-
-    def learn(self, layer: LayerInfo, gradient: Tensor, mask: Tensor) -> Tensor:
-        """The layer's own tensor after this step, from the weights and gradients before it."""
+    def edit_gradient(self, step: Step, layer: LayerInfo, gradient: Tensor) -> Tensor:
+        """The gradient that the optimizer is given; `step` is the one that comes."""
         ...
 
 
 @runtime_checkable
-class Rounds(Protocol):
+class EditsWeights(Protocol):
+    """A topology method that changes weights after each step of the optimizer."""
+
+    def edit_weights(self, step: Step) -> dict[str, Tensor]:
+        """New weights of some layers, by name; called before `update`."""
+        ...
+
+
+@runtime_checkable
+class KeepsState(Protocol):
+    """A topology method with tensors of its own for each layer, which are saved with the run.
+
+    It finds them as `LayerInfo.state`.
+    """
+
+    def first_state(self, step: Step) -> dict[str, dict[str, Tensor]]:
+        """The first tensors by layer and name, right after `start`."""
+        ...
+
+
+@runtime_checkable
+class LearnsState(KeepsState, Protocol):
+    """A topology method whose tensors follow each step's gradients."""
+
+    def next_state(self, step: Step, layer: LayerInfo, gradient: Tensor) -> dict[str, Tensor]:
+        """The layer's tensors after the step that comes, from the weights and gradients before."""
+        ...
+
+
+@runtime_checkable
+class Recipe(Protocol):
     """A method that trains, prunes and trains again, in rounds."""
 
     @property
@@ -145,14 +146,14 @@ class Rounds(Protocol):
         """The support of round `index`, from 1, out of the last one."""
         ...
 
-    def hold(self, masks: Mapping[str, Tensor]) -> Trainer:
-        """The trainer that keeps these masks."""
+    def keep_masks(self, masks: Mapping[str, Tensor]) -> TopologyMethod:
+        """The method that trains under these masks."""
         ...
 
 
 @runtime_checkable
-class Rewirer(Protocol):
-    """A training method whose decisions need the kept weights only, and of the others at most
+class CompressedTopology(Protocol):
+    """A topology method whose decisions need the kept weights only, and of the others at most
     where the gradient is largest: it can work where no dense matrix exists."""
 
     growth: ClassVar[Literal["random", "gradient"]]
@@ -166,11 +167,11 @@ class Rewirer(Protocol):
         """How many weights each layer keeps; looks at shapes alone."""
         ...
 
-    def due(self, step: int, total: int) -> bool:
+    def due(self, number: int, total: int, /) -> bool:
         """Whether supports may change after this step."""
         ...
 
-    def stay(self, values: Tensor, step: int, total: int) -> Tensor:
+    def survivors(self, values: Tensor, number: int, total: int, /) -> Tensor:
         """bool (nnz,): which of a layer's kept weights survive the update after this step. As
         many as do not are grown."""
         ...

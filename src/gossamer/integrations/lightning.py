@@ -1,6 +1,6 @@
 """Sparse training under Lightning's Trainer.
 
-trainer = lightning.Trainer(callbacks=[SparseTraining(gs.RigL(0.1))], max_steps=1000)
+trainer = lightning.Trainer(callbacks=[SparseTraining(gs.weights.RigL(0.1))], max_steps=1000)
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from gossamer.core.errors import MissingExtra, UsageError
-from gossamer.engine.protocols import Trainer
-from gossamer.engine.train.masked import SparseRun, sparse_training
+from gossamer.engine.protocols import TopologyMethod
+from gossamer.engine.train.masked import sparse_training
+from gossamer.engine.train.run import SparseRun
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -37,7 +38,7 @@ class SparseTraining(Callback):
 
     def __init__(
         self,
-        method: Trainer,
+        method: TopologyMethod,
         *,
         loss: Callable[[], Tensor] | None = None,
         include: Sequence[str] = (),

@@ -26,8 +26,8 @@ from gossamer.io.manifest import NAME, PackedLayer, read_manifest
 from gossamer.io.save import METHOD, save
 from gossamer.io.stored import BITMAP, VALUES, Stored, unpack
 from gossamer.io.tensors import INDEX, PACKED, SINGLE, check_header
-from gossamer.nn.kernel_choice.machine import known_costs
-from gossamer.nn.packed.bitmap import serves_batches
+from gossamer.nn.kernel_choice.machine import known_latency
+from gossamer.nn.packed.bitmap import serves_large_batches
 from gossamer.nn.serving import Packed
 
 try:
@@ -157,7 +157,7 @@ class GossamerQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if hasattr(model.config, "transformers_weights"):
             del model.config.transformers_weights
-        costs, batches = known_costs(None), serves_batches(model)
+        latency, large_batches = known_latency(None), serves_large_batches(model)
         tensors: dict[str, Tensor] = {}
         for name, awaited in list(model.named_modules()):
             if isinstance(awaited, _Awaited):
@@ -166,14 +166,16 @@ class GossamerQuantizer(HfQuantizer):
                 if self.dtype in (torch.float32, torch.bfloat16):
                     convert(layer, self.dtype)
                 model.set_submodule(name, awaited.replaced[0])
-                serve(model, name, layer, tensors, costs, batches)
+                serve(model, name, layer, tensors, latency, large_batches)
         for name, facts in self.stored.items():
             there = _name_in(model, name.removesuffix(".weight"))
             if facts.served and there is not None:
                 module: Any = model.get_submodule(there)
-                serve_dense(model, f"{there}.weight", module.weight.detach(), {}, costs, batches)
+                serve_dense(
+                    model, f"{there}.weight", module.weight.detach(), {}, latency, large_batches
+                )
         model.load_state_dict(tensors, strict=False, assign=True)
-        return prepare(model, costs, None)
+        return prepare(model, latency, None)
 
     def is_serializable(self) -> bool:
         """Yes: `save_pretrained` writes a packed folder."""

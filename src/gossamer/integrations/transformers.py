@@ -1,6 +1,6 @@
 """Sparse training under `transformers.Trainer`.
 
-trainer = Trainer(model, args, train_dataset=data, callbacks=[SparseTraining(gs.RigL(0.1))])
+trainer = Trainer(model, args, train_dataset=data, callbacks=[SparseTraining(gs.weights.RigL(0.1))])
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import MissingExtra, UsageError
-from gossamer.engine.protocols import Trainer
+from gossamer.engine.protocols import TopologyMethod
 from gossamer.engine.train.checkpoint import read_state, write_state
-from gossamer.engine.train.masked import SparseRun, sparse_training
+from gossamer.engine.train.masked import sparse_training
+from gossamer.engine.train.run import SparseRun
 
 try:
     from transformers import TrainerCallback
@@ -40,7 +41,7 @@ class SparseTraining(TrainerCallback):
 
     def __init__(
         self,
-        method: Trainer,
+        method: TopologyMethod,
         *,
         loss: Callable[[], Tensor] | None = None,
         include: Sequence[str] = (),

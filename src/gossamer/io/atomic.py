@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gossamer.core.errors import UsageError
+from gossamer.core.files import flush
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
@@ -36,7 +37,7 @@ def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     try:
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+            flush(path)
         _publish(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -51,7 +52,7 @@ def _publish(temporary: Path, folder: Path) -> None:
     """
     if not folder.exists():
         temporary.rename(folder)
-        _sync(folder.parent)
+        flush(folder.parent)
         return
     if not _exchange(temporary, folder):
         old = temporary.with_name(temporary.name + "-old")
@@ -62,7 +63,7 @@ def _publish(temporary: Path, folder: Path) -> None:
             old.rename(folder)
             raise
         temporary = old
-    _sync(folder.parent)
+    flush(folder.parent)
     shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -74,11 +75,3 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

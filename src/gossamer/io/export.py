@@ -75,7 +75,7 @@ def _loaded(folder: Path, model: nn.Module | None, verify: bool) -> nn.Module:
     if not (folder / NAME).exists():
         raise UsageError(f"{folder} holds no {NAME}; it is already an ordinary folder")
     read_manifest(folder, verify=verify)
-    return load(folder, model=model, costs="rule", verify=verify)
+    return load(folder, model=model, latency="rule", verify=verify)
 
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:

@@ -114,17 +114,20 @@ def _missing(
     ]
 
 
-def fill(root: nn.Module, content: Content, costs: Predictor | None, batches: bool) -> None:
+def fill(root: nn.Module, content: Content, latency: Predictor | None, large_batches: bool) -> None:
     """Put the checked content into the model; what serves a layer is what is faster here.
 
     A layer that the dense product serves faster than any kernel gets its dense weight, and its
     `dense_reason` says why.
     """
     for name, layer in content.layers.items():
-        serve(root, name, layer, content.tensors, costs, batches)
+        serve(root, name, layer, content.tensors, latency, large_batches)
     for name, facts in content.stored.items():
         weight = unpack(name, facts, *content.parts.pop(name))
-        if not (facts.served and serve_dense(root, name, weight, content.tensors, costs, batches)):
+        if not (
+            facts.served
+            and serve_dense(root, name, weight, content.tensors, latency, large_batches)
+        ):
             content.tensors[name] = weight
     on_meta = any(t.is_meta for t in root.state_dict().values())
     root.load_state_dict(content.tensors, strict=False, assign=on_meta)
@@ -142,8 +145,8 @@ def serve(
     name: str,
     layer: Packed,
     tensors: dict[str, Tensor],
-    costs: Predictor | None,
-    batches: bool,
+    latency: Predictor | None,
+    large_batches: bool,
 ) -> None:
     """Put the packed layer in its place, or its dense weight among `tensors`."""
     module: Any = root.get_submodule(name)
@@ -152,7 +155,7 @@ def serve(
         packed = PackedConv2d.from_conv(module, layer)
     reason = why_not_here(root, name, module)
     if reason is None and isinstance(packed, BitmapLinear | NMLinear | PackedConv2d):
-        reason = why_dense(packed, costs, batches, type(root).__name__ not in FAMILIES)
+        reason = why_dense(packed, latency, large_batches, type(root).__name__ not in FAMILIES)
     if reason is None:
         put(root, module, packed)
         return
@@ -168,8 +171,8 @@ def serve_dense(
     name: str,
     weight: Tensor,
     tensors: dict[str, Tensor],
-    costs: Predictor | None,
-    batches: bool,
+    latency: Predictor | None,
+    large_batches: bool,
 ) -> bool:
     """Whether a linear layer's stored weight went behind a kernel, dense where it was written."""
     path, _, own = name.rpartition(".")
@@ -182,7 +185,7 @@ def serve_dense(
     matrix = weight.t().contiguous() if is_transposed(module) else weight
     bias: Any = tensors.get(f"{path}.bias", module.bias)
     packed = BitmapLinear.from_matrix(matrix, bias)
-    serve(root, path, packed, {}, costs, batches)
+    serve(root, path, packed, {}, latency, large_batches)
     if root.get_submodule(path) is not packed:
         return False
     tensors.pop(f"{path}.bias", None)

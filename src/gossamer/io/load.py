@@ -26,11 +26,11 @@ from gossamer.io.skeleton import (
 )
 from gossamer.io.stored import take
 from gossamer.io.tensors import read_tensors
-from gossamer.nn import serves_batches
+from gossamer.nn import serves_large_batches
 from gossamer.nn.chain import fuse
 from gossamer.nn.kernel_choice.decide import choose_forms, prepare_where_it_pays
 from gossamer.nn.kernel_choice.latency import Predictor
-from gossamer.nn.kernel_choice.machine import known_costs, use_costs
+from gossamer.nn.kernel_choice.machine import known_latency, use_latency
 
 
 def load(
@@ -38,8 +38,8 @@ def load(
     *,
     model: nn.Module | None = None,
     dtype: torch.dtype | None = None,
-    batches: bool | None = None,
-    costs: Predictor | Literal["rule"] | None = None,
+    large_batches: bool | None = None,
+    latency: Predictor | Literal["rule"] | None = None,
     verify: bool = True,
 ) -> nn.Module:
     """The model of a folder that `save` wrote, in eval mode, packed layers behind their kernels.
@@ -48,12 +48,12 @@ def load(
     the config's name (never code from the folder); one without gossamer.json loads as an ordinary
     dense model. Any other module must be passed as `model`, an instance of the same structure,
     which is filled in place once everything has been checked. dtype: convert floating tensors.
-    batches: also build the form that serves many rows of input at once, as `compress` does: in
-    the layers where it is predicted to be the fastest. Each packed layer's `batches_decided` says
+    large_batches: also build the form that serves large batches, as `compress` does: in
+    the layers where it is predicted to be the fastest. Each packed layer's `large_batches_decided` says
     what was predicted. None: unless the model generates text.
-    costs: what the prediction goes by, as in `compress`. None: what `calibrate_costs` measured on
+    latency: what the prediction goes by, as in `compress`. None: what `calibrate_latency` measured on
     this machine; where it did not, every distinct shape is timed now, in up to 3 seconds. "rule":
-    nothing is timed, and every layer gets the form. Where costs say that the dense product is the
+    nothing is timed, and every layer gets the form. Where latencies say that the dense product is the
     fastest, a layer gets its dense weight, whatever the file holds, and its `dense_reason` says
     why.
     verify: compare every file with the digest in gossamer.json, where it holds any.
@@ -65,26 +65,26 @@ def load(
         raise UsageError(f"{place} is not a folder; give one that gossamer or transformers wrote")
     ours = (place / NAME).exists() or (place / NAME).is_symlink()
     content = read_content(place, verify, model is not None)
-    measured = known_costs(costs)
+    measured = known_latency(latency)
     if model is not None:
         root = unwrap(model)
         check(root, content)
-        fill(root, content, measured, serves_batches(root, batches))
+        fill(root, content, measured, serves_large_batches(root, large_batches))
     else:
-        root = _rebuilt(place, content, ours, measured, batches)
+        root = _rebuilt(place, content, ours, measured, large_batches)
     if dtype is not None:
         convert(root, dtype)
-    return prepare(root, measured, batches)
+    return prepare(root, measured, large_batches)
 
 
-def prepare(root: nn.Module, costs: Predictor | None, batches: bool | None) -> nn.Module:
+def prepare(root: nn.Module, latency: Predictor | None, large_batches: bool | None) -> nn.Module:
     """Build what serves the packed layers of a model that holds them, and set it to eval mode."""
     fuse(root)
-    use_costs(root, costs)
-    many = serves_batches(root, batches)
-    choose_forms(root, costs, many)
+    use_latency(root, latency)
+    many = serves_large_batches(root, large_batches)
+    choose_forms(root, latency, many)
     if many:
-        prepare_where_it_pays(root, costs)
+        prepare_where_it_pays(root, latency)
     return root.eval()
 
 
@@ -128,7 +128,11 @@ def verify(folder: str | Path) -> list[str]:
 
 
 def _rebuilt(
-    folder: Path, content: Content, ours: bool, costs: Predictor | None, batches: bool | None
+    folder: Path,
+    content: Content,
+    ours: bool,
+    latency: Predictor | None,
+    large_batches: bool | None,
 ) -> nn.Module:
     """The model that config.json describes, filled."""
     config = read_config(folder, len(content.tensors) + len(content.layers) + len(content.stored))
@@ -143,7 +147,7 @@ def _rebuilt(
         raise FormatError("config.json: asks for more computed buffers than any model has")
     root = skeleton(config)
     read_generation(folder, root)
-    fill(root, content, costs, serves_batches(root, batches))
+    fill(root, content, latency, serves_large_batches(root, large_batches))
     return root
 
 

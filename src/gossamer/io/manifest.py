@@ -48,8 +48,8 @@ class PackedLayer:
 class Decided:
     """What serves a layer, packed or dense, and why, as it was where the folder was written.
 
-    kernel: for up to 8 rows of input, None where the layer is dense. batches: for more. reason:
-    why it is dense. decided: what chose. predicted: seconds by kernel, where costs were measured.
+    kernel: for batch sizes up to 8, None where the layer is dense. batches: for more. reason:
+    why it is dense. decided: what chose. predicted: seconds by kernel, where latencies were measured.
     """
 
     shape: tuple[int, ...]

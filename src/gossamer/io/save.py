@@ -170,7 +170,7 @@ def _decisions(
     for record in records:
         kernel = record.kernel and record.kernel.partition(" + ")[0]
         found[plain(record.name)] = Decided(
-            record.shape, record.density, kernel, record.batches, record.reason, record.decided,
+            record.shape, record.density, kernel, record.batch_kernel, record.reason, record.decided,
             dict(record.predicted),
         )  # fmt: skip
     for name, layer in packed.items():
@@ -277,7 +277,7 @@ def _describe(layer: Packed) -> dict[str, Any]:
         "shape": [layer.out_features, layer.in_features],
         "pattern": layer.pattern,
         "density": layer.density,
-        "requested": layer.density_requested,
+        "requested": layer.requested_density,
         "dtype": str(layer.values.dtype).removeprefix("torch."),
         "bias": layer.bias is not None,
         "nnz": layer.kept if isinstance(layer, NMLinear) else layer.values.numel(),
@@ -291,7 +291,7 @@ def _describe_quantized(layer: QuantizedLinear) -> dict[str, Any]:
         "shape": [layer.out_features, layer.in_features],
         "pattern": layer.pattern,
         "density": layer.density,
-        "requested": layer.density_requested,
+        "requested": layer.requested_density,
         "dtype": f"int{layer.bits}",
         "bias": layer.bias is not None,
         "nnz": layer.kept,

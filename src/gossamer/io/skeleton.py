@@ -53,12 +53,12 @@ def class_of(config: Mapping[str, Any]) -> Any:
     elif "_class_name" in config:
         library, name, base = "diffusers", config["_class_name"], "ModelMixin"
     try:
-        home = import_module(library)
+        package = import_module(library)
     except ImportError:
         raise MissingExtra(library, "hf") from None
     known = isinstance(name, str) and name.isidentifier()
-    kind = getattr(home, str(name), None) if known else None
-    if not (isinstance(kind, type) and issubclass(kind, getattr(home, base))):
+    kind = getattr(package, str(name), None) if known else None
+    if not (isinstance(kind, type) and issubclass(kind, getattr(package, base))):
         key = "architectures" if library == "transformers" else "_class_name"
         raise FormatError(f"config.json: {key} names no model that {library} has")
     return kind

@@ -1,20 +1,69 @@
-"""The published methods, one file each; the catalogue is a literal tuple per kind."""
+"""The published methods: a folder per topic, a file per method.
+
+A topic's `__init__` is its registry: one import and one name in `__all__` per method.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 from importlib import resources
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 from gossamer.core import words
 from gossamer.core.card import Card
-from gossamer.core.words import known
-from gossamer.methods import weights
+from gossamer.core.errors import UsageError
+
+TOPICS = {
+    "weights": "weights, after or during training",
+    "activations": "neurons, inputs of layers, tokens, frames and spikes",
+    "attention": "attention maps and key-value caches",
+    "experts": "mixtures of experts: routers, dispatch, placement and pruning",
+    "features": "sparse autoencoders, concepts and prototypes",
+    "adapters": "sparse updates of a pretrained model",
+    "masking": "masked modelling: what is hidden while a model learns",
+    "recovery": "sparse codes, regressions and plans",
+    "graphs": "edges and nodes of graphs and meshes",
+    "retrieval": "sparse term vectors, inverted indexes, embedding tables",
+}
+"""What becomes sparse, by topic."""
 
 
-def cards() -> tuple[Card, ...]:
-    """Every method's card, in the order of the catalogue."""
-    return weights.CARDS + tuple(x.card for x in (weights.TRAINERS | weights.ROUNDS).values())
+def topic(name: str) -> ModuleType | None:
+    """The public namespace of a topic, None where none of its methods is built yet."""
+    if name not in TOPICS or find_spec(f"{__name__}.{name}") is None:
+        return None
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def methods(topics: str = "", roles: tuple[str, ...] = ()) -> dict[str, type[Any]]:
+    """Published methods by `topic.name`, in order of topic, year and name.
+
+    Parameters
+    ----------
+    topics : str
+        One topic; all of them where it is empty.
+    roles : tuple of str
+        The roles that are wanted; all of them where it is empty.
+    """
+    modules = [topic(name) for name in TOPICS if topics in ("", name)]
+    classes = [getattr(m, name) for m in modules if m is not None for name in m.__all__]
+    wanted = [x for x in classes if x.card.link and (not roles or x.card.role in roles)]
+    wanted.sort(key=lambda x: (list(TOPICS).index(x.card.topic), x.card.year, x.card.name))
+    return {f"{x.card.topic}.{x.card.name}": x for x in wanted}
+
+
+def cards(topics: str = "") -> tuple[Card, ...]:
+    """The cards of one topic's methods, or of all."""
+    return tuple(x.card for x in methods(topics).values())
+
+
+def summary(method: type[Any]) -> str:
+    """The first line of the docstring of a method's module."""
+    text = importlib.import_module(method.__module__).__doc__ or ""
+    return text.strip().partition("\n")[0]
 
 
 def verdicts() -> dict[str, str]:
@@ -23,8 +72,20 @@ def verdicts() -> dict[str, str]:
 
 
 def find(name: str) -> type[Any]:
-    """The method's class by its card's name, in any case; raises UsageError naming near misses."""
-    return known(name, _all(), "method")
+    """The class of a method.
+
+    Parameters
+    ----------
+    name : str
+        Its card's name, in any case, such as `wanda`; with its topic before a dot where several
+        topics have a method of this name, such as `weights.random`.
+
+    Raises
+    ------
+    UsageError
+        For an unknown name, with near ones, and for one that several topics have.
+    """
+    return words.known(name, _by_name(name), "method")
 
 
 def build(text: str) -> Any:
@@ -32,8 +93,19 @@ def build(text: str) -> Any:
 
     Raises UsageError for an unknown name or option, naming near ones, or a value that is refused.
     """
-    return words.build(text, _all(), "method")
+    return words.build(text, _by_name(text.partition(":")[0]), "method")
 
 
-def _all() -> dict[str, type[Any]]:
-    return weights.METHODS | weights.TRAINERS | weights.ROUNDS
+def parts(text: str) -> tuple[type[Any], dict[str, Any]]:
+    """A method's class and its options from such a text; raises UsageError as `build` does."""
+    return words.parts(text, _by_name(text.partition(":")[0]), "method")
+
+
+def _by_name(wanted: str) -> dict[str, type[Any]]:
+    """Methods by name alone and by topic and name; raises where `wanted` is in several topics."""
+    every, short = methods(), wanted.strip().lower()
+    same = [key for key in every if key.partition(".")[2] == short]
+    if len(same) > 1:
+        raise UsageError(f"several topics have a method {short!r}: write {' or '.join(same)}")
+    named = every if "." in short else {key.partition(".")[2]: x for key, x in every.items()}
+    return dict(named)

@@ -2,9 +2,9 @@
 
 from gossamer.nn.chain import ConvChain
 from gossamer.nn.dense import to_dense
-from gossamer.nn.packed.bitmap import BitmapLinear, serves_batches
+from gossamer.nn.packed.bitmap import BitmapLinear, serves_large_batches
 from gossamer.nn.packed.conv import DepthwiseConv2d, PackedConv2d
-from gossamer.nn.packed.nm import NMLinear, prepare_batches
+from gossamer.nn.packed.nm import NMLinear, prepare_large_batches
 from gossamer.nn.packed.quantized import QuantizedLinear
 from gossamer.nn.semi_structured import from_semi_structured, to_semi_structured
 from gossamer.nn.sparse import SparseConv2d, SparseLinear
@@ -19,8 +19,8 @@ __all__ = [
     "SparseConv2d",
     "SparseLinear",
     "from_semi_structured",
-    "prepare_batches",
-    "serves_batches",
+    "prepare_large_batches",
+    "serves_large_batches",
     "to_dense",
     "to_semi_structured",
 ]

@@ -17,7 +17,7 @@ Packed = BitmapLinear | NMLinear | QuantizedLinear | PackedConv2d
 
 
 def serves(layer: Packed) -> tuple[str, str]:
-    """What serves up to 8 rows of input, and what serves more; of a convolution twice the same.
+    """What serves batch sizes up to 8, and what serves more; of a convolution twice the same.
 
     Names are a kernel and its instructions, such as `bitmap-matvec/avx512`.
     """

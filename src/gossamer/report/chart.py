@@ -35,7 +35,7 @@ def chart(result: Mapping[str, Any]) -> str:
     marks += _mark(*place(result["bytes"]["dense"], dense), "dense", "var(--soft)")
     metric = f"{result['quality']['metric']}, {better(result['quality'])} is better"
     return (
-        f'<p class="soft">{escape(metric)}; each point is a share of zeros</p>'
+        f'<p class="soft">{escape(metric)}; each point is one sparsity</p>'
         '<svg viewBox="0 0 390 280" role="img" aria-label="quality against size">'
         f"{grid}{along}"
         f'<polyline points="{line}" fill="none" stroke="var(--bar)" stroke-width="2"/>{marks}'

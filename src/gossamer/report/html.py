@@ -78,8 +78,8 @@ def figures(cards: Sequence[tuple[str, str]]) -> str:
 
 
 def speed_card(speed: Mapping[str, Any]) -> tuple[str, str]:
-    """What the zeros alone give, first; then what the loop adds, and what to trust."""
-    text = f"the speed by zeros alone, {speed['sparse']:.1f} {speed['unit']}"
+    """What sparsity alone gives, first; then what the loop adds, and what to trust."""
+    text = f"the speed from sparsity alone, {speed['sparse']:.1f} {speed['unit']}"
     if speed.get("disturbed"):
         text += f"; machine busy: {speed['disturbed']} of {speed['repeats']} rounds disturbed"
     elif speed.get("dense_compiled"):

@@ -13,11 +13,11 @@ _SHOWN = 4
 
 
 def title(result: Mapping[str, Any]) -> str:
-    """The model, the method, the pattern and the share of zeros."""
-    zeros = f"{1 - result['measured_density']:.1%} zeros"
+    """The model, the method, the pattern and the sparsity."""
+    sparsity = f"{1 - result['measured_density']:.1%} sparsity"
     bits = f", {result['bits']} bits" if result.get("bits") else ""
     model = f"{result['model']}: " if result.get("model") else ""
-    return f"{model}{result['method']}, {result['pattern']}, {zeros}{bits}"
+    return f"{model}{result['method']}, {result['pattern']}, {sparsity}{bits}"
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:
@@ -44,7 +44,7 @@ def kernel_notes(result: Mapping[str, Any]) -> list[str]:
             "an idle machine, they go by thorough ones."
         )
     elif any(layer.get("predicted") for layer in result["layers"]):
-        lines.append("Kernels are chosen by costs measured on this machine.")
+        lines.append("Kernels are chosen by latencies measured on this machine.")
     elif any(layer.get("decided") == "by rule" for layer in served):
         lines.append(
             "Kernels are chosen by rule. After gossamer calibrate, once on an idle machine, each "
@@ -52,7 +52,7 @@ def kernel_notes(result: Mapping[str, Any]) -> list[str]:
         )
     speed = result["speed"]
     if served and gain(speed) < 1 - WIDE and not speed.get("disturbed"):
-        lines.append("The zeros make this model slower here: fewer bytes, but no faster product.")
+        lines.append("Sparsity makes this model slower here: fewer bytes, but no faster product.")
     return lines
 
 
@@ -116,7 +116,7 @@ def speed_notes(speed: Mapping[str, Any]) -> list[str]:
         lines = [f"Speed: greedy decoding, batch 1; {how}; the prompt is not timed."]
     if speed.get("dense_compiled"):
         lines.append(
-            "By zeros alone: both models in Gossamer's compiled loop. By zeros and loop: the dense "
+            "From sparsity alone: both models in Gossamer's compiled loop. From sparsity and loop: the dense "
             "model in plain transformers."
         )
     if speed.get("disturbed"):

@@ -39,14 +39,14 @@ def better(quality: Mapping[str, Any]) -> str:
 
 
 def speeds(speed: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """What the zeros give, in the same loop; then, where that is another, what the loop adds."""
+    """What sparsity gives, in the same loop; then, where that is another, what the loop adds."""
     unit = speed["unit"] + (", machine busy" if speed.get("disturbed") else "")
     if not speed.get("dense_compiled"):
         return [_ranged(row(f"speed, {unit}", speed, ".1f"), speed)]
     alone = {"dense": speed["dense_compiled"], "sparse": speed["sparse"]}
     return [
-        _ranged(row(f"speed by zeros alone, {unit}", alone, ".1f"), speed),
-        row(f"speed by zeros and loop, {unit}", speed, ".1f"),
+        _ranged(row(f"speed from sparsity alone, {unit}", alone, ".1f"), speed),
+        row(f"speed from sparsity and loop, {unit}", speed, ".1f"),
     ]
 
 
@@ -61,7 +61,7 @@ def _ranged(
 
 
 def gain(speed: Mapping[str, Any]) -> float:
-    """Sparse over dense in the same loop: what the zeros alone give."""
+    """Sparse over dense in the same loop: what sparsity alone gives."""
     return float(speed["sparse"] / (speed.get("dense_compiled") or speed["dense"]))
 
 

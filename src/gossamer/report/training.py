@@ -40,14 +40,14 @@ SWEEP_HEADER = ("method", "density", "steps", "FLOPs / budget", "quality", "SAD"
 def sweep_rows(result: Mapping[str, Any]) -> Rows:
     """One row for each method and density, over seeds."""
     rows: Rows = []
-    for arm in result["arms"]:
-        runs = arm["runs"]
+    for variant in result["variants"]:
+        runs = variant["runs"]
         mean, half = interval([run["quality"]["value"] for run in runs])
         spent = statistics.fmean(run["flops"]["spent"] for run in runs) / result["budget_flops"]
         rows.append((
-            arm["method"],
+            variant["method"],
             f"{statistics.fmean(run['measured_density'] for run in runs):.4f}",
-            str(arm["steps"]),
+            str(variant["steps"]),
             f"{spent:.3f}",
             f"{mean:.4f}" + ("" if half is None else f" ± {half:.4f}"),
             f"{statistics.fmean(run['topology']['sad_per_update'] for run in runs):.2%}",
@@ -91,12 +91,12 @@ def render_run(result: Mapping[str, Any]) -> str:
 
 def render_sweep(result: Mapping[str, Any]) -> str:
     """The page of a sweep: the table, and quality against density by method."""
-    title = f"{len(result['arms'])} ways to train on {result['data']}"
+    title = f"{len(result['variants'])} ways to train on {result['data']}"
     lines: dict[str, list[tuple[float, float]]] = {}
-    for arm in result["arms"]:
-        density = statistics.fmean(run["measured_density"] for run in arm["runs"])
-        mean, _ = interval([run["quality"]["value"] for run in arm["runs"]])
-        lines.setdefault(arm["method"], []).append((density, mean))
+    for variant in result["variants"]:
+        density = statistics.fmean(run["measured_density"] for run in variant["runs"])
+        mean, _ = interval([run["quality"]["value"] for run in variant["runs"]])
+        lines.setdefault(variant["method"], []).append((density, mean))
     metric, seeds = result["metric"], len(result["seeds"])
     parts = [
         f"<h1>{escape(title)}</h1>",

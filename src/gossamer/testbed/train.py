@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import MissingExtra
+from gossamer.core.files import write_whole
 from gossamer.testbed import corpus
 
 CONTEXT, BATCH = 256, 16
@@ -104,12 +105,10 @@ def _save(
     generator: np.random.Generator,
     run: tuple[int, int],
 ) -> None:
-    """Everything that the next step depends on; written beside, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Everything that the next step depends on."""
     state = {"step": step, "model": model.state_dict(), "adam": adam.state_dict(), "run": run}
     state["generator"] = json.dumps(generator.bit_generator.state)
-    torch.save(state, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+    write_whole(path, lambda place: torch.save(state, place))
 
 
 def _resume(

@@ -1,4 +1,4 @@
-"""Speeds say whether the machine was calm, what the zeros alone give, and count inputs rightly."""
+"""Speeds say whether the machine was calm, what sparsity alone gives, and count inputs rightly."""
 
 import collections
 import itertools

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from examples import PRUNERS
 from torch import nn
 
 from gossamer.core.errors import NonFiniteError, UsageError
 from gossamer.engine.measure.evaluate import bits_per_byte, decode_speed, embedding_similarity
 from gossamer.engine.prune.run import prune
 from gossamer.engine.serve.generate import generate
-from gossamer.methods.weights import METHODS
 
 
 class Uniform256(nn.Module):
@@ -85,7 +85,7 @@ def test_embedding_similarity(tiny):
     assert abs(embedding_similarity(dense, dense, batches) - 1.0) < 1e-5
     values = [
         embedding_similarity(
-            dense, prune(copy.deepcopy(dense), METHODS["magnitude"](), density=density), batches
+            dense, prune(copy.deepcopy(dense), PRUNERS["magnitude"](), density=density), batches
         )
         for density in (0.9, 0.5, 0.1)
     ]

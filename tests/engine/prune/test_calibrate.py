@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from examples import PRUNERS
 from torch import nn
 
 from gossamer.core.matrix import Weight, inputs_of
@@ -15,7 +16,6 @@ from gossamer.engine.data import real_tokens
 from gossamer.engine.prune import calibrate
 from gossamer.engine.prune.calibrate import Calibrator
 from gossamer.engine.prune.run import prune
-from gossamer.methods.weights import METHODS
 from gossamer.models import choose_weights, find_blocks
 
 NEEDS = ("norm", "hessian")
@@ -75,7 +75,7 @@ def test_statistics_come_from_pruned_predecessors(tiny, family, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(Calibrator, "gather", spy)
-        prune(model, METHODS["wanda"](), density=0.3, data=batches)
+        prune(model, PRUNERS["wanda"](), density=0.3, data=batches)
     from_dense = whole_model_stats(dense, weights_of(dense), batches)
     last = list(seen)[-1]
     assert not torch.allclose(seen[last].norm, from_dense[last].norm, rtol=1e-3)
@@ -96,7 +96,7 @@ def test_blocks_that_cannot_be_chained_are_run_whole(tiny):
 
     torch.manual_seed(0)
     model, batches = Skip(), [torch.randn(8, 16) for _ in range(3)]
-    result = prune(model, METHODS["sparsegpt"](), density=0.5, data=batches)
+    result = prune(model, PRUNERS["sparsegpt"](), density=0.5, data=batches)
     assert result.provenance["chained"] is False
     assert result.measured_density == 0.5
 
@@ -129,7 +129,7 @@ def test_one_block_of_statistics_at_a_time(tiny, monkeypatch):
         return stats
 
     monkeypatch.setattr(calibrate.Gatherer, "finish", counting)
-    prune(model, METHODS["sparsegpt"](), density=0.5, data=batches)
+    prune(model, PRUNERS["sparsegpt"](), density=0.5, data=batches)
     gc.collect()
     assert peak == [7, 7]
     assert len(alive) == 0

@@ -15,13 +15,16 @@ from gossamer.core.errors import FormatError, UsageError
 from gossamer.core.pattern import NM
 from gossamer.engine.prune import run as prune_module
 from gossamer.engine.prune.run import prune
-from gossamer.methods.weights import METHODS
+from gossamer.methods import methods
 
+METHODS = {x.card.name: x for x in methods(roles=("scorer", "solver")).values()}
 KILLED_RUN = """
 import contextlib, os, signal, sys, torch
 import gossamer.engine.prune.journal as journal_module
 import gossamer.engine.prune.run as prune_module
-from gossamer.methods.weights import METHODS
+from gossamer.methods import methods
+
+METHODS = {x.card.name: x for x in methods(roles=("scorer", "solver")).values()}
 
 torch.set_num_threads(1)
 folder, kill_after, out, where = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
@@ -45,7 +48,7 @@ def fragile(source, target):
     if where == "rename" and len(calls) == kill_after:
         die()
     replace(source, target)
-journal_module.os.replace = fragile
+os.replace = fragile
 
 class Block(torch.nn.Module):
     def __init__(self):

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from examples import PRUNERS
 from torch import nn
 
 from gossamer.engine.prune.padding import Padding, is_two_sided, padding_of, real_rows
 from gossamer.engine.prune.run import prune
-from gossamer.methods.weights import METHODS
 
-Wanda = METHODS["wanda"]
+Wanda = PRUNERS["wanda"]
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 MASK = (torch.arange(11) < 7).long()[None].repeat(2, 1)
 MASK[1, 5:] = 0

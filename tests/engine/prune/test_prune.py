@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from examples import PRUNERS
 from torch import nn
 
 from gossamer.core.allocation import OWL, Global, Uniform
@@ -13,11 +14,10 @@ from gossamer.core.pattern import NM, Block, Unstructured
 from gossamer.core.select import kept_count
 from gossamer.engine.prune.run import prune
 from gossamer.engine.serve.compress import compress
-from gossamer.methods.weights import METHODS
 from gossamer.models import prunable_layers
 
 Magnitude, Random, Wanda, SparseGPT = (
-    METHODS[name] for name in ("magnitude", "random", "wanda", "sparsegpt")
+    PRUNERS[name] for name in ("magnitude", "random", "wanda", "sparsegpt")
 )
 
 
@@ -37,14 +37,14 @@ def run(model, batch):
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(PRUNERS))
 @pytest.mark.parametrize("pattern", [None, NM(2, 4)], ids=["half", "2:4"])
 def test_every_family_and_method(tiny, family, method, pattern):
     model, batches = tiny(family)
     before, chosen = snapshot(model), prunable_layers(model)
     flags = [module.training for module in model.modules()]
     density = None if pattern else 0.5
-    result = prune(model, METHODS[method](), pattern=pattern, density=density, data=batches)
+    result = prune(model, PRUNERS[method](), pattern=pattern, density=density, data=batches)
 
     assert result.model is model
     assert list(result.supports) == list(chosen) == [record.name for record in result.layers]
@@ -235,11 +235,11 @@ def test_an_embedding_can_be_named_in():
     model = transformers.LlamaForCausalLM(config)
     before = model.model.embed_tokens.weight.detach().clone()
     with pytest.raises(UsageError, match=r"embed_tokens.*Magnitude"):
-        prune(model, METHODS["wanda"](), density=0.5, include=("*embed_tokens",), data=[before])
+        prune(model, PRUNERS["wanda"](), density=0.5, include=("*embed_tokens",), data=[before])
     assert torch.equal(model.model.embed_tokens.weight, before)
     result = prune(
         model,
-        METHODS["magnitude"](),
+        PRUNERS["magnitude"](),
         density=0.25,
         include=("*embed_tokens",),
         exclude=("*layers*",),

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from examples import PRUNERS
 from torch import nn
 
 from gossamer.core.errors import UsageError
@@ -12,11 +13,10 @@ from gossamer.core.pattern import NM, Unstructured
 from gossamer.engine.prune import run as prune_module
 from gossamer.engine.prune.run import prune
 from gossamer.engine.serve.compress import compress
-from gossamer.methods.weights import METHODS
 from gossamer.models import choose_weights
 
 Magnitude, Random, Wanda, SparseGPT = (
-    METHODS[name] for name in ("magnitude", "random", "wanda", "sparsegpt")
+    PRUNERS[name] for name in ("magnitude", "random", "wanda", "sparsegpt")
 )
 
 
@@ -329,7 +329,7 @@ def refused():
     expanded[2].weight = nn.Parameter(torch.randn(1, 16).expand(16, 16))
     packed = mlp()
     prune(packed, Magnitude(), density=0.2)
-    compress(packed, costs="rule")
+    compress(packed, latency="rule")
     lstm = nn.Sequential(nn.LSTM(4, 4))
     nn.utils.parametrizations.weight_norm(lstm[0], "weight_hh_l0")
     return {

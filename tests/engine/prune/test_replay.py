@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from examples import PRUNERS
 from torch import nn
 
 from gossamer.engine import hooks
 from gossamer.engine.prune import calibrate
 from gossamer.engine.prune.calibrate import Calibrator
 from gossamer.engine.prune.run import prune
-from gossamer.methods.weights import METHODS
 from gossamer.models import choose_weights, find_blocks
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
@@ -100,11 +100,11 @@ BATCHES = [torch.randn(2, n, 8, generator=torch.Generator().manual_seed(n)) for 
 
 def chained_and_whole(model, batches, monkeypatch):
     first, second = copy.deepcopy(model), copy.deepcopy(model)
-    one = prune(first, METHODS["wanda"](), density=0.5, data=batches)
+    one = prune(first, PRUNERS["wanda"](), density=0.5, data=batches)
     probe = calibrate.probe
     with monkeypatch.context() as patched:
         patched.setattr(calibrate, "probe", lambda *a: (probe(*a)[0], False))
-        two = prune(second, METHODS["wanda"](), density=0.5, data=batches)
+        two = prune(second, PRUNERS["wanda"](), density=0.5, data=batches)
     assert two.provenance["chained"] is False
     for name, support in two.supports.items():
         off = (support.mask != one.supports[name].mask).float().mean()

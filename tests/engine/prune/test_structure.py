@@ -102,7 +102,7 @@ def test_the_shrunk_network_equals_the_masked_one(kind):
     for index, x in enumerate(sets):
         silence(model, x, list(range(index, x.width, 3)), shift=False)
     before = copy.deepcopy(model.state_dict())
-    result = gs.shrink(model, EXAMPLE)
+    result = gs.remove_channels(model, EXAMPLE)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     other = torch.randn(9, 1, 8, 8)
     torch.testing.assert_close(result.model(other), model(other), rtol=1e-4, atol=1e-5)
@@ -120,7 +120,7 @@ def test_constants_fold_exactly_where_nothing_pads_them():
     model = build(Depthwise, padding=0)
     for x in gs.coupled_channels(model, EXAMPLE):
         silence(model, x, [0, 2, 3], shift=True)
-    result = gs.shrink(model, EXAMPLE)
+    result = gs.remove_channels(model, EXAMPLE)
     assert set(result.removed.values()) == {3} and result.deviation < 1e-5
     dropped = copy.deepcopy(result.model)
     dropped.fc.bias.data.copy_(model.fc.bias)
@@ -133,10 +133,10 @@ def test_the_fold_of_a_padded_constant_is_near_and_its_error_is_told():
     x = next(s for s in gs.coupled_channels(model, EXAMPLE) if s.layers == ("a.c1",))
     model.a.b1.bias.data[:2] = 1.0
     model.a.b1.weight.data[:2] = 0
-    kept = gs.shrink(model, EXAMPLE, [x])
+    kept = gs.remove_channels(model, EXAMPLE, [x])
     assert kept.removed == {} and kept.deviation == 0
     assert "approximate=True" in kept.left_out["a.c1"]
-    result = gs.shrink(model, EXAMPLE, [x], approximate=True)
+    result = gs.remove_channels(model, EXAMPLE, [x], approximate=True)
     assert result.removed == {"a.c1": 2} and result.left_out == {}
     exact = float((result.model(EXAMPLE) - model(EXAMPLE)).detach().abs().max())
     assert result.deviation == pytest.approx(exact, abs=1e-6) and exact > 1e-4
@@ -147,11 +147,11 @@ def test_the_fold_of_a_padded_constant_is_near_and_its_error_is_told():
 
 def test_one_channel_stays_and_nothing_dead_changes_nothing():
     model = build(Depthwise)
-    result = gs.shrink(model, EXAMPLE)
+    result = gs.remove_channels(model, EXAMPLE)
     assert result.removed == {} and torch.equal(result.model(EXAMPLE), model(EXAMPLE))
     for x in gs.coupled_channels(model, EXAMPLE):
         silence(model, x, slice(None), shift=False)
-    result = gs.shrink(model, EXAMPLE)
+    result = gs.remove_channels(model, EXAMPLE)
     assert (
         result.model.p1.out_channels == result.model.dw.groups == result.model.fc.in_features == 1
     )
@@ -177,14 +177,14 @@ def test_what_a_regulariser_zeroed_is_cut_out_and_the_rest_trains_on():
     model = build(Residual).train()
     sets = gs.coupled_channels(model, EXAMPLE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    method = gs.WGSEF(0.5, sets, strength=0.1, until=0.5)
+    method = gs.weights.WGSEF(0.5, sets, strength=0.1, until=0.5)
     with gs.sparse_training(model, optimizer, method, total_steps=6, exclude=("fc",)) as run:
         for _ in range(6):
             optimizer.zero_grad()
             model(EXAMPLE).square().mean().backward()
             optimizer.step()
     assert torch.equal(run.masks["a.c2"].any(1), run.masks["stem.0"].any(1))
-    result = gs.shrink(model, EXAMPLE, approximate=True)
+    result = gs.remove_channels(model, EXAMPLE, approximate=True)
     assert result.removed == {x.layers[0]: x.width // 2 for x in sets}
     assert result.flops[1] < 0.35 * result.flops[0] and result.model.fc.in_features == 32
     assert result.model.training and result.deviation < 1.0

@@ -165,7 +165,7 @@ def test_what_works_channel_by_channel_is_cut(name, bias):
     model = net(make, width)
     assert any(x.layers == ("0",) for x in gs.coupled_channels(model, IMAGE))
     kill(model[0], [1, 2, 6], bias)
-    result = gs.shrink(model, IMAGE)
+    result = gs.remove_channels(model, IMAGE)
     padded_inside = name == "depthwise" and bias
     assert result.removed == ({} if padded_inside else {"0": 3})
     assert bool(result.left_out) == padded_inside
@@ -181,7 +181,7 @@ def test_what_mixes_or_is_unknown_is_left_out_with_the_reason(name):
     assert word in gs.fixed_channels(model, IMAGE)["0"]
     assert not any("0" in x.layers for x in gs.coupled_channels(model, IMAGE))
     kill(model[0], [1, 2, 6])
-    result = gs.shrink(model, IMAGE)
+    result = gs.remove_channels(model, IMAGE)
     assert result.removed == {} and result.deviation == 0 and word in result.left_out["0"]
     assert result.parameters[0] == result.parameters[1]
     if name != "noise":
@@ -196,7 +196,7 @@ def test_good_sets_are_cut_beside_bad_ones():
     model = nn.Sequential(*parts).eval()
     for index in range(0, len(parts), 3):
         kill(model[index], [0, 5])
-    result = gs.shrink(model, IMAGE)
+    result = gs.remove_channels(model, IMAGE)
     assert result.removed == {"0": 2, "6": 2, "12": 2} and set(result.left_out) == {"3", "9"}
     same(result.model, model, 2, 3, 9, 9)
 
@@ -221,17 +221,19 @@ def test_a_norm_that_starts_at_zero_silences_only_what_passes_it():
     torch.manual_seed(0)
     model = Branches(False).eval()
     nn.init.zeros_(model.norm.weight)
-    assert gs.shrink(model, IMAGE).removed == {}
+    assert gs.remove_channels(model, IMAGE).removed == {}
     kill(model.stem, [3])
-    result = gs.shrink(model, IMAGE)
+    result = gs.remove_channels(model, IMAGE)
     assert result.removed == {"branch": 1}
     same(result.model, model, 2, 3, 9, 9)
     model = Branches(True).eval()
     nn.init.zeros_(model.norm.weight)
-    result = gs.shrink(model, IMAGE)  # the stem is read in front of the norm too, so it is alive
+    result = gs.remove_channels(
+        model, IMAGE
+    )  # the stem is read in front of the norm too, so it is alive
     assert result.removed == {}
     kill(model.stem, [3])
-    result = gs.shrink(model, IMAGE)
+    result = gs.remove_channels(model, IMAGE)
     assert result.removed == {"branch": 1}
     same(result.model, model, 2, 3, 9, 9)
 
@@ -243,7 +245,7 @@ def test_an_inverted_residual_with_squeeze_and_excite():
     assert one.layers == ("0", "1.3.expand") and one.depthwise == ("1.0",)
     for name in (*one.layers, *one.norms, *one.depthwise):
         kill(model.get_submodule(name), [0, 7])
-    result = gs.shrink(model, IMAGE)
+    result = gs.remove_channels(model, IMAGE)
     assert result.removed["0"] == 2
     same(result.model, model, 3, 3, 12, 12)
     same(result.model, model, 1, 3, 15, 13)
@@ -271,7 +273,7 @@ def test_layers_and_weights_used_twice_are_left_alone(tied, word):
     assert word in gs.fixed_channels(model, ROWS)["a"]
     kill(model.a, [0, 1])
     kill(model.b, [0, 1])
-    result = gs.shrink(model, ROWS)
+    result = gs.remove_channels(model, ROWS)
     assert result.removed == {} and word in result.left_out["a"]
 
 
@@ -290,13 +292,13 @@ def test_nested_outputs_are_compared_tensor_by_tensor():
     torch.manual_seed(0)
     model = Outputs(expose=True)
     kill(model.a, [0, 1])
-    result = gs.shrink(model, ROWS)
+    result = gs.remove_channels(model, ROWS)
     assert result.removed == {} and "reach the model's output" in result.left_out["a"]
     model.expose = False
-    result = gs.shrink(model, ROWS)
+    result = gs.remove_channels(model, ROWS)
     assert result.removed == {"a": 2} and result.model.b.in_features == 6
     with pytest.raises(gs.UsageError, match="returns no tensor"):
-        gs.shrink(nn.Sequential(nn.Linear(16, 2), Op(lambda x: None)), ROWS)
+        gs.remove_channels(nn.Sequential(nn.Linear(16, 2), Op(lambda x: None)), ROWS)
 
 
 def test_the_model_and_the_random_numbers_stay_untouched():
@@ -318,7 +320,7 @@ def test_the_model_and_the_random_numbers_stay_untouched():
     model[0].weight.requires_grad_(False)
     before, flags = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
     state, example = torch.get_rng_state(), IMAGE.clone()
-    result = gs.shrink(model, example)
+    result = gs.remove_channels(model, example)
     assert result.removed == {"0": 2}
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert flags == [m.training for m in model.modules()]
@@ -331,18 +333,18 @@ def test_the_model_and_the_random_numbers_stay_untouched():
 def test_a_set_that_the_model_lacks_is_named():
     model = net(nn.ReLU, 8)
     other = gs.Coupled(5, ("9",), (), (), ("2",))
-    assert "no such set" in gs.shrink(model, IMAGE, [other]).left_out["9"]
+    assert "no such set" in gs.remove_channels(model, IMAGE, [other]).left_out["9"]
 
 
 def test_half_precision_and_integer_inputs():
     torch.manual_seed(0)
     model = net(lambda: nn.BatchNorm2d(8), 8).bfloat16()
     kill(model[0], [1, 2])
-    result = gs.shrink(model, IMAGE.bfloat16())
+    result = gs.remove_channels(model, IMAGE.bfloat16())
     assert result.removed == {"0": 2} and result.model[0].weight.dtype == torch.bfloat16
     words = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3))
     kill(words[1], [1, 2])
-    assert gs.shrink(words, torch.randint(0, 9, (2, 5))).removed == {"1": 2}
+    assert gs.remove_channels(words, torch.randint(0, 9, (2, 5))).removed == {"1": 2}
 
 
 MENU = {  # between two convolutions of 8 channels; the second number is what comes out
@@ -382,7 +384,7 @@ def test_random_networks_with_random_dead_channels(names, residual, seed):
         if type(module) is nn.Conv2d and "weight" in module._parameters:
             for channel in torch.randperm(len(module.weight))[: int(torch.randint(8, ()))]:
                 kill(module, int(channel), bias=bool(torch.randint(2, ())))
-    result = gs.shrink(model, torch.randn(2, 3, 14, 14))
+    result = gs.remove_channels(model, torch.randn(2, 3, 14, 14))
     same(result.model, model, 3, 3, 14, 14)
     same(result.model, model, 1, 3, 18, 16)
     copy.deepcopy(result.model).load_state_dict(result.model.state_dict())
@@ -400,7 +402,7 @@ def test_layers_that_tracing_does_not_see_are_named():
 
     model = Frozen()
     kill(model.inner[0], [1])
-    result = gs.shrink(model, IMAGE)
+    result = gs.remove_channels(model, IMAGE)
     assert result.removed == {} and "tracing" in result.left_out["inner.0"]
     assert set(gs.fixed_channels(model, IMAGE)) == {"inner.0", "inner.2"}
 
@@ -410,7 +412,7 @@ def test_it_works_in_inference_mode_and_with_frozen_layers():
     model.requires_grad_(False)
     kill(model[0], [1, 2])
     with torch.inference_mode():
-        assert gs.shrink(model, IMAGE).removed == {"0": 2}
+        assert gs.remove_channels(model, IMAGE).removed == {"0": 2}
 
 
 @pytest.mark.parametrize(
@@ -423,11 +425,11 @@ def test_it_works_in_inference_mode_and_with_frozen_layers():
 )
 def test_examples_that_do_not_fit_are_refused(example, word):
     model = net(nn.ReLU, 8)
-    for call in (gs.shrink, gs.coupled_channels, gs.fixed_channels):
+    for call in (gs.remove_channels, gs.coupled_channels, gs.fixed_channels):
         with pytest.raises(gs.UsageError, match=word):
             call(model, example)
 
 
 def test_scripted_models_are_refused():
     with pytest.raises(gs.UsageError, match=r"torch\.jit"):
-        gs.shrink(torch.jit.trace(net(nn.ReLU, 8), IMAGE), IMAGE)
+        gs.remove_channels(torch.jit.trace(net(nn.ReLU, 8), IMAGE), IMAGE)

@@ -57,7 +57,7 @@ def test_tied_weights_and_other_dtypes_stay_dense():
 
 def test_pruned_by_us():
     net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    pruned = gs.prune(net, gs.Magnitude(), density=0.5)
+    pruned = gs.prune(net, gs.weights.Magnitude(), density=0.5)
     result = gs.compress(pruned)
     assert [record.requested for record in result.layers] == [0.5, 0.5]
     assert all(record.pattern == "unstructured" for record in result.layers)
@@ -71,7 +71,7 @@ def test_pruned_by_us():
 def test_nm_patterns_take_the_smaller_form(pattern, kind):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(640, 64), nn.ReLU(), nn.Linear(64, 64, bias=False))
-    pruned = gs.prune(net, gs.Magnitude(), pattern=gs.parse_pattern(pattern))
+    pruned = gs.prune(net, gs.weights.Magnitude(), pattern=gs.parse_pattern(pattern))
     x = torch.randn(3, 640)
     expected = net(x)
     result = gs.compress(pruned)
@@ -85,7 +85,7 @@ def test_nm_patterns_take_the_smaller_form(pattern, kind):
 
 def test_a_pattern_that_the_zeros_break_is_stored_as_a_bitmap():
     net = nn.Sequential(nn.Linear(64, 64))
-    pruned = gs.prune(net, gs.Magnitude(), pattern=gs.NM(1, 4))
+    pruned = gs.prune(net, gs.weights.Magnitude(), pattern=gs.NM(1, 4))
     with torch.no_grad():
         net[0].weight[0, :4] = 1.0
     gs.compress(pruned)
@@ -95,14 +95,14 @@ def test_a_pattern_that_the_zeros_break_is_stored_as_a_bitmap():
 def test_a_refusal_changes_nothing():
     """strict is heard before the first layer is replaced, though only the last one cannot be."""
     model = nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 64), nn.Linear(64, 32))
-    gs.prune(model, gs.Magnitude(), density=0.3)
+    gs.prune(model, gs.weights.Magnitude(), density=0.3)
     model[2].double()
     with pytest.raises(UsageError, match="2 stays dense"):
-        gs.compress(model, costs="rule", strict=True)
+        gs.compress(model, latency="rule", strict=True)
     assert [type(layer) for layer in model] == [nn.Linear] * 3
     with pytest.raises(UsageError, match="Sequential"):
-        gs.compress(model[0], costs="rule")
-    assert isinstance(gs.compress(model, costs="rule").model[0], BitmapLinear)
+        gs.compress(model[0], latency="rule")
+    assert isinstance(gs.compress(model, latency="rule").model[0], BitmapLinear)
 
 
 def test_every_matrix_has_one_record():
@@ -110,7 +110,7 @@ def test_every_matrix_has_one_record():
         nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 16, 1), nn.Flatten(1), nn.Linear(16 * 36, 32),
         nn.LSTM(32, 16),
     ).eval()  # fmt: skip
-    result = gs.compress(gs.prune(model, gs.Magnitude(), density=0.3), costs="rule")
+    result = gs.compress(gs.prune(model, gs.weights.Magnitude(), density=0.3), latency="rule")
     names = [record.name for record in result.layers]
     assert sorted(names) == ["0", "1", "3", "4.weight_hh_l0", "4.weight_ih_l0"]
     reasons = {record.name: record.reason for record in result.layers}

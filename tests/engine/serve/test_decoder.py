@@ -73,7 +73,7 @@ def test_every_logit_is_that_of_transformers(family, other, isa, by_columns, mon
         pytest.skip(f"this processor lacks {isa}")
     monkeypatch.setitem(os.environ, "GOSSAMER_ISA", isa)
     model, ids = build(family, **other), prompt()
-    gs.prune(model, gs.Magnitude(), density=0.5)
+    gs.prune(model, gs.weights.Magnitude(), density=0.5)
     with torch.inference_mode():
         expected = model(input_ids=torch.cat([ids, prompt(20)], dim=1)).logits[0, 6:]
     gs.compress(model)
@@ -94,7 +94,7 @@ def test_dense_layers_are_served_too_and_tokens_agree():
 
 def test_generate_takes_the_compiled_loop_by_itself(monkeypatch):
     model, ids = build(), prompt()
-    gs.prune(model, gs.Magnitude(), density=0.5)
+    gs.prune(model, gs.weights.Magnitude(), density=0.5)
     expected = generate(model, ids, 30)
     gs.compress(model)
     calls = []
@@ -109,7 +109,7 @@ def test_generate_takes_the_compiled_loop_by_itself(monkeypatch):
 
 def test_bfloat16_stays_close_to_transformers():
     model, ids = build().bfloat16(), prompt()
-    gs.prune(model, gs.Magnitude(), density=0.5)
+    gs.prune(model, gs.weights.Magnitude(), density=0.5)
     with torch.inference_mode():
         expected = model(input_ids=torch.cat([ids, prompt(20)], dim=1)).logits[0, -1].float()
         gs.compress(model)
@@ -156,7 +156,7 @@ def test_capacity_and_token_range():
 def test_quantised_layers_decode_like_their_dense_weights(bits, threads, over_threads):
     """Against the same weights dense: what is left is the rounding of inputs to 8 bits."""
     model = build(attention_bias=True)
-    gs.prune(model, gs.Magnitude(), density=0.5)
+    gs.prune(model, gs.weights.Magnitude(), density=0.5)
     gs.compress(model, bits=bits)
     plain = build(attention_bias=True)
     for name, module in model.named_modules():
@@ -177,7 +177,7 @@ def test_quantised_layers_decode_like_their_dense_weights(bits, threads, over_th
 
 def test_quantised_decoding_does_not_depend_on_threads(over_threads):
     model = build()
-    gs.prune(model, gs.Magnitude(), density=0.5)
+    gs.prune(model, gs.weights.Magnitude(), density=0.5)
     gs.compress(model, bits=8)
 
     @torch.inference_mode()
@@ -233,8 +233,8 @@ def test_nm_layers_decode_like_their_dense_weights(pattern, isa, monkeypatch):
 
 def test_text_ends_where_the_model_s_configuration_says():
     model, ids = build(), prompt()
-    gs.prune(model, gs.Magnitude(), density=0.5)
-    gs.compress(model, costs="rule")
+    gs.prune(model, gs.weights.Magnitude(), density=0.5)
+    gs.compress(model, latency="rule")
     free = generate(model, ids, 20, eos=-1)[0, 7:].tolist()
     assert generate(model, ids, 20, eos=())[0, 7:].tolist() == free
     first = next(token for token in free[3:] if token not in free[:3])

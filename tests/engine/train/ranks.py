@@ -4,42 +4,25 @@ import copy
 import os
 import sys
 from contextlib import nullcontext
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 from torch import distributed, nn
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "methods"))
+from examples import TOPOLOGY
+
 import gossamer as gs
-from gossamer.methods.weights import TRAINERS
 
 TOTAL, STOP, ROWS = 13, 7, 8
 SETS = (gs.Coupled(12, ("4",), (), (), ("6",)),)
 
 
-def plain(method):
-    """A method of the catalogue with its own defaults, at a fifth of the weights."""
-    known = {"density": 0.2, "every": 3, "coupled": SETS}
-    return method(**{x.name: known[x.name] for x in fields(method) if x.name in known})
-
-
 METHODS = {
-    name: lambda method=method: plain(method)
-    for name, method in TRAINERS.items()
+    name: lambda made=x.make: made(SETS, 3)
+    for name, x in TOPOLOGY.items()
     # A batch norm sees its own rank's batch only, so two ranks differ from one.
-    if not method.scales
-}
-METHODS |= {
-    "staticrandom": lambda: gs.StaticRandom(0.2),
-    "snip": lambda: gs.SNIP(0.4),
-    "gmp": lambda: gs.GMP(0.2, every=3, scope="global"),
-    "set": lambda: gs.SET(0.2, every=3),
-    "rigl": lambda: gs.RigL(0.2, every=3),
-    "granet": lambda: gs.GraNet(0.2, every=3),
-    "issp": lambda: gs.ISSP(0.2),
-    "srste": lambda: gs.SRSTE(decay=0.01),
-    "scl": lambda: gs.SCL(penalty=0.05, rate=0.3),
-    "wgsef": lambda: gs.WGSEF(0.5, SETS),
+    if "-" not in name and not x.make(SETS, 3).trains_scales
 }
 RESUMED = ("rigl", "srste", "scl")
 
@@ -211,7 +194,7 @@ def flattened(rank, world):
 
     wrapped = FullyShardedDataParallel(build(), device_id=torch.device("cpu"))
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
-    return message(lambda: gs.SparseRun(wrapped, optimizer, gs.SET(0.2), TOTAL))
+    return message(lambda: gs.SparseRun(wrapped, optimizer, gs.weights.SET(0.2), TOTAL))
 
 
 def after_evaluation(rank, world):

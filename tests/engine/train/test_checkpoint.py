@@ -30,7 +30,7 @@ def test_what_optimizers_and_runs_hold_comes_back(tmp_path):
     shared = torch.arange(6.0)
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    with gs.sparse_training(model, optimizer, gs.SRSTE(), total_steps=3) as run:
+    with gs.sparse_training(model, optimizer, gs.weights.SRSTE(), total_steps=3) as run:
         model(torch.ones(2, 4)).sum().backward()
         optimizer.step()
     state = {

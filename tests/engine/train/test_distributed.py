@@ -34,7 +34,7 @@ def assert_same(first, second, tolerance=0.0):
         assert list(first["run"][part]) == list(second["run"][part])
         for name, mask in first["run"][part].items():
             assert torch.equal(mask, second["run"][part][name]), (part, name)
-    for key in ("version", "trainer", "step", "changed"):
+    for key in ("version", "method", "step", "changed"):
         assert first["run"][key] == second["run"][key], key
     assert torch.equal(first["run"]["generator"], second["run"]["generator"])
     assert first["weights"] and first["weights"].keys() == second["weights"].keys()

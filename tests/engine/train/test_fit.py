@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 import gossamer as gs
-from gossamer.engine.train.fit import Fit, Recipe
-from gossamer.engine.train.flops import expected_flops, forward_work, steps_for
+from gossamer.engine.train.fit import Fit, TrainingOptions
+from gossamer.engine.train.flops import expected_flops, forward_flops, steps_for
 
 METHODS = {
     "dense": lambda: None,
-    "snip": lambda: gs.SNIP(0.5),
-    "rigl": lambda: gs.RigL(0.3, every=3),
-    "gmp": lambda: gs.GMP(0.3, every=3),
-    "srste": lambda: gs.SRSTE(),
+    "snip": lambda: gs.weights.SNIP(0.5),
+    "rigl": lambda: gs.weights.RigL(0.3, every=3),
+    "gmp": lambda: gs.weights.GMP(0.3, every=3),
+    "srste": lambda: gs.weights.SRSTE(),
 }
 BATCH, TOTAL = 6, 12
 CONV, LINEAR = 4 * 4 * 9, 64 * 8  # weights
@@ -35,7 +35,7 @@ def loss(model, step):
 
 
 def fit(method, seed=0, optimizer="adamw"):
-    recipe = Recipe(TOTAL, 0.01, optimizer, 0.01, warmup=2, clip=0.5)
+    recipe = TrainingOptions(TOTAL, 0.01, optimizer, 0.01, warmup=2, clip=0.5)
     return Fit(build(seed), METHODS[method](), loss, recipe, seed=3)
 
 
@@ -100,16 +100,20 @@ def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path):
 
 def test_flops_are_those_counted_by_hand():
     model = build()
-    work = forward_work(model, lambda: loss(model, 0))
+    work = forward_flops(model, lambda: loss(model, 0))
     conv, linear = BATCH * 16 * CONV, BATCH * LINEAR
     assert work == {id(model[0].weight): conv, id(model[5].weight): linear}
     dense = fit("dense")
     dense.train()
     assert dense.meter.spent == dense.meter.dense_step * TOTAL == 6 * (conv + linear) * TOTAL
-    static = Fit(build(), gs.StaticRandom(0.25, gs.Uniform()), loss, Recipe(TOTAL, 0.1))
+    static = Fit(
+        build(), gs.weights.StaticRandom(0.25, gs.Uniform()), loss, TrainingOptions(TOTAL, 0.1)
+    )
     static.train()
     assert static.meter.spent == pytest.approx(0.25 * dense.meter.spent, rel=1e-12)
-    rigl = Fit(build(), gs.RigL(0.25, gs.Uniform(), every=4), loss, Recipe(TOTAL, 0.1))
+    rigl = Fit(
+        build(), gs.weights.RigL(0.25, gs.Uniform(), every=4), loss, TrainingOptions(TOTAL, 0.1)
+    )
     rigl.train()  # updates after steps 4 and 8, each with a dense gradient of the weights
     extra = 2 * 2 * 0.75 * (conv + linear)
     assert rigl.meter.spent == pytest.approx(static.meter.spent + extra, rel=1e-12)

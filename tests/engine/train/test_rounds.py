@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import gossamer as gs
-from gossamer.engine.train.fit import Fit, Recipe
+from gossamer.engine.train.fit import Fit, TrainingOptions
 
 TOTAL = 6
 
@@ -67,7 +67,7 @@ def flat_mask(result):
 def test_imp_rewinds_everything_but_the_support(rewind):
     model, train = build(), Train()
     first = copy.deepcopy(model.state_dict())
-    result = gs.train_rounds(model, gs.IMP(0.25, rounds=2, rewind=rewind), train)
+    result = gs.train_rounds(model, gs.weights.IMP(0.25, rounds=2, rewind=rewind), train)
     dense = [(0, 0, 0, 2), (0, 0, 2, None)] if rewind else [(0, 0, 0, None)]
     assert train.calls == [*dense, (1, 0, rewind, None), (2, 0, rewind, None)]
     early = train.made[0] if rewind else first
@@ -87,7 +87,7 @@ def test_imp_rewinds_everything_but_the_support(rewind):
 def test_a_soup_is_the_mean_of_copies_with_statistics_taken_anew():
     model, train = build(), Train()
     data = [batch(step)[0] for step in range(4)]
-    result = gs.train_rounds(model, gs.SparseModelSoups(0.2, 2, 3), train, data=data)
+    result = gs.train_rounds(model, gs.weights.SparseModelSoups(0.2, 2, 3), train, data=data)
     assert [call[:2] for call in train.calls] == [
         (0, 0),
         *((i, m) for i in (1, 2) for m in range(3)),
@@ -118,24 +118,24 @@ def test_a_greedy_soup_leaves_out_what_makes_it_worse():
         second = train.made[-2]["0.weight"] if len(train.made) >= 4 else None
         return -float((model[0].weight.detach() - second).abs().sum())
 
-    gs.train_rounds(model, gs.SparseModelSoups(0.5, 1, 3), train, evaluate=evaluate)
+    gs.train_rounds(model, gs.weights.SparseModelSoups(0.5, 1, 3), train, evaluate=evaluate)
     assert torch.equal(model[0].weight, train.made[-2]["0.weight"])
 
 
 def test_keep_holds_the_zeros_of_a_pruned_model_through_decay_and_momentum():
     model = build()
-    gs.prune(model, gs.Magnitude(), density=0.3, include=("3",))
+    gs.prune(model, gs.weights.Magnitude(), density=0.3, include=("3",))
     zeros = model[0].weight == 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
-    with gs.sparse_training(model, optimizer, gs.Keep(), total_steps=5) as run:
+    with gs.sparse_training(model, optimizer, gs.weights.FixedMasks(), total_steps=5) as run:
         Train().steps(model, optimizer, range(5), 0)
     assert run.density == pytest.approx(0.3, abs=0.01)
     assert torch.equal(model[0].weight == 0, zeros) and int(zeros.sum()) > 40
 
 
 METHODS = {
-    "imp": lambda: gs.IMP(0.25, rounds=2, rewind=2),
-    "soups": lambda: gs.SparseModelSoups(0.25, rounds=2, members=2),
+    "imp": lambda: gs.weights.IMP(0.25, rounds=2, rewind=2),
+    "soups": lambda: gs.weights.SparseModelSoups(0.25, rounds=2, members=2),
 }
 
 
@@ -158,7 +158,9 @@ def in_rounds(model, method, folder, kill=(), stop=None):
             if taken[-1] == kill:
                 stop()
 
-        fit = Fit(model, trainer, loss, Recipe(TOTAL, 0.2), first=part.first, last=part.last)
+        fit = Fit(
+            model, trainer, loss, TrainingOptions(TOTAL, 0.2), first=part.first, last=part.last
+        )
         fit.train(part.checkpoint, {"part": [part.index, part.member]}, 2, report)
 
     data = [batch(step)[0] for step in range(4)]
@@ -234,16 +236,16 @@ def test_the_folder_of_another_loop_is_refused(tmp_path):
 
 def test_bad_input():
     with pytest.raises(gs.UsageError, match="data="):
-        gs.train_rounds(build(), gs.SparseModelSoups(0.5), Train())
+        gs.train_rounds(build(), gs.weights.SparseModelSoups(0.5), Train())
     with pytest.raises(gs.UsageError, match="outside the support"):
-        gs.train_rounds(build(), gs.IMP(0.5, 1), Train(sparse=False))
+        gs.train_rounds(build(), gs.weights.IMP(0.5, 1), Train(sparse=False))
     with pytest.raises(gs.UsageError, match="include"):
-        gs.train_rounds(build(), gs.IMP(0.5, 1), Train(), exclude=("3",))
+        gs.train_rounds(build(), gs.weights.IMP(0.5, 1), Train(), exclude=("3",))
     for bad in (
-        lambda: gs.IMP(0.0),
-        lambda: gs.IMP(0.1, rounds=0),
-        lambda: gs.IMP(0.1, rewind=-1),
-        lambda: gs.SparseModelSoups(0.1, members=0),
+        lambda: gs.weights.IMP(0.0),
+        lambda: gs.weights.IMP(0.1, rounds=0),
+        lambda: gs.weights.IMP(0.1, rewind=-1),
+        lambda: gs.weights.SparseModelSoups(0.1, members=0),
     ):
         with pytest.raises(gs.UsageError):
             bad()

@@ -1,14 +1,13 @@
 """The loop of sparse training: what holds for every method, step by step."""
 
 import copy
-from dataclasses import fields
 
 import pytest
 import torch
+from examples import TOPOLOGY
 from torch import nn
 
 import gossamer as gs
-from gossamer.methods.weights import TRAINERS
 
 TOTAL = 24
 SETS = (
@@ -17,33 +16,9 @@ SETS = (
 )
 
 
-def plain(method):
-    """A method of the catalogue with its own defaults, at a fifth of the weights."""
-    known = {"density": 0.2, "every": 5, "coupled": SETS}
-    return method(**{x.name: known[x.name] for x in fields(method) if x.name in known})
-
-
-KNOWN = {
-    "staticrandom": lambda: gs.StaticRandom(0.2),
-    "snip": lambda: gs.SNIP(0.3),
-    "gmp": lambda: gs.GMP(0.2, every=5),
-    "gmp-global": lambda: gs.GMP(0.2, every=5, begin=0.2, scope="global"),
-    "set": lambda: gs.SET(0.2, every=5),
-    "rigl": lambda: gs.RigL(0.2, every=5),
-    "granet": lambda: gs.GraNet(0.2, every=5),
-    "issp": lambda: gs.ISSP(0.2),
-    "srste": lambda: gs.SRSTE(decay=0.01),
-    "scl": lambda: gs.SCL(penalty=0.05, rate=0.3),
-    "wgsef": lambda: gs.WGSEF(0.25, SETS),
-    "wgsef-weighted": lambda: gs.WGSEF(0.25, SETS, pooled=True, weighted=True),
-    "masksparsity": lambda: gs.MaskSparsity(0.25, SETS),
-}
-METHODS = {name: lambda method=method: plain(method) for name, method in TRAINERS.items()} | KNOWN
-FINAL = {"wgsef": (2 * 36 + 4 * 128 + 48) / 2384, "masksparsity": 0.25}
-FREE = ("scl", "wgsef-weighted")
-"""What the last density comes out at is not given."""
-DENSE = ("gmp", "gmp-global", "issp", "scl", "wgsef", "wgsef-weighted", "masksparsity")
-"""Begin with every weight."""
+METHODS = {name: lambda made=x.make: made(SETS, 5) for name, x in TOPOLOGY.items()}
+FINAL = {"wgsef": (2 * 36 + 4 * 128 + 48) / 2384}
+"""What the sets of this model come to."""
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
@@ -92,12 +67,10 @@ def test_invariants_at_every_step(name, optimizer):
     model, method = build(), METHODS[name]()
     optimizer = OPTIMIZERS[optimizer](model.parameters())
     groups = isinstance(method.pattern, gs.NM)
-    final = FINAL.get(name) or getattr(method.pattern if groups else method, "density", 1.0)
+    start, final = TOPOLOGY[name].start, FINAL.get(name, TOPOLOGY[name].final)
     with opened(model, optimizer, method) as run:
         size = sum(mask.numel() for mask in run.masks.values())
         last = round(run.density * size)
-        known = 1.0 if name in DENSE else 0.5 if name == "granet" else final
-        start = 1.0 if name not in KNOWN and last == size else known
         assert last == round(start * size)
         for step in range(TOTAL):
             for key, weight in weights(run).items():
@@ -105,7 +78,7 @@ def test_invariants_at_every_step(name, optimizer):
             advance(model, optimizer, [step])
             kept = sum(int(mask.sum()) for mask in run.masks.values())
             assert kept <= last or name == "scl"
-            if start == final and name not in FREE:
+            if start == final:
                 assert kept == round(final * size)
             if groups and (start == final or step == TOTAL - 1):
                 for mask in run.masks.values():
@@ -114,10 +87,10 @@ def test_invariants_at_every_step(name, optimizer):
             last = kept
             for layer in run.layers:
                 state = optimizer.state[layer.weight]
-                for value in state.values() if not method.dense else ():
+                for value in state.values() if not method.keeps_dense_weights else ():
                     if value.shape == layer.weight.shape:
                         assert not layer.matrix(value)[~run.masks[layer.name]].any()
-        if name in FREE:
+        if final is None:
             assert 0 < last < size
         else:
             assert last == round(final * size)
@@ -161,7 +134,7 @@ def test_stopped_and_resumed_is_bitwise_equal(name, stop, tmp_path):
 def test_accumulation_counts_one_step_and_clipping_sees_kept_weights():
     model = build()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with opened(model, optimizer, gs.RigL(0.1, every=2)) as run:
+    with opened(model, optimizer, gs.weights.RigL(0.1, every=2)) as run:
         for step in range(4):
             optimizer.zero_grad()
             for part in range(3):
@@ -178,7 +151,7 @@ def test_a_step_skipped_by_the_scaler_changes_nothing():
     model = build()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    with opened(model, optimizer, gs.RigL(0.1, every=1)) as run:
+    with opened(model, optimizer, gs.weights.RigL(0.1, every=1)) as run:
         for bad in (True, False):
             before = {k: v.clone() for k, v in run.masks.items()}
             optimizer.zero_grad()
@@ -202,7 +175,7 @@ def test_frozen_tied_and_grouped_parameters():
     optimizer = torch.optim.AdamW(
         [{"params": [model[0].weight], "weight_decay": 0.5}, {"params": [model[0].bias]}], lr=0.01
     )
-    with gs.sparse_training(model, optimizer, gs.SET(0.25, every=2), total_steps=9) as run:
+    with gs.sparse_training(model, optimizer, gs.weights.SET(0.25, every=2), total_steps=9) as run:
         assert list(run.masks) == ["0"]
         for step in range(9):
             optimizer.zero_grad()
@@ -217,7 +190,9 @@ def test_a_compiled_model_follows_the_masks(backend):
     model = build()
     compiled = torch.compile(model, backend=backend)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with gs.sparse_training(compiled, optimizer, gs.RigL(0.2, every=3), total_steps=9) as run:
+    with gs.sparse_training(
+        compiled, optimizer, gs.weights.RigL(0.2, every=3), total_steps=9
+    ) as run:
         for step in range(9):
             optimizer.zero_grad()
             loss_of(compiled, step).backward()
@@ -246,29 +221,48 @@ def enter(model, method, optimizer=None, **more):
 
 def test_bad_input_is_one_clear_error_and_harms_nothing():
     model = build()
-    for method in (gs.StaticRandom(1e-4), gs.GMP(1e-4), gs.GraNet(1e-4), gs.SNIP(0.001)):
+    for method in (
+        gs.weights.StaticRandom(1e-4),
+        gs.weights.GMP(1e-4),
+        gs.weights.GraNet(1e-4),
+        gs.weights.SNIP(0.001),
+    ):
         unharmed(
             model,
             lambda m=method: enter(model, m, loss=lambda: loss_of(model, 0)),
             gs.UsageError,
             "leave",
         )
-    unharmed(model, lambda: enter(model, gs.SRSTE(gs.NM(2, 16))), gs.PatternError, "divisible")
-    unharmed(model, lambda: enter(model, gs.SNIP(0.3)), gs.UsageError, "loss=")
+    unharmed(
+        model, lambda: enter(model, gs.weights.SRSTE(gs.NM(2, 16))), gs.PatternError, "divisible"
+    )
+    unharmed(model, lambda: enter(model, gs.weights.SNIP(0.3)), gs.UsageError, "loss=")
     with torch.no_grad():
         unharmed(
             model,
-            lambda: enter(model, gs.SNIP(0.3), loss=lambda: loss_of(model, 0)),
+            lambda: enter(model, gs.weights.SNIP(0.3), loss=lambda: loss_of(model, 0)),
             gs.UsageError,
             "no_grad",
         )
     other = OPTIMIZERS["sgd"](build().parameters())
-    unharmed(model, lambda: enter(model, gs.SET(0.3), other), gs.UsageError, "not the model's")
+    unharmed(
+        model, lambda: enter(model, gs.weights.SET(0.3), other), gs.UsageError, "not the model's"
+    )
     part = OPTIMIZERS["sgd"](model[0].parameters())
-    unharmed(model, lambda: enter(model, gs.SET(0.3), part), gs.UsageError, "not in the optimizer")
-    unharmed(model, lambda: enter(model, gs.SET), gs.UsageError, "instance")
-    unharmed(model, lambda: enter(model, gs.SET(0.3), total_steps=0), gs.UsageError, "total_steps")
-    for bad in (lambda: gs.RigL(0.1, every=0), lambda: gs.SET(0.1, drop=1.5)):
+    unharmed(
+        model,
+        lambda: enter(model, gs.weights.SET(0.3), part),
+        gs.UsageError,
+        "not in the optimizer",
+    )
+    unharmed(model, lambda: enter(model, gs.weights.SET), gs.UsageError, "instance")
+    unharmed(
+        model,
+        lambda: enter(model, gs.weights.SET(0.3), total_steps=0),
+        gs.UsageError,
+        "total_steps",
+    )
+    for bad in (lambda: gs.weights.RigL(0.1, every=0), lambda: gs.weights.SET(0.1, drop=1.5)):
         with pytest.raises(gs.UsageError):
             bad()
 
@@ -276,7 +270,7 @@ def test_bad_input_is_one_clear_error_and_harms_nothing():
 def test_nan_and_missing_gradients_leave_the_state_as_it_was():
     model = build()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
-    with opened(model, optimizer, gs.RigL(0.2, every=3)) as run:
+    with opened(model, optimizer, gs.weights.RigL(0.2, every=3)) as run:
         advance(model, optimizer, range(2))
         saved = copy.deepcopy(run.state_dict())
         optimizer.zero_grad()
@@ -305,7 +299,7 @@ def test_a_closure_is_a_step_like_any_other():
             loss.backward()
             return loss
 
-        with opened(model, optimizer, gs.RigL(0.2, every=2)) as run:
+        with opened(model, optimizer, gs.weights.RigL(0.2, every=2)) as run:
             for _ in range(5):
                 if closed:
                     assert optimizer.step(closure).requires_grad
@@ -325,10 +319,10 @@ def test_optimizers_that_evaluate_twice_are_refused():
 
     model = build()
     lbfgs = torch.optim.LBFGS(model.parameters())
-    unharmed(model, lambda: enter(model, gs.SET(0.3), lbfgs), gs.UsageError, "LBFGS")
+    unharmed(model, lambda: enter(model, gs.weights.SET(0.3), lbfgs), gs.UsageError, "LBFGS")
     optimizer = Twice(model.parameters(), lr=0.1)
     with (
-        opened(model, optimizer, gs.SET(0.3)),
+        opened(model, optimizer, gs.weights.SET(0.3)),
         pytest.raises(gs.UsageError, match="twice"),
     ):
         optimizer.step(lambda: loss_of(model, 0).backward())
@@ -337,10 +331,10 @@ def test_optimizers_that_evaluate_twice_are_refused():
 def test_a_state_of_another_run_is_refused():
     model = build()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    with opened(model, optimizer, gs.SET(0.2)) as run:
+    with opened(model, optimizer, gs.weights.SET(0.2)) as run:
         state = run.state_dict()
         state["masks"].popitem()
         with pytest.raises(gs.FormatError, match="masks"):
             run.load_state_dict(state)
-        with pytest.raises(gs.FormatError, match="trainer"):
-            run.load_state_dict({**run.state_dict(), "trainer": "x"})
+        with pytest.raises(gs.FormatError, match="method"):
+            run.load_state_dict({**run.state_dict(), "method": "x"})

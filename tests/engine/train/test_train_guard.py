@@ -14,9 +14,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import gossamer as gs
 
 METHODS = {
-    "rigl": lambda: gs.RigL(0.2, every=2),
-    "gmp": lambda: gs.GMP(0.2, every=2),
-    "srste": lambda: gs.SRSTE(decay=0.01),
+    "rigl": lambda: gs.weights.RigL(0.2, every=2),
+    "gmp": lambda: gs.weights.GMP(0.2, every=2),
+    "srste": lambda: gs.weights.SRSTE(decay=0.01),
 }
 
 
@@ -72,11 +72,11 @@ def test_a_recomputed_weight_is_refused_with_the_remedy(name):
     wrap(model[2])
     model(torch.randn(2, 16))
     before = copy.deepcopy({k: v for k, v in model.state_dict().items() if "._" not in k})
-    method = gs.StaticRandom(0.3)
+    method = gs.weights.StaticRandom(0.3)
     for use in (
-        lambda: opened(model, sgd(model), gs.Keep()).__enter__(),
+        lambda: opened(model, sgd(model), gs.weights.FixedMasks()).__enter__(),
         lambda: gs.sparse_layers(model, method),
-        lambda: gs.train_rounds(model, gs.IMP(0.3, rounds=1), lambda *_: None),
+        lambda: gs.train_rounds(model, gs.weights.IMP(0.3, rounds=1), lambda *_: None),
     ):
         with pytest.raises(gs.UsageError, match=f"2: its weight is recomputed.*{remedy}"):
             use()
@@ -91,7 +91,7 @@ def test_torchs_masks_are_taken_over_as_the_message_says():
     tp.remove(model.get_submodule("0"), "weight")
     zero = model[0].weight == 0
     optimizer = sgd(model)
-    with opened(model, optimizer, gs.Keep()):
+    with opened(model, optimizer, gs.weights.FixedMasks()):
         advance(model, optimizer, 3)
     assert zero.sum() > 400 and not model[0].weight[zero].any()
 
@@ -101,7 +101,11 @@ def test_recomputed_scales_of_norms_are_refused():
     parametrize.register_parametrization(model[1], "weight", Halved())
     with (
         pytest.raises(gs.UsageError, match=r"1: its weight is recomputed.*Halved"),
-        opened(model, sgd(model), gs.MaskSparsity(0.5, (gs.Coupled(8, ("0",), ("1",), (), ()),))),
+        opened(
+            model,
+            sgd(model),
+            gs.weights.MaskSparsity(0.5, (gs.Coupled(8, ("0",), ("1",), (), ()),)),
+        ),
     ):
         pass
 
@@ -127,7 +131,7 @@ def test_sparse_layers_do_not_drop_what_a_layer_does_besides(kind):
         kind, "forward of its own"
     )
     with pytest.raises(gs.UsageError, match=match):
-        gs.sparse_layers(model, gs.StaticRandom(0.3))
+        gs.sparse_layers(model, gs.weights.StaticRandom(0.3))
     assert before == {name: type(module) for name, module in model.named_modules()}
 
 
@@ -145,9 +149,9 @@ def test_names_are_those_of_the_model_inside(wrap, method):
     nested = nn.DataParallel(torch.compile(build(), backend="eager"))
     with opened(nested, torch.optim.SGD(nested.parameters(), lr=0.1), METHODS[method]()) as run:
         assert all(name[0].isdigit() for name in run.masks)
-    sparse = gs.sparse_layers(nn.DataParallel(build()), gs.SET(0.3), exclude=("2",))
+    sparse = gs.sparse_layers(nn.DataParallel(build()), gs.weights.SET(0.3), exclude=("2",))
     optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
-    with gs.true_sparse_training(sparse, optimizer, gs.SET(0.3), total_steps=3) as run:
+    with gs.true_sparse_training(sparse, optimizer, gs.weights.SET(0.3), total_steps=3) as run:
         assert "0" in run.layers and "2" not in run.layers
 
 
@@ -164,17 +168,22 @@ class Named(nn.Module):
 
 def test_a_result_and_a_model_with_parts_called_model_are_seen_through():
     compiled = torch.compile(Named(), backend="eager")
-    with opened(compiled, torch.optim.SGD(compiled.parameters(), lr=0.1), gs.SET(0.3)) as run:
+    with opened(
+        compiled, torch.optim.SGD(compiled.parameters(), lr=0.1), gs.weights.SET(0.3)
+    ) as run:
         assert "model.0" in run.masks
-    result = gs.prune(build(), gs.Magnitude(), density=0.3)
-    with opened(result, sgd(result.model), gs.Keep()) as run:
+    result = gs.prune(build(), gs.weights.Magnitude(), density=0.3)
+    with opened(result, sgd(result.model), gs.weights.FixedMasks()) as run:
         assert run.model is result.model and set(run.masks) == set(result.supports)
-    with pytest.raises(gs.UsageError, match="expected a torch module"), opened([], None, gs.Keep()):
+    with (
+        pytest.raises(gs.UsageError, match="expected a torch module"),
+        opened([], None, gs.weights.FixedMasks()),
+    ):
         pass
 
 
 def test_sparse_layers_that_thaw_are_an_error():
-    method = gs.SET(0.3)
+    method = gs.weights.SET(0.3)
     model = gs.sparse_layers(build(), method)
     model[2].values.requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -196,7 +205,7 @@ def test_rounds_of_a_wrapped_model_train_the_wrapper():
         with gs.sparse_training(net, optimizer, trainer, total_steps=3, exclude=("2",)):
             advance(net.module, optimizer, 1)
 
-    result = gs.train_rounds(model, gs.IMP(0.3, rounds=1), train, exclude=("2",))
+    result = gs.train_rounds(model, gs.weights.IMP(0.3, rounds=1), train, exclude=("2",))
     assert all(net is model for net in given) and "0" in result.supports
 
 
@@ -235,7 +244,7 @@ def test_a_replaced_parameter_is_an_error_and_replaced_data_is_not(method):
         model[0].weight.grad = torch.zeros_like(kept)
         optimizer.param_groups[0]["momentum"] = 0.0
         run.before_step()
-        if run.trainer.dense:  # what lies behind learned of the change
+        if run.method.keeps_dense_weights:  # what lies behind learned of the change
             mask = run.masks["0"]
             assert torch.equal(run._hidden["0"][mask], kept[mask])
         run.after_step()
@@ -290,7 +299,7 @@ def test_averages_are_masked_to_the_last_support():
     model = build()
     optimizer = sgd(model)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
-    with opened(model, optimizer, gs.SET(0.2, every=2)) as run:
+    with opened(model, optimizer, gs.weights.SET(0.2, every=2)) as run:
         for _ in range(8):
             advance(model, optimizer)
             ema.update_parameters(model)
@@ -306,7 +315,10 @@ def test_averages_are_masked_to_the_last_support():
             run.apply_to(build()[0])
         with pytest.raises(gs.UsageError, match="no module"):
             run.apply_to(ema.state_dict())
-    with pytest.raises(gs.UsageError, match="average"), opened(ema, sgd(model), gs.Keep()):
+    with (
+        pytest.raises(gs.UsageError, match="average"),
+        opened(ema, sgd(model), gs.weights.FixedMasks()),
+    ):
         pass
 
 
@@ -314,7 +326,7 @@ def test_an_average_over_a_fixed_support_keeps_it_by_itself():
     model = build()
     optimizer = sgd(model)
     ema = AveragedModel(model)
-    with opened(model, optimizer, gs.StaticRandom(0.2)) as run:
+    with opened(model, optimizer, gs.weights.StaticRandom(0.2)) as run:
         for _ in range(3):
             advance(model, optimizer)
             ema.update_parameters(model)
@@ -345,7 +357,7 @@ def test_a_block_without_steps_is_no_error():
 def test_huge_finite_gradients_pass_and_infinite_ones_do_not():
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-38)
-    with opened(model, optimizer, gs.StaticRandom(0.5)) as run:
+    with opened(model, optimizer, gs.weights.StaticRandom(0.5)) as run:
         for p in model.parameters():
             p.grad = torch.full_like(p, 3e38)
         optimizer.step()
@@ -371,16 +383,19 @@ class Mixed(nn.Module):
     [((), r"rnn\.weight_ih_l0: 50% .*freeze it"), (("lm_head",), r"(rnn|lm_head).*not hold")],
 )
 def test_keep_names_zeros_that_it_would_not_hold(include, match):
-    model = gs.prune(Mixed(), gs.Magnitude(), density=0.5, include=include).model
-    with pytest.raises(gs.UsageError, match=match), opened(model, sgd(model), gs.Keep()):
+    model = gs.prune(Mixed(), gs.weights.Magnitude(), density=0.5, include=include).model
+    with (
+        pytest.raises(gs.UsageError, match=match),
+        opened(model, sgd(model), gs.weights.FixedMasks()),
+    ):
         pass
     model.rnn.requires_grad_(False)
     for more in ({"include": include}, {"exclude": ("lm_head",)}):
-        with opened(model, sgd(model), gs.Keep(), **more) as run:
+        with opened(model, sgd(model), gs.weights.FixedMasks(), **more) as run:
             assert "body" in run.masks
     if include:
         with pytest.raises(gs.UsageError, match=r"lm_head.*include="):
-            opened(model, sgd(model), gs.Keep()).__enter__()
+            opened(model, sgd(model), gs.weights.FixedMasks()).__enter__()
 
 
 class Standardised(nn.Linear):
@@ -394,7 +409,7 @@ class Standardised(nn.Linear):
 def test_what_trains_dense_is_named(caplog):
     model = nn.Sequential(nn.Linear(8, 8), Standardised(8, 8), nn.LSTM(8, 8))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with gs.sparse_training(model, optimizer, gs.RigL(density=0.5), total_steps=4) as run:
+    with gs.sparse_training(model, optimizer, gs.weights.RigL(density=0.5), total_steps=4) as run:
         assert [layer.name for layer in run.layers] == ["0"]
         assert sorted(run.left_out) == ["1", "2.weight_hh_l0", "2.weight_ih_l0"]
         assert "forward of its own" in run.left_out["1"]

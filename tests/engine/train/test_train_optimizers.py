@@ -10,9 +10,9 @@ import gossamer as gs
 from gossamer.engine.train.optimizers import follow
 
 METHODS = {
-    "rigl": lambda: gs.RigL(0.2, every=2),
-    "gmp": lambda: gs.GMP(0.2, every=2),
-    "srste": lambda: gs.SRSTE(decay=0.01),
+    "rigl": lambda: gs.weights.RigL(0.2, every=2),
+    "gmp": lambda: gs.weights.GMP(0.2, every=2),
+    "srste": lambda: gs.weights.SRSTE(decay=0.01),
 }
 DENSE = ("gmp", "srste")
 """Have dense weights behind the support."""
@@ -244,7 +244,7 @@ def test_sam_equals_its_definition_on_a_fixed_support():
     """By hand: the gradient at w + e with e inside the mask, then a masked step from w."""
     model = build()
     optimizer = SAM(model.parameters(), lr=0.05)
-    with opened(model, optimizer, gs.StaticRandom(0.3)) as run:
+    with opened(model, optimizer, gs.weights.StaticRandom(0.3)) as run:
         twin = copy.deepcopy(model)
         backward(model, optimizer, 0)
         optimizer.first_step(zero_grad=True)
@@ -344,12 +344,12 @@ def test_what_cannot_be_followed_is_refused_before_anything_changes():
         (Bare(torch.optim.SGD(masters, lr=0.1)), "master copies"),
         (Bare(torch.optim.LBFGS(model.parameters())), "LBFGS"),
     ]:
-        with pytest.raises(gs.UsageError, match=match), opened(model, given, gs.SET(0.2)):
+        with pytest.raises(gs.UsageError, match=match), opened(model, given, gs.weights.SET(0.2)):
             pass
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     # of several optimizers the one that holds all masked layers is followed
     body = torch.optim.SGD([*model[0].parameters(), *model[2].parameters()], lr=0.1)
-    with opened(model, {"body": body, "head": rest}, gs.SET(0.2), exclude=("4",)) as run:
+    with opened(model, {"body": body, "head": rest}, gs.weights.SET(0.2), exclude=("4",)) as run:
         assert run.optimizer is body
 
 
@@ -394,7 +394,7 @@ def test_schedulers_that_patch_step_go_on_working(name, when):
 
 
 def test_true_sparse_training_follows_and_checks_too():
-    method = gs.RigL(0.3, every=2)
+    method = gs.weights.RigL(0.3, every=2)
     found = []
     for make in (sgd, lambda m: Bare(sgd(m)), lambda m: Override(m.parameters(), lr=0.05,
                                                                 momentum=0.9, weight_decay=0.01)):  # fmt: skip

@@ -12,9 +12,9 @@ from gossamer.nn import SparseConv2d, SparseLinear, to_dense
 
 TOTAL = 21
 METHODS = {
-    "static": lambda: gs.StaticRandom(0.2),
-    "set": lambda: gs.SET(0.2, every=5),
-    "rigl": lambda: gs.RigL(0.2, every=5),
+    "static": lambda: gs.weights.StaticRandom(0.2),
+    "set": lambda: gs.weights.SET(0.2, every=5),
+    "rigl": lambda: gs.weights.RigL(0.2, every=5),
 }
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),
@@ -100,7 +100,7 @@ def test_set_keeps_its_count_drops_the_smallest_and_resets_state(optimizer):
         run.after_step()  # the update of step 5, with no step of the optimizer in between
         for name, layer in run.layers.items():
             assert layer.values.numel() == counts[name]
-            stay = run.trainer.stay(values[name], 5, TOTAL)
+            stay = run.method.survivors(values[name], 5, TOTAL)
             matrix = layer.to_matrix()
             assert int((matrix != 0).sum()) == int(stay.sum())
             assert torch.equal(matrix[matrix != 0], before[name][matrix != 0])
@@ -110,14 +110,14 @@ def test_set_keeps_its_count_drops_the_smallest_and_resets_state(optimizer):
                 if state.shape == new.shape:
                     assert not state[new].any() and state[~new].any()
         assert run.changed == 2 * sum(
-            int((~run.trainer.stay(v, 5, TOTAL)).sum()) for v in values.values()
+            int((~run.method.survivors(v, 5, TOTAL)).sum()) for v in values.values()
         )
         advance(model, optim, range(5, TOTAL))
 
 
 def test_set_returns_what_was_dropped_only_where_nothing_else_is_free():
     layer = SparseLinear.random(10, 10, 0.95)
-    model, method = nn.Sequential(layer), gs.SET(0.95, every=1, drop=0.5)
+    model, method = nn.Sequential(layer), gs.weights.SET(0.95, every=1, drop=0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     old = layer.positions
     with gs.true_sparse_training(model, optimizer, method, total_steps=3):
@@ -164,7 +164,7 @@ def test_no_dense_tensor_is_ever_made(monkeypatch):
             return result
 
     monkeypatch.setattr(module, "_BLOCK", 1 << 17)
-    method = gs.RigL(0.02, every=1)
+    method = gs.weights.RigL(0.02, every=1)
     layer = SparseLinear.random(2000, 1500, 0.02, generator=torch.Generator().manual_seed(0))
     model = nn.Sequential(layer)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -201,28 +201,28 @@ def test_bad_input():
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     with (
         pytest.raises(gs.UsageError, match="no sparse layer"),
-        gs.true_sparse_training(model, optimizer, gs.SET(0.2), total_steps=3),
+        gs.true_sparse_training(model, optimizer, gs.weights.SET(0.2), total_steps=3),
     ):
         pass
     with pytest.raises(gs.UsageError, match="StaticRandom, SET and RigL"):
-        gs.sparse_layers(model, gs.GMP(0.2))
+        gs.sparse_layers(model, gs.weights.GMP(0.2))
     before = list(model.children())
     with pytest.raises(gs.UsageError, match="leaves no weight"):
-        gs.sparse_layers(model, gs.SET(0.001, gs.Uniform()))
+        gs.sparse_layers(model, gs.weights.SET(0.001, gs.Uniform()))
     wide = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(3, 3, 3))
     with pytest.raises(gs.UsageError, match=r"1: only Linear and 1x1"):
-        gs.sparse_layers(wide, gs.SET(0.5))
+        gs.sparse_layers(wide, gs.weights.SET(0.5))
     assert list(model.children()) == before and type(wide[0]) is nn.Linear
-    gs.sparse_layers(model, gs.RigL(0.5))
+    gs.sparse_layers(model, gs.weights.RigL(0.5))
     with (
         pytest.raises(gs.UsageError, match="not in the optimizer"),
-        gs.true_sparse_training(model, optimizer, gs.RigL(0.5), total_steps=3),
+        gs.true_sparse_training(model, optimizer, gs.weights.RigL(0.5), total_steps=3),
     ):
         pass
 
 
 def test_missing_or_wrong_gradients_take_no_step():
-    method = gs.RigL(0.3, every=2)
+    method = gs.weights.RigL(0.3, every=2)
     model = sparse(method)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     with gs.true_sparse_training(model, optimizer, method, total_steps=9) as run:

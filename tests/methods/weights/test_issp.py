@@ -11,7 +11,9 @@ def test_the_smallest_shrink_after_each_step_and_vanish_at_the_end_of_the_stage(
     model = nn.Sequential(nn.Linear(10, 20, bias=False))
     twin = model[0].weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    with gs.sparse_training(model, optimizer, gs.ISSP(0.1, alpha=0.7), total_steps=12) as run:
+    with gs.sparse_training(
+        model, optimizer, gs.weights.ISSP(0.1, alpha=0.7), total_steps=12
+    ) as run:
         for step in range(1, 13):
             x = torch.randn(8, 10)
             optimizer.zero_grad()

@@ -35,7 +35,7 @@ def step(model, optimizer):
 def test_one_step_equals_the_formula(targeted):
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    method = gs.MaskSparsity(0.7, SETS, penalty=0.05, targeted=targeted)
+    method = gs.weights.MaskSparsity(0.7, SETS, penalty=0.05, targeted=targeted)
     before = model[4].weight.detach().clone()
     nn.functional.cross_entropy(model(X), X[:, 0].mean((1, 2)).gt(0).long()).backward()
     gradient = model[4].weight.grad.clone()
@@ -50,7 +50,7 @@ def test_one_step_equals_the_formula(targeted):
 def test_marked_scales_come_to_nothing_and_the_network_shrinks():
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    method = gs.MaskSparsity(0.7, SETS, penalty=0.2, until=0.9)
+    method = gs.weights.MaskSparsity(0.7, SETS, penalty=0.2, until=0.9)
     with gs.sparse_training(model, optimizer, method, total_steps=100) as run:
         for _ in range(89):
             step(model, optimizer)
@@ -62,14 +62,14 @@ def test_marked_scales_come_to_nothing_and_the_network_shrinks():
     assert model[1].weight[0] == 0 and not model[4].weight[[0, 2]].any()
     assert model[1].weight[1:].abs().min() > 0.3
     pytest.importorskip("torch_pruning")
-    result = gs.shrink(model, X)
+    result = gs.remove_channels(model, X)
     assert result.removed == {"0": 1, "3": 2} and result.deviation < 1e-5
 
 
 def test_by_threshold_the_density_is_what_comes_out_and_coupled_norms_go_together():
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    method = gs.MaskSparsity(0.7, SETS, until=0.1, threshold=0.5)
+    method = gs.weights.MaskSparsity(0.7, SETS, until=0.1, threshold=0.5)
     with gs.sparse_training(model, optimizer, method, total_steps=10) as run:
         step(model, optimizer)
         assert [m.flatten().int().tolist() for m in run.masks.values()] == [
@@ -81,10 +81,12 @@ def test_by_threshold_the_density_is_what_comes_out_and_coupled_norms_go_togethe
     pair[1].weight.data.copy_(torch.tensor([0.0, 0.5, 1.0, 0.1]))
     pair[2].weight.data.copy_(torch.tensor([1.0, 0.2, 0.3, 0.4]))
     optimizer = torch.optim.SGD(pair.parameters(), lr=0.1)
-    with gs.sparse_training(pair, optimizer, gs.MaskSparsity(0.5, both), total_steps=4) as run:
-        chosen = run.state_dict()["own"]
-    assert torch.equal(chosen["1"], chosen["2"])
-    assert chosen["1"].flatten().tolist() == [True, False, True, False]
+    with gs.sparse_training(
+        pair, optimizer, gs.weights.MaskSparsity(0.5, both), total_steps=4
+    ) as run:
+        chosen = run.state_dict()["state"]
+    assert torch.equal(chosen["1:stays"], chosen["2:stays"])
+    assert chosen["1:stays"].flatten().tolist() == [True, False, True, False]
 
 
 def test_bad_input():
@@ -92,7 +94,7 @@ def test_bad_input():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with (
         pytest.raises(gs.UsageError, match="no batch norm"),
-        gs.sparse_training(model, optimizer, gs.MaskSparsity(0.5, SETS), total_steps=2),
+        gs.sparse_training(model, optimizer, gs.weights.MaskSparsity(0.5, SETS), total_steps=2),
     ):
         pass
     normed = build()
@@ -100,9 +102,9 @@ def test_bad_input():
     with (
         pytest.raises(gs.UsageError, match="exclude="),
         gs.sparse_training(
-            normed, optimizer, gs.MaskSparsity(0.5, SETS), total_steps=2, include=("1",)
+            normed, optimizer, gs.weights.MaskSparsity(0.5, SETS), total_steps=2, include=("1",)
         ),
     ):
         pass
     with pytest.raises(gs.UsageError, match="threshold"):
-        gs.MaskSparsity(0.5, SETS, threshold=0.0)
+        gs.weights.MaskSparsity(0.5, SETS, threshold=0.0)

@@ -32,7 +32,7 @@ def test_steps_equal_the_formula(normalise):
     weight = model[0].weight.detach().clone()
     v = torch.full_like(weight, 0.1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
-    method = gs.SCL(penalty=0.05, rate=0.3, slope=0.5, normalise=normalise)
+    method = gs.weights.SCL(penalty=0.05, rate=0.3, slope=0.5, normalise=normalise)
     with gs.sparse_training(model, optimizer, method, total_steps=5) as run:
         for _ in range(5):
             x = torch.randn(16, 8)
@@ -47,14 +47,14 @@ def test_steps_equal_the_formula(normalise):
             (model(x) - x[:, :6]).square().mean().backward()
             optimizer.step()
             state = run.state_dict()
-            torch.testing.assert_close(state["own"]["0"], v)
+            torch.testing.assert_close(state["state"]["0:v"], v)
             torch.testing.assert_close(state["hidden"]["0"], weight)
             torch.testing.assert_close(model[0].weight.detach(), weight * (v > 0))
     assert 0 < run.density < 1
 
 
 def test_a_higher_price_leaves_fewer_connections_and_layers_differ():
-    runs = [train(gs.SCL(penalty=p), 60)[0] for p in (0.01, 0.05, 0.2)]
+    runs = [train(gs.weights.SCL(penalty=p), 60)[0] for p in (0.01, 0.05, 0.2)]
     found = [run.density for run in runs]
     assert found[0] > found[1] > found[2]
     shares = [float(mask.double().mean()) for mask in runs[1].masks.values()]
@@ -62,21 +62,21 @@ def test_a_higher_price_leaves_fewer_connections_and_layers_differ():
 
 
 def test_a_rectified_estimator_strands_what_is_off():
-    assert train(gs.SCL(penalty=0.05, slope=1.0), 60)[1] > 0
-    assert train(gs.SCL(penalty=0.05, slope=0.0), 60)[1] == 0
+    assert train(gs.weights.SCL(penalty=0.05, slope=1.0), 60)[1] > 0
+    assert train(gs.weights.SCL(penalty=0.05, slope=0.0), 60)[1] == 0
 
 
 def test_a_layer_never_empties_and_bad_arguments_are_refused():
-    run, _ = train(gs.SCL(penalty=10.0), 3)
+    run, _ = train(gs.weights.SCL(penalty=10.0), 3)
     assert all(int(mask.sum()) == 1 for mask in run.masks.values())
     for bad in ({"penalty": -1.0}, {"rate": 0.0}, {"slope": 2.0}, {"initial": 0.0}):
         with pytest.raises(gs.UsageError):
-            gs.SCL(**bad)
+            gs.weights.SCL(**bad)
 
 
 def test_a_state_without_the_variables_is_refused():
-    run, _ = train(gs.SCL(), 2)
+    run, _ = train(gs.weights.SCL(), 2)
     state = run.state_dict()
-    state["own"].popitem()
-    with pytest.raises(gs.FormatError, match="own"):
+    state["state"].popitem()
+    with pytest.raises(gs.FormatError, match="state are not"):
         run.load_state_dict(state)

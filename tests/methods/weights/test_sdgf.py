@@ -11,13 +11,13 @@ TOTAL = 20
 
 def test_the_frames_are_the_published_ones():
     ratios = lambda method: [(x.keep, x.group) for x in method.frames]  # noqa: E731
-    assert ratios(gs.SdGf(gs.NM(1, 16))) == [(15, 16), (8, 16), (4, 16), (2, 16), (1, 16)]
-    assert ratios(gs.SdGf(gs.NM(2, 4))) == [(3, 4), (2, 4)]
-    assert ratios(gs.SdGf(gs.NM(1, 4), "geometric")) == [(8, 32), (4, 16), (2, 8), (1, 4)]
+    assert ratios(gs.weights.SdGf(gs.NM(1, 16))) == [(15, 16), (8, 16), (4, 16), (2, 16), (1, 16)]
+    assert ratios(gs.weights.SdGf(gs.NM(2, 4))) == [(3, 4), (2, 4)]
+    assert ratios(gs.weights.SdGf(gs.NM(1, 4), "geometric")) == [(8, 32), (4, 16), (2, 8), (1, 4)]
 
 
 def test_equal_frames_between_the_dense_phase_and_the_end():
-    method = gs.SdGf(gs.NM(1, 8), begin=0.2, end=0.8)  # 7:8, 4:8, 2:8, 1:8, 12 steps
+    method = gs.weights.SdGf(gs.NM(1, 8), begin=0.2, end=0.8)  # 7:8, 4:8, 2:8, 1:8, 12 steps
     found = [method.frame(step, TOTAL).keep for step in range(4, TOTAL + 1)]
     assert found == [7] * 3 + [4] * 3 + [2] * 3 + [1] * 8
     assert not method.due(3, TOTAL) and method.due(4, TOTAL)
@@ -28,7 +28,7 @@ def test_equals_a_loop_that_masks_by_hand(gradient):
     torch.manual_seed(0)
     layer = nn.Linear(16, 3, bias=False).double()
     hidden = layer.weight.detach().clone()
-    method = gs.SdGf(gs.NM(1, 4), gradient=gradient, begin=0.1, end=0.7)
+    method = gs.weights.SdGf(gs.NM(1, 4), gradient=gradient, begin=0.1, end=0.7)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     with gs.sparse_training(layer, optimizer, method, total_steps=TOTAL, include=("",)):
         for step in range(TOTAL):
@@ -50,11 +50,11 @@ def test_equals_a_loop_that_masks_by_hand(gradient):
 def test_what_it_refuses():
     for bad in ({"pattern": gs.NM(3, 8)}, {"begin": 0.9}, {"decay": "x"}, {"gradient": "x"}):
         with pytest.raises(gs.UsageError):
-            gs.SdGf(**bad)
+            gs.weights.SdGf(**bad)
     with pytest.raises(gs.UsageError, match="at most 4"):
-        gs.SdGf(gs.NM(1, 8), "geometric")
+        gs.weights.SdGf(gs.NM(1, 8), "geometric")
     layer = nn.Linear(16, 3)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    run = gs.SparseRun(layer, optimizer, gs.SdGf(gs.NM(1, 4), "geometric"), TOTAL, ("",))
+    run = gs.SparseRun(layer, optimizer, gs.weights.SdGf(gs.NM(1, 4), "geometric"), TOTAL, ("",))
     with pytest.raises(gs.PatternError, match="divisible by 32"):
         run.start()

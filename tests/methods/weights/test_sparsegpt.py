@@ -98,29 +98,29 @@ def test_weights_equal_the_straightforward_twin(pattern, seed, width):
     density = pattern.density if isinstance(pattern, gs.NM) else 0.5
     expected, mask = twin(weight, hessian, pattern, density, width)
     stats = LayerStats("layer", len(x), hessian=hessian)
-    got, support = gs.SparseGPT(block=width).solve(weight, stats, pattern, density)
+    got, support = gs.weights.SparseGPT(block=width).solve(weight, stats, pattern, density)
     assert torch.equal(support.mask, mask)
     torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
-    single, _ = gs.SparseGPT(block=width).solve(weight.float(), stats, pattern, density)
+    single, _ = gs.weights.SparseGPT(block=width).solve(weight.float(), stats, pattern, density)
     assert ((single.double() - expected).norm() / expected.norm()).item() < 1e-3
 
 
 def test_a_density_that_contradicts_the_pattern_is_refused():
     stats = LayerStats("layer", 9, hessian=torch.eye(8))
     with pytest.raises(gs.PatternError, match="contradicts"):
-        gs.SparseGPT().solve(torch.randn(4, 8), stats, gs.NM(2, 4), 0.9)
+        gs.weights.SparseGPT().solve(torch.randn(4, 8), stats, gs.NM(2, 4), 0.9)
 
 
 def test_dead_inputs_are_zeroed():
     x = torch.randn(200, 16, dtype=torch.float64)
     x[:, 5] = 0
     stats = LayerStats("layer", 200, hessian=x.t() @ x)
-    weight, _ = gs.SparseGPT().solve(torch.randn(8, 16), stats, gs.Unstructured(), 0.9)
+    weight, _ = gs.weights.SparseGPT().solve(torch.randn(8, 16), stats, gs.Unstructured(), 0.9)
     assert not weight[:, 5].any() and torch.isfinite(weight).all()
 
 
 def test_fewer_rows_than_inputs_still_solves():
     x = torch.randn(4, 32, dtype=torch.float64)
     stats = LayerStats("layer", 4, hessian=x.t() @ x)
-    weight, support = gs.SparseGPT().solve(torch.randn(8, 32), stats, gs.NM(2, 4), 0.5)
+    weight, support = gs.weights.SparseGPT().solve(torch.randn(8, 32), stats, gs.NM(2, 4), 0.5)
     assert torch.isfinite(weight).all() and support.density == 0.5

@@ -34,7 +34,7 @@ def test_one_step_equals_the_formula(decay):
     model = nn.Sequential(nn.Linear(16, 32))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x = torch.randn(8, 16)
-    method = gs.SRSTE(gs.NM(1, 4), decay=decay)
+    method = gs.weights.SRSTE(gs.NM(1, 4), decay=decay)
     mask = torch.zeros(32, 4, 4).scatter(2, weight.reshape(32, 4, 4).abs().argmax(2, True), 1.0)
     mask = mask.reshape(32, 16)
     masked = (weight * mask).requires_grad_()
@@ -50,18 +50,18 @@ def test_one_step_equals_the_formula(decay):
 
 def test_decay_steadies_the_support():
     moved = [
-        sum(train(gs.SRSTE(gs.NM(1, 4), decay=d), 40, seed)[2] for seed in range(3))
+        sum(train(gs.weights.SRSTE(gs.NM(1, 4), decay=d), 40, seed)[2] for seed in range(3))
         for d in (0.0, 0.02, 0.2)
     ]
     assert moved[0] > moved[1] > moved[2]
 
 
 def test_the_model_is_left_sparse_and_sad_counts_entries():
-    model, _, _ = train(gs.SRSTE(), 3)
+    model, _, _ = train(gs.weights.SRSTE(), 3)
     for layer in (model[0], model[2]):
         assert ((layer.weight.reshape(-1, 4) != 0).sum(1) <= 2).all()
     one = {"a": torch.tensor([[True, False, True, False]])}
     other = {"a": torch.tensor([[True, True, False, False]])}
     assert sad(one, other) == {"a": 0.5}
     with pytest.raises(gs.UsageError, match="decay"):
-        gs.SRSTE(decay=-1.0)
+        gs.weights.SRSTE(decay=-1.0)

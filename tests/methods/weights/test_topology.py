@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from examples import step_of
 from torch import nn
 
 import gossamer as gs
@@ -45,10 +46,10 @@ def test_counts_add_up_to_the_budget(allocation, density):
 
 def test_rigl_drops_the_smallest_and_grows_the_largest_gradients():
     infos = layers((8, 10), (6, 9))
-    method, generator = gs.RigL(0.3, every=10, drop=0.4), torch.Generator().manual_seed(0)
-    masks = method.start(infos, {}, generator)
+    method, generator = gs.weights.RigL(0.3, every=10, drop=0.4), torch.Generator().manual_seed(0)
+    masks = method.start(step_of(0, 100, infos, generator=generator))
     infos, gradients = masked(infos, masks), gradients_of(infos)
-    (new,) = method.update(20, 100, infos, gradients, masks, generator)
+    (new,) = method.update(step_of(20, 100, infos, masks, gradients, generator))
     fraction = 0.2 * (1 + math.cos(math.pi * 20 / 75))
     for x in infos:
         w, g = x.weight.reshape(-1).tolist(), gradients[x.name].reshape(-1).tolist()
@@ -63,10 +64,10 @@ def test_rigl_drops_the_smallest_and_grows_the_largest_gradients():
 
 def test_set_drops_each_sign_apart_and_grows_elsewhere():
     infos = layers((20, 30))
-    method, generator = gs.SET(0.2, drop=0.3), torch.Generator().manual_seed(0)
-    masks = method.start(infos, {}, generator)
+    method, generator = gs.weights.SET(0.2, drop=0.3), torch.Generator().manual_seed(0)
+    masks = method.start(step_of(0, 100, infos, generator=generator))
     infos = masked(infos, masks)
-    kept, new = method.update(100, 1000, infos, {}, masks, generator)
+    kept, new = method.update(step_of(100, 1000, infos, masks, {}, generator))
     w = infos[0].weight.reshape(-1).tolist()
     active = flat(masks["l0"])
     positive = sorted((i for i in active if w[i] >= 0), key=lambda i: w[i])
@@ -75,15 +76,15 @@ def test_set_drops_each_sign_apart_and_grows_elsewhere():
     assert flat(kept["l0"]) == active - gone
     grown = flat(new["l0"]) - flat(kept["l0"])
     assert len(grown) == len(gone) and not grown & active
-    _, other = method.update(100, 1000, infos, {}, masks, generator)
+    _, other = method.update(step_of(100, 1000, infos, masks, {}, generator))
     assert flat(other["l0"]) != flat(new["l0"])
 
 
 def test_gmp_follows_the_cubic_and_never_brings_back():
-    infos, method = layers((10, 20), (8, 5)), gs.GMP(0.1, every=7, begin=0.1, end=0.8)
-    masks = method.start(infos, {}, torch.Generator())
+    infos, method = layers((10, 20), (8, 5)), gs.weights.GMP(0.1, every=7, begin=0.1, end=0.8)
+    masks = method.start(step_of(0, 100, infos))
     for step in (s for s in range(1, 101) if method.due(s, 100)):
-        (new,) = method.update(step, 100, infos, {}, masks, torch.Generator())
+        (new,) = method.update(step_of(step, 100, infos, masks, {}, torch.Generator()))
         density = 0.1 + 0.9 * (1 - (step - 10) / 70) ** 3
         for x in infos:
             assert not (new[x.name] & ~masks[x.name]).any()
@@ -105,10 +106,10 @@ def test_global_pruning_has_one_threshold_and_spares_each_layer_one_weight():
 
 def test_granet_prunes_then_regrows_and_new_weights_start_from_zero():
     infos = layers((10, 12), (9, 8))
-    method, generator = gs.GraNet(0.1, every=10), torch.Generator().manual_seed(0)
-    masks = method.start(infos, {}, generator)
+    method, generator = gs.weights.GraNet(0.1, every=10), torch.Generator().manual_seed(0)
+    masks = method.start(step_of(0, 100, infos, generator=generator))
     infos, gradients = masked(infos, masks), gradients_of(infos)
-    pruned, new = method.update(20, 100, infos, gradients, masks, generator)
+    pruned, new = method.update(step_of(20, 100, infos, masks, gradients, generator))
     density = 0.1 + 0.4 * (1 - 19 / 49) ** 3
     total = sum(int(m.sum()) for m in pruned.values())
     assert total == math.floor(density * 192 + 0.5)
@@ -123,7 +124,7 @@ def test_granet_prunes_then_regrows_and_new_weights_start_from_zero():
         stay = active - set(sorted(active, key=lambda i: abs(w[i]))[:n])
         outside = [i for i in range(len(w)) if i not in stay]
         assert flat(new[x.name]) == stay | set(sorted(outside, key=lambda i: -abs(g[i]))[:n])
-    assert len(method.update(70, 100, infos, gradients, masks, generator)) == 1
+    assert len(method.update(step_of(70, 100, infos, masks, gradients, generator))) == 1
 
 
 def test_snip_equals_the_derivative_with_respect_to_a_mask():
@@ -140,7 +141,7 @@ def test_snip_equals_the_derivative_with_respect_to_a_mask():
     scores = torch.cat([c.grad.abs().reshape(-1) for c in gates])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with gs.sparse_training(
-        model, optimizer, gs.SNIP(0.5), total_steps=1,
+        model, optimizer, gs.weights.SNIP(0.5), total_steps=1,
         loss=lambda: nn.functional.cross_entropy(model(x), y),
     ) as run:  # fmt: skip
         mask = torch.cat([m.reshape(-1) for m in run.masks.values()])
@@ -155,7 +156,7 @@ def test_granet_regrown_weights_are_zero_in_the_model():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    method = gs.GraNet(0.2, every=1, end=0.9)
+    method = gs.weights.GraNet(0.2, every=1, end=0.9)
     with gs.sparse_training(model, optimizer, method, total_steps=10) as run:
         for _ in range(4):
             old = {k: v.clone() for k, v in run.masks.items()}

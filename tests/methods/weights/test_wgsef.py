@@ -90,7 +90,7 @@ def test_a_step_of_training_is_sgd_and_then_the_prox_of_coupled_rows():
 
     loss(*model.values()).backward()
     want = {name: m.weight.detach() - 0.1 * m.weight.grad for name, m in model.items()}
-    method = gs.WGSEF(0.5, sets, strength=0.3, until=0.75)
+    method = gs.weights.WGSEF(0.5, sets, strength=0.3, until=0.75)
     with gs.sparse_training(model, optimizer, method, total_steps=8, include=("*",)) as run:
         optimizer.step()
         norms = torch.cat([want["a"], want["b"]], 1).double().norm(dim=1)
@@ -113,13 +113,15 @@ def test_a_layer_outside_the_run_and_bad_arguments_are_refused():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with (
         pytest.raises(gs.UsageError, match="not in training"),
-        gs.sparse_training(model, optimizer, gs.WGSEF(0.5, sets), total_steps=2, exclude=("0",)),
+        gs.sparse_training(
+            model, optimizer, gs.weights.WGSEF(0.5, sets), total_steps=2, exclude=("0",)
+        ),
     ):
         pass
     for bad in (
-        lambda: gs.WGSEF(0.0, sets),
-        lambda: gs.WGSEF(0.5, ["0"]),
-        lambda: gs.WGSEF(0.5, sets, strength=0.0),
+        lambda: gs.weights.WGSEF(0.0, sets),
+        lambda: gs.weights.WGSEF(0.5, ["0"]),
+        lambda: gs.weights.WGSEF(0.5, sets, strength=0.0),
     ):
         with pytest.raises(gs.UsageError):
             bad()

@@ -36,8 +36,8 @@ class Speed:
 
     dense: under plain transformers. sparse: as `generate` serves it, by the compiled loop where
     that serves the model. dense_compiled: the dense model under the same compiled loop, with our
-    own dense kernels, so that what the loop gives is told apart from what the zeros give.
-    gain: sparse over dense in the same loop, so of the zeros alone; its range is that over the
+    own dense kernels, so that what the loop gives is told apart from what sparsity gives.
+    gain: sparse over dense in the same loop, so of sparsity alone; its range is that over the
     rounds. disturbed: how many of the rounds others used the machine in.
     """
 
@@ -243,8 +243,8 @@ def _speed(watched: Watched, count: int, unit: str, loop: str) -> Speed:
     """Rates of `count` tokens or inputs, from the seconds of each round."""
     times = watched.seconds
     rates = {name: count / statistics.median(taken) for name, taken in times.items()}
-    peer = "dense_compiled" if "dense_compiled" in times else "dense"
-    gains = [dense / sparse for dense, sparse in zip(times[peer], times["sparse"], strict=True)]
+    baseline = "dense_compiled" if "dense_compiled" in times else "dense"
+    gains = [dense / sparse for dense, sparse in zip(times[baseline], times["sparse"], strict=True)]
     return Speed(
         dense=rates["dense"],
         sparse=rates["sparse"],
@@ -254,7 +254,7 @@ def _speed(watched: Watched, count: int, unit: str, loop: str) -> Speed:
         threads=torch.get_num_threads(),
         dense_compiled=rates.get("dense_compiled"),
         loop=loop,
-        gain=rates["sparse"] / rates[peer],
+        gain=rates["sparse"] / rates[baseline],
         gain_low=min(gains),
         gain_high=max(gains),
         disturbed=watched.disturbed,

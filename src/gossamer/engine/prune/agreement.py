@@ -37,14 +37,14 @@ def clone(model: nn.Module) -> nn.Module:
 
 def precise(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
     """A copy of the model and of the example in float64, in their own dtype where that fails."""
-    twin, wide = clone(model), example.detach().clone()
+    reference, wide = clone(model), example.detach().clone()
     try:
-        twin = twin.double()
+        reference = reference.double()
         wide = wide.double() if wide.is_floating_point() else wide
-        outputs(twin, [wide])
+        outputs(reference, [wide])
     except Exception:
         return clone(model), example.detach().clone()
-    return twin, wide
+    return reference, wide
 
 
 def tensors(output: Any) -> Iterator[Tensor]:

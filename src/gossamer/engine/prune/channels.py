@@ -87,19 +87,19 @@ def _check(model: nn.Module, example: Tensor) -> None:
         raise UsageError(f"the model fails on the example: {one_line(error)}") from error
 
 
-def _traced(graph: Any, twin: nn.Module, example: Tensor) -> _Trace:
+def _traced(graph: Any, reference: nn.Module, example: Tensor) -> _Trace:
     """The dependencies, traced on this copy, which must not be used again."""
-    named = dict(twin.named_modules())
+    named = dict(reference.named_modules())
     calls: Counter[str] = Counter()
     counted = {name: module for name, module in named.items() if kind(module)}
     try:
-        for parameter in twin.parameters():
+        for parameter in reference.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         with torch.enable_grad(), fenced(example.device), observe_inputs(
             counted, lambda name, _: calls.update([name])
         ):  # fmt: skip
             graph.build_dependency(
-                twin.eval(),
+                reference.eval(),
                 example_inputs=example,
                 forward_fn=lambda net, x: net(x),
                 output_transform=lambda out: [t for t in tensors(out) if t.grad_fn is not None],
@@ -111,7 +111,7 @@ def _traced(graph: Any, twin: nn.Module, example: Tensor) -> _Trace:
             "be traced, with an example of that part's input"
         ) from error
     names = {id(module): name for name, module in named.items()}
-    return _Trace(named, names, calls, _owners(twin), graph)
+    return _Trace(named, names, calls, _owners(reference), graph)
 
 
 def kind(module: nn.Module) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from gossamer.core.errors import FormatError, UsageError
-from gossamer.core.files import write_safetensors
+from gossamer.core.files import write_safetensors, write_whole
 from gossamer.core.matrix import Weight
 from gossamer.core.pattern import Pattern
 from gossamer.core.support import Support
+from gossamer.engine.data import check_same_run
 
 VERSION = 1
 
@@ -134,31 +135,3 @@ class Journal:
 
 
 _REMEDY = "delete the journal folder and start again"
-
-
-def check_same_run(place: str, old: Mapping[str, Any], new: Mapping[str, Any], remedy: str) -> None:
-    """Raise UsageError, naming what changed, unless a place's fingerprint is this run's."""
-    changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-    if changed:
-        changes = ", ".join(changed)
-        raise UsageError(f"{place} belongs to another run: {changes} changed; {remedy}")
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, flush it to disk, then give it its name."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        write(temporary)
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

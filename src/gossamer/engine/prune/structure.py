@@ -37,7 +37,7 @@ _UNSEEN = (
 
 
 @dataclass(frozen=True, eq=False)
-class ShrinkResult:
+class RemoveChannelsResult:
     """The smaller network, and what became of it.
 
     removed: channels cut out, by the name of the first layer that wrote them. left_out: why dead
@@ -91,12 +91,12 @@ def fixed_channels(model: nn.Module, example: Tensor) -> dict[str, str]:
     }
 
 
-def shrink(
+def remove_channels(
     model: nn.Module,
     example: Tensor,
     coupled: Sequence[Coupled] | None = None,
     approximate: bool = False,
-) -> ShrinkResult:
+) -> RemoveChannelsResult:
     """A smaller copy of the model, without the channels that carry nothing; the model stays.
 
     A channel goes when every layer that writes it has only zeros for it, or writes it into a norm
@@ -121,20 +121,22 @@ def shrink(
     before, size, flops = _measure(clone(model), example)
     cuts = [Cut(x, dead(x, small)) for x in found]
     cuts = [x for x in cuts if bool(x.gone.any())]
-    twin, wide = precise(model, example)
-    inputs = probes(twin, wide)
-    sets = _independent([x.channels for x in cuts], twin, inputs)
+    reference, wide = precise(model, example)
+    inputs = probes(reference, wide)
+    sets = _independent([x.channels for x in cuts], reference, inputs)
     left_out.update({x.name: x.reason for x in sets if x.reason})
     cuts = [x for x, checked in zip(cuts, sets, strict=True) if not checked.reason]
-    cuts = _exact_cuts(cuts, twin, inputs, approximate, left_out)
+    cuts = _exact_cuts(cuts, reference, inputs, approximate, left_out)
     if cuts:
-        given = reader_inputs(twin, [x.channels for x in cuts], [wide])
+        given = reader_inputs(reference, [x.channels for x in cuts], [wide])
         silence(small, cuts, given)
         cut(small, cuts)
     after, new_size, new_flops = _measure(clone(small), example)
     deviation = max(map(largest, before, after), default=0.0)
     removed = {x.channels.name: int(x.gone.sum()) for x in cuts}
-    return ShrinkResult(small, removed, (size, new_size), (flops, new_flops), deviation, left_out)
+    return RemoveChannelsResult(
+        small, removed, (size, new_size), (flops, new_flops), deviation, left_out
+    )
 
 
 def _wanted(
@@ -169,12 +171,12 @@ def _unseen(model: nn.Module, found: Sequence[ChannelSet]) -> dict[str, str]:
 def _tried(model: nn.Module, example: Tensor) -> list[ChannelSet]:
     """Every set of the trace, tried: with a reason unless it can be cut."""
     found = trace(model, example)
-    twin, wide = precise(model, example)
-    return _independent(found, twin, probes(twin, wide))
+    reference, wide = precise(model, example)
+    return _independent(found, reference, probes(reference, wide))
 
 
 def _independent(
-    sets: Sequence[ChannelSet], twin: nn.Module, inputs: Sequence[Tensor]
+    sets: Sequence[ChannelSet], reference: nn.Module, inputs: Sequence[Tensor]
 ) -> list[ChannelSet]:
     """The same sets, with a reason where cutting channels does more than ignoring them.
 
@@ -188,7 +190,7 @@ def _independent(
         gone[0], gone[-1] = True, False
         if not x.reason and x.coupled.width > 1:
             cuts.append(Cut(x, gone))
-    start = clone(twin)
+    start = clone(reference)
     _disturb(start, generator)
     silence(start, cuts, None)
     _, reasons = choose(cuts, _check(start, outputs(start, inputs), inputs))
@@ -203,16 +205,16 @@ def _judged(x: ChannelSet, reason: str) -> ChannelSet:
 
 def _exact_cuts(
     cuts: Sequence[Cut],
-    twin: nn.Module,
+    reference: nn.Module,
     inputs: Sequence[Tensor],
     approximate: bool,
     left_out: dict[str, str],
 ) -> list[Cut]:
     """What is cut in the end, checked together; reasons for the rest go to `left_out`."""
-    given = reader_inputs(twin, [x.channels for x in cuts], inputs)
+    given = reader_inputs(reference, [x.channels for x in cuts], inputs)
     rest = []
     for x in cuts:
-        stays = inexact(x.channels, twin, given) & x.gone
+        stays = inexact(x.channels, reference, given) & x.gone
         gone = x.gone if approximate else x.gone & ~stays
         if bool(gone.all()):
             gone = gone.clone()
@@ -224,7 +226,7 @@ def _exact_cuts(
             )
         if bool(gone.any()):
             rest.append(Cut(x.channels, gone))
-    start = clone(twin)
+    start = clone(reference)
     if approximate:
         silence(start, rest, given)
     fold = None if approximate else given

@@ -26,9 +26,9 @@ from gossamer.nn.kernel_choice.decide import (
     decide,
     prepare,
 )
-from gossamer.nn.kernel_choice.latency import Costs, Predictor
-from gossamer.nn.kernel_choice.machine import choose_unpacking, known_costs
-from gossamer.nn.packed.bitmap import BitmapLinear, serves_batches
+from gossamer.nn.kernel_choice.latency import LatencyModel, Predictor
+from gossamer.nn.kernel_choice.machine import choose_unpacking, known_latency
+from gossamer.nn.packed.bitmap import BitmapLinear, serves_large_batches
 from gossamer.nn.packed.conv import PackedConv2d, why_not
 from gossamer.nn.packed.nm import NMLinear, pays_as_nm
 from gossamer.nn.packed.places import put, why_not_here
@@ -40,7 +40,7 @@ from gossamer.ops.conv import kernel_name as conv_kernel_name
 from gossamer.ops.quantized import BITS
 
 MAX_BYTES = 0.9
-"""Without measured costs a packed weight must be at most this fraction of the dense one."""
+"""Without measured latencies a packed weight must be at most this fraction of the dense one."""
 
 
 def compress(
@@ -49,12 +49,12 @@ def compress(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     max_density: float | None = None,
-    batches: bool | None = None,
+    large_batches: bool | None = None,
     strict: bool = False,
     bits: int | None = None,
     group: int = 128,
     head_bits: int = 8,
-    costs: Costs | Literal["rule"] | None = None,
+    latency: LatencyModel | Literal["rule"] | None = None,
 ) -> CompressResult:
     """Replace each sparse layer, in place, by one with a sparse kernel where that is faster.
 
@@ -76,8 +76,8 @@ def compress(
         `fnmatch` patterns on dotted names: pack only layers that match, and none of these.
     max_density : float, optional
         Leave denser layers dense.
-    batches : bool, optional
-        Also keep, in memory only, a form of the weights for more than 8 rows of input (3 to 4 bytes
+    large_batches : bool, optional
+        Also keep, in memory only, a form of the weights for batch sizes above 8 (3 to 4 bytes
         more per kept bfloat16 weight). By default for models that do not generate text.
     strict : bool
         Raise UsageError where a layer that holds zeros, and was not left out, stays dense.
@@ -88,8 +88,8 @@ def compress(
         Columns that share a scale, with `bits`: a power of two from 64 on.
     head_bits : {4, 8}
         The width of a language model's output head, with `bits`.
-    costs : Costs or "rule", optional
-        What decides. By default what `calibrate_costs` measured on this machine; without it every
+    latency : LatencyModel or "rule", optional
+        What decides. By default what `calibrate_latency` measured on this machine; without it every
         distinct shape, density and dtype is timed, for at most three seconds in all. Models that
         generate text are judged by one row of input, others by 128, so on a processor with bfloat16
         products an encoder in bfloat16 mostly stays dense. "rule" measures nothing: a layer is
@@ -119,7 +119,7 @@ def compress(
     wanted = matching(include, names, root, "include") if include else set(layers)
     call = _Call(
         root, wanted - matching(exclude, names, root, "exclude"), max_density,
-        serves_batches(root, batches), bits, group, head_bits, known_costs(costs), _head(root),
+        serves_large_batches(root, large_batches), bits, group, head_bits, known_latency(latency), _head(root),
         type(root).__name__ not in FAMILIES, _uses(root),
     )  # fmt: skip
     requested = {r.name: r for r in model.layers} if isinstance(model, PruneResult) else {}
@@ -162,11 +162,11 @@ class _Call:
     root: nn.Module
     wanted: set[str]
     max_density: float | None
-    batches: bool
+    large_batches: bool
     bits: int | None
     group: int
     head_bits: int
-    costs: Predictor | None
+    latency: Predictor | None
     head: nn.Module | None
     calls: bool
     uses: Counter[int]
@@ -192,8 +192,8 @@ def _decide(
     reason = _refusal(module, record, call, bits)
     if reason is not None or bits is not None:
         return record, reason
-    if call.costs is not None:
-        decision = decide(module, record, call.costs, call.batches, call.calls)
+    if call.latency is not None:
+        decision = decide(module, record, call.latency, call.large_batches, call.calls)
         if decision is not None:
             return _by_costs(record, decision)
     return _by_rule(module, record)
@@ -221,7 +221,7 @@ def _depthwise_record(root: nn.Module, name: str) -> LayerRecord:
     shape, density = (weight.shape[0], 9), float((weight != 0).float().mean())
     return LayerRecord(
         name, shape, density, 1.0, conv_kernel_name(None), dense_bytes=weight.nbytes,
-        sparse_bytes=weight.nbytes, batches=conv_kernel_name(None),
+        sparse_bytes=weight.nbytes, batch_kernel=conv_kernel_name(None),
     )  # fmt: skip
 
 
@@ -282,7 +282,7 @@ def _refusal(module: nn.Module, record: LayerRecord, call: _Call, bits: int | No
 
 def _by_costs(record: LayerRecord, decision: Decision) -> tuple[LayerRecord, str | None]:
     reason = f"{SLOWER}: {decision}" if decision.chosen == "dense" else None
-    decided = f"by measured costs: {decision}"
+    decided = f"by measured latencies: {decision}"
     return replace(record, decided=decided, predicted=decision.predicted), reason
 
 
@@ -301,32 +301,37 @@ def _swap(module: nn.Module, record: LayerRecord, call: _Call) -> LayerRecord:
     exact = not isinstance(module, nn.Conv2d) and pays_as_nm(matrix, record.pattern)
     packed: BitmapLinear | NMLinear
     packed = (NMLinear if exact else BitmapLinear).from_matrix(matrix, bias, record.pattern)
-    packed.density_requested = record.requested
+    packed.requested_density = record.requested
     if isinstance(module, nn.Conv2d) and isinstance(packed, BitmapLinear):
         conv = PackedConv2d.from_conv(module, packed)
         put(call.root, module, conv)
         kernel, many = serves(conv)
-        return replace(record, kernel=kernel, batches=many)
+        return replace(record, kernel=kernel, batch_kernel=many)
     if isinstance(packed, BitmapLinear):
-        choose_unpacking(packed, call.costs)
-        choose_columns(packed, call.costs)
-    prepared = call.batches and prepare(packed, call.costs)
+        choose_unpacking(packed, call.latency)
+        choose_columns(packed, call.latency)
+    prepared = call.large_batches and prepare(packed, call.latency)
     put(call.root, module, packed)
     kernel, many = serves(packed)
     kernel += f" + {many}" if prepared else ""
     size = packed.nbytes if isinstance(packed, NMLinear) else record.sparse_bytes
-    return replace(record, kernel=kernel, batches=many, sparse_bytes=size)
+    return replace(record, kernel=kernel, batch_kernel=many, sparse_bytes=size)
 
 
 def _quantize(module: nn.Module, record: LayerRecord, bits: int, call: _Call) -> LayerRecord:
     bias, matrix = module._parameters.get("bias"), as_matrix(module)
     packed = QuantizedLinear.from_matrix(matrix, bias, record.pattern, bits=bits, group=call.group)
-    packed.density_requested = record.requested
+    packed.requested_density = record.requested
     size, density = packed.matrix.nbytes, packed.density
-    choose_form(packed, call.costs, call.batches)
+    choose_form(packed, call.latency, call.large_batches)
     put(call.root, module, packed)
     kernel, many = serves(packed)
     decided = f"asked for; {packed.form_decided}".removesuffix("; ")
     return replace(
-        record, kernel=kernel, batches=many, sparse_bytes=size, density=density, decided=decided
+        record,
+        kernel=kernel,
+        batch_kernel=many,
+        sparse_bytes=size,
+        density=density,
+        decided=decided,
     )

@@ -16,8 +16,8 @@ from gossamer.core.errors import DisturbedError, UsageError
 from gossamer.engine.progress import track
 from gossamer.nn import BitmapLinear, PackedConv2d, QuantizedLinear
 from gossamer.nn.kernel_choice.decide import convolution_family
-from gossamer.nn.kernel_choice.latency import Costs, Work, fit
-from gossamer.nn.kernel_choice.machine import machine, store_costs
+from gossamer.nn.kernel_choice.latency import LatencyModel, ProductShape, fit
+from gossamer.nn.kernel_choice.machine import machine, store_latency
 from gossamer.nn.kernel_choice.timing import burst, copies, random_matrix
 from gossamer.ops import _dispatch
 from gossamer.ops.conv import sharing
@@ -40,22 +40,22 @@ INTEGER_ROWS = (1, 128)
 ROWS = {"dense": (1, 16, 128), "bitmap-matvec": (1, 8)}
 _BATCHES = (16, 128)
 PIXELS = (7, 14)
-"""A side of the resulting images; the costs are by all their pixels."""
+"""A side of the resulting images; the latencies are by all their pixels."""
 _DTYPES = (torch.float32, torch.bfloat16)
 _BURST, _PATIENCE = 3e-4, 0.06
-Point = tuple[str, int, Work, float]
+Point = tuple[str, int, ProductShape, float]
 
 
-def calibrate_costs(*, store: bool = True, progress: bool = False) -> Costs:
-    """Time every kernel on a few layers, fit its costs, keep them for this user and machine.
+def calibrate_latency(*, store: bool = True, progress: bool = False) -> LatencyModel:
+    """Time every kernel on a few layers, fit its latency, keep them for this user and machine.
 
     About 20 seconds on two idle cores. `compress` and `load` find what is stored. Raises
     DisturbedError where other work shows in the times, UsageError where the kernels are not
     compiled, OSError where the cache folder cannot be written.
     """
     if _dispatch.isa_index() < 0:
-        raise UsageError("costs are those of compiled kernels, and none run here")
-    points: dict[str, dict[int, list[tuple[Work, float]]]] = {}
+        raise UsageError("latencies are those of compiled kernels, and none run here")
+    points: dict[str, dict[int, list[tuple[ProductShape, float]]]] = {}
     total = (len(_DTYPES) + len(BITS)) * len(SHAPES)
     total += len(CONVOLUTIONS) + len(WINDOWS) * len(STRIDES)
     state = torch.random.get_rng_state()
@@ -63,8 +63,8 @@ def calibrate_costs(*, store: bool = True, progress: bool = False) -> Costs:
         with track(total, progress, "measuring kernels") as step, torch.inference_mode():
             for label, found in itertools.chain(_linears(), _integers(), _convolutions()):
                 check_quiet()
-                for name, rows, work, seconds in found:
-                    points.setdefault(name, {}).setdefault(rows, []).append((work, seconds))
+                for name, rows, shape, seconds in found:
+                    points.setdefault(name, {}).setdefault(rows, []).append((shape, seconds))
                 step(label)
     finally:
         torch.random.set_rng_state(state)
@@ -72,17 +72,17 @@ def calibrate_costs(*, store: bool = True, progress: bool = False) -> Costs:
         name: {rows: fit(measured) for rows, measured in by_rows.items()}
         for name, by_rows in points.items()
     }
-    costs = Costs(machine(), terms)
+    latency = LatencyModel(machine(), terms)
     if store:
-        store_costs(costs)
-    return costs
+        store_latency(latency)
+    return latency
 
 
 def check_quiet() -> None:
     """Raise DisturbedError where all threads together take twice as long as one, thrice in a row.
 
     A product of 1024 x 1024 is shared in halves; they wait for each other, so work of others on any
-    core shows here first, and it would show in every kernel's costs.
+    core shows here first, and it would show in every kernel's latency.
     """
     threads = torch.get_num_threads()
     if threads == 1:
@@ -127,7 +127,7 @@ def measure_dense(
     layers = copies(nn.Linear(inputs, out, bias=False).to(dtype))
     for count in rows:
         x = torch.randn(count, inputs).to(dtype)
-        yield f"dense {_name(dtype)}", count, Work(out, inputs), _seconds(layers, x)
+        yield f"dense {_name(dtype)}", count, ProductShape(out, inputs), _seconds(layers, x)
 
 
 def measure_sparse(
@@ -140,27 +140,27 @@ def measure_sparse(
 ) -> Iterator[Point]:
     """Every kernel for unstructured zeros: up to 8 rows, and more in the three ways that serve."""
     layer = BitmapLinear.from_matrix(random_matrix(out, inputs, density).to(dtype))
-    work = Work(out, inputs, layer.density)
+    shape = ProductShape(out, inputs, layer.density)
     layers = copies(layer)
     for rows in few:
         x = torch.randn(rows, inputs).to(dtype)
-        yield f"bitmap-matvec {_name(dtype)}", rows, work, _seconds(layers, x)
+        yield f"bitmap-matvec {_name(dtype)}", rows, shape, _seconds(layers, x)
     for kernel, first in (("bitmap-unpack", 0), ("bitmap-spmm", 1 << 62)):
         for each in layers:
             each.unpack_from = first
         for rows in many:
             x = torch.randn(rows, inputs).to(dtype)
-            yield f"{kernel} {_name(dtype)}", rows, work, _seconds(layers, x)
+            yield f"{kernel} {_name(dtype)}", rows, shape, _seconds(layers, x)
     layer.prepare_columns()
     layers = copies(layer)
     for rows in few:
         x = torch.randn(rows, inputs).to(dtype)
-        yield f"csr-matvec {_name(dtype)}", rows, work, _seconds(layers, x)
-    layer.prepare_batches()
+        yield f"csr-matvec {_name(dtype)}", rows, shape, _seconds(layers, x)
+    layer.prepare_large_batches()
     layers = copies(layer)
     for rows in many:
         x = torch.randn(rows, inputs).to(dtype)
-        yield f"sell-spmm {_name(dtype)}", rows, work, _seconds(layers, x)
+        yield f"sell-spmm {_name(dtype)}", rows, shape, _seconds(layers, x)
 
 
 def measure_blocks(
@@ -169,13 +169,13 @@ def measure_blocks(
     """Blocks of `high` rows and one column."""
     matrix = random_matrix(out, inputs, density, high).to(dtype)
     layer = BitmapLinear.from_matrix(matrix, pattern=f"block:{high}x1")
-    layer.prepare_batches()
+    layer.prepare_large_batches()
     assert "block" in str(layer.batch_kernel)
     layers = copies(layer)
     for count in rows:
         x = torch.randn(count, inputs).to(dtype)
-        work = Work(out, inputs, layer.density, high)
-        yield f"block-spmm {_name(dtype)}", count, work, _seconds(layers, x)
+        shape = ProductShape(out, inputs, layer.density, high)
+        yield f"block-spmm {_name(dtype)}", count, shape, _seconds(layers, x)
 
 
 def _integers() -> Iterator[tuple[str, list[Point]]]:
@@ -192,15 +192,15 @@ def measure_integers(
         layer = QuantizedLinear.from_matrix(random_matrix(out, inputs, density), bits=bits)
         if layer.bitmap is None:
             continue
-        layers, work = copies(layer), Work(out, inputs, layer.density)
+        layers, shape = copies(layer), ProductShape(out, inputs, layer.density)
         for count in rows:
             x = torch.randn(count, inputs)
-            yield f"bitmap-matvec int{bits}", count, work, _seconds(layers, x)
+            yield f"bitmap-matvec int{bits}", count, shape, _seconds(layers, x)
     layer.densify()
     layers = copies(layer)
     for count in rows:
         x = torch.randn(count, inputs)
-        yield f"dense int{bits}", count, Work(out, inputs), _seconds(layers, x)
+        yield f"dense int{bits}", count, ProductShape(out, inputs), _seconds(layers, x)
 
 
 def _convolutions() -> Iterator[tuple[str, list[Point]]]:
@@ -234,14 +234,14 @@ def measure_convolution(
         _seconds(copies(turned), x.contiguous(memory_format=torch.channels_last)),
     )
     inputs, pixels = kernel * kernel * channels, side * side
-    yield f"dense-conv{family} float32", pixels, Work(out, inputs), taken
+    yield f"dense-conv{family} float32", pixels, ProductShape(out, inputs), taken
     for density, high in zeros:
         matrix = random_matrix(out, inputs, density, high)
         layer = PackedConv2d.from_conv(conv, BitmapLinear.from_matrix(matrix))
-        work, name = Work(out, inputs, layer.density), layer.kernel.partition("/")[0]
+        shape, name = ProductShape(out, inputs, layer.density), layer.kernel.partition("/")[0]
         if name == "tiled-conv":
-            work = replace(work, high=sharing(matrix))
-        yield f"{name}{family} float32", pixels, work, _seconds(copies(layer), x)
+            shape = replace(shape, high=sharing(matrix))
+        yield f"{name}{family} float32", pixels, shape, _seconds(copies(layer), x)
 
 
 def _seconds(layers: list[Callable[[Tensor], Tensor]], x: Tensor) -> float:

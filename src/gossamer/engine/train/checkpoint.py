@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from gossamer.core.errors import FormatError, UsageError
-from gossamer.core.files import write_safetensors
-from gossamer.engine.prune.journal import write_whole
+from gossamer.core.files import write_safetensors, write_whole
 
 FORMAT = "gossamer-training-1"
 _DEPTH = 32

@@ -18,7 +18,7 @@ from gossamer.core.allocation import LayerInfo
 from gossamer.core.errors import NonFiniteError, UsageError
 from gossamer.core.matrix import why_not_plain
 from gossamer.engine.hooks import around_ascents, around_steps, observe_gradients
-from gossamer.engine.protocols import Rewirer
+from gossamer.engine.protocols import CompressedTopology
 from gossamer.engine.train.distributed import unwrapped
 from gossamer.engine.train.guard import check_state, check_total, check_unmoved, fingerprint, thawed
 from gossamer.engine.train.layers import own_parameter
@@ -34,7 +34,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def sparse_layers(
     model: nn.Module,
-    trainer: Rewirer,
+    method: CompressedTopology,
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -42,12 +42,12 @@ def sparse_layers(
 ) -> nn.Module:
     """Replace Linear and 1x1 Conv2d layers, in place, by layers that hold random kept weights.
 
-    Counts come from the trainer's allocation; kept weights and biases keep their values. include,
+    Counts come from the method's allocation; kept weights and biases keep their values. include,
     exclude: as in `prune`. Construct the optimizer afterwards. Raises UsageError, nothing changed,
     for a method that needs dense weights, a convolution of another kind, and a layer that does
     more than its class: a weight recomputed at every forward, a forward of its own, hooks.
     """
-    _check_trainer(trainer)
+    _check_method(method)
     inner, _ = unwrapped(model)
     chosen = prunable_layers(inner, include, exclude)
     infos = []
@@ -58,7 +58,7 @@ def sparse_layers(
             raise UsageError(f"{name}: only Linear and 1x1 Conv2d train sparsely; exclude it")
         shape = tuple(weight.shape)
         infos.append(LayerInfo(name, shape, block, torch.empty(shape, device="meta").flatten(1)))
-    counts = trainer.counts(infos)
+    counts = method.counts(infos)
     generator = torch.Generator().manual_seed(seed)
     made: dict[str, SparseLayer] = {}
     for info in infos:
@@ -77,13 +77,13 @@ def sparse_layers(
 def true_sparse_training(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    trainer: Rewirer,
+    method: CompressedTopology,
     *,
     total_steps: int,
     seed: int = 0,
     state: Mapping[str, Any] | None = None,
 ) -> Iterator[TrueSparseRun]:
-    """Train inside, with `optimizer.step()` as usual; sparse layers are rewired by the trainer.
+    """Train inside, with `optimizer.step()` as usual; sparse layers are rewired by the method.
 
     The model holds SparseLinear or SparseConv2d layers, whose values the optimizer holds. state:
     an earlier `state_dict()`, to continue from, beside the model's and the optimizer's own.
@@ -94,7 +94,7 @@ def true_sparse_training(
     gradient, and for weights that changed while no step was seen; NonFiniteError before a step
     with NaN or infinite gradients is taken.
     """
-    run = TrueSparseRun(model, optimizer, trainer, total_steps, seed)
+    run = TrueSparseRun(model, optimizer, method, total_steps, seed)
     if state is not None:
         run.load_state_dict(state)
     with (
@@ -113,13 +113,13 @@ class TrueSparseRun:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        trainer: Rewirer,
+        method: CompressedTopology,
         total_steps: int,
         seed: int = 0,
     ) -> None:
-        _check_trainer(trainer)
+        _check_method(method)
         check_total(total_steps)
-        self.trainer, self.total_steps = trainer, total_steps
+        self.method, self.total_steps = method, total_steps
         model, _ = unwrapped(model)
         every = {n: m for n, m in model.named_modules() if isinstance(m, SparseLayer)}
         self.layers = {n: m for n, m in every.items() if m.values.requires_grad}
@@ -157,7 +157,7 @@ class TrueSparseRun:
 
     def wants_gradients(self) -> bool:
         """Whether the next step's update grows by gradient."""
-        return self.trainer.growth == "gradient" and self._due(self.step + 1)
+        return self.method.growth == "gradient" and self._due(self.step + 1)
 
     def see(self, name: str, x: Tensor, gradient: Tensor) -> None:
         """One backward pass through a layer: its input, and the gradient of its output."""
@@ -173,7 +173,7 @@ class TrueSparseRun:
         for name, layer in self.layers.items():
             if self.wants_gradients() and name not in self._seen:
                 raise UsageError(
-                    f"{name}: has no gradient, and {self.trainer.card.name} grows weights by it in "
+                    f"{name}: has no gradient, and {self.method.card.name} grows weights by it in "
                     "this step; call backward() on a loss that was not computed under no_grad"
                 )
             gradient = layer.values.grad
@@ -199,7 +199,7 @@ class TrueSparseRun:
         self.check()
         return {
             "version": VERSION,
-            "trainer": repr(self.trainer),
+            "method": repr(self.method),
             "total_steps": self.total_steps,
             "step": self.step,
             "changed": self.changed,
@@ -208,7 +208,7 @@ class TrueSparseRun:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`. Raises FormatError, nothing changed, if it does not fit."""
-        mine = {"version": VERSION, "trainer": repr(self.trainer), "total_steps": self.total_steps}
+        mine = {"version": VERSION, "method": repr(self.method), "total_steps": self.total_steps}
         check_state(state, mine, {})
         self._generator.set_state(state["generator"])
         self.step, self.changed = int(state["step"]), int(state["changed"])
@@ -219,15 +219,15 @@ class TrueSparseRun:
         self._first = fingerprint([x.values for x in self.layers.values()])
 
     def _due(self, step: int) -> bool:
-        return step <= self.total_steps and self.trainer.due(step, self.total_steps)
+        return step <= self.total_steps and self.method.due(step, self.total_steps)
 
     @torch.no_grad()
     def _rewire(self, layer: SparseLayer, seen: Sequence[tuple[Tensor, Tensor]]) -> None:
         values, old = layer.values, layer.positions
         size = layer.shape[0] * layer.shape[1]
-        stay = self.trainer.stay(values, self.step, self.total_steps)
+        stay = self.method.survivors(values, self.step, self.total_steps)
         kept, room = old[stay], int((~stay).sum())
-        if self.trainer.growth == "gradient":
+        if self.method.growth == "gradient":
             grown, carried = largest_gradients(seen, layer.shape, room, kept), None
         else:
             free = min(room, size - old.numel())
@@ -281,10 +281,10 @@ def _first_largest(pool: Tensor, count: int, least: Tensor) -> tuple[Tensor, Ten
     return chosen, bar
 
 
-def _check_trainer(trainer: Any) -> None:
-    if isinstance(trainer, type) or not isinstance(trainer, Rewirer):
+def _check_method(method: Any) -> None:
+    if isinstance(method, type) or not isinstance(method, CompressedTopology):
         raise UsageError(
-            f"{trainer!r} cannot train where only kept weights exist; StaticRandom, SET and RigL can"
+            f"{method!r} cannot train where only kept weights exist; StaticRandom, SET and RigL can"
         )
 
 

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import FormatError, NonFiniteError, UsageError
-from gossamer.engine.data import digest_model
-from gossamer.engine.protocols import Trainer
-from gossamer.engine.prune.journal import check_same_run
+from gossamer.engine.data import check_same_run, digest_model
+from gossamer.engine.protocols import TopologyMethod
 from gossamer.engine.train.checkpoint import random_state, read_state, set_random_state, write_state
-from gossamer.engine.train.flops import Meter, forward_work
-from gossamer.engine.train.masked import SparseRun, sparse_training
+from gossamer.engine.train.flops import Meter, forward_flops
+from gossamer.engine.train.masked import sparse_training
+from gossamer.engine.train.run import SparseRun
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "linear", "constant")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingOptions:
     """How to train, apart from sparsity."""
 
     steps: int
@@ -77,9 +77,9 @@ class Fit:
     def __init__(
         self,
         model: nn.Module,
-        method: Trainer | None,
+        method: TopologyMethod | None,
         loss: Callable[[nn.Module, int], Tensor],
-        recipe: Recipe,
+        recipe: TrainingOptions,
         *,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
@@ -94,7 +94,7 @@ class Fit:
         self.losses: list[float] = []
         self.run: SparseRun | None = None
         self._model = digest_model(model)
-        self.work = forward_work(model, lambda: loss(model, 0))
+        self.work = forward_flops(model, lambda: loss(model, 0))
         self.meter = Meter(self.work, None)
 
     @property

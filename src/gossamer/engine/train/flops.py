@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from gossamer.core.matrix import is_prunable
 from gossamer.engine.hooks import evaluating, observe_inputs
-from gossamer.engine.protocols import Trainer
-from gossamer.engine.train.masked import SparseRun
+from gossamer.engine.protocols import TopologyMethod
+from gossamer.engine.train.run import SparseRun
 
 
-def forward_work(model: nn.Module, forward: Callable[[], object]) -> dict[int, float]:
+def forward_flops(model: nn.Module, forward: Callable[[], object]) -> dict[int, float]:
     """Multiply-adds of one batch by the id of the weight, over Linear, Conv1D and Conv2d layers."""
     layers = {
         name: module
@@ -77,9 +77,9 @@ class Meter:
         """Add the step that is about to be taken."""
         forward = backward = self._rest
         if self.run is not None:
-            trainer, step = self.run.trainer, self.run.step + 1
-            whole = trainer.dense or (
-                trainer.gradients_at_update and trainer.due(step, self.run.total_steps)
+            method, step = self.run.method, self.run.step + 1
+            whole = method.keeps_dense_weights or (
+                "gradients" in method.card.needs and method.due(step, self.run.total_steps)
             )
             for name, work in self._work.items():
                 forward += work * self._shares[name]
@@ -130,7 +130,7 @@ class Meter:
 
 def expected_flops(
     model: nn.Module,
-    method: Trainer | None,
+    method: TopologyMethod | None,
     total: int,
     forward: Callable[[nn.Module], Tensor],
     *,
@@ -143,7 +143,7 @@ def expected_flops(
     layers by what it learns, the real cost differs a little.
     """
     model = copy.deepcopy(model)
-    work = forward_work(model, lambda: forward(model))
+    work = forward_flops(model, lambda: forward(model))
     if method is None:
         return Meter(work, None).dense_step * total
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
@@ -154,7 +154,7 @@ def expected_flops(
     for step in range(total):
         run.step = step
         meter.before_step()
-        if method.dense or not method.due(step + 1, total):
+        if method.keeps_dense_weights or not method.due(step + 1, total):
             continue
         for layer in run.layers:
             noise = torch.randn(layer.weight.shape, generator=generator)

@@ -20,7 +20,7 @@ from gossamer.core.errors import FormatError, UsageError
 from gossamer.core.pattern import Unstructured
 from gossamer.core.support import Support
 from gossamer.engine.data import digest_model
-from gossamer.engine.protocols import Rounds, Trainer
+from gossamer.engine.protocols import Recipe, TopologyMethod
 from gossamer.engine.train.checkpoint import random_state, read_state, set_random_state, write_state
 from gossamer.engine.train.distributed import unwrapped
 from gossamer.engine.train.flops import expected_flops
@@ -31,7 +31,7 @@ FILE = "rounds.safetensors"
 
 
 @dataclass(frozen=True)
-class Part:
+class RoundPart:
     """One training that is asked for. Round 0 is the dense one; `member` counts its copies, which
     differ by what the caller makes of it (a seed, a decay). first: the step at which data order and
     learning rate go on. last: the step to stop before, or None for the end. checkpoint: where to
@@ -59,8 +59,8 @@ class RoundsResult:
 
 def train_rounds(
     model: nn.Module,
-    method: Rounds,
-    train: Callable[[nn.Module, Trainer, Part], None],
+    method: Recipe,
+    train: Callable[[nn.Module, TopologyMethod, RoundPart], None],
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -70,7 +70,7 @@ def train_rounds(
 ) -> RoundsResult:
     """Run an outer loop (IMP, SparseModelSoups) over `train`, in place.
 
-    train(model, trainer, part) trains the model inside `sparse_training(model, optimizer, trainer,
+    train(model, method, part) trains the model inside `sparse_training(model, optimizer, method,
     ...)` with the same include and exclude, an optimizer of its own, and the steps that `part`
     names. data: batches of inputs on which batch norms take new statistics after averaging.
     evaluate: a score of the model, higher is better; with it soups are greedy. checkpoint: a
@@ -90,7 +90,7 @@ def train_rounds(
     loop.open()
     for part in parts_of(method)[loop.done :]:
         loop.begin(part)
-        train(model, method.hold(loop.masks), loop.with_checkpoint(part))
+        train(model, method.keep_masks(loop.masks), loop.with_checkpoint(part))
         if part.index:
             _check_zeros(layers, loop.masks)
             loop.members.append(_copy(inner))
@@ -104,17 +104,17 @@ def train_rounds(
     return RoundsResult(supports, tuple(loop.densities))
 
 
-def parts_of(method: Rounds) -> list[Part]:
+def parts_of(method: Recipe) -> list[RoundPart]:
     """Every training of the loop, in order."""
     first = method.rewind or 0
-    dense = [Part(0, last=first)] * bool(first) + [Part(0, first=first)]
+    dense = [RoundPart(0, last=first)] * bool(first) + [RoundPart(0, first=first)]
     rounds = range(1, method.rounds + 1)
-    return dense + [Part(i, m, first) for i in rounds for m in range(method.members)]
+    return dense + [RoundPart(i, m, first) for i in rounds for m in range(method.members)]
 
 
 def expected_rounds_flops(
     model: nn.Module,
-    method: Rounds,
+    method: Recipe,
     steps: int,
     forward: Callable[[nn.Module], Tensor],
     *,
@@ -128,21 +128,27 @@ def expected_rounds_flops(
     """
     layers = unfrozen_layers(unwrapped(model)[0], include, exclude)
     masks = {x.name: torch.ones_like(x.matrix(x.weight), dtype=torch.bool) for x in layers}
-    costs = []
+    latency = []
     for index in range(method.rounds + 1):
         if index:
             masks = method.prune(_infos(layers), masks, index)
-        costs.append(
-            expected_flops(model, method.hold(masks), 1, forward, include=include, exclude=exclude)
+        latency.append(
+            expected_flops(
+                model, method.keep_masks(masks), 1, forward, include=include, exclude=exclude
+            )
         )
-    return sum(costs[part.index] * part.steps(steps) for part in parts_of(method))
+    return sum(latency[part.index] * part.steps(steps) for part in parts_of(method))
 
 
 class _Loop:
     """Where a loop stands, between two of its trainings."""
 
     def __init__(
-        self, model: nn.Module, method: Rounds, layers: list[TrainedLayer], folder: Path | None
+        self,
+        model: nn.Module,
+        method: Recipe,
+        layers: list[TrainedLayer],
+        folder: Path | None,
     ) -> None:
         self.model, self.method, self.layers, self.folder = model, method, layers, folder
         self.done = 0
@@ -153,7 +159,7 @@ class _Loop:
         self.early: State = {}
         self.pruned: State = {}
 
-    def begin(self, part: Part) -> None:
+    def begin(self, part: RoundPart) -> None:
         """Put the model where this training starts."""
         if part.index == 0:
             if part.last is None:
@@ -174,7 +180,7 @@ class _Loop:
         if self.folder is not None:
             self._part_file(self.done - 1).unlink(missing_ok=True)
 
-    def with_checkpoint(self, part: Part) -> Part:
+    def with_checkpoint(self, part: RoundPart) -> RoundPart:
         """The part with the file of its own."""
         file = None if self.folder is None else self._part_file(self.done)
         return replace(part, checkpoint=file)
@@ -287,7 +293,7 @@ def _check_zeros(layers: Sequence[TrainedLayer], masks: dict[str, Tensor]) -> No
         if bool(layer.matrix(layer.weight)[~masks[layer.name]].any()):
             raise UsageError(
                 f"{layer.name}: train() moved weights outside the support; step inside "
-                "gs.sparse_training(model, optimizer, trainer, ...) with the trainer it is given"
+                "gs.sparse_training(model, optimizer, method, ...) with the method it is given"
             )
 
 

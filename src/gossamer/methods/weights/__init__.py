@@ -1,19 +1,43 @@
-"""Methods that make weights sparse, by their cards' names; `catalogue` lists them."""
+"""Weights: scores, solvers, topology, penalties and recipes, after or during training."""
 
-from __future__ import annotations
+from gossamer.methods.weights.fixed_masks import FixedMasks
+from gossamer.methods.weights.gmp import GMP
+from gossamer.methods.weights.granet import GraNet
+from gossamer.methods.weights.imp import IMP
+from gossamer.methods.weights.issp import ISSP
+from gossamer.methods.weights.magnitude import Magnitude
+from gossamer.methods.weights.masksparsity import MaskSparsity
+from gossamer.methods.weights.random import Random
+from gossamer.methods.weights.rigl import RigL
+from gossamer.methods.weights.scl import SCL
+from gossamer.methods.weights.sdgf import SdGf
+from gossamer.methods.weights.set import SET
+from gossamer.methods.weights.snip import SNIP
+from gossamer.methods.weights.soups import SparseModelSoups
+from gossamer.methods.weights.sparsegpt import SparseGPT
+from gossamer.methods.weights.srste import SRSTE
+from gossamer.methods.weights.static_random import StaticRandom
+from gossamer.methods.weights.wanda import Wanda
+from gossamer.methods.weights.wgsef import WGSEF
 
-from typing import Any
-
-from gossamer.core.card import Card
-from gossamer.methods.weights.catalogue import CATALOGUE
-
-
-def _of_kind(*kinds: str) -> dict[str, type[Any]]:
-    found: list[type[Any]] = [x for x in CATALOGUE if x.card.kind in kinds]
-    return {x.card.name: x for x in found}
-
-
-METHODS = _of_kind("score", "solver")
-TRAINERS = _of_kind("trainer")
-ROUNDS = _of_kind("rounds")
-CARDS: tuple[Card, ...] = tuple(x.card for x in METHODS.values())
+__all__ = [
+    "GMP",
+    "IMP",
+    "ISSP",
+    "SCL",
+    "SET",
+    "SNIP",
+    "SRSTE",
+    "WGSEF",
+    "FixedMasks",
+    "GraNet",
+    "Magnitude",
+    "MaskSparsity",
+    "Random",
+    "RigL",
+    "SdGf",
+    "SparseGPT",
+    "SparseModelSoups",
+    "StaticRandom",
+    "Wanda",
+]

@@ -1,4 +1,17 @@
-"""GMP: gradual magnitude pruning on a cubic schedule."""
+"""GMP: gradual magnitude pruning on a cubic schedule.
+
+Starts dense and removes the smallest weights on a cubic schedule; what is gone stays gone.
+
+**Paper.** To prune, or not to prune: exploring the efficacy of pruning for model compression, 2017.
+https://arxiv.org/abs/1710.01878
+
+**Claim.** Large sparse networks beat small dense ones of equal non-zero count.
+
+**Defaults.** Every 100 steps from the start to 75% of the run; the same density in each layer.
+
+**Notes.** The ramp ends at the final density even where `every` does not divide it. Ending the ramp
+at the last step, or during warm-up, costs accuracy.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +28,10 @@ from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
 from gossamer.core.schedule import Cubic
 from gossamer.core.select import kept_count
+from gossamer.core.step import Step
 from gossamer.methods.weights.topology import (
-    Fixed,
     ShapeAllocation,
+    StaticSupport,
     check_every,
     check_fraction,
     every_weight,
@@ -28,7 +42,7 @@ from gossamer.methods.weights.topology import (
 
 
 @dataclass(frozen=True)
-class GMP(Fixed):
+class GMP(StaticSupport):
     """Every `every` steps between the fractions `begin` and `end` of the run, prune by magnitude.
 
     scope: `tensor` ranks each layer against its own target from the allocation, `global` all
@@ -44,20 +58,13 @@ class GMP(Fixed):
 
     card: ClassVar[Card] = Card(
         name="gmp",
-        kind="trainer",
-        title="To prune, or not to prune: exploring the efficacy of pruning for model compression",
-        year=2017,
-        link="https://arxiv.org/abs/1710.01878",
+        topic="weights",
+        role="topology",
         needs=(),
         patterns=("unstructured",),
-        claim="Large sparse networks beat small dense ones of equal non-zero count.",
+        year=2017,
+        link="https://arxiv.org/abs/1710.01878",
         status="stable",
-        summary="Starts dense and removes the smallest weights on a cubic schedule; what is gone "
-        "stays gone.",
-        defaults="every 100 steps from the start to 75% of the run; the same density in each "
-        "layer.",
-        notes="The ramp ends at the final density even where `every` does not divide it. Ending "
-        "the ramp at the last step, or during warm-up, costs accuracy.",
     )
 
     def __post_init__(self) -> None:
@@ -67,41 +74,28 @@ class GMP(Fixed):
         if self.begin > self.end or self.scope not in ("tensor", "global"):
             raise UsageError("GMP needs begin <= end and a scope of tensor or global")
 
-    def start(
-        self,
-        layers: Sequence[LayerInfo],
-        gradients: Mapping[str, Tensor],
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]:
+    def start(self, step: Step) -> dict[str, Tensor]:
         """Every weight; the target is checked now rather than at the first update."""
-        layer_counts(layers, self.allocation, self.density)
-        return every_weight(layers)
+        layer_counts(step.layers, self.allocation, self.density)
+        return every_weight(step.layers)
 
     def due(self, step: int, total: int) -> bool:
         """At `begin`, every `every` steps after it, and at `end`."""
         first, last = ramp(self.begin, self.end, total)
         return first <= step <= last and ((step - first) % self.every == 0 or step == last)
 
-    def update(
-        self,
-        step: int,
-        total: int,
-        layers: Sequence[LayerInfo],
-        gradients: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor],
-        generator: torch.Generator,
-    ) -> list[dict[str, Tensor]]:
+    def update(self, step: Step) -> list[dict[str, Tensor]]:
         """The largest weights of those still kept."""
-        first, last = ramp(self.begin, self.end, total)
-        progress = (step - first) / (last - first) if last > first else 1.0
+        first, last = ramp(self.begin, self.end, step.total)
+        progress = (step.number - first) / (last - first) if last > first else 1.0
         if self.scope == "global":
             density = Cubic(1.0, self.density)(progress)
-            return [prune_globally(layers, masks, density)]
-        targets = layer_counts(layers, self.allocation, self.density)
+            return [prune_globally(step.layers, step.masks, density)]
+        targets = layer_counts(step.layers, self.allocation, self.density)
         pruned = {}
-        for x in layers:
+        for x in step.layers:
             count = round(Cubic(x.size, targets[x.name])(progress))
-            pruned[x.name] = keep_largest(x.weight, masks[x.name], count)
+            pruned[x.name] = keep_largest(x.weight, step.masks[x.name], count)
         return [pruned]
 
 

@@ -1,4 +1,21 @@
-"""Iterative magnitude pruning with rewinding: lottery tickets."""
+"""Iterative magnitude pruning with rewinding: lottery tickets.
+
+Trains, prunes the smallest weights, rewinds the rest to an early step and trains again, in rounds.
+
+**Paper.** Linear Mode Connectivity and the Lottery Ticket Hypothesis, 2020.
+https://arxiv.org/abs/1912.05671
+
+**Claim.** Subnetworks found by iterative magnitude pruning and rewound to an early step train to
+the dense accuracy; the same subnetworks drawn anew or at random do not.
+
+**Defaults.** 5 rounds of equal relative pruning, one ranking over all layers, rewinding to the
+initial weights.
+
+**Notes.** Each round keeps density^(1/rounds) of what the one before kept. Every parameter and
+buffer of the model is rewound, biases and norms included, and optimizer state starts anew at the
+rewinding step, in the dense round too. Each layer keeps at least one weight. The cost is rounds + 1
+trainings.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +29,8 @@ from gossamer.core.allocation import LayerInfo
 from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
 from gossamer.core.select import check_density
+from gossamer.methods.weights.fixed_masks import FixedMasks
 from gossamer.methods.weights.gmp import prune_globally
-from gossamer.methods.weights.keep import Keep
 from gossamer.methods.weights.topology import check_whole
 
 
@@ -29,23 +46,13 @@ class IMP:
     members: ClassVar[int] = 1
     card: ClassVar[Card] = Card(
         name="imp",
-        kind="rounds",
-        title="Linear Mode Connectivity and the Lottery Ticket Hypothesis",
-        year=2020,
-        link="https://arxiv.org/abs/1912.05671",
+        topic="weights",
+        role="recipe",
         needs=(),
         patterns=("unstructured",),
-        claim="Subnetworks found by iterative magnitude pruning and rewound to an early step train "
-        "to the dense accuracy; the same subnetworks drawn anew or at random do not.",
+        year=2020,
+        link="https://arxiv.org/abs/1912.05671",
         status="stable",
-        summary="Trains, prunes the smallest weights, rewinds the rest to an early step and trains "
-        "again, in rounds.",
-        defaults="5 rounds of equal relative pruning, one ranking over all layers, rewinding to "
-        "the initial weights.",
-        notes="Each round keeps density^(1/rounds) of what the one before kept. Every parameter "
-        "and buffer of the model is rewound, biases and norms included, and optimizer state "
-        "starts anew at the rewinding step, in the dense round too. Each layer keeps at least one "
-        "weight. The cost is rounds + 1 trainings.",
     )
 
     def __post_init__(self) -> None:
@@ -60,6 +67,6 @@ class IMP:
         """The support of round `index`, from 1."""
         return prune_globally(layers, masks, self.density ** (index / self.rounds))
 
-    def hold(self, masks: Mapping[str, Tensor]) -> Keep:
+    def keep_masks(self, masks: Mapping[str, Tensor]) -> FixedMasks:
         """Training under these masks."""
-        return Keep(masks)
+        return FixedMasks(masks)

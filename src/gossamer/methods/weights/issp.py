@@ -1,9 +1,25 @@
-"""ISS-P: iterative soft shrinkage before a hard support."""
+"""ISS-P: iterative soft shrinkage before a hard support.
+
+Shrinks the smallest weights a little after every step, so that a weight can still come back, and
+zeroes them at the end of the stage.
+
+**Paper.** Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution, 2023.
+https://arxiv.org/abs/2303.09650
+
+**Claim.** Soft shrinkage at every step finds better sparse super-resolution networks than norm
+regularisers and training from scratch.
+
+**Defaults.** Alpha 0.95, the same density in each layer; the stage is half of the run here.
+
+**Notes.** Dense in memory and compute until the stage ends. The shrinkage is applied to the
+weights, not to the gradient, which momentum would rescale. alpha must fit the length of the stage.
+The paper's stage is about a third of its run; N:M ranking is left out.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,9 +28,10 @@ from torch import Tensor
 
 from gossamer.core.allocation import LayerInfo, Uniform
 from gossamer.core.card import Card
+from gossamer.core.step import Step
 from gossamer.methods.weights.topology import (
-    Fixed,
     ShapeAllocation,
+    StaticSupport,
     check_fraction,
     every_weight,
     keep_largest,
@@ -23,7 +40,7 @@ from gossamer.methods.weights.topology import (
 
 
 @dataclass(frozen=True)
-class ISSP(Fixed):
+class ISSP(StaticSupport):
     """Until the fraction `until` of the run, multiply each layer's smallest weights by `alpha`
     after every step, chosen anew each time; then zero the smallest and train under that mask.
 
@@ -35,65 +52,42 @@ class ISSP(Fixed):
     until: float = 0.5
     allocation: ShapeAllocation = field(default_factory=Uniform)
 
-    shrinks: ClassVar[bool] = True
     card: ClassVar[Card] = Card(
         name="issp",
-        kind="trainer",
-        title="Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution",
-        year=2023,
-        link="https://arxiv.org/abs/2303.09650",
+        topic="weights",
+        role="topology",
         needs=(),
         patterns=("unstructured",),
-        claim="Soft shrinkage at every step finds better sparse super-resolution networks than "
-        "norm regularisers and training from scratch.",
+        year=2023,
+        link="https://arxiv.org/abs/2303.09650",
         status="stable",
-        summary="Shrinks the smallest weights a little after every step, so that a weight can "
-        "still come back, and zeroes them at the end of the stage.",
-        defaults="alpha 0.95, the same density in each layer; the stage is half of the run here.",
-        notes="Dense in memory and compute until the stage ends. The shrinkage is applied to the "
-        "weights, not to the gradient, which momentum would rescale. alpha must fit the length of "
-        "the stage. The paper's stage is about a third of its run; N:M ranking is left out.",
     )
 
     def __post_init__(self) -> None:
         check_fraction(self.alpha, "alpha")
         check_fraction(self.until, "until")
 
-    def start(
-        self,
-        layers: Sequence[LayerInfo],
-        gradients: Mapping[str, Tensor],
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]:
+    def start(self, step: Step) -> dict[str, Tensor]:
         """Every weight; the target is checked now rather than at the end of the stage."""
-        layer_counts(layers, self.allocation, self.density)
-        return every_weight(layers)
+        layer_counts(step.layers, self.allocation, self.density)
+        return every_weight(step.layers)
 
     def due(self, step: int, total: int) -> bool:
         """At the last step of the stage."""
         return step == self.last(total)
 
-    def update(
-        self,
-        step: int,
-        total: int,
-        layers: Sequence[LayerInfo],
-        gradients: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor],
-        generator: torch.Generator,
-    ) -> list[dict[str, Tensor]]:
+    def update(self, step: Step) -> list[dict[str, Tensor]]:
         """The largest weights of each layer, for good."""
-        return [self.largest(layers)]
+        return [self.largest(step.layers)]
 
-    def shrink(
-        self, step: int, total: int, layers: Sequence[LayerInfo], masks: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def edit_weights(self, step: Step) -> dict[str, Tensor]:
         """The weights with the smallest multiplied by alpha; none once the stage is over."""
-        if step > self.last(total):
+        if step.number > self.last(step.total):
             return {}
-        chosen = self.largest(layers)
+        chosen = self.largest(step.layers)
         return {
-            x.name: torch.where(chosen[x.name], x.weight, self.alpha * x.weight) for x in layers
+            x.name: torch.where(chosen[x.name], x.weight, self.alpha * x.weight)
+            for x in step.layers
         }
 
     def largest(self, layers: Sequence[LayerInfo]) -> dict[str, Tensor]:

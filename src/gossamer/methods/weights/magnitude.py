@@ -1,4 +1,17 @@
-"""Magnitude pruning: the smallest weights go."""
+"""Magnitude pruning: the smallest weights go.
+
+Removes the weights of smallest absolute value; needs no data.
+
+**Paper.** Learning both Weights and Connections for Efficient Neural Networks, 2015.
+https://arxiv.org/abs/1506.02626
+
+**Claim.** With retraining, AlexNet keeps its accuracy with a ninth of its weights.
+
+**Defaults.** Ranked within each layer; uniform allocation.
+
+**Notes.** The published figures need retraining after pruning; one-shot results on language models
+are far worse than those of methods that look at the inputs.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +34,13 @@ class Magnitude:
 
     card: ClassVar[Card] = Card(
         name="magnitude",
-        kind="score",
-        title="Learning both Weights and Connections for Efficient Neural Networks",
-        year=2015,
-        link="https://arxiv.org/abs/1506.02626",
+        topic="weights",
+        role="scorer",
         needs=(),
         patterns=("unstructured", "nm", "block", "channel"),
-        claim="With retraining, AlexNet keeps its accuracy with a ninth of its weights.",
+        year=2015,
+        link="https://arxiv.org/abs/1506.02626",
         status="stable",
-        summary="Removes the weights of smallest absolute value; needs no data.",
-        defaults="Ranked within each layer; uniform allocation.",
-        notes="The published figures need retraining after pruning; one-shot results on language "
-        "models are far worse than those of methods that look at the inputs.",
     )
 
     @property

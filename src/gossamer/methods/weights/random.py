@@ -1,4 +1,18 @@
-"""Random pruning: the null score that every mask claim must beat."""
+"""Random pruning: the null score that every mask claim must beat.
+
+Scores are independent uniform numbers, so every support of the pattern is equally likely.
+
+**Paper.** The Unreasonable Effectiveness of Random Pruning: Return of the Most Naive Baseline for
+Sparse Training, 2022. https://arxiv.org/abs/2202.02643
+
+**Claim.** A randomly pruned wide network, trained sparse, can exceed its dense counterpart; the gap
+to dense shrinks as networks grow wider and deeper.
+
+**Defaults.** Seed 0; uniform allocation. The paper trains from scratch after pruning.
+
+**Notes.** The paper samples each weight independently, which misses the budget in small layers;
+here the kept count is exact. Without training afterwards this is only a floor.
+"""
 
 from __future__ import annotations
 
@@ -26,21 +40,13 @@ class Random:
 
     card: ClassVar[Card] = Card(
         name="random",
-        kind="score",
-        title="The Unreasonable Effectiveness of Random Pruning: Return of the Most Naive Baseline "
-        "for Sparse Training",
-        year=2022,
-        link="https://arxiv.org/abs/2202.02643",
+        topic="weights",
+        role="scorer",
         needs=(),
         patterns=("unstructured", "nm", "block", "channel"),
-        claim="A randomly pruned wide network, trained sparse, can exceed its dense counterpart; "
-        "the gap to dense shrinks as networks grow wider and deeper.",
+        year=2022,
+        link="https://arxiv.org/abs/2202.02643",
         status="stable",
-        summary="Scores are independent uniform numbers, so every support of the pattern is "
-        "equally likely.",
-        defaults="seed 0; uniform allocation. The paper trains from scratch after pruning.",
-        notes="The paper samples each weight independently, which misses the budget in small "
-        "layers; here the kept count is exact. Without training afterwards this is only a floor.",
     )
 
     @property

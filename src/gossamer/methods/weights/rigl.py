@@ -1,8 +1,25 @@
-"""RigL: dropping by magnitude and growing by the dense gradient."""
+"""RigL: dropping by magnitude and growing by the dense gradient.
+
+Rewires a fixed budget: the smallest weights go, those with the largest gradient come.
+
+**Paper.** Rigging the Lottery: Making All Tickets Winners, 2020. https://arxiv.org/abs/1911.11134
+
+**Claim.** Training sparse from start to end matches or beats dense-to-sparse training at a fixed
+cost.
+
+**Defaults.** Every 100 steps until 75% of the run, drop 0.3 decayed by a cosine; ERK.
+
+**Notes.** New weights start at zero with fresh optimizer state. A weight that is dropped and grown
+at once keeps its value. Here the optimizer's step of an update is taken before the update; the
+gradient that grows is the one of that step. Dense gradients of those steps are part of the cost.
+Batch norm multiplies the gradient into an emptied channel by 1 / sqrt(eps): at 1e-5 whole layers'
+growth can land there, and a small network collapses on some seeds
+(benchmarks/results/rigl_stability.json); eps 1e-3 or rarer updates avoid it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -12,9 +29,10 @@ from torch import Tensor
 from gossamer.core.allocation import ERK, LayerInfo
 from gossamer.core.card import Card
 from gossamer.core.schedule import Cosine
+from gossamer.core.step import Step
 from gossamer.methods.weights.topology import (
-    Fixed,
     ShapeAllocation,
+    StaticSupport,
     check_every,
     check_fraction,
     drop_and_regrow,
@@ -25,7 +43,7 @@ from gossamer.methods.weights.topology import (
 
 
 @dataclass(frozen=True)
-class RigL(Fixed):
+class RigL(StaticSupport):
     """Every `every` steps until the fraction `until` of the run, drop a cosine-decayed fraction
     (from `drop`) of each layer's smallest |w| and grow its largest |gradient|."""
 
@@ -35,28 +53,16 @@ class RigL(Fixed):
     drop: float = 0.3
     until: float = 0.75
 
-    gradients_at_update: ClassVar[bool] = True
     growth: ClassVar[Literal["random", "gradient"]] = "gradient"
     card: ClassVar[Card] = Card(
         name="rigl",
-        kind="trainer",
-        title="Rigging the Lottery: Making All Tickets Winners",
-        year=2020,
-        link="https://arxiv.org/abs/1911.11134",
+        topic="weights",
+        role="topology",
         needs=("gradients",),
         patterns=("unstructured",),
-        claim="Training sparse from start to end matches or beats dense-to-sparse training at a "
-        "fixed cost.",
+        year=2020,
+        link="https://arxiv.org/abs/1911.11134",
         status="stable",
-        summary="Rewires a fixed budget: the smallest weights go, those with the largest gradient "
-        "come.",
-        defaults="every 100 steps until 75% of the run, drop 0.3 decayed by a cosine; ERK.",
-        notes="New weights start at zero with fresh optimizer state. A weight that is dropped and "
-        "grown at once keeps its value. Here the optimizer's step of an update is taken before "
-        "the update; the gradient that grows is the one of that step. Dense gradients of those "
-        "steps are part of the cost. Batch norm multiplies the gradient into an emptied channel by "
-        "1 / sqrt(eps): at 1e-5 whole layers' growth can land there, and a small network collapses "
-        "on some seeds (benchmarks/results/rigl_stability.json); eps 1e-3 or rarer updates avoid it.",
     )
 
     def __post_init__(self) -> None:
@@ -68,32 +74,20 @@ class RigL(Fixed):
         """The allocation's exact counts."""
         return layer_counts(layers, self.allocation, self.density)
 
-    def start(
-        self,
-        layers: Sequence[LayerInfo],
-        gradients: Mapping[str, Tensor],
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]:
+    def start(self, step: Step) -> dict[str, Tensor]:
         """Random masks with the allocation's exact counts."""
-        return random_masks(layers, self.counts(layers), generator)
+        return random_masks(step.layers, self.counts(step.layers), step.generator)
 
     def due(self, step: int, total: int) -> bool:
         """Every `every` steps before `until`."""
         return step % self.every == 0 and step < self.until * total
 
-    def update(
-        self,
-        step: int,
-        total: int,
-        layers: Sequence[LayerInfo],
-        gradients: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor],
-        generator: torch.Generator,
-    ) -> list[dict[str, Tensor]]:
+    def update(self, step: Step) -> list[dict[str, Tensor]]:
         """The same count in each layer, rewired."""
-        return [drop_and_regrow(layers, gradients, masks, self._fraction(step, total))]
+        fraction = self._fraction(step.number, step.total)
+        return [drop_and_regrow(step.layers, step.gradients(), step.masks, fraction)]
 
-    def stay(self, values: Tensor, step: int, total: int) -> Tensor:
+    def survivors(self, values: Tensor, step: int, total: int) -> Tensor:
         """All but the fraction of the smallest |w| that is dropped at this step."""
         mask = torch.ones_like(values, dtype=torch.bool)
         return without_smallest(values, mask, self._fraction(step, total))

@@ -1,13 +1,29 @@
-"""SdGf: N:M training in which the structure decays from dense to N of M."""
+"""SdGf: N:M training in which the structure decays from dense to N of M.
+
+Trains towards N:M through looser patterns, so that few weights go at a time.
+
+**Paper.** Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers, 2024.
+https://arxiv.org/abs/2402.04744
+
+**Claim.** Decaying the structure gains up to 2% in vision and 5% in language over other recipes at
+high N:M sparsity.
+
+**Defaults.** 2:4 stepwise; dense for the first tenth, N:M for the last fifth, which are ours: the
+paper leaves them open.
+
+**Notes.** Masked gradients are what the paper explains its gain by; the released code passes the
+whole gradient on, which is gradient='straight'. M over N must be a power of two, and geometric
+frames need M of at most 4 and rows of whole groups of 8M. Costs more per step than SR-STE while the
+structure is loose. Decay of the mask (MdGf) is another method.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from gossamer.core.allocation import LayerInfo
@@ -15,13 +31,14 @@ from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import NM, check_pattern
 from gossamer.core.select import select
-from gossamer.methods.weights.topology import Fixed, check_fraction, every_weight
+from gossamer.core.step import Step
+from gossamer.methods.weights.topology import StaticSupport, check_fraction, every_weight
 
 TWO_OF_FOUR = NM(2, 4)
 
 
 @dataclass(frozen=True)
-class SdGf(Fixed):
+class SdGf(StaticSupport):
     """Dense until the fraction `begin` of the run, then frames of equal length until `end`, each
     with its own pattern of the largest |w|, then `pattern`; masks are taken anew at every step.
 
@@ -36,25 +53,16 @@ class SdGf(Fixed):
     begin: float = 0.1
     end: float = 0.8
 
-    dense: ClassVar[bool] = True
+    keeps_dense_weights: ClassVar[bool] = True
     card: ClassVar[Card] = Card(
         name="sdgf",
-        kind="trainer",
-        title="Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers",
-        year=2024,
-        link="https://arxiv.org/abs/2402.04744",
+        topic="weights",
+        role="topology",
         needs=(),
         patterns=("nm",),
-        claim="Decaying the structure gains up to 2% in vision and 5% in language over other "
-        "recipes at high N:M sparsity.",
+        year=2024,
+        link="https://arxiv.org/abs/2402.04744",
         status="experimental",
-        summary="Trains towards N:M through looser patterns, so that few weights go at a time.",
-        defaults="2:4 stepwise; dense for the first tenth, N:M for the last fifth, which are ours: "
-        "the paper leaves them open.",
-        notes="Masked gradients are what the paper explains its gain by; the released code passes "
-        "the whole gradient on, which is gradient='straight'. M over N must be a power of two, and "
-        "geometric frames need M of at most 4 and rows of whole groups of 8M. Costs more per step "
-        "than SR-STE while the structure is loose. Decay of the mask (MdGf) is another method.",
     )
 
     def __post_init__(self) -> None:
@@ -83,39 +91,30 @@ class SdGf(Fixed):
         halvings = round(math.log2(group / keep))
         return NM(group - 1, group), *(NM(group >> i, group) for i in range(1, halvings + 1))
 
-    def start(
-        self,
-        layers: Sequence[LayerInfo],
-        gradients: Mapping[str, Tensor],
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]:
+    def start(self, step: Step) -> dict[str, Tensor]:
         """Every weight, or the first frame where there is no dense phase; all are checked now."""
-        for x in layers:
+        for x in step.layers:
             for frame in self.frames:
                 check_pattern(frame, x.weight.shape, x.name)
         if self.begin == 0:
-            return largest(layers, self.frames[0])
-        return every_weight(layers)
+            return largest(step.layers, self.frames[0])
+        return every_weight(step.layers)
 
     def due(self, step: int, total: int) -> bool:
         """After every step from the end of the dense phase on."""
         return step >= math.floor(self.begin * total)
 
-    def update(
-        self,
-        step: int,
-        total: int,
-        layers: Sequence[LayerInfo],
-        gradients: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor],
-        generator: torch.Generator,
-    ) -> list[dict[str, Tensor]]:
+    def update(self, step: Step) -> list[dict[str, Tensor]]:
         """The largest of the dense weights behind, in the pattern of this frame."""
-        return [largest(layers, self.frame(step, total))]
+        return [largest(step.layers, self.frame(step.number, step.total))]
 
-    def refine(self, layer: LayerInfo, gradient: Tensor, mask: Tensor) -> Tensor:
+    def edit_gradient(self, step: Step, layer: LayerInfo, gradient: Tensor) -> Tensor:
         """The gradient, without that of weights outside the mask where it is `masked`."""
-        return gradient if self.gradient == "straight" else gradient.masked_fill(~mask, 0)
+        return (
+            gradient
+            if self.gradient == "straight"
+            else gradient.masked_fill(~step.masks[layer.name], 0)
+        )
 
     def frame(self, step: int, total: int) -> NM:
         """The pattern in force after a step, once the dense phase is over."""

@@ -1,8 +1,22 @@
-"""SET: sparse evolutionary training, dropping by magnitude and growing at random."""
+"""SET: sparse evolutionary training, dropping by magnitude and growing at random.
+
+Rewires a fixed budget: the weights nearest to zero go, random ones come.
+
+**Paper.** Scalable training of artificial neural networks with adaptive sparse connectivity
+inspired by network science, 2018. https://arxiv.org/abs/1707.04780
+
+**Claim.** Sparse layers that rewire while training match fully connected ones with quadratically
+fewer weights.
+
+**Defaults.** Drop 0.3 of each sign, Erdos-Renyi allocation; set `every` to an epoch.
+
+**Notes.** What was just dropped grows back only where nothing else is free. Nothing is rewired
+after the last step. New weights start at zero.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -11,9 +25,10 @@ from torch import Tensor
 
 from gossamer.core.allocation import ER, LayerInfo
 from gossamer.core.card import Card
+from gossamer.core.step import Step
 from gossamer.methods.weights.topology import (
-    Fixed,
     ShapeAllocation,
+    StaticSupport,
     check_every,
     check_fraction,
     layer_counts,
@@ -24,7 +39,7 @@ from gossamer.methods.weights.topology import (
 
 
 @dataclass(frozen=True)
-class SET(Fixed):
+class SET(StaticSupport):
     """Every `every` steps (an epoch), in each layer drop the fraction `drop` of the smallest
     positive and of the largest negative weights, and grow as many at random."""
 
@@ -36,20 +51,13 @@ class SET(Fixed):
     growth: ClassVar[Literal["random", "gradient"]] = "random"
     card: ClassVar[Card] = Card(
         name="set",
-        kind="trainer",
-        title="Scalable training of artificial neural networks with adaptive sparse connectivity "
-        "inspired by network science",
-        year=2018,
-        link="https://arxiv.org/abs/1707.04780",
+        topic="weights",
+        role="topology",
         needs=(),
         patterns=("unstructured",),
-        claim="Sparse layers that rewire while training match fully connected ones with "
-        "quadratically fewer weights.",
+        year=2018,
+        link="https://arxiv.org/abs/1707.04780",
         status="stable",
-        summary="Rewires a fixed budget: the weights nearest to zero go, random ones come.",
-        defaults="drop 0.3 of each sign, Erdos-Renyi allocation; set `every` to an epoch.",
-        notes="What was just dropped grows back only where nothing else is free. Nothing is "
-        "rewired after the last step. New weights start at zero.",
     )
 
     def __post_init__(self) -> None:
@@ -60,40 +68,27 @@ class SET(Fixed):
         """The allocation's exact counts."""
         return layer_counts(layers, self.allocation, self.density)
 
-    def start(
-        self,
-        layers: Sequence[LayerInfo],
-        gradients: Mapping[str, Tensor],
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]:
+    def start(self, step: Step) -> dict[str, Tensor]:
         """Random masks with the allocation's exact counts."""
-        return random_masks(layers, self.counts(layers), generator)
+        return random_masks(step.layers, self.counts(step.layers), step.generator)
 
     def due(self, step: int, total: int) -> bool:
         """Every `every` steps, not after the last."""
         return step % self.every == 0 and step < total
 
-    def update(
-        self,
-        step: int,
-        total: int,
-        layers: Sequence[LayerInfo],
-        gradients: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor],
-        generator: torch.Generator,
-    ) -> list[dict[str, Tensor]]:
+    def update(self, step: Step) -> list[dict[str, Tensor]]:
         """The survivors, then the survivors with as many newcomers as weights dropped."""
         kept, grown = {}, {}
-        for x in layers:
-            mask = masks[x.name]
-            stay = self.survivors(x.weight, mask)
-            score = random_like(x.weight, generator) + (~mask).double()
+        for x in step.layers:
+            mask = step.masks[x.name]
+            stay = self._stay(x.weight, mask)
+            score = random_like(x.weight, step.generator) + (~mask).double()
             room = int(mask.sum()) - int(stay.sum())
             kept[x.name] = stay
             grown[x.name] = stay | top_among(score, ~stay, room)
         return [kept, grown] if all(bool(m.any()) for m in kept.values()) else [grown]
 
-    def survivors(self, weight: Tensor, mask: Tensor) -> Tensor:
+    def _stay(self, weight: Tensor, mask: Tensor) -> Tensor:
         """The mask without the smallest positive and largest negative weights; zero is positive."""
         stay = torch.zeros_like(mask)
         for side in (mask & (weight >= 0), mask & (weight < 0)):
@@ -101,6 +96,6 @@ class SET(Fixed):
             stay |= top_among(weight.abs(), side, count - int(self.drop * count))
         return stay
 
-    def stay(self, values: Tensor, step: int, total: int) -> Tensor:
+    def survivors(self, values: Tensor, step: int, total: int) -> Tensor:
         """All but the smallest positive and largest negative weights."""
-        return self.survivors(values, torch.ones_like(values, dtype=torch.bool))
+        return self._stay(values, torch.ones_like(values, dtype=torch.bool))

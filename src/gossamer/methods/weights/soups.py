@@ -1,4 +1,21 @@
-"""Sparse model soups: averages of retrained copies that share one support."""
+"""Sparse model soups: averages of retrained copies that share one support.
+
+Prunes in phases; in each, several copies retrain under one support and their weights are averaged.
+
+**Paper.** Sparse Model Soups: A Recipe for Improved Pruning via Model Averaging, 2024.
+https://arxiv.org/abs/2306.16788
+
+**Claim.** The average of copies retrained from one pruned model beats each of them and plain
+iterative pruning, at the inference cost of one.
+
+**Defaults.** 3 phases, 3 copies, uniform averages; the training function makes the copies differ by
+`part.member`.
+
+**Notes.** All copies of a phase start from the same pruned weights, so their supports are equal,
+which is checked. Statistics of batch norms are taken anew on training data before the soup is used.
+With `evaluate` the soup is greedy: copies in order of their score, each taken in if the soup does
+not get worse.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +28,8 @@ from torch import Tensor
 from gossamer.core.allocation import LayerInfo
 from gossamer.core.card import Card
 from gossamer.core.select import check_density
+from gossamer.methods.weights.fixed_masks import FixedMasks
 from gossamer.methods.weights.gmp import prune_globally
-from gossamer.methods.weights.keep import Keep
 from gossamer.methods.weights.topology import check_whole
 
 
@@ -28,23 +45,13 @@ class SparseModelSoups:
     rewind: ClassVar[None] = None
     card: ClassVar[Card] = Card(
         name="sparsemodelsoups",
-        kind="rounds",
-        title="Sparse Model Soups: A Recipe for Improved Pruning via Model Averaging",
-        year=2024,
-        link="https://arxiv.org/abs/2306.16788",
+        topic="weights",
+        role="recipe",
         needs=(),
         patterns=("unstructured",),
-        claim="The average of copies retrained from one pruned model beats each of them and plain "
-        "iterative pruning, at the inference cost of one.",
+        year=2024,
+        link="https://arxiv.org/abs/2306.16788",
         status="stable",
-        summary="Prunes in phases; in each, several copies retrain under one support and their "
-        "weights are averaged.",
-        defaults="3 phases, 3 copies, uniform averages; the training function makes the copies "
-        "differ by `part.member`.",
-        notes="All copies of a phase start from the same pruned weights, so their supports are "
-        "equal, which is checked. Statistics of batch norms are taken anew on training data before "
-        "the soup is used. With `evaluate` the soup is greedy: copies in order of their score, "
-        "each taken in if the soup does not get worse.",
     )
 
     def __post_init__(self) -> None:
@@ -58,6 +65,6 @@ class SparseModelSoups:
         """The support of phase `index`, from 1."""
         return prune_globally(layers, masks, self.density ** (index / self.rounds))
 
-    def hold(self, masks: Mapping[str, Tensor]) -> Keep:
+    def keep_masks(self, masks: Mapping[str, Tensor]) -> FixedMasks:
         """Training under these masks."""
-        return Keep(masks)
+        return FixedMasks(masks)

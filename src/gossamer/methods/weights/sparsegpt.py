@@ -1,4 +1,21 @@
-"""SparseGPT: choose weights and repair the others, column by column, with the layer's Hessian."""
+"""SparseGPT: choose weights and repair the others, column by column, with the layer's Hessian.
+
+Removes the weights whose loss is cheapest to repair and updates the weights to their right by the
+inverse Hessian of the layer's inputs.
+
+**Paper.** SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, 2023.
+https://arxiv.org/abs/2301.00774
+
+**Claim.** 50 to 60% unstructured sparsity, and 2:4, on models of 175 billion parameters in hours on
+one GPU with small loss in perplexity and no retraining.
+
+**Defaults.** Column blocks of 128, damping 0.01 of the mean diagonal, 128 calibration windows.
+
+**Notes.** Supports are chosen per column block, as published; counts are rounded cumulatively so
+that the layer's total is exact. Blocks of weights are an extension: tiles are scored by the sum of
+w^2 / U_jj^2 and chosen per column block. Column channels likewise. Row channels have nothing to
+repair and are refused.
+"""
 
 from __future__ import annotations
 
@@ -40,23 +57,13 @@ class SparseGPT:
 
     card: ClassVar[Card] = Card(
         name="sparsegpt",
-        kind="solver",
-        title="SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
-        year=2023,
-        link="https://arxiv.org/abs/2301.00774",
+        topic="weights",
+        role="solver",
         needs=("hessian",),
         patterns=("unstructured", "nm", "block", "channel"),
-        claim="50 to 60% unstructured sparsity, and 2:4, on models of 175 billion parameters in "
-        "hours on one GPU with small loss in perplexity and no retraining.",
+        year=2023,
+        link="https://arxiv.org/abs/2301.00774",
         status="stable",
-        summary="Removes the weights whose loss is cheapest to repair and updates the weights to "
-        "their right by the inverse Hessian of the layer's inputs.",
-        defaults="Column blocks of 128, damping 0.01 of the mean diagonal, 128 calibration "
-        "windows.",
-        notes="Supports are chosen per column block, as published; counts are rounded "
-        "cumulatively so that the layer's total is exact. Blocks of weights are an extension: "
-        "tiles are scored by the sum of w^2 / U_jj^2 and chosen per column block. Column channels "
-        "likewise. Row channels have nothing to repair and are refused.",
     )
 
     def __post_init__(self) -> None:

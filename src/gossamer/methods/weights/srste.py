@@ -1,12 +1,26 @@
-"""SR-STE: N:M training from scratch with dense weights behind, and the SAD metric."""
+"""SR-STE: N:M training from scratch with dense weights behind, and the SAD metric.
+
+Trains N:M weights with dense ones behind: straight-through gradients, and a pull to zero for what
+is left out.
+
+**Paper.** Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch, 2021.
+https://arxiv.org/abs/2102.04010
+
+**Claim.** ResNet-50 at 2:4 trained from scratch reaches 77.0% on ImageNet; the decay lowers the SAD
+of the support against plain straight-through training.
+
+**Defaults.** 2:4, decay 2e-4.
+
+**Notes.** Masks are taken anew after each step. The decay is part of the gradient, so the optimizer
+scales it; it suits SGD, as published. Ties keep the lower index.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from gossamer.core.allocation import LayerInfo
@@ -14,78 +28,59 @@ from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import NM
 from gossamer.core.select import select
-from gossamer.methods.weights.topology import Fixed
+from gossamer.core.step import Step
+from gossamer.methods.weights.topology import StaticSupport
 from gossamer.ops.statistics import top_mask
 
 TWO_OF_FOUR = NM(2, 4)
 
 
 @dataclass(frozen=True)
-class SRSTE(Fixed):
+class SRSTE(StaticSupport):
     """Forward with the `keep` largest |w| of each group; gradients go straight through to all
     weights, and those outside the support are pulled to zero by `decay`. decay=0 is plain STE."""
 
     pattern: NM = TWO_OF_FOUR
     decay: float = 2e-4
 
-    dense: ClassVar[bool] = True
+    keeps_dense_weights: ClassVar[bool] = True
     card: ClassVar[Card] = Card(
         name="srste",
-        kind="trainer",
-        title="Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch",
-        year=2021,
-        link="https://arxiv.org/abs/2102.04010",
+        topic="weights",
+        role="topology",
         needs=(),
         patterns=("nm",),
-        claim="ResNet-50 at 2:4 trained from scratch reaches 77.0% on ImageNet; the decay lowers "
-        "the SAD of the support against plain straight-through training.",
+        year=2021,
+        link="https://arxiv.org/abs/2102.04010",
         status="stable",
-        summary="Trains N:M weights with dense ones behind: straight-through gradients, and a pull "
-        "to zero for what is left out.",
-        defaults="2:4, decay 2e-4.",
-        notes="Masks are taken anew after each step. The decay is part of the gradient, so the "
-        "optimizer scales it; it suits SGD, as published. Ties keep the lower index.",
     )
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, NM) or not self.decay >= 0:
             raise UsageError("SRSTE needs an N:M pattern and a decay of at least 0")
 
-    def start(
-        self,
-        layers: Sequence[LayerInfo],
-        gradients: Mapping[str, Tensor],
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]:
+    def start(self, step: Step) -> dict[str, Tensor]:
         """The largest weights of each group."""
         return {
             x.name: select(
                 x.weight.abs(), self.pattern, self.pattern.density, x.name, top_mask
             ).mask
-            for x in layers
+            for x in step.layers
         }
 
     def due(self, step: int, total: int) -> bool:
         """After every step."""
         return True
 
-    def update(
-        self,
-        step: int,
-        total: int,
-        layers: Sequence[LayerInfo],
-        gradients: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor],
-        generator: torch.Generator,
-    ) -> list[dict[str, Tensor]]:
+    def update(self, step: Step) -> list[dict[str, Tensor]]:
         """The largest of the dense weights behind."""
-        return [self.start(layers, {}, generator)]
+        return [self.start(step)]
 
-    def refine(self, layer: LayerInfo, gradient: Tensor, mask: Tensor) -> Tensor:
+    def edit_gradient(self, step: Step, layer: LayerInfo, gradient: Tensor) -> Tensor:
         """gradient + decay * (1 - mask) * weight; exactly the gradient where decay is 0."""
         if self.decay == 0:
             return gradient
-        return gradient + self.decay * layer.weight.masked_fill(mask, 0)
+        return gradient + self.decay * layer.weight.masked_fill(step.masks[layer.name], 0)
 
 
 def sad(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from gossamer.core.allocation import ER, ERK, LayerInfo, Uniform, UniformPlus
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import Pattern, Unstructured
 from gossamer.core.select import check_density, kept_count
+from gossamer.core.step import Step
 from gossamer.ops.statistics import top_mask
 
 ShapeAllocation = Uniform | UniformPlus | ER | ERK
@@ -20,15 +21,11 @@ ShapeAllocation = Uniform | UniformPlus | ER | ERK
 
 
 @dataclass(frozen=True)
-class Fixed:
-    """Defaults of a trainer: no dense weights behind, no gradients, a support that stays."""
+class StaticSupport:
+    """Defaults of a topology method: no dense weights behind, any weight, a support that stays."""
 
-    dense: ClassVar[bool] = False
-    gradients_at_start: ClassVar[bool] = False
-    gradients_at_update: ClassVar[bool] = False
-    shrinks: ClassVar[bool] = False
-    owns: ClassVar[bool] = False
-    scales: ClassVar[bool] = False
+    keeps_dense_weights: ClassVar[bool] = False
+    trains_scales: ClassVar[bool] = False
 
     @property
     def pattern(self) -> Pattern:
@@ -39,36 +36,9 @@ class Fixed:
         """Never."""
         return False
 
-    def update(
-        self,
-        step: int,
-        total: int,
-        layers: Sequence[LayerInfo],
-        gradients: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor],
-        generator: torch.Generator,
-    ) -> list[dict[str, Tensor]]:
+    def update(self, step: Step) -> list[dict[str, Tensor]]:
         """The same support."""
-        return [dict(masks)]
-
-    def shrink(
-        self, step: int, total: int, layers: Sequence[LayerInfo], masks: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """No weight changes."""
-        return {}
-
-    def refine(self, layer: LayerInfo, gradient: Tensor, mask: Tensor) -> Tensor:
-        """The gradient as it is."""
-        return gradient
-
-    def own(self, layers: Sequence[LayerInfo], generator: torch.Generator) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
-
-    def learn(self, layer: LayerInfo, gradient: Tensor, mask: Tensor) -> Tensor:
-        """What it was."""
-        assert layer.own is not None
-        return layer.own
+        return [dict(step.masks)]
 
 
 def every_weight(layers: Sequence[LayerInfo]) -> dict[str, Tensor]:

@@ -1,4 +1,23 @@
-"""WGSEF: the weighted group sparse envelope and its exact proximal step."""
+"""WGSEF: the weighted group sparse envelope and its exact proximal step.
+
+Pulls all but k groups of channels to zero by the exact proximal step of the convex envelope of 'at
+most k groups', so that they can be cut out.
+
+**Paper.** Learning k-Level Structured Sparse Neural Networks Using Group Envelope Regularization,
+2022. https://arxiv.org/abs/2212.12921
+
+**Claim.** A sparsity set in advance is there at convergence, with negligible loss of accuracy.
+
+**Defaults.** Strength 0.01 at every step, until 75% of the run; one budget in each set of coupled
+channels; every group costs 1.
+
+**Notes.** The envelope is min over u of half the sum of |w_j|^2 / u_j, 0 <= u_j <= 1, with the
+costs of u within k; the step scales group j by u_j / (u_j + strength). One step zeroes a group only
+where the gap between groups is large enough for the strength, so zeros come with the steps;
+survivors shrink by 1 / (1 + strength), as weight decay does. The step is the one of plain SGD: with
+adaptive optimizers it is not the exact step. Biases and norms are left alone; gs.remove_channels
+folds them. What is cut at `until` is exactly the budget.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +29,23 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gossamer.core.allocation import LayerInfo
 from gossamer.core.card import Card
 from gossamer.core.coupling import Coupled
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import Channel, Pattern
 from gossamer.core.select import kept_count
+from gossamer.core.step import Step
 from gossamer.methods.weights.groups import (
     check_structured,
     choose,
     members,
     row_masks,
 )
-from gossamer.methods.weights.topology import Fixed, check_fraction, every_weight
+from gossamer.methods.weights.topology import StaticSupport, check_fraction, every_weight
 
 
 @dataclass(frozen=True)
-class WGSEF(Fixed):
+class WGSEF(StaticSupport):
     """After every step until the fraction `until` of the run, the proximal step of the envelope
     with `strength` (learning rate times lambda); then keep the largest groups, and only them.
 
@@ -42,28 +61,15 @@ class WGSEF(Fixed):
     pooled: bool = False
     weighted: bool = False
 
-    shrinks: ClassVar[bool] = True
     card: ClassVar[Card] = Card(
         name="wgsef",
-        kind="trainer",
-        title="Learning k-Level Structured Sparse Neural Networks Using Group Envelope "
-        "Regularization",
-        year=2022,
-        link="https://arxiv.org/abs/2212.12921",
+        topic="weights",
+        role="topology",
         needs=(),
         patterns=("channel",),
-        claim="A sparsity set in advance is there at convergence, with negligible loss of accuracy.",
+        year=2022,
+        link="https://arxiv.org/abs/2212.12921",
         status="stable",
-        summary="Pulls all but k groups of channels to zero by the exact proximal step of the "
-        "convex envelope of 'at most k groups', so that they can be cut out.",
-        defaults="strength 0.01 at every step, until 75% of the run; one budget in each set of "
-        "coupled channels; every group costs 1.",
-        notes="The envelope is min over u of half the sum of |w_j|^2 / u_j, 0 <= u_j <= 1, with the "
-        "costs of u within k; the step scales group j by u_j / (u_j + strength). One step zeroes a "
-        "group only where the gap between groups is large enough for the strength, so zeros come "
-        "with the steps; survivors shrink by 1 / (1 + strength), as weight decay does. The step is "
-        "the one of plain SGD: with adaptive optimizers it is not the exact step. Biases and norms "
-        "are left alone; gs.shrink folds them. What is cut at `until` is exactly the budget.",
     )
 
     def __post_init__(self) -> None:
@@ -77,28 +83,21 @@ class WGSEF(Fixed):
         """Whole rows."""
         return Channel(0)
 
-    def start(
-        self,
-        layers: Sequence[LayerInfo],
-        gradients: Mapping[str, Tensor],
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]:
+    def start(self, step: Step) -> dict[str, Tensor]:
         """Every weight; the sets are checked now."""
-        members(self.coupled, "layers", layers)
-        return every_weight(layers)
+        members(self.coupled, "layers", step.layers)
+        return every_weight(step.layers)
 
     def due(self, step: int, total: int) -> bool:
         """At the last step of the stage."""
         return step == self.last(total)
 
-    def shrink(
-        self, step: int, total: int, layers: Sequence[LayerInfo], masks: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def edit_weights(self, step: Step) -> dict[str, Tensor]:
         """The weights after the proximal step; none once the stage is over."""
-        if step > self.last(total):
+        if step.number > self.last(step.total):
             return {}
-        weight = {x.name: x.weight for x in layers}
-        sets = members(self.coupled, "layers", layers)
+        weight = {x.name: x.weight for x in step.layers}
+        sets = members(self.coupled, "layers", step.layers)
         norms = [group_norms(names, weight) for names in sets]
         costs = [
             torch.full_like(n, sum(weight[name].shape[1] for name in names) if self.weighted else 1)
@@ -120,20 +119,12 @@ class WGSEF(Fixed):
             for name in names
         }
 
-    def update(
-        self,
-        step: int,
-        total: int,
-        layers: Sequence[LayerInfo],
-        gradients: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor],
-        generator: torch.Generator,
-    ) -> list[dict[str, Tensor]]:
+    def update(self, step: Step) -> list[dict[str, Tensor]]:
         """The groups with the largest norm, for good."""
-        weight = {x.name: x.weight for x in layers}
-        sets = members(self.coupled, "layers", layers)
+        weight = {x.name: x.weight for x in step.layers}
+        sets = members(self.coupled, "layers", step.layers)
         scores = [group_norms(names, weight) for names in sets]
-        return [row_masks(layers, sets, choose(scores, self.density, self.pooled))]
+        return [row_masks(step.layers, sets, choose(scores, self.density, self.pooled))]
 
     def budget(self, costs: Tensor) -> float:
         """k: the share of the groups, or of their cost, that may stay."""

@@ -1,4 +1,4 @@
-"""Choosing what serves a layer by measured costs: the dense product or one of the kernels."""
+"""Choosing what serves a layer by measured latencies: the dense product or one of the kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gossamer.core.errors import PatternError
 from gossamer.core.matrix import as_matrix
 from gossamer.core.pattern import Block, parse_pattern
 from gossamer.core.result import LayerRecord
-from gossamer.nn.kernel_choice.latency import Predictor, Work
+from gossamer.nn.kernel_choice.latency import Predictor, ProductShape
 from gossamer.nn.packed.bitmap import BitmapLinear
 from gossamer.nn.packed.conv import PackedConv2d
 from gossamer.nn.packed.nm import NMLinear
@@ -54,7 +54,11 @@ class Decision:
 
 
 def decide(
-    module: nn.Module, record: LayerRecord, costs: Predictor, batches: bool, calls: bool = True
+    module: nn.Module,
+    record: LayerRecord,
+    latency: Predictor,
+    large_batches: bool,
+    calls: bool = True,
 ) -> Decision | None:
     """The fastest for one linear layer or convolution; None where it was not measured.
 
@@ -63,31 +67,31 @@ def decide(
     """
     if isinstance(module, nn.Conv2d):
         family = convolution_family(module.kernel_size, module.stride)
-        return _by_convolution(as_matrix(module), family, module.weight.dtype, record, costs)
-    return _by_linear(module.weight.dtype, record, costs, batches, calls)
+        return _by_convolution(as_matrix(module), family, module.weight.dtype, record, latency)
+    return _by_linear(module.weight.dtype, record, latency, large_batches, calls)
 
 
 def _by_linear(
-    dtype: Any, record: LayerRecord, costs: Predictor, batches: bool, calls: bool
+    dtype: Any, record: LayerRecord, latency: Predictor, large_batches: bool, calls: bool
 ) -> Decision | None:
-    rows = BATCH if batches else 1
-    if batches:
+    rows = BATCH if large_batches else 1
+    if large_batches:
         names = ["dense", "sell-spmm", "bitmap-unpack", "bitmap-spmm"]
     else:
         names = ["dense", "bitmap-matvec"] + ["csr-matvec"] * (record.shape[1] <= WIDEST)
     out, inputs = record.shape[0], record.shape[1]
     high = block_height(record.pattern, out, inputs)
-    if batches and high:
+    if large_batches and high:
         names = ["dense", "block-spmm", "bitmap-unpack", "bitmap-spmm"]
-    work = Work(out, inputs, record.density)
-    predicted = _predict(costs, names, dtype, rows, work, high, calls or rows > 1)
-    return _fastest(costs, predicted, rows, "row")
+    shape = ProductShape(out, inputs, record.density)
+    predicted = _predict(latency, names, dtype, rows, shape, high, calls or rows > 1)
+    return _fastest(latency, predicted, rows, "row")
 
 
 def why_dense(
     layer: BitmapLinear | NMLinear | PackedConv2d,
-    costs: Predictor | None,
-    batches: bool,
+    latency: Predictor | None,
+    large_batches: bool,
     calls: bool = True,
 ) -> str | None:
     """Why the dense product is the faster one for a packed layer here; None where it is not.
@@ -95,39 +99,39 @@ def why_dense(
     What a file stores does not depend on it. Arguments as in `decide`; costs None: nothing is known
     and the layer stays as it is.
     """
-    if costs is None:
+    if latency is None:
         return None
     shape = (layer.out_features, layer.in_features)
     record = LayerRecord("", shape, layer.density, layer.density, pattern=layer.pattern)
     if isinstance(layer, PackedConv2d):
         window, matrix = layer.window, layer.to_matrix()
         family = convolution_family(window.kernel, window.stride)
-        decision = _by_convolution(matrix, family, layer.values.dtype, record, costs)
+        decision = _by_convolution(matrix, family, layer.values.dtype, record, latency)
     else:
-        decision = _by_linear(layer.values.dtype, record, costs, batches, calls)
+        decision = _by_linear(layer.values.dtype, record, latency, large_batches, calls)
     wins = decision is None or decision.chosen != "dense"
     return None if wins else f"{SLOWER}: {decision}"
 
 
 def _by_convolution(
-    matrix: Tensor, family: str, dtype: Any, record: LayerRecord, costs: Predictor
+    matrix: Tensor, family: str, dtype: Any, record: LayerRecord, latency: Predictor
 ) -> Decision | None:
     """By the form that its zeros would get, and its family of kernel and stride."""
     kernel = "tiled-conv" if suits_tiles(matrix) else "sparse-conv"
-    work = Work(record.shape[0], record.shape[1], record.density)
+    shape = ProductShape(record.shape[0], record.shape[1], record.density)
     if kernel == "tiled-conv":
-        work = replace(work, high=sharing(matrix))
+        shape = replace(shape, high=sharing(matrix))
     predicted = {}
     for name in ("dense-conv", kernel):
         named = str(dtype).removeprefix("torch.")
-        seconds = costs.seconds(name + family, named, PIXELS, work)
+        seconds = latency.seconds(name + family, named, PIXELS, shape)
         if seconds is not None:
             predicted[name.replace("dense-conv", "dense")] = seconds
-    return _fastest(costs, predicted, PIXELS, "pixel")
+    return _fastest(latency, predicted, PIXELS, "pixel")
 
 
 def convolution_family(kernel: tuple[int, ...], stride: tuple[int, ...]) -> str:
-    """What the costs of a convolution are called behind its kernel: 1x1 ones, and all others.
+    """What the latencies of a convolution are called behind its kernel: 1x1 ones, and all others.
 
     Others were measured at 3x3 with stride 1 and 2; larger kernels differ in their inputs alone.
     A 1x1 one with a horizontal stride above 2 picks its pixels first and is a plain one then.
@@ -138,124 +142,124 @@ def convolution_family(kernel: tuple[int, ...], stride: tuple[int, ...]) -> str:
 
 
 def _fastest(
-    costs: Predictor, predicted: dict[str, float], rows: int, unit: str
+    latency: Predictor, predicted: dict[str, float], rows: int, unit: str
 ) -> Decision | None:
     if "dense" not in predicted or len(predicted) < 2:
         return None
     chosen = min(predicted, key=lambda name: predicted[name])
-    return Decision(chosen, predicted, rows, unit, costs.word, costs.note)
+    return Decision(chosen, predicted, rows, unit, latency.word, latency.note)
 
 
 def _wins(
-    name: str, costs: Predictor | None, predicted: dict[str, float], rows: int, rule: bool
+    name: str, latency: Predictor | None, predicted: dict[str, float], rows: int, rule: bool
 ) -> tuple[bool, str]:
     """Whether a kernel is the fastest, and why; `rule` where that is not known."""
-    if costs is None or name not in predicted or len(predicted) < 2:
+    if latency is None or name not in predicted or len(predicted) < 2:
         return rule, "by rule"
     chosen = min(predicted, key=lambda each: predicted[each])
-    decision = Decision(chosen, predicted, rows, "row", costs.word, costs.note)
-    return chosen == name, f"by measured costs: {decision}"
+    decision = Decision(chosen, predicted, rows, "row", latency.word, latency.note)
+    return chosen == name, f"by measured latencies: {decision}"
 
 
 def _predict_layer(
-    costs: Predictor | None,
+    latency: Predictor | None,
     names: list[str],
     layer: BitmapLinear | NMLinear | QuantizedLinear,
     dtype: Any,
     rows: int,
     high: int = 0,
 ) -> dict[str, float]:
-    """`_predict` for what a layer keeps, which is counted only where there are costs."""
-    if costs is None:
+    """`_predict` for what a layer keeps, which is counted only where latencies are known."""
+    if latency is None:
         return {}
-    work = Work(layer.out_features, layer.in_features, layer.density)
-    return _predict(costs, names, dtype, rows, work, high)
+    shape = ProductShape(layer.out_features, layer.in_features, layer.density)
+    return _predict(latency, names, dtype, rows, shape, high)
 
 
 def _predict(
-    costs: Predictor,
+    latency: Predictor,
     names: list[str],
     dtype: Any,
     rows: int,
-    work: Work,
+    shape: ProductShape,
     high: int,
     calls: bool = True,
 ) -> dict[str, float]:
     """Seconds of every named kernel that was measured; blocks have `high` rows."""
     predicted = {}
     for name in names:
-        amount = replace(work, high=high) if name == "block-spmm" else work
-        seconds = costs.seconds(name, str(dtype).removeprefix("torch."), rows, amount, calls)
+        amount = replace(shape, high=high) if name == "block-spmm" else shape
+        seconds = latency.seconds(name, str(dtype).removeprefix("torch."), rows, amount, calls)
         if seconds is not None:
             predicted[name] = seconds
     return predicted
 
 
-def prepare_where_it_pays(model: nn.Module, costs: Predictor | None) -> None:
+def prepare_where_it_pays(model: nn.Module, latency: Predictor | None) -> None:
     """`prepare` for every packed linear layer of a model."""
     for module in model.modules():
         if isinstance(module, BitmapLinear | NMLinear):
-            prepare(module, costs)
+            prepare(module, latency)
 
 
-def prepare(layer: BitmapLinear | NMLinear, costs: Predictor | None) -> bool:
+def prepare(layer: BitmapLinear | NMLinear, latency: Predictor | None) -> bool:
     """Build a packed layer's form for batches where that is predicted to be the fastest.
 
-    Judged by `BATCH` rows against what serves the layer without the form; costs None, or costs
-    that lack these kernels: always. The layer's `batches_decided` says what was done and why.
+    Judged by `BATCH` rows against what serves the layer without the form; latency None, or a model
+    that lack these kernels: always. The layer's `large_batches_decided` says what was done and why.
     """
     high = block_height(layer.pattern, layer.out_features, layer.in_features)
     form = "block-spmm" if high and isinstance(layer, BitmapLinear) else "sell-spmm"
     names = [form, "bitmap-unpack"] + ["bitmap-spmm"] * isinstance(layer, BitmapLinear)
-    predicted = _predict_layer(costs, names, layer, layer.values.dtype, BATCH, high)
-    wins, why = _wins(form, costs, predicted, BATCH, rule=True)
+    predicted = _predict_layer(latency, names, layer, layer.values.dtype, BATCH, high)
+    wins, why = _wins(form, latency, predicted, BATCH, rule=True)
     if wins:
-        layer.prepare_batches()
-    layer.batches_decided = f"{'prepared' if wins else 'not prepared'} {why}"
+        layer.prepare_large_batches()
+    layer.large_batches_decided = f"{'prepared' if wins else 'not prepared'} {why}"
     return wins
 
 
-def choose_forms(model: nn.Module, costs: Predictor | None, batches: bool) -> None:
+def choose_forms(model: nn.Module, latency: Predictor | None, large_batches: bool) -> None:
     """`choose_form` for every quantised layer of a model, `choose_columns` for those with bitmaps."""
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
-            choose_form(module, costs, batches)
+            choose_form(module, latency, large_batches)
         elif isinstance(module, BitmapLinear):
-            choose_columns(module, costs)
+            choose_columns(module, latency)
 
 
-def choose_columns(layer: BitmapLinear, costs: Predictor | None) -> None:
+def choose_columns(layer: BitmapLinear, latency: Predictor | None) -> None:
     """Hold the columns of kept weights where that is predicted to be faster for one row of input.
 
-    It costs 2 more bytes for each. Without costs of it by rule: up to a density that depends on the
+    It costs 2 more bytes for each. Without latencies by rule: up to a density that depends on the
     instructions. The layer's `rows_decided` says what was done and why.
     """
     if layer.in_features > WIDEST:
         return
     names = ["bitmap-matvec", "csr-matvec"]
-    predicted = _predict_layer(costs, names, layer, layer.values.dtype, 1)
+    predicted = _predict_layer(latency, names, layer, layer.values.dtype, 1)
     rule = layer.density <= COLUMNS_UP_TO.get(_dispatch.isa(), 0.0)
-    holds, why = _wins("csr-matvec", costs, predicted, 1, rule)
+    holds, why = _wins("csr-matvec", latency, predicted, 1, rule)
     if holds:
         layer.prepare_columns()
     layer.rows_decided = f"{'columns' if holds else 'bitmap'} read {why}"
 
 
-def choose_form(layer: QuantizedLinear, costs: Predictor | None, batches: bool) -> None:
+def choose_form(layer: QuantizedLinear, latency: Predictor | None, large_batches: bool) -> None:
     """Fill a sparse quantised layer where dense integers are predicted to be faster.
 
-    Judged by one row of input, or by `BATCH` rows. Without costs of them by rule: 4 bits, and where
+    Judged by one row of input, or by `BATCH` rows. Without latencies by rule: 4 bits, and where
     bytes cannot be multiplied into 32-bit sums 8 bits too, take longer to put in their places than
     dense ones to read, except where every 4 or 8 columns keep half. Portable kernels multiply what
     is kept alone. The layer's `form_decided` says what was done and why.
     """
     if layer.bitmap is None or layer.matrix.balanced:
         return
-    rows, names = (BATCH if batches else 1), ["bitmap-matvec", "dense"]
-    predicted = _predict_layer(costs, names, layer, f"int{layer.bits}", rows)
+    rows, names = (BATCH if large_batches else 1), ["bitmap-matvec", "dense"]
+    predicted = _predict_layer(latency, names, layer, f"int{layer.bits}", rows)
     vectors = _dispatch.isa() in ("avx2", "avx512")
     rule = vectors and (layer.bits == 4 or not has_byte_products())
-    fills, why = _wins("dense", costs, predicted, rows, rule)
+    fills, why = _wins("dense", latency, predicted, rows, rule)
     if fills:
         layer.densify()
     layer.form_decided = f"{'dense' if fills else 'sparse'} integers in memory {why}"

@@ -16,7 +16,7 @@ VERSION = 2
 
 
 @dataclass(frozen=True)
-class Work:
+class ProductShape:
     """A matrix (out, inputs) of which `density` is kept; `high` rows, on average, share a column.
 
     Of a convolution, inputs are the channels times the places of its kernel.
@@ -35,7 +35,7 @@ class Work:
 
 
 class Predictor(Protocol):
-    """What tells the seconds of a product: costs that were measured, or something that measures."""
+    """What tells the seconds of a product: latencies that were measured, or something that measures."""
 
     @property
     def word(self) -> str:
@@ -48,23 +48,23 @@ class Predictor(Protocol):
         ...
 
     def seconds(
-        self, kernel: str, dtype: str, rows: int, work: Work, calls: bool = True
+        self, kernel: str, dtype: str, rows: int, shape: ProductShape, calls: bool = True
     ) -> float | None:
         """Of one product, None where it is not known."""
         ...
 
-    def unpack_from(self, dtype: str, work: Work) -> int | None:
+    def unpack_from(self, dtype: str, shape: ProductShape) -> int | None:
         """From how many rows on unpacking pays."""
         ...
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Seconds by kernel, dtype, shape, density and rows of input, for one machine.
+class LatencyModel:
+    """Seconds by kernel, dtype, shape, density and batch size, for one machine.
 
-    machine: what the times hold for, as `nn.costs.machine` gives it. terms: by "kernel dtype",
-    such as "sell-spmm bfloat16" or "dense float32", then by the rows of input that were measured,
-    the cost in seconds of each of `Work.terms`; none is negative, so more kept weights never get
+    machine: what the times hold for, as `nn.latency.machine` gives it. terms: by "kernel dtype",
+    such as "sell-spmm bfloat16" or "dense float32", then by the batch sizes that were measured,
+    the seconds of each of `ProductShape.terms`; none is negative, so more kept weights never get
     cheaper. Between measured rows the model is linear, beyond them it goes on as it ended.
     """
 
@@ -82,16 +82,16 @@ class Costs:
         return ""
 
     def seconds(
-        self, kernel: str, dtype: str, rows: int, work: Work, calls: bool = True
+        self, kernel: str, dtype: str, rows: int, shape: ProductShape, calls: bool = True
     ) -> float | None:
         """Predicted time of one product, None for a kernel that was not measured.
 
-        rows: rows of input, pixels for convolutions. calls: count what a call costs in itself.
+        rows: the batch size, pixels for convolutions. calls: count what a call costs in itself.
         """
         measured = self.terms.get(f"{kernel} {dtype}")
         if not measured:
             return None
-        amounts = work.terms() if calls else (0.0, *work.terms()[1:])
+        amounts = shape.terms() if calls else (0.0, *shape.terms()[1:])
         points = [
             (at, math.fsum(a * b for a, b in zip(measured[at], amounts, strict=True)))
             for at in sorted(measured)
@@ -103,15 +103,15 @@ class Costs:
         slope = max(0.0, (after - before) / (high - low))
         return before + slope * (rows - low) if rows <= high else after + slope * (rows - high)
 
-    def unpack_from(self, dtype: str, work: Work) -> int | None:
+    def unpack_from(self, dtype: str, shape: ProductShape) -> int | None:
         """From how many rows on unpacking for a dense product beats the row-wise kernel.
 
         A very large number where it never does; None where one of them was not measured.
         """
         found = 1 << 62
         for rows in (1024, 512, 256, 128, 64, 32, 16, 9):
-            unpacked = self.seconds("bitmap-unpack", dtype, rows, work)
-            straight = self.seconds("bitmap-spmm", dtype, rows, work)
+            unpacked = self.seconds("bitmap-unpack", dtype, rows, shape)
+            straight = self.seconds("bitmap-spmm", dtype, rows, shape)
             if unpacked is None or straight is None:
                 return None
             if unpacked > straight:
@@ -122,45 +122,45 @@ class Costs:
     def to_json(self) -> dict[str, Any]:
         """As it is stored."""
         terms = {
-            name: {str(rows): list(costs) for rows, costs in by_rows.items()}
+            name: {str(rows): list(latency) for rows, latency in by_rows.items()}
             for name, by_rows in self.terms.items()
         }
         return {"version": VERSION, "machine": dict(self.machine), "terms": terms}
 
     @classmethod
-    def from_json(cls, data: Any) -> Costs:
+    def from_json(cls, data: Any) -> LatencyModel:
         """Back from `to_json`; raises FormatError for anything that it would not have written."""
         try:
             if set(data) != {"version", "machine", "terms"} or data["version"] != VERSION:
-                raise FormatError(f"costs are not of version {VERSION}")
+                raise FormatError(f"latencies are not of version {VERSION}")
             terms = {
-                str(name): {int(rows): _costs(costs) for rows, costs in by_rows.items()}
+                str(name): {int(rows): _terms(latency) for rows, latency in by_rows.items()}
                 for name, by_rows in data["terms"].items()
             }
             machine = {str(k): v for k, v in data["machine"].items() if isinstance(v, str | int)}
         except (TypeError, ValueError, AttributeError) as error:
-            raise FormatError(f"costs are damaged: {type(error).__name__}") from None
+            raise FormatError(f"latencies are damaged: {type(error).__name__}") from None
         if not terms or not all(terms.values()) or min(min(r) for r in terms.values()) < 1:
-            raise FormatError("costs name no kernel, or no rows of input for one")
+            raise FormatError("latencies name no kernel, or no batch size for one")
         return cls(machine, terms)
 
 
-def _costs(numbers: Any) -> tuple[float, ...]:
+def _terms(numbers: Any) -> tuple[float, ...]:
     found = tuple(float(number) for number in numbers)
-    count = len(Work(1, 1).terms())
+    count = len(ProductShape(1, 1).terms())
     if len(found) != count or not all(math.isfinite(x) and x >= 0 for x in found):
-        raise FormatError(f"a kernel's costs are not {count} numbers from 0 on")
+        raise FormatError(f"a kernel's terms are not {count} numbers from 0 on")
     return found
 
 
-def fit(points: Sequence[tuple[Work, float]]) -> tuple[float, ...]:
-    """The costs, none negative, whose predictions have the least squared relative error.
+def fit(points: Sequence[tuple[ProductShape, float]]) -> tuple[float, ...]:
+    """The terms, none negative, whose predictions have the least squared relative error.
 
     points: work and its measured seconds. The five terms have 31 subsets, so the non-negative
     least squares problem is solved by trying all: its solution is an ordinary one on its support.
     """
     seconds = torch.tensor([taken for _, taken in points], dtype=torch.float64)
-    rows = torch.tensor([work.terms() for work, _ in points], dtype=torch.float64)
+    rows = torch.tensor([shape.terms() for shape, _ in points], dtype=torch.float64)
     rows = rows / seconds.unsqueeze(1)
     scale = rows.amax(dim=0)  # comparable columns, so that the least squares are well posed
     rows, ones = rows / scale, torch.ones(len(points), dtype=torch.float64)

@@ -1,11 +1,10 @@
-"""Which machine this is, and its measured costs in the user's cache folder."""
+"""Which machine this is, and its measured latencies in the user's cache folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -14,8 +13,9 @@ import torch
 from torch import nn
 
 from gossamer.core.errors import FormatError
-from gossamer.nn.kernel_choice.latency import Costs, Predictor, Work
-from gossamer.nn.kernel_choice.quick import QuickCosts
+from gossamer.core.files import write_whole
+from gossamer.nn.kernel_choice.latency import LatencyModel, Predictor, ProductShape
+from gossamer.nn.kernel_choice.quick import QuickLatency
 from gossamer.nn.kernel_choice.timings import read_timings, store_timings
 from gossamer.nn.packed.bitmap import BitmapLinear
 from gossamer.ops import _dispatch
@@ -25,7 +25,7 @@ _LARGEST = 1 << 20
 
 
 def machine() -> dict[str, str | int]:
-    """What measured costs and records depend on: processor, instructions, threads and versions."""
+    """What measured latencies and records depend on: processor, instructions, threads and versions."""
     import gossamer
 
     return {
@@ -43,42 +43,42 @@ def cache_folder() -> Path:
     return (Path(named) if Path(named).is_absolute() else Path.home() / ".cache") / "gossamer"
 
 
-def cache_file(what: str = "costs") -> Path:
-    """Where the costs, or timings, of this machine are kept: one file per machine."""
+def cache_file(what: str = "latency") -> Path:
+    """Where the latencies, or timings, of this machine are kept: one file per machine."""
     key = json.dumps(machine(), sort_keys=True).encode()
     return cache_folder() / f"{what}-{hashlib.sha256(key).hexdigest()[:16]}.json"
 
 
-def read_costs(path: Path) -> Costs:
-    """The costs in a file; raises FormatError for one that is damaged, OSError for none."""
+def read_latency(path: Path) -> LatencyModel:
+    """The latencies in a file; raises FormatError for one that is damaged, OSError for none."""
     if path.stat().st_size > _LARGEST:
-        raise FormatError(f"{path} is too large to be a file of costs")
+        raise FormatError(f"{path} is too large to be a file of latencies")
     try:
-        return Costs.from_json(json.loads(path.read_text()))
+        return LatencyModel.from_json(json.loads(path.read_text()))
     except (ValueError, RecursionError):
         raise FormatError(f"{path} is not JSON") from None
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from None
 
 
-def cached_costs() -> Costs | None:
-    """This machine's costs, None where none were measured or the file is damaged or foreign."""
+def cached_latency() -> LatencyModel | None:
+    """This machine's latencies, None where none were measured or the file is damaged or foreign."""
     try:
-        costs = read_costs(cache_file())
+        latency = read_latency(cache_file())
     except (OSError, FormatError, RuntimeError):  # RuntimeError: there is no home folder
         return None
-    return costs if dict(costs.machine) == machine() else None
+    return latency if dict(latency.machine) == machine() else None
 
 
-def known_costs(costs: Predictor | Literal["rule"] | None) -> Predictor | None:
-    """What an argument `costs` stands for; None: the rule decides.
+def known_latency(latency: Predictor | Literal["rule"] | None) -> Predictor | None:
+    """What an argument `latency` stands for; None: the rule decides.
 
-    None stands for the costs that were measured on this machine, and without any for measuring
+    None stands for the latencies that were measured on this machine, and without any for measuring
     what is asked, quickly.
     """
-    if costs is None:
-        return cached_costs() or measure_here()
-    return None if isinstance(costs, str) else costs
+    if latency is None:
+        return cached_latency() or measure_here()
+    return None if isinstance(latency, str) else latency
 
 
 def measure_here() -> Predictor | None:
@@ -88,36 +88,26 @@ def measure_here() -> Predictor | None:
     try:
         path = cache_file("timings")
     except RuntimeError:  # there is no home folder
-        return QuickCosts()
-    return QuickCosts(found=read_timings(path), store=partial(store_timings, path))
+        return QuickLatency()
+    return QuickLatency(found=read_timings(path), store=partial(store_timings, path))
 
 
-def store_costs(costs: Costs) -> Path:
+def store_latency(latency: LatencyModel) -> Path:
     """Write them to the cache, whole or not at all; raises OSError where it cannot be written."""
-    path = cache_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".costs-")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(costs.to_json(), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    path, text = cache_file(), json.dumps(latency.to_json(), indent=1)
+    write_whole(path, lambda place: place.write_text(text))
     return path
 
 
-def choose_unpacking(layer: BitmapLinear, costs: Predictor | None) -> None:
+def choose_unpacking(layer: BitmapLinear, latency: Predictor | None) -> None:
     """Set from how many rows on a batch without a prepared form is unpacked; None: by rule."""
     dtype = str(layer.values.dtype).removeprefix("torch.")
-    work = Work(layer.out_features, layer.in_features, layer.density)
-    layer.unpack_from = None if costs is None else costs.unpack_from(dtype, work)
+    shape = ProductShape(layer.out_features, layer.in_features, layer.density)
+    layer.unpack_from = None if latency is None else latency.unpack_from(dtype, shape)
 
 
-def use_costs(model: nn.Module, costs: Predictor | None) -> None:
+def use_latency(model: nn.Module, latency: Predictor | None) -> None:
     """`choose_unpacking` for every packed layer of a model."""
     for module in model.modules():
         if isinstance(module, BitmapLinear):
-            choose_unpacking(module, costs)
+            choose_unpacking(module, latency)

@@ -1,4 +1,4 @@
-"""Costs measured on the spot, for machines on which nobody called `calibrate_costs`."""
+"""Latencies measured on the spot, for machines on which nobody called `calibrate_latency`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gossamer.nn.kernel_choice.latency import Work
+from gossamer.nn.kernel_choice.latency import ProductShape
 from gossamer.nn.kernel_choice.timing import CALM, calm, copies, in_turns, random_matrix
 from gossamer.nn.kernel_choice.timings import Key
 from gossamer.nn.packed.bitmap import BitmapLinear
@@ -24,12 +24,12 @@ _LARGEST = 1 << 21
 _PATIENCE = 0.012
 _COLD, _WARM = 64 << 20, 8 << 20
 """Bytes of the copies that take turns: batches are bound by arithmetic, single rows by memory."""
-_TINY = Work(16, 64, 0.5)
+_TINY = ProductShape(16, 64, 0.5)
 """What such a layer takes is taken for the cost of a call."""
 
 
 @dataclass
-class QuickCosts:
+class QuickLatency:
     """Seconds of the dense product and of every kernel, timed in turns when first asked for.
 
     Random weights of the shape, density and dtype in question are timed, some ten milliseconds for
@@ -46,20 +46,20 @@ class QuickCosts:
     note: str = ""
 
     def seconds(
-        self, kernel: str, dtype: str, rows: int, work: Work, calls: bool = True
+        self, kernel: str, dtype: str, rows: int, shape: ProductShape, calls: bool = True
     ) -> float | None:
-        """Time of one product, as `Costs.seconds`."""
-        taken = self._times(kernel, dtype, rows, work).get(kernel)
+        """Time of one product, as `LatencyModel.seconds`."""
+        taken = self._times(kernel, dtype, rows, shape).get(kernel)
         if taken is None or calls:
             return taken
         call = self._times(kernel, dtype, rows, _TINY).get(kernel, 0.0)
         return max(1e-9, taken - call)
 
-    def unpack_from(self, dtype: str, work: Work) -> int | None:
-        """As `Costs.unpack_from`, of two numbers of rows."""
+    def unpack_from(self, dtype: str, shape: ProductShape) -> int | None:
+        """As `LatencyModel.unpack_from`, of two numbers of rows."""
         start = 1 << 62
         for rows in (128, 16):
-            times = self._times("bitmap-spmm", dtype, rows, work)
+            times = self._times("bitmap-spmm", dtype, rows, shape)
             if not {"bitmap-unpack", "bitmap-spmm"} <= times.keys():
                 return None
             if times["bitmap-unpack"] > times["bitmap-spmm"]:
@@ -67,11 +67,11 @@ class QuickCosts:
             start = rows
         return start
 
-    def _times(self, kernel: str, dtype: str, rows: int, work: Work) -> dict[str, float]:
-        kind = _kind(kernel, work)
-        high = work.high if kernel == "block-spmm" else 1
-        density = max(0.02, round(20 * work.density) / 20)
-        key = (kind, dtype, rows, replace(work, density=density, high=round(high)))
+    def _times(self, kernel: str, dtype: str, rows: int, shape: ProductShape) -> dict[str, float]:
+        kind = _kind(kernel, shape)
+        high = shape.high if kernel == "block-spmm" else 1
+        density = max(0.02, round(20 * shape.density) / 20)
+        key = (kind, dtype, rows, replace(shape, density=density, high=round(high)))
         if key not in self.found:
             if self.spent >= self.budget:
                 return self._nearest(key)
@@ -100,18 +100,18 @@ class QuickCosts:
         return {name: scale * taken for name, taken in self.found[near].items()}
 
 
-def _kind(kernel: str, work: Work) -> str:
+def _kind(kernel: str, shape: ProductShape) -> str:
     """Kernels that are timed together."""
     name, conv, family = kernel.partition("conv")
     if not conv:
         return "blocks" if kernel == "block-spmm" else "linear"
-    return ("tiled-conv" if name == "tiled-" or work.high > 1 else "conv") + family
+    return ("tiled-conv" if name == "tiled-" or shape.high > 1 else "conv") + family
 
 
-def _measure(kind: str, dtype: str, rows: int, work: Work) -> dict[str, float]:
+def _measure(kind: str, dtype: str, rows: int, shape: ProductShape) -> dict[str, float]:
     """Seconds of every kernel of one kind."""
-    share = min(1.0, _LARGEST / (work.out * work.inputs))
-    part = replace(work, out=max(1, int(work.out * share)))
+    share = min(1.0, _LARGEST / (shape.out * shape.inputs))
+    part = replace(shape, out=max(1, int(shape.out * share)))
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         if "conv" in kind:
             layers, x = _convolutions(kind, rows, part)
@@ -119,23 +119,23 @@ def _measure(kind: str, dtype: str, rows: int, work: Work) -> dict[str, float]:
             layers, x = _linears(kind, dtype, rows, part)
         cold = _COLD if rows <= MATVEC_ROWS else _WARM
         times = in_turns({n: copies(each, cold) for n, each in layers.items()}, x, _PATIENCE)
-    return {name: taken * work.out / part.out for name, taken in times.items()}
+    return {name: taken * shape.out / part.out for name, taken in times.items()}
 
 
 def _linears(
-    kind: str, dtype: str, rows: int, work: Work
+    kind: str, dtype: str, rows: int, shape: ProductShape
 ) -> tuple[dict[str, nn.Module], torch.Tensor]:
     """torch's layer and ours, with an input."""
-    x = torch.randn(rows, work.inputs)
-    high = int(work.high) if kind == "blocks" else 1
-    matrix = random_matrix(work.out, work.inputs, work.density, high)
+    x = torch.randn(rows, shape.inputs)
+    high = int(shape.high) if kind == "blocks" else 1
+    matrix = random_matrix(shape.out, shape.inputs, shape.density, high)
     if dtype.startswith("int"):
         sparse = QuantizedLinear.from_matrix(matrix, bits=int(dtype[3:]))
         dense = QuantizedLinear.from_matrix(matrix, bits=int(dtype[3:]))
         dense.densify()
         return {"bitmap-matvec": sparse, "dense": dense}, x
     own = getattr(torch, dtype)
-    plain: Any = nn.Linear(work.inputs, work.out, bias=False, dtype=own)
+    plain: Any = nn.Linear(shape.inputs, shape.out, bias=False, dtype=own)
     layers: dict[str, nn.Module] = {"dense": plain}
     pattern = f"block:{high}x1" if kind == "blocks" else ""
 
@@ -144,7 +144,7 @@ def _linears(
 
     if rows <= MATVEC_ROWS:
         layers["bitmap-matvec"] = ours()
-        if work.inputs <= WIDEST:
+        if shape.inputs <= WIDEST:
             layers["csr-matvec"] = columns = ours()
             columns.prepare_columns()
         return layers, x.to(own)
@@ -153,19 +153,21 @@ def _linears(
         each.unpack_from = start
     form = "block-spmm" if kind == "blocks" else "sell-spmm"
     layers[form] = prepared = ours()
-    prepared.prepare_batches()
+    prepared.prepare_large_batches()
     return layers, x.to(own)
 
 
-def _convolutions(kind: str, pixels: int, work: Work) -> tuple[dict[str, nn.Module], torch.Tensor]:
+def _convolutions(
+    kind: str, pixels: int, shape: ProductShape
+) -> tuple[dict[str, nn.Module], torch.Tensor]:
     """torch's convolution and ours, with an image whose result has so many pixels."""
     name, _, family = kind.partition("conv")
     kernel = 3 if "3x3" in family else 1
     stride = 2 if family.endswith("s2") else 1
-    side, channels = round(pixels**0.5), max(1, work.inputs // kernel**2)
-    conv = nn.Conv2d(channels, work.out, kernel, stride, kernel // 2, bias=False)
+    side, channels = round(pixels**0.5), max(1, shape.inputs // kernel**2)
+    conv = nn.Conv2d(channels, shape.out, kernel, stride, kernel // 2, bias=False)
     high = 4 if name else 1
-    matrix = random_matrix(work.out, channels * kernel**2, work.density, high)
+    matrix = random_matrix(shape.out, channels * kernel**2, shape.density, high)
     ours = PackedConv2d.from_conv(conv, BitmapLinear.from_matrix(matrix))
     label = "tiled-conv" if name else "sparse-conv"
     x = torch.randn(1, channels, side * stride, side * stride)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-from gossamer.nn.kernel_choice.latency import Work
+from gossamer.core.files import write_whole
+from gossamer.nn.kernel_choice.latency import ProductShape
 
-Key = tuple[str, str, int, Work]
-"""Kernels that are timed together, dtype of the weights, rows of input, and the matrix."""
+Key = tuple[str, str, int, ProductShape]
+"""Kernels that are timed together, dtype of the weights, batch size, and the matrix."""
 _LARGEST = 1 << 20
 """A file of more bytes is not one of ours."""
 
@@ -28,16 +29,11 @@ def read_timings(path: Path) -> dict[Key, dict[str, float]]:
 def store_timings(path: Path, found: Mapping[Key, Mapping[str, float]]) -> None:
     """Keep them, whole or not at all; a folder that cannot be written to keeps nothing."""
     entries = [
-        {"kind": kind, "dtype": dtype, "rows": rows, **vars(work), "seconds": dict(seconds)}
-        for (kind, dtype, rows, work), seconds in found.items()
+        {"kind": kind, "dtype": dtype, "rows": rows, **vars(shape), "seconds": dict(seconds)}
+        for (kind, dtype, rows, shape), seconds in found.items()
     ]
-    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(entries))
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        write_whole(path, lambda place: place.write_text(json.dumps(entries)))
 
 
 def _entry(each: dict[str, object]) -> tuple[Key, dict[str, float]]:
@@ -51,5 +47,5 @@ def _entry(each: dict[str, object]) -> tuple[Key, dict[str, float]]:
     if not all(type(n) in (int, float) and 0 < n < 1e9 for n in [*numbers, *seconds.values()]):
         raise ValueError("numbers are positive")
     rows, out, inputs = (int(str(n)) for n in whole)
-    work = Work(out, inputs, float(str(numbers[0])), float(str(numbers[1])))
-    return (str(each["kind"]), str(each["dtype"]), rows, work), seconds
+    shape = ProductShape(out, inputs, float(str(numbers[0])), float(str(numbers[1])))
+    return (str(each["kind"]), str(each["dtype"]), rows, shape), seconds

@@ -36,7 +36,7 @@ class PackedLayer(nn.Module, ABC):
 
     in_features: int
     out_features: int
-    density_requested: float | None
+    requested_density: float | None
     kind: type[nn.Module] | None = None
     own: frozenset[str] = frozenset()
     transposed: bool = False

@@ -25,12 +25,12 @@ class BitmapLinear(PackedLayer):
     called. `PackedLayer` says what it shares with the layer replaced. Raises FormatError when the
     parts contradict each other.
 
-    `prepare_batches` adds a second copy of the weights, never saved, in the form that serves more
-    than 8 rows of input fastest: blocks for a block pattern whose blocks are whole, else groups of
+    `prepare_large_batches` adds a second copy of the weights, never saved, in the form that serves more
+    than 8 rows fastest: blocks for a block pattern whose blocks are whole, else groups of
     columns. Without it such batches are unpacked piece by piece for a dense product, or multiplied
     row by row: from `unpack_from` rows on, or where that is None from 30% density on.
     `prepare_columns` holds the column of every kept weight too, which serves up to 8 rows.
-    `rows_decided` and `batches_decided` say why `compress` or `load` prepared these forms or not;
+    `rows_decided` and `large_batches_decided` say why `compress` or `load` prepared these forms or not;
     empty: not asked.
     """
 
@@ -47,7 +47,7 @@ class BitmapLinear(PackedLayer):
         out_features: int,
         bias: Tensor | None = None,
         pattern: str = "",
-        density_requested: float | None = None,
+        requested_density: float | None = None,
     ) -> None:
         super().__init__()
         if values.dtype not in (torch.float32, torch.bfloat16):
@@ -55,7 +55,7 @@ class BitmapLinear(PackedLayer):
         if bitmap.dim() != 2 or bitmap.shape[0] != out_features:
             raise UsageError(f"bitmap has shape {tuple(bitmap.shape)}, not {out_features} rows")
         self.in_features, self.out_features = in_features, out_features
-        self.pattern, self.density_requested = pattern, density_requested
+        self.pattern, self.requested_density = pattern, requested_density
         self.register_buffer("values", values.detach().contiguous())
         self.register_buffer("bitmap", bitmap.contiguous())
         offsets = ops.row_offsets(values, bitmap, in_features)
@@ -63,7 +63,7 @@ class BitmapLinear(PackedLayer):
         self.register_buffer("columns", None, persistent=False)
         self.rows_decided = ""
         self._form: tuple[int, BatchForm] | None = None
-        self.batches_decided = ""
+        self.large_batches_decided = ""
         self.unpack_from: int | None = None
         self.bias = frozen(bias)
 
@@ -91,12 +91,12 @@ class BitmapLinear(PackedLayer):
     def prepare_columns(self) -> int:
         """Hold the column of every kept weight, never saved; returns the bytes. O(out * in / 64).
 
-        Up to 8 rows of input then take time by the kept weights: less where they are few.
+        Batch sizes up to 8 then take time by the kept weights: less where they are few.
         """
         self.columns = ops.columns_of(self.bitmap, self.row_ptr, self.in_features)
         return self.columns.nbytes
 
-    def prepare_batches(self) -> int:
+    def prepare_large_batches(self) -> int:
         """Build the form for batches; returns its bytes. O(out * in / 64 + nnz)."""
         form = self.make_form()
         self._form = (version(self.values), form)
@@ -165,7 +165,7 @@ def _block(pattern: str) -> tuple[int, int] | None:
     return (parsed.rows, parsed.cols) if isinstance(parsed, Block) else None
 
 
-def serves_batches(model: nn.Module, wanted: bool | None = None) -> bool:
+def serves_large_batches(model: nn.Module, wanted: bool | None = None) -> bool:
     """Whether its layers should hold the form for batches: as wanted, else unless it generates.
 
     A model that generates text multiplies mostly one row at a time, and memory decides its speed.

@@ -40,7 +40,7 @@ class PackedConv2d(PackedLayer):
         if weight.in_features % (window.kernel[0] * window.kernel[1]):
             raise UsageError(f"{weight.in_features} weights do not fit a kernel {window.kernel}")
         self.in_features, self.out_features = weight.in_features, weight.out_features
-        self.pattern, self.density_requested = weight.pattern, weight.density_requested
+        self.pattern, self.requested_density = weight.pattern, weight.requested_density
         self.window = window
         self.register_buffer("values", weight.values)
         self.register_buffer("bitmap", weight.bitmap)

@@ -25,8 +25,8 @@ class NMLinear(PackedLayer):
     refused when called. Raises FormatError when the parts contradict each other, UsageError for a
     pattern that is not N:M with M in 2, 4, 8, 16, 32.
 
-    `prepare_batches` adds a second copy of the weights, never saved, that serves more than 8 rows
-    of input fastest. Without it such batches are unpacked piece by piece. `batches_decided` says
+    `prepare_large_batches` adds a second copy of the weights, never saved, that serves more than 8 rows
+    of input fastest. Without it such batches are unpacked piece by piece. `large_batches_decided` says
     why a model's layer has it or not.
     """
 
@@ -41,7 +41,7 @@ class NMLinear(PackedLayer):
         out_features: int,
         bias: Tensor | None = None,
         pattern: str = "2:4",
-        density_requested: float | None = None,
+        requested_density: float | None = None,
     ) -> None:
         super().__init__()
         if values.dtype not in (torch.float32, torch.bfloat16):
@@ -51,11 +51,11 @@ class NMLinear(PackedLayer):
             raise UsageError(f"values have shape {tuple(values.shape)}, not {out_features} rows")
         ops.check(values, codes, self.layout)
         self.in_features, self.out_features = in_features, out_features
-        self.pattern, self.density_requested = pattern, density_requested
+        self.pattern, self.requested_density = pattern, requested_density
         self.register_buffer("values", values.detach().contiguous())
         self.register_buffer("codes", codes.contiguous())
         self._form: tuple[int, Sell] | None = None
-        self.batches_decided = ""
+        self.large_batches_decided = ""
         self.bias = frozen(bias)
 
     @classmethod
@@ -90,7 +90,7 @@ class NMLinear(PackedLayer):
         """The fraction of weights that are stored and not zero."""
         return self.kept / max(1, self.in_features * self.out_features)
 
-    def prepare_batches(self) -> int:
+    def prepare_large_batches(self) -> int:
         """Build the form for batches; returns its bytes. O(out * in)."""
         form = self.make_form()
         self._form = (version(self.values), form)
@@ -162,7 +162,7 @@ def _layout(pattern: str, in_features: int) -> Layout:
     return Layout(parsed.keep, parsed.group, in_features)
 
 
-def prepare_batches(model: nn.Module) -> int:
+def prepare_large_batches(model: nn.Module) -> int:
     """Build the form for batches in every packed layer; returns the bytes it takes."""
     packed = [module for module in model.modules() if isinstance(module, BitmapLinear | NMLinear)]
-    return sum(module.prepare_batches() for module in packed)
+    return sum(module.prepare_large_batches() for module in packed)

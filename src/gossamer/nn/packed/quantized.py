@@ -33,13 +33,13 @@ class QuantizedLinear(PackedLayer):
         matrix: QuantizedMatrix,
         bias: Tensor | None = None,
         pattern: str = "",
-        density_requested: float | None = None,
+        requested_density: float | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = matrix.shape
         self.bits, self.group, self._balanced = matrix.bits, matrix.group, matrix.balanced
-        self.pattern, self.density_requested = pattern, density_requested
+        self.pattern, self.requested_density = pattern, requested_density
         self._densified = False
         self.form_decided = ""
         row_ptr, cols, exact = matrix.outliers or (None, None, None)

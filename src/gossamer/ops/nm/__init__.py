@@ -20,7 +20,7 @@ __all__ = ["GROUPS", "Layout", "check", "fits", "kernel_name", "linear", "matrix
 
 
 def kernel_name() -> str:
-    """The kernel that serves up to 8 rows of input here, such as `nm-matvec/avx512`."""
+    """The kernel that serves batch sizes up to 8 here, such as `nm-matvec/avx512`."""
     return f"nm-matvec/{_dispatch.isa()}"
 
 

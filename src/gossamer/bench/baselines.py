@@ -1,6 +1,6 @@
 """What users could run instead; each returns a call, or None where it is not installed.
 
-Every peer computes y = x W^T for x (batch, in) float32 and W (out, in), in its own best layout.
+Every baseline computes y = x W^T for x (batch, in) float32 and W (out, in), in its own best layout.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Dense integer engines that users could run instead: torch's and onnxruntime's.
 
-As in `peers`: y = x W^T for x (batch, in) float32 and W (out, in); inputs are rounded to 8 bits on
+As in `baselines`: y = x W^T for x (batch, in) float32 and W (out, in); inputs are rounded to 8 bits on
 the way, weights beforehand. Each returns a call, or None where it is not installed or not built.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gossamer.bench.peers import Run, onnx_options
+from gossamer.bench.baselines import Run, onnx_options
 
 BLOCK = 128
 """Inputs that share a scale in other engines' 4-bit weights, as in ours."""

@@ -1,22 +1,26 @@
-"""Training under a support that already exists."""
+"""Training under a support that already exists.
+
+Trains a sparse model on without changing which weights are zero.
+
+**Defaults.** The weights that are not zero.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from gossamer.core.allocation import LayerInfo
 from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
-from gossamer.methods.weights.topology import Fixed
+from gossamer.core.step import Step
+from gossamer.methods.weights.topology import StaticSupport
 
 
 @dataclass(frozen=True)
-class Keep(Fixed):
+class FixedMasks(StaticSupport):
     """Hold the support that the model has: its non-zero weights, or `masks` by layer name.
 
     For fine-tuning a pruned model. masks: bool matrices (out, in), where a kept weight may be zero.
@@ -26,30 +30,21 @@ class Keep(Fixed):
 
     card: ClassVar[Card] = Card(
         name="keep",
-        kind="trainer",
-        title="",
-        year=2026,
-        link="",
+        topic="weights",
+        role="topology",
         needs=(),
         patterns=("unstructured",),
-        claim="",
+        year=2026,
+        link="",
         status="stable",
-        summary="Trains a sparse model on without changing which weights are zero.",
-        defaults="the weights that are not zero.",
-        notes="",
     )
 
-    def start(
-        self,
-        layers: Sequence[LayerInfo],
-        gradients: Mapping[str, Tensor],
-        generator: torch.Generator,
-    ) -> dict[str, Tensor]:
+    def start(self, step: Step) -> dict[str, Tensor]:
         """The given support. Raises UsageError where it is not one of these layers."""
         if self.masks is None:
-            return {x.name: x.weight != 0 for x in layers}
+            return {x.name: x.weight != 0 for x in step.layers}
         found = {name: mask.shape for name, mask in self.masks.items()}
-        wanted = {x.name: x.weight.shape for x in layers}
+        wanted = {x.name: x.weight.shape for x in step.layers}
         if found != wanted:
             odd = sorted(found.keys() ^ wanted.keys()) or [
                 n for n in found if found[n] != wanted[n]
@@ -58,4 +53,4 @@ class Keep(Fixed):
                 f"{odd[0]}: the given support and the layers in training differ; pass the same "
                 "include and exclude to both"
             )
-        return {x.name: self.masks[x.name].to(x.weight.device) for x in layers}
+        return {x.name: self.masks[x.name].to(x.weight.device) for x in step.layers}

@@ -9,16 +9,16 @@ from torch import nn
 
 import gossamer as gs
 from gossamer.core.errors import DisturbedError
-from gossamer.engine.serve import measure_latency as measure_costs
+from gossamer.engine.serve import measure_latency as measure_latency
 from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d
 from gossamer.nn.kernel_choice import timing
-from gossamer.nn.kernel_choice.latency import Costs, Work, fit
+from gossamer.nn.kernel_choice.latency import LatencyModel, ProductShape, fit
 from gossamer.nn.kernel_choice.machine import (
     cache_file,
-    cached_costs,
+    cached_latency,
     machine,
-    read_costs,
-    store_costs,
+    read_latency,
+    store_latency,
 )
 from gossamer.ops._dispatch import ISAS, isa_index
 from gossamer.ops.bitmap import native
@@ -31,7 +31,7 @@ def terms(call=0.0, every=0.0, kept=0.0, loads=0.0):
     return (call, 0.0, every, kept, loads)
 
 
-def costs(**changes):
+def latency(**changes):
     """Dense by its positions, kernels by what they keep and a dear call."""
     known = {
         "dense": {1: terms(1e-6, BYTE), 128: terms(1e-5, 20 * BYTE)},
@@ -52,7 +52,7 @@ def costs(**changes):
         "sparse-conv-1x1s2": {196: terms(0, 0, 100 * BYTE)},
         **{name.replace("_", "-"): by_rows for name, by_rows in changes.items()},
     }
-    return Costs(machine(), {f"{name} float32": by_rows for name, by_rows in known.items()})
+    return LatencyModel(machine(), {f"{name} float32": by_rows for name, by_rows in known.items()})
 
 
 def layer(out=256, inputs=512, density=0.5):
@@ -63,39 +63,49 @@ def layer(out=256, inputs=512, density=0.5):
 
 
 def chosen(net, **options):
-    return gs.compress(net, **{"costs": costs(), "batches": False, **options}).layers[0]
+    return gs.compress(net, **{"latency": latency(), "large_batches": False, **options}).layers[0]
 
 
 def test_fit_finds_costs_that_made_the_times():
     made = torch.tensor([2e-6, 0.0, 3e-10, 1e-9, 0.0], dtype=torch.float64)
-    works = [Work(o, i, d) for o, i in ((64, 64), (100, 900), (800, 70)) for d in (0.1, 0.9)]
+    works = [
+        ProductShape(o, i, d) for o, i in ((64, 64), (100, 900), (800, 70)) for d in (0.1, 0.9)
+    ]
     points = [(w, float(made @ torch.tensor(w.terms(), dtype=torch.float64))) for w in works]
-    found = Costs({}, {"dense float32": {1: fit(points)}})
-    for work in (*works, Work(3000, 17, 0.3)):
-        exact = float(made @ torch.tensor(work.terms(), dtype=torch.float64))
-        assert found.seconds("dense", "float32", 1, work) == pytest.approx(exact, rel=1e-6)
+    found = LatencyModel({}, {"dense float32": {1: fit(points)}})
+    for shape in (*works, ProductShape(3000, 17, 0.3)):
+        exact = float(made @ torch.tensor(shape.terms(), dtype=torch.float64))
+        assert found.seconds("dense", "float32", 1, shape) == pytest.approx(exact, rel=1e-6)
 
 
 def test_fit_never_gives_negative_costs():
-    points = [(Work(64, 64, 0.1), 1e-3), (Work(64, 64, 0.9), 1e-4), (Work(640, 64, 0.9), 1e-3)]
+    points = [
+        (ProductShape(64, 64, 0.1), 1e-3),
+        (ProductShape(64, 64, 0.9), 1e-4),
+        (ProductShape(640, 64, 0.9), 1e-3),
+    ]
     assert min(fit(points)) >= 0 and max(fit(points)) > 0
 
 
 @pytest.mark.parametrize("name", ["bitmap-matvec", "sell-spmm", "sparse-conv"])
 def test_more_kept_weights_and_more_rows_never_get_cheaper(name):
-    model = costs(sell_spmm={16: terms(9e-5, 0, BYTE), 128: terms(0, 0, 2 * BYTE)})
+    model = latency(sell_spmm={16: terms(9e-5, 0, BYTE), 128: terms(0, 0, 2 * BYTE)})
     for rows in (1, 8, 16, 60, 128, 1000):
-        times = [model.seconds(name, "float32", rows, Work(64, 64, d / 10)) for d in range(1, 11)]
+        times = [
+            model.seconds(name, "float32", rows, ProductShape(64, 64, d / 10)) for d in range(1, 11)
+        ]
         assert times == sorted(times)
-    times = [model.seconds("dense", "float32", rows, Work(64, 64)) for rows in (1, 9, 128, 999)]
+    times = [
+        model.seconds("dense", "float32", rows, ProductShape(64, 64)) for rows in (1, 9, 128, 999)
+    ]
     assert times == sorted(times) and times[-1] > times[-2]
-    assert model.seconds("dense", "float16", 1, Work(1, 1)) is None
+    assert model.seconds("dense", "float16", 1, ProductShape(1, 1)) is None
 
 
 def test_the_fastest_is_chosen_and_the_record_says_what_was_predicted():
     record = chosen(net := layer())
     assert isinstance(net[0], BitmapLinear) and record.kernel.startswith("bitmap-matvec/")
-    assert record.decided.startswith("by measured costs: predicted bitmap-matvec")
+    assert record.decided.startswith("by measured latencies: predicted bitmap-matvec")
     assert record.decided.endswith("for 1 row")
     positions = 256 * 512
     assert record.predicted["dense"] == pytest.approx(1e-6 + positions * BYTE)
@@ -114,21 +124,21 @@ def test_nearly_dense_and_tiny_layers_stay_dense_and_say_so(out, density):
 
 
 def test_other_costs_flip_the_decision():
-    slow = costs(bitmap_matvec={1: terms(0, 0, 3 * BYTE)})
-    assert chosen(layer(), costs=slow).kernel is None
-    assert chosen(layer(), costs="rule").decided == "by rule"
-    assert chosen(layer(density=0.97), costs=costs(dense={1: terms(1.0)})).kernel
+    slow = latency(bitmap_matvec={1: terms(0, 0, 3 * BYTE)})
+    assert chosen(layer(), latency=slow).kernel is None
+    assert chosen(layer(), latency="rule").decided == "by rule"
+    assert chosen(layer(density=0.97), latency=latency(dense={1: terms(1.0)})).kernel
 
 
 def test_batches_choose_among_all_forms():
-    record = chosen(net := layer(density=0.3), batches=True)
+    record = chosen(net := layer(density=0.3), large_batches=True)
     assert record.kernel.endswith(net[0].batch_kernel) and "sell" in net[0].batch_kernel
     assert set(record.predicted) == {"dense", "sell-spmm", "bitmap-unpack", "bitmap-spmm"}
     assert record.decided.endswith("for 128 rows")
-    straight = costs(bitmap_spmm={16: terms(), 128: terms(0, 0, BYTE)})
-    record = chosen(net := layer(density=0.3), batches=True, costs=straight)
+    straight = latency(bitmap_spmm={16: terms(), 128: terms(0, 0, BYTE)})
+    record = chosen(net := layer(density=0.3), large_batches=True, latency=straight)
     assert net[0].batch_kernel is None and record.kernel.startswith("bitmap-matvec")
-    assert chosen(layer(density=0.9), batches=True).kernel is None
+    assert chosen(layer(density=0.9), large_batches=True).kernel is None
 
 
 SLOW_FORM = {128: terms(0, 0, 400 * BYTE)}
@@ -137,59 +147,65 @@ SLOW_FORM = {128: terms(0, 0, 400 * BYTE)}
 
 @pytest.mark.parametrize("slow", [None, SLOW_FORM], ids=["pays", "does not"])
 def test_load_prepares_where_compress_does(slow, tmp_path):
-    known = costs() if slow is None else costs(sell_spmm=slow)
+    known = latency() if slow is None else latency(sell_spmm=slow)
     net = nn.Sequential(layer(density=0.3)[0], layer(512, 256, density=0.2)[0])
-    records = gs.compress(net, costs=known, batches=True).layers
+    records = gs.compress(net, latency=known, large_batches=True).layers
     gs.save(net, tmp_path / "out")
 
     def again(**options):
         return gs.load(tmp_path / "out", model=nn.Sequential(*layer(), *layer(512, 256)), **options)
 
-    found = again(batches=True, costs=known)
+    found = again(large_batches=True, latency=known)
     x = torch.randn(40, 512)
     for loaded, packed, record in zip(found, net, records, strict=True):
         assert loaded.batch_kernel == packed.batch_kernel
         assert (loaded.batch_kernel is not None) == (slow is None)
         verdict = "prepared" if slow is None else "not prepared"
-        assert loaded.batches_decided.startswith(f"{verdict} by measured costs: predicted ")
-        assert packed.batches_decided == loaded.batches_decided
+        assert loaded.large_batches_decided.startswith(
+            f"{verdict} by measured latencies: predicted "
+        )
+        assert packed.large_batches_decided == loaded.large_batches_decided
         for name, seconds in record.predicted.items():
-            told = f"{name} {1e3 * seconds:.3g} ms" in loaded.batches_decided
+            told = f"{name} {1e3 * seconds:.3g} ms" in loaded.large_batches_decided
             assert told == (name != "dense")
     torch.testing.assert_close(found(x), net(x), rtol=1e-4, atol=1e-4)
-    forced = again(batches=True, costs="rule")
-    assert [each.batches_decided for each in forced] == ["prepared by rule"] * 2
+    forced = again(large_batches=True, latency="rule")
+    assert [each.large_batches_decided for each in forced] == ["prepared by rule"] * 2
     assert all(each.batch_kernel for each in forced) and "batches=sell" in repr(forced[0])
-    plain = again(batches=False, costs=known)
-    assert not any(each.batch_kernel or each.batches_decided for each in plain)
+    plain = again(large_batches=False, latency=known)
+    assert not any(each.batch_kernel or each.large_batches_decided for each in plain)
 
 
 def test_load_goes_by_what_is_stored_and_without_it_by_rule(cache, tmp_path):
-    gs.save(gs.compress(layer(density=0.3), costs=costs(), batches=False), tmp_path / "out")
-    found = gs.load(tmp_path / "out", model=layer(), batches=True)[0]
-    assert found.batches_decided == "prepared by rule" and found.batch_kernel
-    store_costs(costs(sell_spmm=SLOW_FORM))
-    found = gs.load(tmp_path / "out", model=layer(), batches=True)[0]
-    assert found.batch_kernel is None and found.batches_decided.startswith("not prepared")
+    gs.save(
+        gs.compress(layer(density=0.3), latency=latency(), large_batches=False), tmp_path / "out"
+    )
+    found = gs.load(tmp_path / "out", model=layer(), large_batches=True)[0]
+    assert found.large_batches_decided == "prepared by rule" and found.batch_kernel
+    store_latency(latency(sell_spmm=SLOW_FORM))
+    found = gs.load(tmp_path / "out", model=layer(), large_batches=True)[0]
+    assert found.batch_kernel is None and found.large_batches_decided.startswith("not prepared")
 
 
 def test_nm_layers_are_judged_against_unpacking_which_is_what_they_do(tmp_path):
     torch.manual_seed(0)
-    pruned = gs.prune(nn.Sequential(nn.Linear(640, 64)), gs.Magnitude(), pattern=gs.NM(1, 8))
-    fast = gs.compress(pruned, costs=costs(), batches=False).model
+    pruned = gs.prune(
+        nn.Sequential(nn.Linear(640, 64)), gs.weights.Magnitude(), pattern=gs.NM(1, 8)
+    )
+    fast = gs.compress(pruned, latency=latency(), large_batches=False).model
     assert isinstance(fast[0], NMLinear)
     gs.save(fast, tmp_path / "out")
-    for each, wins in ((costs(), True), (costs(sell_spmm=SLOW_FORM), False)):
+    for each, wins in ((latency(), True), (latency(sell_spmm=SLOW_FORM), False)):
         empty = nn.Sequential(nn.Linear(640, 64))
-        found = gs.load(tmp_path / "out", model=empty, batches=True, costs=each)[0]
+        found = gs.load(tmp_path / "out", model=empty, large_batches=True, latency=each)[0]
         assert (found.batch_kernel is not None) == wins
-        assert "bitmap-spmm" not in found.batches_decided
+        assert "bitmap-spmm" not in found.large_batches_decided
 
 
 def test_blocks_are_judged_by_their_kernel():
     net = layer(density=1.0)
-    pruned = gs.prune(net, gs.Magnitude(), pattern=gs.Block(4, 1), density=0.5)
-    record = chosen(pruned, batches=True)
+    pruned = gs.prune(net, gs.weights.Magnitude(), pattern=gs.Block(4, 1), density=0.5)
+    record = chosen(pruned, large_batches=True)
     assert "block-spmm" in record.kernel
     kept = 0.5 * 256 * 512
     assert record.predicted["block-spmm"] == pytest.approx(5e-5 + (10 + 2.5) * kept * BYTE)
@@ -205,7 +221,7 @@ def integers(**seconds):
         }
         for name, each in names.items()
     }
-    return Costs(machine(), known)
+    return LatencyModel(machine(), known)
 
 
 def test_integers_are_held_in_the_faster_form(tmp_path):
@@ -213,15 +229,15 @@ def test_integers_are_held_in_the_faster_form(tmp_path):
     for dense, batches, form in ((0.5, False, "dense"), (2.0, False, "sparse"),
                                  (0.5, True, "sparse"), (2.0, True, "dense")):  # fmt: skip
         known = integers(dense=dense)
-        record = gs.compress(net := layer(), bits=4, costs=known, batches=batches).layers[0]
+        record = gs.compress(net := layer(), bits=4, latency=known, large_batches=batches).layers[0]
         assert net[0].sparse and (net[0].bitmap is None) == (form == "dense")
-        told = f"asked for; {form} integers in memory by measured costs: predicted "
+        told = f"asked for; {form} integers in memory by measured latencies: predicted "
         assert record.decided.startswith(told)
         assert record.sparse_bytes == net[0].stored.nbytes < record.dense_bytes / 4
         kind = "int4-dense" if form == "dense" else "int4-matvec"
         assert record.kernel.startswith(kind) and kind in str(record)
         gs.save(net, tmp_path / "out", overwrite=True)
-        again = gs.load(tmp_path / "out", model=layer(), costs=known, batches=batches)[0]
+        again = gs.load(tmp_path / "out", model=layer(), latency=known, large_batches=batches)[0]
         assert again.form_decided == net[0].form_decided and again.kept == net[0].kept
         x = torch.randn(3, 512)
         torch.testing.assert_close(again(x), net[0](x))
@@ -229,17 +245,17 @@ def test_integers_are_held_in_the_faster_form(tmp_path):
 
 def test_columns_are_read_where_that_is_faster(monkeypatch, tmp_path):
     """By costs at any density, by rule at low ones."""
-    cheap = costs(csr_matvec={1: terms(0, 0, 0.5 * BYTE)})
-    record = chosen(net := layer(density=0.4), costs=cheap)
+    cheap = latency(csr_matvec={1: terms(0, 0, 0.5 * BYTE)})
+    record = chosen(net := layer(density=0.4), latency=cheap)
     assert record.kernel.startswith("csr-matvec") and "csr-matvec" in record.predicted
-    assert net[0].rows_decided.startswith("columns read by measured costs: predicted ")
+    assert net[0].rows_decided.startswith("columns read by measured latencies: predicted ")
     gs.save(net, tmp_path / "out")
-    again = gs.load(tmp_path / "out", model=layer(), costs=cheap, batches=False)[0]
+    again = gs.load(tmp_path / "out", model=layer(), latency=cheap, large_batches=False)[0]
     assert torch.equal(again.columns, net[0].columns)
-    dear = costs(csr_matvec={1: terms(0, 0, 5 * BYTE)})
-    record = chosen(net := layer(density=0.05), costs=dear)
+    dear = latency(csr_matvec={1: terms(0, 0, 5 * BYTE)})
+    record = chosen(net := layer(density=0.05), latency=dear)
     assert record.kernel.startswith("bitmap-matvec") and net[0].columns is None
-    record = chosen(net := layer(density=0.05), costs=cheap, batches=True)
+    record = chosen(net := layer(density=0.05), latency=cheap, large_batches=True)
     assert net[0].columns is not None and record.kernel.startswith("csr-matvec")
     assert net[0].batch_kernel in record.kernel
     for isa, density, reads in (("avx512", 0.08, True), ("avx512", 0.2, False),
@@ -247,7 +263,7 @@ def test_columns_are_read_where_that_is_faster(monkeypatch, tmp_path):
         if ISAS.index(isa) > isa_index():
             continue
         monkeypatch.setenv("GOSSAMER_ISA", isa)
-        chosen(net := layer(density=density), costs="rule")
+        chosen(net := layer(density=density), latency="rule")
         monkeypatch.delenv("GOSSAMER_ISA")
         assert (net[0].columns is not None) == reads
         assert net[0].rows_decided == f"{'columns' if reads else 'bitmap'} read by rule"
@@ -256,14 +272,14 @@ def test_columns_are_read_where_that_is_faster(monkeypatch, tmp_path):
 def test_integers_by_rule(monkeypatch):
     if isa_index() < 1:
         pytest.skip("the rule is about vectors")
-    held = {bits: gs.compress(layer(), bits=bits, costs="rule").model[0] for bits in (4, 8)}
+    held = {bits: gs.compress(layer(), bits=bits, latency="rule").model[0] for bits in (4, 8)}
     assert held[4].bitmap is None and held[4].form_decided == "dense integers in memory by rule"
     assert (held[8].bitmap is None) == (not has_byte_products())
-    even = gs.prune(layer(density=1.0), gs.Magnitude(), pattern=gs.NM(2, 4))
+    even = gs.prune(layer(density=1.0), gs.weights.Magnitude(), pattern=gs.NM(2, 4))
     if has_byte_products():
-        assert gs.compress(even, bits=4, costs=integers(dense=0.1)).model[0].bitmap is not None
+        assert gs.compress(even, bits=4, latency=integers(dense=0.1)).model[0].bitmap is not None
     monkeypatch.setenv("GOSSAMER_ISA", "portable")
-    assert gs.compress(layer(), bits=4, costs="rule").model[0].bitmap is not None
+    assert gs.compress(layer(), bits=4, latency="rule").model[0].bitmap is not None
 
 
 def convolution(density, group=1, **shape):
@@ -294,7 +310,7 @@ def test_convolutions_of_every_kernel_are_judged_by_their_family(
     density, shape, per_position, per_kept
 ):
     net = convolution(density, **shape)
-    record = gs.compress(net, costs=costs()).layers[0]
+    record = gs.compress(net, latency=latency()).layers[0]
     positions = net[0].weight.numel() if isinstance(net[0], nn.Conv2d) else 64 * record.shape[1]
     dense, sparse = per_position * positions * BYTE, per_kept * record.density * positions * BYTE
     assert record.predicted == pytest.approx({"dense": dense, "sparse-conv": sparse})
@@ -305,7 +321,7 @@ def test_convolutions_of_every_kernel_are_judged_by_their_family(
 def test_outputs_that_share_their_zeros_are_judged_as_tiles():
     """At density 0.3 tiles of random zeros share 1.6 outputs, groups of 4 share 4."""
     alone, groups = (
-        gs.compress(convolution(0.3, group), costs=costs(), batches=False).layers[0]
+        gs.compress(convolution(0.3, group), latency=latency(), large_batches=False).layers[0]
         for group in (1, 4)
     )
     positions = 64 * 64 * 9
@@ -313,32 +329,32 @@ def test_outputs_that_share_their_zeros_are_judged_as_tiles():
         expected = (20 + 80 / shared) * record.density * positions * BYTE
         assert record.predicted["tiled-conv"] == pytest.approx(expected, rel=0.01)
     assert groups.predicted["tiled-conv"] < 0.6 * alone.predicted["tiled-conv"]
-    slower = costs(dense_conv_3x3={196: terms(0, 15 * BYTE)})
-    kept = [gs.compress(convolution(0.3, g), costs=slower).layers[0].kernel for g in (1, 4)]
+    slower = latency(dense_conv_3x3={196: terms(0, 15 * BYTE)})
+    kept = [gs.compress(convolution(0.3, g), latency=slower).layers[0].kernel for g in (1, 4)]
     assert kept[0] is None and kept[1].startswith("tiled-conv/")
 
 
 def test_convolutions_without_measured_costs_go_by_rule():
-    few = costs()
+    few = latency()
     terms_ = {name: by for name, by in few.terms.items() if "3x3" not in name}
-    record = gs.compress(convolution(0.1), costs=dataclasses.replace(few, terms=terms_)).layers[0]
+    record = gs.compress(convolution(0.1), latency=dataclasses.replace(few, terms=terms_)).layers[0]
     assert record.decided == "by rule" and record.kernel
     dilated = nn.Sequential(nn.Conv2d(64, 64, 3, dilation=2))
     dilated[0].weight.data[torch.rand_like(dilated[0].weight) > 0.1] = 0
-    assert "no kernel" in gs.compress(dilated, costs=few).layers[0].reason
+    assert "no kernel" in gs.compress(dilated, latency=few).layers[0].reason
 
 
 def test_unpacking_starts_where_the_costs_cross(monkeypatch):
     net = layer(density=0.4)
-    gs.compress(net, costs=costs(), batches=False)
+    gs.compress(net, latency=latency(), large_batches=False)
     first = net[0].unpack_from
     at = [
-        costs().seconds(name, "float32", first, Work(256, 512, net[0].density))
+        latency().seconds(name, "float32", first, ProductShape(256, 512, net[0].density))
         for name in ("bitmap-unpack", "bitmap-spmm")
     ]
     assert 8 < first <= 1024 and at[0] <= at[1]
-    never = costs(bitmap_unpack={16: terms(1.0)})
-    assert never.unpack_from("float32", Work(256, 512, 0.4)) > 1 << 60
+    never = latency(bitmap_unpack={16: terms(1.0)})
+    assert never.unpack_from("float32", ProductShape(256, 512, 0.4)) > 1 << 60
     if isa_index() < 0:
         return
     unpacked = []
@@ -358,13 +374,13 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_what_is_stored_is_found_and_used(cache, tmp_path):
-    assert cached_costs() is None and not cache.exists()
-    assert chosen(layer(), costs=None).decided == "by rule"
-    path = store_costs(costs())
+    assert cached_latency() is None and not cache.exists()
+    assert chosen(layer(), latency=None).decided == "by rule"
+    path = store_latency(latency())
     assert path == cache_file() and [p.name for p in cache.iterdir()] == [path.name]
-    assert cached_costs() == costs() == read_costs(path)
-    record = chosen(net := layer(density=0.4), costs=None)
-    assert record.decided.startswith("by measured costs")
+    assert cached_latency() == latency() == read_latency(path)
+    record = chosen(net := layer(density=0.4), latency=None)
+    assert record.decided.startswith("by measured latencies")
     gs.save(net, tmp_path / "saved")
     assert gs.load(tmp_path / "saved", model=layer())[0].unpack_from == net[0].unpack_from
 
@@ -391,33 +407,33 @@ def test_what_is_stored_is_found_and_used(cache, tmp_path):
 def test_a_damaged_cache_is_no_cache(cache, content):
     cache.mkdir()
     cache_file().write_bytes(content)
-    assert cached_costs() is None
-    assert chosen(layer(), costs=None).decided == "by rule"
+    assert cached_latency() is None
+    assert chosen(layer(), latency=None).decided == "by rule"
     with pytest.raises(gs.FormatError):
-        read_costs(cache_file())
+        read_latency(cache_file())
 
 
 def test_another_machine_s_costs_are_not_used(cache):
-    other = dataclasses.replace(costs(), machine={**machine(), "cpu": "another"})
+    other = dataclasses.replace(latency(), machine={**machine(), "cpu": "another"})
     cache.mkdir()
     cache_file().write_text(json.dumps(other.to_json()))
-    assert cached_costs() is None
-    assert chosen(layer(), costs=other).kernel  # given by hand they are
+    assert cached_latency() is None
+    assert chosen(layer(), latency=other).kernel  # given by hand they are
 
 
 def test_calibration_measures_every_kernel(cache, monkeypatch):
     if isa_index() < 0:
         pytest.skip("the kernels are not built")
-    monkeypatch.setattr(measure_costs, "SHAPES", ((64, 64), (64, 128)))
-    monkeypatch.setattr(measure_costs, "CONVOLUTIONS", ((16, 16),))
-    monkeypatch.setattr(measure_costs, "PIXELS", (3, 5))
-    monkeypatch.setattr(measure_costs, "WINDOWS", ((16, 8),))
-    monkeypatch.setattr(measure_costs, "_seconds", lambda layers, x: 1e-6 * layers[0](x).numel())
-    monkeypatch.setattr(measure_costs, "_usual", lambda *_: 1e-6)
+    monkeypatch.setattr(measure_latency, "SHAPES", ((64, 64), (64, 128)))
+    monkeypatch.setattr(measure_latency, "CONVOLUTIONS", ((16, 16),))
+    monkeypatch.setattr(measure_latency, "PIXELS", (3, 5))
+    monkeypatch.setattr(measure_latency, "WINDOWS", ((16, 8),))
+    monkeypatch.setattr(measure_latency, "_seconds", lambda layers, x: 1e-6 * layers[0](x).numel())
+    monkeypatch.setattr(measure_latency, "_usual", lambda *_: 1e-6)
     state = torch.random.get_rng_state()
-    found = gs.calibrate_costs()
+    found = gs.calibrate_latency()
     assert torch.equal(state, torch.random.get_rng_state())
-    assert cached_costs() == found and dict(found.machine) == machine()
+    assert cached_latency() == found and dict(found.machine) == machine()
     kernels = {"dense", "bitmap-matvec", "bitmap-unpack", "bitmap-spmm", "sell-spmm"}
     kernels.add("csr-matvec")
     names = {f"{k} {d}" for k in (*kernels, "block-spmm") for d in ("float32", "bfloat16")}
@@ -427,7 +443,7 @@ def test_calibration_measures_every_kernel(cache, monkeypatch):
     assert set(found.terms) == names | {f"{k}{f} float32" for k in kinds for f in families}
     assert set(found.terms["dense-conv float32"]) == {9, 25}
     # whatever was measured is what a decision asks for, with the right number of inputs
-    record = gs.compress(convolution(0.1, stride=2), costs=found).layers[0]
+    record = gs.compress(convolution(0.1, stride=2), latency=found).layers[0]
     assert set(record.predicted) == {"dense", "sparse-conv"}
 
 
@@ -450,12 +466,12 @@ def test_timed_convolutions_have_their_forms_and_copies_are_right():
 
 
 def test_points_of_a_convolution_say_what_was_timed(monkeypatch):
-    monkeypatch.setattr(measure_costs, "_seconds", lambda layers, x: 1e-9 * layers[0](x).numel())
-    found = list(measure_costs.measure_convolution(16, 8, ((0.05, 1), (0.3, 4)), 5, 3, 2))
+    monkeypatch.setattr(measure_latency, "_seconds", lambda layers, x: 1e-9 * layers[0](x).numel())
+    found = list(measure_latency.measure_convolution(16, 8, ((0.05, 1), (0.3, 4)), 5, 3, 2))
     assert [name for name, *_ in found] == [
         f"{kind}-3x3s2 float32" for kind in ("dense-conv", "sparse-conv", "tiled-conv")
     ]
-    assert {(rows, work.out, work.inputs) for _, rows, work, _ in found} == {(25, 16, 72)}
+    assert {(rows, shape.out, shape.inputs) for _, rows, shape, _ in found} == {(25, 16, 72)}
     assert all(seconds == pytest.approx(1e-9 * 16 * 25) for *_, seconds in found)
     assert found[2][2].high == pytest.approx(4.0) and found[1][2].high == 1
 
@@ -464,21 +480,23 @@ def test_threads_that_wait_for_others_end_the_calibration(cache, over_threads, m
     if isa_index() < 0:
         pytest.skip("the kernels are not built")
     times = {1: 1e-6, 2: 9e-6}
-    monkeypatch.setattr(measure_costs, "_usual", lambda *_: times[torch.get_num_threads()])
+    monkeypatch.setattr(measure_latency, "_usual", lambda *_: times[torch.get_num_threads()])
 
     def calibrate():
         with pytest.raises(DisturbedError, match="2 threads took 9 us where one took 1"):
-            gs.calibrate_costs()
+            gs.calibrate_latency()
         assert torch.get_num_threads() == 2
 
     over_threads(calibrate, (2,))
-    assert cached_costs() is None
+    assert cached_latency() is None
 
 
 def test_a_result_prints_what_decided():
-    text = str(gs.compress(layer(), costs=costs(), batches=False))
-    assert "0: 256 x 512, density 0.5" in text and "by measured costs: predicted" in text
-    assert "dense: no kernel wins" in str(gs.compress(layer(4), costs=costs(), batches=False))
+    text = str(gs.compress(layer(), latency=latency(), large_batches=False))
+    assert "0: 256 x 512, density 0.5" in text and "by measured latencies: predicted" in text
+    assert "dense: no kernel wins" in str(
+        gs.compress(layer(4), latency=latency(), large_batches=False)
+    )
 
 
 @pytest.mark.slow
@@ -487,23 +505,23 @@ def test_predictions_hold_for_layers_that_were_not_measured():
     if isa_index() < 0:
         pytest.skip("the kernels are not built")
     try:
-        model = gs.calibrate_costs(store=False)
+        model = gs.calibrate_latency(store=False)
     except DisturbedError as error:
         pytest.skip(str(error))
     points, factors = [], []
     zeros = ((0.06, 1), (0.2, 1), (0.2, 4))
     for out, inputs, kernel, stride in ((256, 512, 1, 1), (192, 96, 3, 1), (96, 192, 3, 2),
                                         (128, 64, 1, 2), (96, 64, 5, 1)):  # fmt: skip
-        points += measure_costs.measure_convolution(out, inputs, zeros, 14, kernel, stride)
+        points += measure_latency.measure_convolution(out, inputs, zeros, 14, kernel, stride)
     for out, inputs in ((768, 768), (1280, 1536), (640, 2560)):
         for dtype in (torch.float32, torch.bfloat16):
-            points += measure_costs.measure_dense(out, inputs, dtype, (1, 128))
+            points += measure_latency.measure_dense(out, inputs, dtype, (1, 128))
             for density in (0.15, 0.5):
-                points += measure_costs.measure_sparse(
+                points += measure_latency.measure_sparse(
                     out, inputs, density, dtype, (1, 4), (40, 128)
                 )
-    for name, rows, work, seconds in points:
-        predicted = model.seconds(*name.rsplit(" ", 1), rows, work)
+    for name, rows, shape, seconds in points:
+        predicted = model.seconds(*name.rsplit(" ", 1), rows, shape)
         factors.append(max(predicted / seconds, seconds / predicted))
     factors.sort()
     assert factors[len(factors) // 2] < 1.3 and factors[len(factors) * 3 // 4] < 1.5, factors

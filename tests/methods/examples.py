@@ -1,0 +1,59 @@
+"""One small valid instance per method, for every test that goes through all methods.
+
+A new topology method enters here, by its card's name. `coupled` are sets of channels of the model
+at hand; supports are updated every `every` steps. Variants follow a dash.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import gossamer as gs
+from gossamer.core.step import Step
+from gossamer.methods import methods
+
+
+@dataclass(frozen=True)
+class Example:
+    """make(coupled, every): the method. start, final: its density before and after the run, None
+    where it is not given."""
+
+    make: Callable
+    start: float | None = 1.0
+    final: float | None = 0.2
+
+
+W = gs.weights
+TOPOLOGY = {
+    "staticrandom": Example(lambda coupled, every: W.StaticRandom(0.2), 0.2),
+    "snip": Example(lambda coupled, every: W.SNIP(0.4), 0.4, 0.4),
+    "gmp": Example(lambda coupled, every: W.GMP(0.2, every=every)),
+    "gmp-global": Example(
+        lambda coupled, every: W.GMP(0.2, every=every, begin=0.2, scope="global")
+    ),
+    "set": Example(lambda coupled, every: W.SET(0.2, every=every), 0.2),
+    "rigl": Example(lambda coupled, every: W.RigL(0.2, every=every), 0.2),
+    "granet": Example(lambda coupled, every: W.GraNet(0.2, every=every), 0.5),
+    "issp": Example(lambda coupled, every: W.ISSP(0.2)),
+    "srste": Example(lambda coupled, every: W.SRSTE(decay=0.01), 0.5, 0.5),
+    "sdgf": Example(lambda coupled, every: W.SdGf(), 1.0, 0.5),
+    "scl": Example(lambda coupled, every: W.SCL(penalty=0.05, rate=0.3), 1.0, None),
+    "wgsef": Example(lambda coupled, every: W.WGSEF(0.25, coupled), 1.0, None),
+    "wgsef-weighted": Example(
+        lambda coupled, every: W.WGSEF(0.25, coupled, pooled=True, weighted=True), 1.0, None
+    ),
+    "masksparsity": Example(lambda coupled, every: W.MaskSparsity(0.25, coupled), 1.0, 0.25),
+}
+"""Methods that choose supports while a model trains."""
+
+PRUNERS = {x.card.name: x for x in methods(roles=("scorer", "solver")).values()}
+"""Scorers and solvers; each is valid without arguments."""
+
+
+def step_of(number, total, layers, masks=None, gradients=None, generator=None):
+    """A step as the engine would hand it over."""
+    return Step(
+        number, total, {x.name: 0.1 for x in layers}, layers, masks or {},
+        generator or torch.Generator(), lambda: gradients or {},
+    )  # fmt: skip
