@@ -103,7 +103,7 @@ bool Tensor::read(nb::handle object) noexcept {
     data_ = static_cast<char*>(view.data) + view.byte_offset;
     type_ = type_of(view.dtype);
     on_cpu_ = view.device.device_type == nb::device::cpu::value;
-    return true;
+    return view.data || !count_;  // fake tensors have no memory
   }
   try {  // numpy, and torch before 2.10, which exports nothing that may want a gradient
     owner_ = nb::borrow(object);

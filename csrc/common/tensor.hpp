@@ -32,7 +32,7 @@ constexpr int64_t kAny = -1;  // a size that is not checked
 
 class Tensor {
  public:
-  // False, without a Python error, where the object is no array.
+  // False, without a Python error, where the object is no array or has no memory.
   bool read(nanobind::handle object) noexcept;
 
   const nanobind::object& owner() const { return owner_; }  // whoever keeps it keeps the memory

@@ -6,12 +6,14 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from gossamer.ops import _dispatch, bitmap
 
 if _dispatch.kernels() is None:
     pytest.skip("needs the compiled kernels", allow_module_level=True)
 module = _dispatch.compiled()
+FAKE = FakeTensorMode().from_tensor(torch.zeros(6, 16, dtype=torch.uint8))
 
 
 class Exported(torch.Tensor):
@@ -73,7 +75,7 @@ def test_what_does_not_fit_is_named_before_anything_is_read(packed, change, said
         product(parts, x)
 
 
-@pytest.mark.parametrize("other", [3, None, "bits", [1.0], torch.empty(6, 16, device="meta")])
+@pytest.mark.parametrize("other", [3, None, "bits", [1.0], torch.empty(6, 16, device="meta"), FAKE])
 def test_what_holds_no_memory_is_a_type_error(packed, other):
     with pytest.raises(TypeError):
         product((other, *packed[1][1:]), torch.randn(1, 100))
