@@ -5,14 +5,17 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 KERNEL_SOURCES := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
 
-.PHONY: demo test test-slow test-models lint types setup docs bench claims sweep sanitize fuzz \
-	clean help
+.PHONY: demo test test-slow test-models lint types setup docs docs-serve wheel bench claims sweep \
+	sanitize fuzz clean help
 
 help:
 	@echo "make demo   compress the bundled model, write demo-out/report.html"
 	@echo "make test   run the tests        make test-slow  run the long ones"
 	@echo "make test-models  download a small real model (93 MB) and test on it"
-	@echo "make lint types docs bench claims sweep clean"
+	@echo "make docs   write the generated pages, build the site in build/site"
+	@echo "make docs-serve  show the site at http://127.0.0.1:8000"
+	@echo "make wheel  build wheels into dist/, try each in a fresh environment"
+	@echo "make lint types bench claims sweep clean"
 	@echo "make sanitize  kernel tests under sanitizers   make fuzz  a minute each"
 
 setup: $(READY)
@@ -46,8 +49,18 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# The pages made from cards and records, then the site. A warning (a broken link, say) is an error.
 docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'gossamer[docs]'
 	$(BIN)/python docs/generate.py
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/site
+	@echo "the site: build/site/index.html"
+
+docs-serve: docs
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site 8000
+
+wheel:
+	$(PYTHON) tools/wheel.py
 
 bench: $(READY)
 	$(BIN)/gossamer bench --suite kernels --out benchmarks/results/kernels.json
@@ -97,4 +110,4 @@ sanitize: $(READY)
 	LD_PRELOAD=$(SANITIZED)/libfence.so $(BIN)/python -X faulthandler -m pytest $(PLAINLY) $(KERNEL_TESTS)
 
 clean:
-	rm -rf $(VENV) build demo-out
+	rm -rf $(VENV) build dist demo-out

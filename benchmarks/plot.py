@@ -25,7 +25,7 @@ def read(name: str) -> dict[str, object]:
 
 
 def speed() -> None:
-    """Speed over the best dense engine against density, a panel for each number of rows."""
+    """Speed over the best dense engine against density, a panel for each batch size."""
     cases = [c for c in read("kernels")["cases"] if not c["case"].get("block")]
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.8), layout="constrained")
     for panel, batch in zip(panels, (1, 16, 128)):
@@ -51,9 +51,7 @@ def speed() -> None:
         )
         panel.set_ylim(bottom=0, top=panel.get_ylim()[1] * 1.05)
         panel.set_xlim(0, 0.55)
-        panel.set_title(
-            f"{batch} row{'s' * (batch > 1)} of input, {shape[0]} x {shape[1]}", fontsize=10
-        )
+        panel.set_title(f"batch size {batch}, {shape[0]} x {shape[1]}", fontsize=10)
         panel.set_xlabel("density (fraction kept)")
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("speed over the best dense engine")
@@ -107,9 +105,7 @@ def roofline() -> None:
             ms=6,
             alpha=0.85,
             color=COLOURS[facts["dtype"]],
-            label=None
-            if label in seen
-            else f"{label[0]}, {label[1]} rows".replace("1 rows", "1 row"),
+            label=None if label in seen else f"{label[0]}, batch size {label[1]}",
         )
         seen.add(label)
     axis.set(

@@ -10,44 +10,43 @@ from typing import Any
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 Case = dict[str, Any]
 
-LOADS = (
-    "Loads, not multiply-adds. A kept weight takes 5 loads for 4 vectors of products: 3.4 cycles "
-    "measured where the products alone take 2, and 2.6 where two rows share the column, as half do "
-    "at 50%. And sums: a block of 112 columns and 64 rows fills the first-level cache, so "
-    "the sums of four rows (32 lines in and out, of which the second level moves 0.65 per cycle "
-    "here) come and go for every block, at 95% sparsity 50 cycles beside 75 for the 22 weights that the "
-    "four rows keep there; blocks of 112 to 240 columns measured within 5% at 95%. Sums in the cache "
-    "and inputs in registers instead take 6.7 cycles a weight, for their stores; 128 rows at a time, "
-    "which read the weights once, gain 1%. Turning the inputs and results takes 0.3 ms of a call."
-)
-BITMAPS = (
-    "Instructions: each word of 64 positions is expanded whatever it keeps, 14 turns of one port "
-    "(two masks loaded, 4 vectors widened, 4 expanded at 2 each), 14.4 cycles measured in cache; "
-    "80% sparsity would have to take 9.7 to stream at 0.85. Lookup tables, compressing x instead "
-    "and widening ahead were measured and are no faster; two rows in one stream of 32 bits, "
-    "which need no widening, gain 3 to 10% and would be one more form in memory. At 50% the "
-    "bytes alone would take 2.2 ms and the instructions alone 2.0, which overlap in part. Below "
-    "12% kept, columns are read instead, at 1.4 cycles a weight: two loads and an insertion "
-    "each, since gather instructions take 2 here. Against a dense product that reads at full "
-    "speed, half of the weights in 0.56 of the bytes can gain 1.78."
-)
-UNPACK = (
-    "Instructions: about 10 cycles for 64 columns to count where each kept integer goes, without the "
-    "byte-expand instructions of newer processors, where reading them takes 6; 2:4 needs no counting "
-    "but a table, 4:8 two tables and a sum."
-)
-PROMPTS = "Products of a prompt are dense: weights are unpacked for them, so zeros save nothing."
-CONV = (
-    "Not the 1x1 products alone: the first and the depthwise convolutions stay dense, and one kept "
-    "weight serves one output channel, where a dense kernel keeps a tile of outputs in registers."
-)
-CALLS = (
-    "A call costs 0.04 to 0.08 ms before the first line, which shows in products of less than a "
-    "millisecond; and lines of 4 or 8 KB each begin elsewhere in memory, where prefetching starts "
-    "anew: the same lines again, from the caches, take a fifth less. Huge pages were measured and do "
-    "not help."
-)
-SORT = "Sorting the columns of every row comes on top of the product."
+# Why targets were missed. Each text is followed by what missed its target for this reason.
+LOADS = """**Large batches: loads, not multiply-adds.** A kept weight takes 5 loads for 4 vectors of
+products. That is 3.4 cycles measured, where the products alone take 2. It is 2.6 where two rows
+share the column, as half do at 50%.
+
+Sums come on top. A block of 112 columns and a batch of 64 fills the first-level cache. So the sums
+of four rows (32 lines in and out) come and go for every block, and the second level moves 0.65
+lines per cycle here. At 95% sparsity that is 50 cycles, beside 75 for the 22 weights that the four
+rows keep there. Blocks of 112 to 240 columns measured within 5% of each other at 95%.
+
+Sums in the cache and inputs in registers take 6.7 cycles a weight instead, for their stores. A
+batch of 128 at a time, which reads the weights once, gains 1%. Turning the inputs and results takes
+0.3 ms of a call."""
+BITMAPS = """**Batch size 1: instructions.** Each word of 64 positions is expanded, whatever it keeps. That
+is 14 turns of one port: two masks loaded, 4 vectors widened, 4 expanded at 2 each. It takes 14.4
+cycles measured in cache, and 80% sparsity would have to take 9.7 to stream at 0.85.
+
+Lookup tables, compressing x instead and widening ahead were measured and are no faster. Two rows in
+one stream of 32 bits need no widening and gain 3 to 10%, but would be one more form in memory.
+At 50% the bytes alone would take 2.2 ms and the instructions alone 2.0, which overlap in part.
+
+Below density 0.12 columns are read instead, at 1.4 cycles a weight: two loads and an insertion
+each, since gather instructions take 2 here. Against a dense product that reads at full speed, half
+of the weights in 0.56 of the bytes can gain 1.78."""
+UNPACK = """**4 bits: counting.** It takes about 10 cycles for 64 columns to count where each kept integer
+goes, without the byte-expand instructions of newer processors. Reading them takes 6. 2:4 needs no
+counting but a table, and 4:8 two tables and a sum."""
+PROMPTS = """**Prompts.** Products of a prompt are dense: weights are unpacked for them, so zeros save
+nothing."""
+CONV = """**Convolutions.** Not the 1x1 products alone count: the first and the depthwise convolutions
+stay dense. One kept weight serves one output channel, where a dense kernel keeps a tile of outputs
+in registers."""
+CALLS = """**Active columns: calls.** A call costs 0.04 to 0.08 ms before the first line, which shows in
+products of less than a millisecond. Lines of 4 or 8 KB each begin elsewhere in memory, where
+prefetching starts anew. The same lines again, from the caches, take a fifth less. Huge pages were
+measured and do not help."""
+SORT = """**SpGEMM.** Sorting the columns of every row comes on top of the product."""
 
 
 def read(name: str) -> dict[str, Any]:
@@ -105,34 +104,38 @@ def targets() -> list[Row]:
     ):
         for density, target in wanted.items():
             found = cases("kernels", dtype="float32", batch=batch, density=density, **square)
-            label = f"float32, {batch} rows, {1 - density:.0%} zeros, over the best dense"
+            label = f"float32, batch size {batch}, {1 - density:.0%} sparsity, over the best dense"
             rows.append((label, found, best, target, LOADS))
     for case in cases("kernels", dtype="float32", batch=128, **square):
         if "gossamer avx2" in case["milliseconds"]:  # not on processors that have no more than it
-            zeros = 1 - case["case"]["density"]
-            label = f"float32, 128 rows, {zeros:.0%} zeros, AVX2 alone over AVX-512"
+            sparsity = 1 - case["case"]["density"]
+            label = f"float32, batch size 128, {sparsity:.0%} sparsity, AVX2 alone over AVX-512"
             rows.append((label, [case], of_avx512, 0.5, LOADS))
     for density, target in {0.5: 1.3, 0.2: 3.0}.items():
         found = cases("kernels", dtype="bfloat16", batch=128, density=density, **square)
-        label = f"bfloat16, 128 rows, {1 - density:.0%} zeros, over the best dense bfloat16"
+        label = (
+            f"bfloat16, batch size 128, {1 - density:.0%} sparsity, over the best dense bfloat16"
+        )
         rows.append((label, found, over("dense bfloat16"), target, LOADS))
     found = cases("kernels", block="16x1", density=0.3)
     rows.append(
-        ("blocks 16x1, 70% sparsity, 128 rows, over the best dense", found, best, 2.5, LOADS)
+        ("blocks 16x1, 70% sparsity, batch size 128, over the best dense", found, best, 2.5, LOADS)
     )
     for density in (0.5, 0.3, 0.2):
         found = cases("kernels", dtype="bfloat16", density=density, **wide)
-        label = f"bfloat16, 1 row, {1 - density:.0%} zeros, of the read bandwidth"
+        label = f"bfloat16, batch size 1, {1 - density:.0%} sparsity, of the read bandwidth"
         rows.append((label, found, of_limit, 0.85, BITMAPS))
     found = cases("kernels", dtype="bfloat16", density=0.5, **wide)
-    rows.append(("bfloat16, 1 row, 50% sparsity, over the best dense", found, best, 1.7, BITMAPS))
+    rows.append(
+        ("bfloat16, batch size 1, 50% sparsity, over the best dense", found, best, 1.7, BITMAPS)
+    )
     for even in ("", "4:8", "2:4"):
         found = cases("kernels", dtype="int4", density=0.5, block=even, form="", **wide)
         how = f" as {even}" if even else ", held dense"
-        label = f"4 bits, 1 row, 50% sparsity{how}, over the best dense bfloat16"
+        label = f"4 bits, batch size 1, 50% sparsity{how}, over the best dense bfloat16"
         rows.append((label, found, over("dense bfloat16"), 3.5, UNPACK))
     for density, target in {0.1: 2.5, 0.05: 4.0}.items():
-        label = f"training step of an MLP, {1 - density:.0%} zeros, over dense autograd"
+        label = f"training step of an MLP, {1 - density:.0%} sparsity, over dense autograd"
         rows.append((label, cases("training", density=density), best, target, LOADS))
     return rows + _other_targets()
 
@@ -142,7 +145,9 @@ def _other_targets() -> list[Row]:
     for dtype in ("float32", "bfloat16", "int8"):
         found = [c for c in cases("active", dtype=dtype) if "columns" in c["case"]["name"]]
         for case in found:
-            label = f"active columns, {dtype}, {case['case']['zeros']:.0%} zeros, of the byte bound"
+            label = (
+                f"active columns, {dtype}, {case['case']['zeros']:.0%} sparsity, of the byte bound"
+            )
             rows.append((label, [case], of_limit, 0.8, CALLS))
     found = cases("conv", batch=1, channels=0)
     label = "MobileNet-v1 geometry, 1x1 convolutions 90% sparse, over torch"
@@ -173,7 +178,10 @@ def page() -> str:
             reached.append(f"| {label} | {target:g} | {cell} |")
             if not met:
                 missed.setdefault(reason, []).append(f"{label} ({figure:.2f} of {target:g})")
-    why = "\n\n".join(f"{reason} Missed: {'; '.join(labels)}." for reason, labels in missed.items())
+    why = "\n\n".join(
+        "\n".join([reason, "", *(f"- missed: {label}" for label in labels)])
+        for reason, labels in missed.items()
+    )
     return _TEXT.format(
         processor=_processor(read("kernels")),
         limits=_limits(),
@@ -187,7 +195,7 @@ def page() -> str:
 def _zeros(case: Case) -> str:
     pattern = case["case"]["pattern"]
     scattered = "50% sparsity, held dense" if case["case"]["dtype"] == "int4" else "50% sparsity"
-    return {"dense": "no zeros", "2:4": "50% sparsity as 2:4"}.get(pattern, scattered)
+    return {"dense": "dense", "2:4": "50% sparsity as 2:4"}.get(pattern, scattered)
 
 
 def _processor(record: dict[str, Any]) -> str:
@@ -202,14 +210,14 @@ def _limits() -> str:
     record = read("kernels")
     limits = record["limits"]
     return (
-        f"{limits['threads']} threads, {limits['read'] / 1e9:.1f} GB/s read, "
-        f"{limits['flops'] / 1e9:.0f} GFLOP/s of float32 multiply-adds, {record['kernels']}; "
-        f"torch {record['versions']['torch']}"
+        f"{limits['threads']} threads and torch {record['versions']['torch']}. It reads "
+        f"{limits['read'] / 1e9:.1f} GB/s and does {limits['flops'] / 1e9:.0f} GFLOP/s of float32 "
+        f"multiply-adds. Kernels: {record['kernels']}"
     )
 
 
 def _layers() -> str:
-    lines = ["| layer | dtype | rows | density | ours | best dense | speed | of the limit |"]
+    lines = ["| layer | dtype | batch size | density | ours | best dense | speed | of the limit |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for case in read("kernels")["cases"]:
         facts, times = case["case"], case["milliseconds"]
@@ -242,15 +250,15 @@ def _decode() -> str:
 
 _TEXT = """# Benchmarks
 
-Written from `benchmarks/results/*.json` by `make docs`; the pictures by `python benchmarks/plot.py`. Measured by `gossamer bench` on {processor}: {limits}. Every result is checked before it is timed; engines take turns in one process and medians count.
+The tables are written from `benchmarks/results/*.json` by `make docs`, and the pictures by `python benchmarks/plot.py`. Measured by `gossamer bench` on {processor}, with {limits}. Every result is checked before it is timed. Engines take turns in one process, and medians count.
 
 ![Speed over the best dense engine against density](../images/speed.png)
 
-The best dense engine is the fastest of torch in float32 and bfloat16, numpy, onnxruntime and, for one row of input, a dense bfloat16 product of our own, case by case; for integers the 8- and 4-bit engines of torch and onnxruntime too, so that 8 bits of ours may meet 4 of theirs. Our dense product reads about as fast as memory allows, which torch's does not; the layer table names who was fastest.
+The best dense engine is the fastest of torch in float32 and bfloat16, numpy and onnxruntime, case by case. At batch size 1 a dense bfloat16 product of our own counts too. For integers the 8- and 4-bit engines of torch and onnxruntime count as well, so 8 bits of ours may meet 4 of theirs. Our dense product reads about as fast as memory allows, which torch's does not. The layer table names who was fastest.
 
 ![Our kernels under the machine's measured limits](../images/roofline.png)
 
-Points below the slope of one row wait for instructions, points below the roof for loads from the caches.
+Points below the slope of batch size 1 wait for instructions. Points below the roof wait for loads from the caches.
 
 ## Targets
 
@@ -262,7 +270,7 @@ Points below the slope of one row wait for instructions, points below the roof f
 
 ## A whole model against llama.cpp
 
-Random weights in the geometry of a Llama of 1.1 billion parameters, one process, batch 1: `gossamer bench --suite decode --geometry llama-1b --json`. At 4 bits scattered zeros make the file smaller, not the product faster: finding where each kept integer goes takes longer here than reading a dense one, so in memory such layers hold dense integers, zeros among them. The table of layers has the kernel that they would have held sparse.
+Random weights in the geometry of a Llama of 1.1 billion parameters, one process, batch size 1: `gossamer bench --suite decode --geometry llama-1b --json`. At 4 bits unstructured zeros make the file smaller, not the product faster. Finding where each kept integer goes takes longer here than reading a dense one. So in memory such layers hold dense integers, zeros among them. The table of layers has the kernel that they would have held sparse.
 
 {decode}
 
@@ -272,7 +280,9 @@ Random weights in the geometry of a Llama of 1.1 billion parameters, one process
 
 ## Choosing by measured latencies
 
-`gossamer calibrate` times every kernel on a few layers of this machine, fits what a call, the vectors, all positions and the kept weights cost, and keeps the result in the user's cache folder. `gs.compress`, `gs.load` and `gossamer compress` use it where it is there: each layer gets the kernel that is predicted to be fastest, for one row of input in models that generate text and 128 rows in others, or stays dense where none wins, and its record has the predictions. Without it short timings decide, and records say so. Measure on an idle machine: whatever else runs is measured too.
+`gossamer calibrate` times every kernel on a few layers of this machine. It fits what a call, the vectors, all positions and the kept weights cost, and keeps the result in the user's cache folder. `gs.compress`, `gs.load` and `gossamer compress` use it where it is there. Each layer gets the kernel that is predicted to be fastest, or stays dense where none wins, and its record has the predictions. Models that generate text are judged at batch size 1, others at 128.
 
-Files hold the smallest form; memory may hold a faster one. One row of input takes the bitmap, or where few weights are kept their columns (2 bytes more for each); scattered 4-bit integers are dense; many rows have the forms of [the table above](#layers). Records, `rows_decided`, `form_decided` and `large_batches_decided` of a layer say which and why.
+Without it short timings decide, and records say so. Measure on an idle machine: whatever else runs is measured too.
+
+Files hold the smallest form, and memory may hold a faster one. Batch size 1 takes the bitmap, or the columns where few weights are kept (2 bytes more for each). Unstructured 4-bit integers are dense. Larger batches have the forms of [the table above](#layers). Records, and `rows_decided`, `form_decided` and `large_batches_decided` of a layer, say which and why.
 """

@@ -1,15 +1,22 @@
 """The generated pages are current, and what the README and the guide name exists."""
 
 import importlib.util
+import inspect
+import json
+import operator
 import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+import gossamer
+from gossamer import cli, methods
 from gossamer.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
+GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
 
 
 def test_method_pages_are_current():
@@ -36,6 +43,19 @@ def test_the_own_model_page_runs(tiny_llama, tmp_path, monkeypatch):
     assert (tmp_path / "small-dense" / "config.json").is_file()
 
 
+def test_the_readme_runs(tiny_llama, tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for line in block.splitlines() if "Auto" not in line]  # no hub in tests
+    assert len(lines) == len(block.splitlines()) - 3
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_text.txt").write_text("".join(f"line {n} of {n * n}\n" for n in range(900)))
+    names = {"model": tiny_llama(), "tokenizer": Bytes()}
+    exec("\n".join(lines), names)
+    assert names["result"].measured_density == pytest.approx(0.5, abs=0.01)
+    assert names["model"] is not names["fast"].model
+
+
 class Bytes:
     """A tokenizer whose tokens are bytes, with what the page calls."""
 
@@ -50,37 +70,147 @@ class Bytes:
         pass
 
 
-def test_the_readme_is_short():
-    lines = (ROOT / "README.md").read_text().splitlines()
-    sentences = [
-        s for line in lines if not line.startswith(("|", "`", " ")) for s in line.split(". ")
-    ]
-    assert len(lines) < 110 and max(len(s.split()) for s in sentences) < 25
+def test_the_readme_is_short_and_shows_code_first():
+    text = (ROOT / "README.md").read_text()
+    lines = text.splitlines()
+    assert len(lines) < 100 and lines.index("```python") < 30
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len([line for line in block.splitlines() if line]) <= 12
+    assert "make demo" in text and "make test" in text
+
+
+def figures() -> dict[str, list[float]]:
+    """What the README's table must say, by the start of its rows, from the records."""
+    results = ROOT / "benchmarks" / "results"
+    smollm2, minilm, decode, kernels = (
+        json.loads((results / f"{name}.json").read_text())
+        for name in ("smollm2", "minilm", "decode", "kernels")
+    )
+    bits = {name: one["bits_per_byte"] for name, one in smollm2["summary"].items()}
+    speeds = {
+        (case["case"]["dtype"], case["case"].get("baseline"), case["case"]["density"],
+         case["case"].get("pattern")): case["ratio"]
+        for case in decode["cases"]
+    }  # fmt: skip
+
+    def layer(**wanted: object) -> list[float]:
+        found = [
+            case["ratio"]
+            for case in kernels["cases"]
+            if all(case["case"].get(key, "") == value for key, value in wanted.items())
+        ]
+        assert len(found) == 1, wanted
+        return found
+
+    decoding = smollm2["parts"]["decoding"]
+    return {
+        "SmolLM2-135M": [smollm2["parts"]["dense"]["bits_per_byte"], bits["sparsegpt"]],
+        "the same by Wanda": [bits["wanda"], bits["magnitude"]],
+        "the same: decoding": [decoding["gain"]],
+        "MiniLM": [minilm["similarity"]["50%"]["sparsegpt"]],
+        "Llama of 1.1": [speeds["bfloat16", "llama.cpp F16", 0.5, "unstructured:row"]],
+        "the same in int4": [speeds["int4", "llama.cpp Q4_0", 0.5, "2:4"]],
+        "layer of 4096 x 11008": layer(
+            out=4096, inputs=11008, dtype="bfloat16", batch=1, density=0.2, block="", form=""
+        ),
+        "layer of 4096 x 4096": layer(
+            out=4096, inputs=4096, dtype="float32", batch=128, density=0.1, block=""
+        ),
+    }
+
+
+def test_the_readme_has_the_measured_figures():
+    text = (ROOT / "README.md").read_text()
+    rows = dict(re.findall(r"^\| (.*?) \| (.*?) \| \[\w+\]\(benchmarks", text, re.MULTILINE))
+    expected = figures()
+    assert len(rows) == len(expected) == 8
+    for start, values in expected.items():
+        (cell,) = [cell for what, cell in rows.items() if what.startswith(start)]
+        digits = 2 if cell.endswith("x") else 3
+        assert re.findall(r"[\d.]+", cell) == [f"{value:.{digits}f}" for value in values], start
+
+
+def conf() -> str:
+    """The site's settings, as text: Sphinx is not needed to test them."""
+    return (ROOT / "docs" / "conf.py").read_text()
+
+
+def test_every_page_of_the_guide_is_in_the_table_of_contents():
+    (listed,) = re.findall(r"^GUIDE = \[(.*?)\]", conf(), re.MULTILINE | re.DOTALL)
+    pages = {path.stem for path in (ROOT / "docs" / "guide").glob("*.md")} - {"index"}
+    assert set(re.findall(r'"([\w-]+)"', listed)) == pages
+
+
+def test_every_public_name_is_in_the_api_reference():
+    spec = importlib.util.spec_from_file_location("api", ROOT / "docs" / "api.py")
+    api = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(api)
+    listed = re.findall(r"^   ([\w.]+)$", api.pages()["index.md"], re.MULTILINE)
+    assert {name.rpartition(".")[2] for name in public()} == set(listed)
+    groups = {name: api.group_of(getattr(gossamer, name)) for name in ("prune", "NM", "OWL")}
+    assert groups == {"prune": "Functions", "NM": "Patterns", "OWL": "Allocations"}
+
+
+def public() -> dict[str, object]:
+    """Every public name, those of the topics included."""
+    found = {name: getattr(gossamer, name) for name in gossamer.__all__}
+    for topic in filter(methods.topic, methods.TOPICS):
+        module = methods.topic(topic)
+        found |= {f"{topic}.{name}": getattr(module, name) for name in module.__all__}
+    return found
+
+
+def documented(thing: object) -> list[str]:
+    """The names in the Parameters or Attributes of a docstring."""
+    text = inspect.getdoc(thing) or ""
+    section = re.search(
+        r"^(?:Parameters|Attributes)\n-+\n(.*?)(?=\n\n|\Z)", text, re.MULTILINE | re.DOTALL
+    )
+    lines = re.findall(r"^(\S.*?)(?: : .*)?$", section[1], re.MULTILINE) if section else []
+    return [name for line in lines for name in line.split(", ")]
+
+
+def test_docstrings_document_the_parameters_that_there_are():
+    found = {name: documented(thing) for name, thing in public().items()}
+    assert sum(map(bool, found.values())) > 60
+    for name, thing in public().items():
+        if is_dataclass(thing):
+            real = [field.name for field in fields(thing)]
+        elif inspect.isclass(thing):
+            continue
+        else:
+            real = list(inspect.signature(thing).parameters)
+        if found[name] or inspect.isfunction(thing):
+            assert sorted(found[name]) == sorted(real), name
 
 
 @pytest.mark.parametrize(
     "path",
-    [
-        "README.md",
-        "docs/guide/index.md",
-        "docs/guide/own-model.md",
-        "docs/guide/lm-eval.md",
-        "docs/guide/results.md",
-        "docs/guide/benchmarks.md",
-        "docs/guide/training.md",
-        "docs/guide/train-command.md",
-        "docs/guide/ranks-and-trainers.md",
-        "CONTRIBUTING.md",
-    ],
+    ["README.md", "CONTRIBUTING.md", *(f"docs/guide/{p.name}" for p in GUIDE)],
 )
 def test_links_and_commands_exist(path):
     file = ROOT / path
     text = file.read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        if "://" not in target:
-            assert (file.parent / target).exists(), target
-    for command in re.findall(r"^\s*gossamer (\w+)", text, re.MULTILINE):
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
+        if "://" in target:
+            continue
+        linked = file.parent / target if target else file
+        assert linked.exists(), target
+        if anchor and linked.suffix == ".md":
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
+            assert anchor in {slug(heading) for heading in headings}, f"{target}#{anchor}"
+    for command, rest in re.findall(r"^\s*gossamer (\w+)((?:.|\\\n)*)", text, re.MULTILINE):
         assert command in COMMANDS, command
+        options = {field.name for field in fields(cli.command(command))} | {"config", "debug"}
+        for option in re.findall(r"--([\w-]+)", rest):
+            assert option.replace("-", "_") in options, f"gossamer {command} --{option}"
+    for name in re.findall(r"\bgs\.([A-Za-z_]+(?:\.[A-Z]\w*)?)", text):
+        assert operator.attrgetter(name)(gossamer), name
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as GitHub and Sphinx make it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
 
 
 def test_contributing_quotes_classes_as_they_are():

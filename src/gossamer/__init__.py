@@ -3,9 +3,10 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from gossamer.core.version import VERSION
 from gossamer.integrations.arrival import register_with_transformers
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 register_with_transformers()
 

@@ -1,6 +1,7 @@
 """Every public name of `gossamer`."""
 
 from gossamer.api import compare, prune
+from gossamer.compression import CompressionReport, measure_compression
 from gossamer.core.allocation import ER, ERK, LAMP, OWL, Global, Uniform, UniformPlus
 from gossamer.core.card import Card
 from gossamer.core.coupling import Coupled
@@ -48,6 +49,7 @@ __all__ = [
     "Channel",
     "Comparison",
     "CompressResult",
+    "CompressionReport",
     "Coupled",
     "Coverage",
     "FormatError",
@@ -82,6 +84,7 @@ __all__ = [
     "from_semi_structured",
     "generate",
     "load",
+    "measure_compression",
     "parse_pattern",
     "prune",
     "push",

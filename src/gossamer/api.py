@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 
 from torch import nn
 
-from gossamer import methods
 from gossamer.core.allocation import ALLOCATIONS
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import Pattern, parse_pattern
@@ -20,6 +19,8 @@ from gossamer.engine.measure.evaluate import Measurable
 from gossamer.engine.measure.tasks import Outputs, Subject, Task, is_causal, reads_text, task_of
 from gossamer.engine.protocols import Allocation, Method
 from gossamer.engine.prune import run as engine
+from gossamer.methods import build as build_method
+from gossamer.methods import find
 from gossamer.nn.kernel_choice.machine import machine
 from gossamer.report.comparison import Comparison
 
@@ -42,39 +43,62 @@ def prune(
 ) -> PruneResult:
     """Prune `model` in place and return it with its supports and figures.
 
-    method: a scorer or a solver, or its name: `"wanda"`, `"sparsegpt:block=64,damping=0.02"`.
-    pattern: by default the method's own; `NM(2, 4)` or `"2:4"`. density: the fraction kept, in
-    (0, 1]; may be left out for N:M. sparsity: the fraction removed instead, in [0, 1). allocation:
-    how one density becomes one per layer; `Uniform()` by default; `ERK()` or `"erk"`. data: batches
-    for a method or allocation that needs statistics: tensors, called as `model(batch)`, or dicts,
-    called as `model(**batch)`; positions where `attention_mask` (of a decoder,
-    `decoder_attention_mask`) is 0 do not count.
+    Every matrix is pruned that Gossamer can prune. Left out are embeddings, output heads, routers
+    of mixtures, adapters, tied weights, and layers whose forward is their own. Blocks are pruned in
+    order. Each one's statistics come from its already pruned predecessors, and only one block's
+    statistics are in memory. Training flags and hooks are left as they were.
 
-    Every matrix is pruned that Gossamer can prune, less embeddings, output heads, routers of
-    mixtures, adapters, tied weights and layers whose forward is their own. include, exclude:
-    `fnmatch` patterns on dotted names that add weights and remove them. uncalled: what becomes of
-    weights that the data never reaches: they stay dense, or are an error. keep_zeros: weights that
-    are zero before stay zero, also where a method repairs what it keeps. journal: a folder in which
-    each finished block is kept, so that the same call on the same dense model resumes there and
-    ends bitwise equal. progress: a bar on stderr.
+    Parameters
+    ----------
+    model : nn.Module or PruneResult
+        Changed in place.
+    method : Scorer, Solver or str
+        A method, or its name with options: `"wanda"`, `"sparsegpt:block=64,damping=0.02"`.
+    pattern : Pattern or str, optional
+        Which weights are zero together: `gs.NM(2, 4)` or `"2:4"`. By default the method's own.
+    density : float, optional
+        The fraction kept, in (0, 1]. May be left out for N:M.
+    sparsity : float, optional
+        The fraction removed, in [0, 1), instead of `density`.
+    allocation : Allocation or str, optional
+        How one density becomes one per layer, such as `gs.ERK()` or `"erk"`. `Uniform()` by
+        default.
+    data : iterable of Tensor or dict, optional
+        Batches for a method or allocation that needs statistics. A tensor is called as
+        `model(batch)`, a dict as `model(**batch)`. Positions where `attention_mask` is 0 do not
+        count; in a decoder, those where `decoder_attention_mask` is 0.
+    include, exclude : sequence of str
+        `fnmatch` patterns on dotted names that add weights and remove them.
+    uncalled : {"dense", "error"}
+        What becomes of weights that the data never reaches.
+    keep_zeros : bool
+        Weights that are zero before stay zero, also where a method repairs what it keeps.
+    journal : path, optional
+        A folder in which each finished block is kept. The same call on the same dense model resumes
+        there, and ends with the same bits.
+    progress : bool
+        Show a bar on stderr.
 
-    Blocks are pruned in order; each one's statistics come from its already pruned predecessors,
-    and only one block's statistics are in memory. Training flags and hooks are left as they were.
-    `coverage` of the result says how much of the model was pruned and names every other matrix,
-    with the reason; where that is little or unusual, the logger `gossamer` warns.
+    Returns
+    -------
+    PruneResult
+        The model, its supports, and the requested and measured figures. `coverage` says how much of
+        the model was pruned, and names every other matrix with the reason. Where that is little or
+        unusual, the logger `gossamer` warns.
 
-    Bad arguments, patterns that do not fit, weights that hold NaN or are recomputed at every
-    forward, and data that reaches nothing raise before anything changes. An error after that (NaN
-    activations in a later block, a full disk) leaves the blocks before it pruned and the rest
-    dense, which a journal turns into a resume.
+    Raises
+    ------
+    UsageError, PatternError, NonFiniteError
+        For bad arguments, patterns that do not fit, weights that hold NaN or are recomputed at
+        every forward, and data that reaches nothing. Nothing is changed then. A later error, such
+        as NaN activations in a later block or a full disk, leaves the blocks before it pruned.
+    FormatError
+        For a damaged journal.
 
-    Raises UsageError, PatternError, NonFiniteError (each naming the layer) and FormatError for a
-    damaged journal.
-
-    Example:
-
-        result = gs.prune(model, "sparsegpt", pattern="2:4", data=batches)
-        print(result)
+    Examples
+    --------
+    >>> result = gs.prune(model, "sparsegpt", pattern="2:4", data=batches)  # doctest: +SKIP
+    >>> print(result)  # doctest: +SKIP
     """
     if isinstance(method, str):
         method = _pruner(method)
@@ -92,12 +116,12 @@ def prune(
 
 
 def _pruner(text: str) -> Method:
-    if methods.find(text.partition(":")[0]).card.role not in ("scorer", "solver"):
+    if find(text.partition(":")[0]).card.role not in ("scorer", "solver"):
         raise UsageError(
             f"method {text!r} chooses weights while a model trains; use gs.sparse_training in a "
             "training loop, or a method for trained models here (see gs.cards())"
         )
-    return cast(Method, methods.build(text))
+    return cast(Method, build_method(text))
 
 
 def _density_of(sparsity: float, density: float | None) -> float:
@@ -120,24 +144,43 @@ def compare(
 ) -> Comparison:
     """Measure two models side by side: quality, bytes, and speed in turns in one process.
 
-    data: held-out text, of which a causal language model is asked how many bits it needs per byte
-    and how fast it decodes, an encoder of transformers how similar the embeddings of its lines
-    stay and how many it encodes per second; or batches, as for `prune`, on which any other model's
-    outputs are compared. tokenizer: of text, as transformers gives it; None where a byte is a
-    token. tokens: to decode for the speed. progress: show how far it is on stderr.
-
-    Speed is measured in rounds in which both models take turns; those in which others used the
+    Speed is measured in rounds in which both models take turns. Rounds in which others used the
     machine are taken again for some seconds, and counted where they had to stay.
 
-    Raises UsageError where the models are of different kinds, the text is too short, or `tokens`
-    exceed the model's positions; NonFiniteError where the models give no numbers.
+    Parameters
+    ----------
+    dense, sparse : nn.Module, PruneResult or CompressResult
+        Two models of one kind.
+    data : str, bytes, or iterable of Tensor or dict
+        Held-out text, or batches as for `prune`. On text a causal language model is asked how many
+        bits it needs per byte, and how fast it decodes. A text encoder is asked how similar the
+        embeddings of its lines stay, and how many it encodes per second. On batches any other model
+        is asked how similar its outputs stay.
+    tokenizer : optional
+        Of text, as transformers gives it. None where a byte is a token.
+    tokens : int
+        How many tokens are decoded for the speed.
+    progress : bool
+        Show a bar on stderr.
 
-    Example:
+    Returns
+    -------
+    Comparison
+        The figures of both models. It prints as a table and saves as HTML or JSON.
 
-        fast = gs.compress(copy.deepcopy(model))
-        report = gs.compare(model, fast, Path("held_out.txt").read_bytes(), tokenizer=tokenizer)
-        print(report)
-        report.save("report.html")
+    Raises
+    ------
+    UsageError
+        Where the models are of different kinds, the text is too short, or `tokens` exceed the
+        model's positions.
+    NonFiniteError
+        Where a model's outputs are not numbers.
+
+    Examples
+    --------
+    >>> fast = gs.compress(copy.deepcopy(model))  # doctest: +SKIP
+    >>> report = gs.compare(model, fast, held_out, tokenizer=tokenizer)  # doctest: +SKIP
+    >>> report.save("report.html")  # doctest: +SKIP
     """
     first, second = unwrap(dense), unwrap(sparse)
     task = _task(first, second, data, tokenizer, tokens, progress)

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,45 @@ def test_imports_point_downward(path):
             assert words[2] == parts[1], f"{path.name} imports a sibling kind: {name}"
 
 
+WINGS = {"prune": set(), "train": set(), "inputs": set(), "serve": set(), "measure": {"serve"}}
+"""Which other wings of the engine each may import."""
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.parts[-3] == "engine"], ids=lambda p: p.stem
+)
+def test_wings_of_the_engine_stand_on_common_ground(path):
+    wing = path.parts[-2]
+    for name in imports(path):
+        words = name.split(".")
+        if words[:2] == ["gossamer", "engine"] and len(words) > 2 and words[2] in WINGS:
+            assert words[2] in {wing} | WINGS[wing], f"{path.name} imports {name}"
+
+
+def test_nothing_below_imports_the_top():
+    for path in FILES:
+        if path.relative_to(ROOT).parts[0] not in ("cli", "bench", "__main__.py"):
+            assert "gossamer" not in set(imports(path)), path
+
+
+def length(node):
+    """Lines of a function without its docstring."""
+    whole = node.end_lineno - node.lineno + 1
+    first = node.body[0]
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+        whole -= first.end_lineno - first.lineno + 1
+    return whole
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_fit(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert length(node) <= 60, f"{node.name} in {path.name}"
+
+
 def test_hooks_live_in_one_file():
     for path in FILES:
         if path.relative_to(ROOT).as_posix() != "engine/hooks.py":
@@ -84,3 +124,8 @@ def test_no_pickle_anywhere():
         for name in imports(path):
             assert name.split(".")[0] not in {"pickle", "dill", "cloudpickle"}, path
         assert "torch.load(" not in path.read_text(), path
+
+
+def test_the_version_is_that_of_the_package():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert gossamer.__version__ == project["version"]

@@ -1,5 +1,7 @@
 """Every method in the registry, under every pattern it admits."""
 
+import inspect
+import subprocess
 import sys
 
 import pytest
@@ -10,6 +12,7 @@ import gossamer as gs
 from gossamer.core.select import kept_count, select
 from gossamer.core.stats import ColumnNorm, Hessian, LayerStats
 from gossamer.methods import TOPICS, cards, find, methods, summary, topic
+from gossamer.methods.listing import listed
 
 CARDS = [x.card for x in PRUNERS.values()]
 
@@ -173,3 +176,18 @@ def test_names_are_found_near_ones_are_told_and_shared_ones_need_their_topic(mon
 def test_every_topology_method_has_an_example():
     names = {card.name for card in cards() if card.role == "topology"}
     assert names == {name.partition("-")[0] for name in TOPOLOGY}
+
+
+def test_the_listing_without_torch_is_the_registry():
+    for name in TOPICS:
+        found = {f"{x.card.topic}.{x.card.name}": x for x in listed(name)}
+        assert list(found) == list(methods(name))
+        for key, x in found.items():
+            method = methods()[key]
+            assert (x.card, x.name) == (method.card, method.__name__)
+            assert x.text == inspect.cleandoc(sys.modules[method.__module__].__doc__)
+    code = (
+        "import sys; from gossamer.cli import main; main(['methods']); main(['methods', 'weights']);"
+        "main(['methods', 'wanda']); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

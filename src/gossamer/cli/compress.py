@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import fnmatch
 import glob
-import json
+import shlex
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import nn
-
-from gossamer.cli.compress_record import layers_of, record, source_dtype, work_of
 from gossamer.cli.inputs import (
     BUNDLED,
     BUNDLED_TEXT,
@@ -26,24 +20,19 @@ from gossamer.cli.inputs import (
     quiet,
     read_model,
     read_text,
+    source_dtype,
 )
 from gossamer.cli.latency import latency_named
 from gossamer.cli.options import Share, fraction
 from gossamer.cli.output import print_json, print_table, print_text
-from gossamer.core.allocation import ALLOCATIONS
+from gossamer.compression import Experiment
 from gossamer.core.errors import UsageError
-from gossamer.core.matrix import is_prunable
-from gossamer.core.pattern import NM, Pattern, parse_pattern
-from gossamer.core.result import CompressResult, PruneResult
-from gossamer.engine.measure.tasks import Subject, Task, task_of
+from gossamer.core.pattern import NM, parse_pattern
+from gossamer.engine.measure.tasks import task_of
 from gossamer.engine.progress import track
-from gossamer.engine.prune.run import prune
-from gossamer.engine.serve.compress import compress
-from gossamer.io.atomic import check_target, new_folder
-from gossamer.io.save import save
+from gossamer.io.atomic import check_target
 from gossamer.methods import build, parts
 from gossamer.ops.quantized import BITS
-from gossamer.report.html import render
 from gossamer.report.notes import notes, title
 from gossamer.report.tables import headline
 
@@ -113,34 +102,31 @@ class Compress:
     def run(self) -> None:
         """Check everything cheap, then work, then write the folder whole."""
         target = Path(self.out).resolve()  # now: the current folder may be the one replaced
-        plan = {**self._check(), "target": target}
+        plan = self._check()
         calibration, text = self._texts()
         subject = read_model(self.model, "float32")
         limit = eval_bytes(subject) if self.eval_bytes is None else self.eval_bytes
         task = task_of(subject, text[: limit or len(text)], progress=True)
         task.check(self.length, self.tokens)
-        plan["latency"] = latency_named(self.latency) if self.bits is None else None
+        pruning = {
+            "pattern": plan["pattern"], "allocation": self.allocation, "include": self.include,
+            "exclude": self.exclude,
+        }  # fmt: skip
+        experiment = Experiment(
+            plan["method"], pruning, DTYPES[self.dtype], self.bits, self.group,
+            latency_named(self.latency) if self.bits is None else None, self.tokens, progress=True,
+        )  # fmt: skip
         batches = task.calibration(calibration, self.samples, self.length, self.seed)
-        dense = subject.model
-        _round(dense, self._store)
-        work = work_of(dense, batches[0])
-        points = {d: self._point(task, dense, batches, plan, d)[2] for d in plan["sweep"]}
-        pruned, packed, point = self._point(task, dense, batches, plan, plan["density"])
-        points[plan["density"]] = point
-        quality = {"dense": task.quality(dense, dense), "sparse": point["quality"]}
-        _cast(dense, self._store)
-        result = {
+        journal = target.with_name(f".{target.name}.journal")
+        report = experiment.measure(task, batches, plan["density"], plan["sweep"], journal)
+        labels = {
             "model": self.model,
-            **record(pruned, packed, task, quality, work, self._store, self.bits),
-            "allocation": self.allocation,
             "source": source_dtype(plan["folder"]),
-            "dtype": self.dtype,
-            "sweep": list(points.values()) if plan["sweep"] else [],
-            "speed": dataclasses.asdict(task.speed(dense, packed, self.tokens)),
             "out": self.out,
+            "command": "gossamer " + " ".join(shlex.quote(word) for word in sys.argv[1:]),
         }
         with quiet(), track(None, True, f"saving {self.out}"):
-            self._write(result, packed, subject, pruned, target)
+            result = report.save(target, overwrite=self.overwrite, labels=labels)
         for left in _journals(target):
             shutil.rmtree(left, ignore_errors=True)
         if self.json:
@@ -152,10 +138,6 @@ class Compress:
         """What a second call makes of an interrupted one."""
         kept = _journals(Path(self.out).resolve())
         return "; the same command resumes the run" if kept else ""
-
-    @property
-    def _store(self) -> torch.dtype:
-        return DTYPES[self.dtype]
 
     def _check(self) -> dict[str, Any]:
         pattern = parse_pattern(self.pattern)
@@ -210,88 +192,6 @@ class Compress:
         cut = max(1, len(calibration) * 9 // 10)
         return calibration[:cut], calibration[cut:]
 
-    def _prune(
-        self,
-        model: nn.Module,
-        batches: list[dict[str, torch.Tensor]],
-        plan: dict[str, Any],
-        density: float | None,
-        journal: Path | None,
-    ) -> PruneResult:
-        pattern: Pattern | None = plan["pattern"]
-        allocation = ALLOCATIONS[self.allocation]()
-        return prune(
-            model,
-            plan["method"],
-            pattern=pattern,
-            density=density,
-            allocation=allocation,
-            data=batches,
-            journal=journal,
-            include=self.include,
-            exclude=self.exclude,
-            progress=True,
-        )
-
-    def _point(
-        self,
-        task: Task,
-        dense: nn.Module,
-        batches: list[dict[str, torch.Tensor]],
-        plan: dict[str, Any],
-        density: float | None,
-    ) -> tuple[PruneResult, CompressResult, dict[str, float]]:
-        """One density, pruned, rounded as stored, measured and packed.
-
-        Quality is that of the stored weights, computed in float32 with plain dense products: where
-        the processor lacks bfloat16 arithmetic that is several times faster, and no less exact.
-        """
-        target: Path = plan["target"]
-        label = "" if density == plan["density"] else f"-{density:.6f}"
-        journal = target.with_name(f".{target.name}.journal{label}")
-        pruned = self._prune(copy.deepcopy(dense), batches, plan, density, journal)
-        _round(pruned.model, self._store)
-        if self.bits is None:
-            quality = task.quality(dense, pruned.model)
-            _cast(pruned.model, self._store)
-            packed = compress(pruned, latency=plan["latency"], exclude=self._unpacked(dense))
-        else:
-            _cast(pruned.model, self._store)  # so that dense bytes are those of the stored dtype
-            packed = compress(
-                pruned, bits=self.bits, group=self.group, exclude=self._unpacked(dense)
-            )
-            _cast(pruned.model, torch.float32)
-            quality = task.quality(dense, pruned.model)
-            _cast(pruned.model, self._store)
-        stored = sum(layer.sparse_bytes for layer in layers_of(pruned, packed))
-        point = {"density": pruned.measured_density, "quality": quality, "bytes": stored}
-        return pruned, packed, point
-
-    def _unpacked(self, model: nn.Module) -> list[str]:
-        """The patterns of --exclude that name layers which could be packed."""
-        names = [name for name, module in model.named_modules() if is_prunable(module)]
-        return [each for each in self.exclude if fnmatch.filter(names, each)]
-
-    def _write(
-        self,
-        result: dict[str, Any],
-        packed: CompressResult,
-        subject: Subject,
-        pruned: PruneResult,
-        target: Path,
-    ) -> None:
-        with new_folder(target, self.overwrite) as place:
-            inner = place / "model"
-            facts = {**pruned.provenance, "method": pruned.method, "command": result["command"]}
-            save(packed, inner, tokenizer=subject.tokenizer, provenance=facts)
-            for path in list(inner.iterdir()):
-                path.rename(place / path.name)
-            inner.rmdir()
-            files = sum(p.stat().st_size for p in place.glob("*.safetensors"))
-            result["bytes"]["files"] = files
-            (place / "result.json").write_text(json.dumps(result, indent=2, default=str) + "\n")
-            (place / "report.html").write_text(render(result))
-
     def _print(self, result: dict[str, Any]) -> None:
         print_table(title(result), ("", "dense", "sparse", "ratio"), headline(result))
         for line in notes(result):
@@ -313,15 +213,3 @@ def _pruner(text: str) -> Any:
             "or a scorer or solver here (see gossamer methods weights)"
         )
     return build(text)
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters only: buffers such as rotary frequencies keep their precision."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-
-
-def _round(model: nn.Module, dtype: torch.dtype) -> None:
-    """Every parameter to what `dtype` can hold, still float32."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype).float()

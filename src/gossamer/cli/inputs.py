@@ -113,3 +113,15 @@ def density_of(sparsity: float | None, density: float | None) -> float | None:
             f"--density is the fraction kept, in (0, 1], not {density:g}; write 0.5 or 50%"
         )
     return density if sparsity is None else 1 - sparsity
+
+
+def source_dtype(folder: Path | None) -> str:
+    """The dtype of the weights in a folder's files, as safetensors names it; empty if unknown."""
+    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
+    if not files:
+        return ""
+    from safetensors import safe_open
+
+    with safe_open(files[0], framework="pt") as file:
+        dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    return "float32" if "F32" in dtypes else ""

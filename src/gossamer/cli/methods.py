@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from dataclasses import dataclass
 
 from gossamer.cli.output import print_json, print_table, print_text
-from gossamer.core.card import Card
-from gossamer.methods import TOPICS, cards, find, summary, verdicts
+from gossamer.methods import TOPICS, chosen_of, verdicts
+from gossamer.methods.listing import Listed, listed
 
 USE = {
     "scorer": "gossamer compress",
@@ -37,23 +36,31 @@ class Methods:
         """Print the topics, a topic's table or a method's page."""
         name = self.name.strip().lower()
         if self.json:
-            _print_json(list(cards(name)) if name in ("", *TOPICS) else [find(name).card])
+            _print_json([name] if name in TOPICS else [] if name else list(TOPICS), name)
         elif not name:
             _print_topics()
         elif name in TOPICS:
             _print_topic(name)
         else:
-            _print_page(find(name))
+            _print_page(_named(name))
 
 
-def _print_json(chosen: list[Card]) -> None:
+def _named(name: str) -> Listed:
+    """The one method of this name; raises UsageError as `gossamer.find` does."""
+    every = {f"{x.card.topic}.{x.card.name}": x for topic in TOPICS for x in listed(topic)}
+    chosen: Listed = chosen_of(name, every)
+    return chosen
+
+
+def _print_json(topics: list[str], name: str) -> None:
     found = verdicts()
+    chosen = [x.card for topic in topics for x in listed(topic)] or [_named(name).card]
     both = [dataclasses.asdict(card) | {"verdict": found.get(card.name)} for card in chosen]
     print_json({"methods": both})
 
 
 def _print_topics() -> None:
-    rows = [(name, str(len(cards(name)) or "none yet"), what) for name, what in TOPICS.items()]
+    rows = [(name, str(len(listed(name)) or "none yet"), what) for name, what in TOPICS.items()]
     print_table("Topics", ("topic", "methods", "what becomes sparse"), rows)
     print_text("gossamer methods TOPIC lists a topic's methods; gossamer methods NAME shows one.")
 
@@ -61,8 +68,8 @@ def _print_topics() -> None:
 def _print_topic(name: str) -> None:
     found = verdicts()
     rows = [
-        (card.name, card.role, str(card.year), _short(found.get(card.name)), _what(card))
-        for card in cards(name)
+        (x.card.name, x.card.role, str(x.card.year), _short(found.get(x.card.name)), x.summary)
+        for x in listed(name)
     ]
     if not rows:
         print_text(f"{name}: no method of this topic is built yet.")
@@ -78,10 +85,6 @@ def _print_topic(name: str) -> None:
     )
 
 
-def _what(card: Card) -> str:
-    return summary(find(f"{card.topic}.{card.name}")).partition(": ")[2].rstrip(".")
-
-
 def _short(verdict: str | None) -> str:
     words = {
         "undecided": "open",
@@ -93,13 +96,13 @@ def _short(verdict: str | None) -> str:
     return words.get(verdict, verdict or "")
 
 
-def _print_page(method: type) -> None:
-    card: Card = method.card  # type: ignore[attr-defined]
-    text = importlib.import_module(method.__module__).__doc__ or ""
-    for paragraph in text.strip().split("\n\n"):
+def _print_page(method: Listed) -> None:
+    card = method.card
+    for paragraph in method.text.split("\n\n"):
         print_text(" ".join(paragraph.replace("**", "").split()))
         print_text("")
     rows = [
+        ("in Python", f"gossamer.{card.topic}.{method.name}"),
         ("topic and role", f"{card.topic}, {card.role}: {USE.get(card.role, 'used from Python')}"),
         ("needs", ", ".join(card.needs) or "no data"),
         ("patterns", ", ".join(card.patterns)),

@@ -55,8 +55,17 @@ class Uniform:
 class UniformPlus:
     """First convolution dense, last layer at least `last`, the rest uniform.
 
-    Source: The State of Sparsity in Deep Neural Networks (2019). Without a convolution only the
-    last layer is special. Raises UsageError when those layers alone exceed the budget.
+    Without a convolution only the last layer is special. UsageError is raised when those layers
+    alone exceed the budget.
+
+    Parameters
+    ----------
+    last : float
+        The least density of the last layer.
+
+    References
+    ----------
+    The State of Sparsity in Deep Neural Networks (2019).
     """
 
     last: float = 0.2
@@ -81,8 +90,9 @@ class UniformPlus:
 class ER:
     """Density proportional to (n_in + n_out) / (n_in n_out), kernel size left out.
 
-    Source: Scalable training of artificial neural networks with adaptive sparse connectivity
-    (2018).
+    References
+    ----------
+    Scalable training of artificial neural networks with adaptive sparse connectivity (2018).
     """
 
     needs_norm: ClassVar[bool] = False
@@ -96,7 +106,11 @@ class ER:
 class ERK:
     """Erdos-Renyi-Kernel: (n_in + n_out + k_h + k_w) / (n_in n_out k_h k_w).
 
-    Source: Rigging the Lottery: Making All Tickets Winners (2020). Equals ER for linear layers.
+    It equals ER for linear layers.
+
+    References
+    ----------
+    Rigging the Lottery: Making All Tickets Winners (2020).
     """
 
     needs_norm: ClassVar[bool] = False
@@ -121,8 +135,11 @@ class Global:
 class LAMP:
     """Layer-adaptive magnitude: w^2 over the sum of squares not smaller, one global threshold.
 
-    Source: Layer-adaptive Sparsity for the Magnitude-based Pruning (2021). The largest weight of
-    a layer scores 1, so no layer empties before all are down to one weight.
+    The largest weight of a layer scores 1, so no layer empties before all are down to one weight.
+
+    References
+    ----------
+    Layer-adaptive Sparsity for the Magnitude-based Pruning (2021).
     """
 
     needs_norm: ClassVar[bool] = False
@@ -136,11 +153,23 @@ class LAMP:
 class OWL:
     """Outlier-weighed layer-wise density over transformer blocks.
 
-    D_l is the share of block l's Wanda scores above `m` times their mean; it is rescaled to a
-    range of 2 `lam` and shifted to the mean of the budget. More outliers, more weights kept.
-    Source: Outlier Weighed Layerwise Sparsity (2023). Layers outside blocks are each a block.
-    Ours: the mean is weighted by size, so that unequal blocks meet the budget exactly, and where
-    a block would leave [density / 10, 1] it stops there and the others make up for it.
+    A block's share is that of its Wanda scores above `m` times their mean. Shares are rescaled to a
+    range of 2 `lam`, and shifted to the mean of the budget. More outliers, more weights kept. A
+    layer outside blocks is a block of its own.
+
+    Two things are ours. The mean is weighted by size, so that unequal blocks meet the budget
+    exactly. A block that would leave [density / 10, 1] stops there, and the others make up for it.
+
+    Parameters
+    ----------
+    m : float
+        How many times the mean an outlier is.
+    lam : float
+        Half the range of densities.
+
+    References
+    ----------
+    Outlier Weighed Layerwise Sparsity (2023).
     """
 
     m: float = 5.0

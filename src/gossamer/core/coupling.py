@@ -9,8 +9,18 @@ from dataclasses import dataclass
 class Coupled:
     """Layers whose output channels 0..width-1 can only be removed together, by module name.
 
-    layers: Linear and ungrouped Conv2d that write the channels. norms: batch norms over them.
-    depthwise: depthwise convolutions over them. readers: Linear and Conv2d that read them.
+    Attributes
+    ----------
+    width : int
+        How many channels.
+    layers : tuple of str
+        Linear and ungrouped Conv2d that write the channels.
+    norms : tuple of str
+        Batch norms over them.
+    depthwise : tuple of str
+        Depthwise convolutions over them.
+    readers : tuple of str
+        Linear and Conv2d that read them.
     """
 
     width: int

@@ -20,7 +20,13 @@ SCOPES = ("tensor", "row", "column", "global")
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Any single weight. `scope` says over what weights are ranked against each other."""
+    """Any single weight.
+
+    Parameters
+    ----------
+    scope : {"tensor", "row", "column", "global"}
+        Over what weights are ranked against each other.
+    """
 
     scope: Scope = "tensor"
 
@@ -30,7 +36,15 @@ class Unstructured:
 
 @dataclass(frozen=True)
 class NM:
-    """Exactly `keep` non-zeros in every `group` consecutive weights of a row, 1 <= keep < group."""
+    """Exactly `keep` non-zeros in every `group` consecutive weights of a row.
+
+    Parameters
+    ----------
+    keep : int
+        How many are kept, 1 <= keep < group.
+    group : int
+        Of how many, at most 32.
+    """
 
     keep: int
     group: int
@@ -49,7 +63,15 @@ class NM:
 
 @dataclass(frozen=True)
 class Block:
-    """Tiles of `rows` x `cols` weights that are kept or removed whole."""
+    """Tiles of `rows` x `cols` weights that are kept or removed whole.
+
+    Parameters
+    ----------
+    rows, cols : int
+        The size of a tile, in outputs and inputs.
+    scope : {"tensor", "global"}
+        Over what tiles are ranked against each other.
+    """
 
     rows: int
     cols: int
@@ -63,7 +85,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Channel:
-    """Whole rows (`dim=0`, output channels) or whole columns (`dim=1`, input channels)."""
+    """Whole rows (`dim=0`, output channels) or whole columns (`dim=1`, input channels).
+
+    Parameters
+    ----------
+    dim : {0, 1}
+        Which of the two.
+    scope : {"tensor", "global"}
+        Over what channels are ranked against each other.
+    """
 
     dim: int = 0
     scope: Literal["tensor", "global"] = "tensor"
@@ -82,8 +112,27 @@ _FORMS = "unstructured[:tensor|row|column|global], N:M such as 2:4, block:RxC, c
 def parse_pattern(text: str) -> Pattern:
     """Read a pattern as the command line and the file format write it.
 
-    Raises PatternError for anything else than `unstructured`, `unstructured:row`, `2:4`,
-    `block:4x1`, `channel:0`; block and channel take an optional `:global`.
+    Parameters
+    ----------
+    text : str
+        `unstructured`, `unstructured:row`, `2:4`, `block:4x1` or `channel:0`, for example. Block
+        and channel take an optional `:global`.
+
+    Returns
+    -------
+    Pattern
+        Equal to what `format_pattern` was given.
+
+    Raises
+    ------
+    PatternError
+        For anything else.
+
+    Examples
+    --------
+    >>> import gossamer as gs
+    >>> gs.parse_pattern("2:4")
+    NM(keep=2, group=4)
     """
     word = text.strip().lower()
     if match := re.fullmatch(r"unstructured(?::(\w+))?", word):
@@ -100,7 +149,19 @@ def parse_pattern(text: str) -> Pattern:
 
 
 def format_pattern(pattern: Pattern) -> str:
-    """The text that `parse_pattern` reads back to an equal pattern."""
+    """Write a pattern as the text that `parse_pattern` reads back to an equal one.
+
+    Parameters
+    ----------
+    pattern : Pattern
+        Such as `NM(2, 4)`.
+
+    Examples
+    --------
+    >>> import gossamer as gs
+    >>> gs.format_pattern(gs.Block(4, 1))
+    'block:4x1'
+    """
     match pattern:
         case Unstructured():
             return "unstructured" + _scope_suffix(pattern.scope)

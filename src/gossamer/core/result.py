@@ -16,12 +16,31 @@ from gossamer.core.support import Support
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One layer. Bytes count the weight alone; kernel is None where the layer stays dense.
+    """What was asked for in one layer, what came out, and what serves it.
 
-    kernel: what serves batch sizes up to 8, or images, and behind a `+` what a form prepared for
-    batches. batch_kernel: what serves batches of more than 8, prepared or not; empty where dense. decided:
-    what chose, the measured latencies with what they predict or a rule. predicted: seconds by kernel,
-    `dense` among them, where latencies were measured. Of integers, density is that after rounding.
+    Attributes
+    ----------
+    name : str
+        Of the layer, dotted.
+    shape : tuple of int
+        (out, in) of the weight as a matrix.
+    density, requested : float
+        The measured and the requested fraction kept. Of integers, density is that after rounding.
+    kernel : str or None
+        What serves batch sizes up to 8, or images. Behind a `+` stands what a form prepared for
+        larger ones is. None where the layer stays dense.
+    reason : str or None
+        Why it stays dense.
+    pattern : str
+        As `format_pattern` writes it.
+    dense_bytes, sparse_bytes : int
+        Of the weight alone.
+    batch_kernel : str
+        What serves larger batch sizes, prepared or not. Empty where dense.
+    decided : str
+        What chose: the measured latencies, with what they predict, or a rule.
+    predicted : mapping of str to float
+        Seconds by kernel, `dense` among them, where latencies were measured.
     """
 
     name: str
@@ -42,7 +61,16 @@ class LayerRecord:
 class LeftOut:
     """Weights that stayed as they were, and why.
 
-    name: of the parameter, dotted. kind: of the module that holds it. count: how many weights.
+    Attributes
+    ----------
+    name : str
+        Of the parameter, dotted.
+    kind : str
+        Of the module that holds it.
+    count : int
+        How many weights.
+    reason : str
+        Why, in one line.
     """
 
     name: str
@@ -53,12 +81,25 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of a whole model was reached. Counts are of weights, shared ones counted once.
+    """How much of a whole model was reached, in weights; shared ones count once.
 
-    total: every parameter. matrices: those with two dimensions or more, embeddings included.
-    prunable: matrices that Gossamer can prune. pruned: those that this call chose. nonzero: weights
-    of the whole model that are not zero. packed: those behind a sparse kernel. left_out: every
-    matrix that was not pruned (or, after `compress`, that holds zeros and is not packed).
+    Attributes
+    ----------
+    total : int
+        Every parameter.
+    matrices : int
+        Those with two dimensions or more, embeddings included.
+    prunable : int
+        Matrices that Gossamer can prune.
+    pruned : int
+        Those that this call chose.
+    nonzero : int
+        Weights of the whole model that are not zero.
+    packed : int
+        Those behind a sparse kernel.
+    left_out : tuple of LeftOut
+        Every matrix that was not pruned. After `compress`, those that hold zeros and are not
+        packed.
     """
 
     total: int = 0
@@ -82,11 +123,28 @@ class Coverage:
 
 @dataclass(frozen=True, repr=False)
 class PruneResult:
-    """What `prune` did; `supports` maps a layer's name to its kept positions.
+    """What `prune` did: the model, its supports, and the requested and measured figures.
 
-    measured_density, and the density of each record, count the weights of the pruned layers that
-    are not zero after the call; a support has its own figure. coverage: of the whole model. notes:
-    what else a reader should know, such as where a mask could not be applied.
+    Attributes
+    ----------
+    model : nn.Module
+        The model that was given, pruned.
+    supports : mapping of str to Support
+        The kept positions by the name of the layer. A support has a density of its own.
+    layers : tuple of LayerRecord
+        One record for each pruned layer.
+    method, pattern : str
+        What was asked for, in words.
+    requested_density : float
+        What was asked for.
+    measured_density : float
+        The share of the pruned layers' weights that are not zero after the call.
+    provenance : mapping
+        What a saved file says of how the zeros came about.
+    coverage : Coverage
+        Of the whole model.
+    notes : tuple of str
+        What else a reader should know, such as where a mask could not be applied.
     """
 
     model: nn.Module
@@ -149,7 +207,22 @@ def _reasons(left_out: Iterable[LeftOut]) -> list[str]:
 
 @dataclass(frozen=True, repr=False)
 class CompressResult:
-    """What `compress` did: one record per layer, with its kernel or the reason it stays dense."""
+    """What `compress` did: one record per layer, with its kernel or the reason it stays dense.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The model that was given, with its kernels.
+    layers : tuple of LayerRecord
+        One record for each matrix.
+    isa : str
+        The instruction set of the kernels: `avx512`, `avx2`, `portable`, or `reference` where none
+        are compiled.
+    threads : int
+        How many threads torch has.
+    coverage : Coverage
+        Of the whole model.
+    """
 
     model: nn.Module
     layers: tuple[LayerRecord, ...]

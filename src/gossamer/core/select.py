@@ -57,12 +57,36 @@ def select(
 ) -> Support:
     """Keep the highest-scored units of one tensor.
 
-    scores: any real dtype; (out, in) for every pattern, any shape for `Unstructured()` over the
-    tensor. The number kept is exact: `kept_count(units, density)` per ranking, `keep` in every
-    N:M group. A unit's score is the sum of its weights' scores. top: ranks, as `top_mask` does.
+    The number kept is exact: `kept_count(units, density)` per ranking, and `keep` in every N:M
+    group. A unit's score is the sum of its weights' scores.
 
-    Raises NonFiniteError on NaN or inf scores, PatternError when the pattern does not divide the
-    shape or the density contradicts an N:M pattern, UsageError for a density outside (0, 1].
+    Parameters
+    ----------
+    scores : Tensor
+        Of any real dtype. (out, in) for every pattern, any shape for `Unstructured()` over the
+        tensor.
+    pattern : Pattern
+        Which weights are kept together.
+    density : float
+        The fraction kept, in (0, 1].
+    name : str
+        Of the layer, for errors.
+    top : callable
+        What ranks, as `top_mask` does.
+
+    Returns
+    -------
+    Support
+        The kept positions.
+
+    Raises
+    ------
+    NonFiniteError
+        On NaN or infinite scores.
+    PatternError
+        When the pattern does not divide the shape, or the density contradicts an N:M pattern.
+    UsageError
+        For a density outside (0, 1].
     """
     density = check_density(density)
     check_pattern(pattern, scores.shape, name)
@@ -82,9 +106,25 @@ def select_global(
 ) -> dict[str, Support]:
     """Keep the highest-scored units over several tensors ranked together.
 
-    The budget is counted in weights: units (which may differ in size between tensors) are taken
-    from the highest score per weight until the budget is met, so the count is exact for
-    unstructured patterns and within one unit otherwise. Ties keep the earlier tensor and index.
+    The budget is counted in weights, since units may differ in size between tensors. Units are
+    taken from the highest score per weight until the budget is met. So the count is exact for
+    unstructured patterns, and within one unit otherwise. Ties keep the earlier tensor and index.
+
+    Parameters
+    ----------
+    scores : mapping of str to Tensor
+        By the name of the layer.
+    pattern : Pattern
+        Which weights are kept together.
+    density : float
+        The fraction kept over all tensors, in (0, 1].
+    top : callable
+        What ranks, as `top_mask` does.
+
+    Returns
+    -------
+    dict of str to Support
+        The kept positions by the name of the layer.
     """
     density = check_density(density)
     if isinstance(pattern, NM):

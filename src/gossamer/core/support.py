@@ -15,7 +15,14 @@ from gossamer.core.pattern import Pattern
 class Support:
     """Which weights are kept.
 
-    mask: bool, the weight's shape, True where kept. requested: the density asked for.
+    Attributes
+    ----------
+    mask : Tensor
+        bool, of the weight's shape. True where kept.
+    pattern : Pattern
+        Which weights are kept together.
+    requested : float
+        The density asked for.
     """
 
     mask: Tensor

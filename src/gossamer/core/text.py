@@ -25,20 +25,41 @@ def text_batches(
 ) -> list[dict[str, Tensor]]:
     """Make calibration batches from text, for `prune` and `compare`.
 
-    Running text gives random windows of `length` tokens: {"input_ids": int64 (batch, length)}. A
-    list of strings gives one padded row for each of `samples` random strings, cut to `length`, with
-    its attention mask: what an encoder of sentences sees.
+    Running text gives random windows of `length` tokens. A list of strings gives `samples` of them
+    at random, each padded or cut to `length`, with an attention mask. That is what an encoder of
+    sentences sees.
 
-    tokenizer: of transformers, or any callable that gives {"input_ids": [...]}; None where a token
-    is a byte. text: the text itself, a file, or a folder of .txt, .md, .rst and .py files; a string
-    that names a file or folder is read. samples: windows or rows in all. batch: rows in a batch.
+    Parameters
+    ----------
+    tokenizer : callable or None
+        Of transformers, or anything that gives `{"input_ids": [...]}`. None where a byte is a
+        token.
+    text : str, bytes, path, or sequence of str
+        The text itself, a file, or a folder of .txt, .md, .rst and .py files. A string that names a
+        file or folder is read.
+    samples : int
+        Windows or strings in all.
+    length : int
+        Tokens in each.
+    batch : int
+        Batch size.
+    seed : int
+        Of the random choice.
 
-    Raises UsageError where the text holds fewer tokens than a window.
+    Returns
+    -------
+    list of dict
+        Batches `{"input_ids": int64 (batch, length)}`, of strings with an `attention_mask`.
 
-    Example:
+    Raises
+    ------
+    UsageError
+        Where the text holds fewer tokens than a window.
 
-        data = gs.text_batches(tokenizer, Path("notes.txt"), samples=64, length=256)
-        result = gs.prune(model, gs.weights.SparseGPT(), density=0.5, data=data)
+    Examples
+    --------
+    >>> data = gs.text_batches(tokenizer, Path("notes.txt"), samples=64)  # doctest: +SKIP
+    >>> gs.prune(model, gs.weights.SparseGPT(), density=0.5, data=data)  # doctest: +SKIP
     """
     if samples < 1 or length < 1 or batch < 1:
         raise UsageError("samples, length and batch are at least 1")

@@ -58,8 +58,23 @@ def push(
 ) -> str:
     """Upload a folder that `save` wrote to the Hugging Face Hub; returns the address.
 
-    The repository is made where it does not exist. Raises FormatError, before anything is sent,
-    where a file is not as it was written; MissingExtra without huggingface_hub.
+    Parameters
+    ----------
+    folder : path
+        Verified before anything is sent.
+    repo_id : str
+        Such as `"name/repository"`. It is made where it does not exist.
+    private : bool
+        Whether a new repository is private.
+    token : str, optional
+        Of the Hub. By default what huggingface_hub finds.
+
+    Raises
+    ------
+    FormatError
+        Where a file is not as it was written.
+    MissingExtra
+        Without huggingface_hub.
     """
     try:
         import huggingface_hub

@@ -42,13 +42,29 @@ def export(
 ) -> Path:
     """Turn a packed model into an ordinary masked checkpoint that plain loaders read.
 
-    source: a folder that `save` wrote, or a model in memory, which stays as it is. model: for a
-    folder that does not describe its model (plain modules, timm), an instance to fill, as for
-    `load`. What transformers or diffusers described is written for their `from_pretrained`, with
-    the tokenizer and the other files that belong to it; of other modules model.safetensors holds
-    the state dict. dense: must be True; other forms do not exist yet. verify: as for `load`.
+    What transformers or diffusers described is written for their `from_pretrained`, with the
+    tokenizer and the other files that belong to it. Of other modules model.safetensors holds the
+    state dict. It takes the memory of the dense weights.
 
-    Raises FormatError, UsageError like `load` and `save`. Memory: the dense weights.
+    Parameters
+    ----------
+    source : path, nn.Module, PruneResult or CompressResult
+        A folder that `save` wrote, or a model in memory, which stays as it is.
+    out : path
+        The new folder.
+    model : nn.Module, optional
+        An instance to fill, for a folder that does not describe its model (plain modules, timm).
+    dense : bool
+        Must be True: other forms do not exist yet.
+    overwrite : bool
+        Replace a folder that is not empty.
+    verify : bool
+        Compare every file with its digest first.
+
+    Raises
+    ------
+    FormatError, UsageError
+        As `load` and `save`.
     """
     if not dense:
         raise UsageError("only dense=True can be exported")

@@ -42,23 +42,43 @@ def load(
     latency: Predictor | Literal["rule"] | None = None,
     verify: bool = True,
 ) -> nn.Module:
-    """The model of a folder that `save` wrote, in eval mode, packed layers behind their kernels.
+    """Load a folder that `save` wrote: the model in eval mode, packed layers behind their kernels.
 
     A Hugging Face folder rebuilds itself from its config, by the class that transformers has under
-    the config's name (never code from the folder); one without gossamer.json loads as an ordinary
-    dense model. Any other module must be passed as `model`, an instance of the same structure,
-    which is filled in place once everything has been checked. dtype: convert floating tensors.
-    large_batches: also build the form that serves large batches, as `compress` does: in
-    the layers where it is predicted to be the fastest. Each packed layer's `large_batches_decided` says
-    what was predicted. None: unless the model generates text.
-    latency: what the prediction goes by, as in `compress`. None: what `calibrate_latency` measured on
-    this machine; where it did not, every distinct shape is timed now, in up to 3 seconds. "rule":
-    nothing is timed, and every layer gets the form. Where latencies say that the dense product is the
-    fastest, a layer gets its dense weight, whatever the file holds, and its `dense_reason` says
-    why.
-    verify: compare every file with the digest in gossamer.json, where it holds any.
+    the config's name. Code from the folder is never run. A folder without gossamer.json loads as an
+    ordinary dense model. Any other module must be passed as `model`.
 
-    Raises FormatError for anything wrong with the files, UsageError where `model` is missing.
+    Parameters
+    ----------
+    folder : path
+        As `save` or Hugging Face wrote it.
+    model : nn.Module, optional
+        An instance of the same structure, filled in place once everything has been checked.
+    dtype : torch.dtype, optional
+        Convert floating tensors.
+    large_batches : bool, optional
+        Also build the form that serves larger batch sizes, as `compress` does, in the layers where
+        it is predicted to be the fastest. Each packed layer's `large_batches_decided` says what was
+        predicted. By default for models that do not generate text.
+    latency : LatencyModel or "rule", optional
+        What the prediction goes by. By default what `calibrate_latency` measured on this machine.
+        Where it did not, every distinct shape is timed now, in up to 3 seconds. Where the dense
+        product is predicted to be the fastest, a layer gets its dense weight, and its
+        `dense_reason` says why. "rule": nothing is timed, and every layer gets the form.
+    verify : bool
+        Compare every file with the digest in gossamer.json, where it holds any.
+
+    Returns
+    -------
+    nn.Module
+        An ordinary module.
+
+    Raises
+    ------
+    FormatError
+        For anything wrong with the files.
+    UsageError
+        Where `model` is missing.
     """
     place = Path(folder)
     if not place.is_dir():

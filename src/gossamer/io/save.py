@@ -50,18 +50,42 @@ def save(
 ) -> Path:
     """Write `model` to a new folder, all of it or nothing, and return the folder.
 
-    A Hugging Face model brings its config.json, a tokenizer its own files. The result of `compress`
-    brings why each layer is packed or dense, which `gossamer inspect` shows. Every tensor with
-    enough zeros is stored as its other numbers, whatever serves it in memory. What torch.compile,
-    DataParallel or DDP wrap is written under its own names. readme: whether a sparse model
-    of transformers or diffusers gets a README.md, the card that the Hub shows.
+    A Hugging Face model brings its config.json, and a tokenizer its own files. The result of
+    `compress` brings why each layer is packed or dense, which `gossamer inspect` shows. Every
+    tensor with enough zeros is stored as its other numbers, whatever serves it in memory. What
+    torch.compile, DataParallel or DDP wrap is written under its own names.
 
-    Whether `load` can rebuild the model from the folder is tried before anything is written; where
+    Whether `load` can rebuild the model from the folder is tried before anything is written. Where
     it cannot, gossamer.json and a logged warning say why, and `load` needs `model=`.
 
-    Raises UsageError when the folder is not empty and `overwrite` is not set, and for what cannot
-    be written: adapters of peft that are not merged, sharded models, tensors without numbers.
-    OSError when the disk is full.
+    Parameters
+    ----------
+    model : nn.Module, PruneResult or CompressResult
+        Left as it is.
+    folder : path
+        The new folder.
+    tokenizer : optional
+        Anything with `save_pretrained`.
+    provenance : mapping, optional
+        What gossamer.json says of how the zeros came about.
+    overwrite : bool
+        Replace a folder that is not empty.
+    readme : bool
+        Whether a sparse model of transformers or diffusers gets a README.md, the card that the Hub
+        shows.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    UsageError
+        When the folder is not empty and `overwrite` is not set. For what cannot be written:
+        adapters of peft that are not merged, sharded models, tensors without numbers.
+    OSError
+        When the disk is full.
     """
     target, root = Path(folder), _root(model)
     check_target(target, overwrite)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Mapping
 from importlib import resources
 from importlib.util import find_spec
 from types import ModuleType
@@ -56,7 +57,13 @@ def methods(topics: str = "", roles: tuple[str, ...] = ()) -> dict[str, type[Any
 
 
 def cards(topics: str = "") -> tuple[Card, ...]:
-    """The cards of one topic's methods, or of all."""
+    """List the cards of one topic's methods, or of all.
+
+    Parameters
+    ----------
+    topics : str
+        One topic. All of them where it is empty.
+    """
     return tuple(x.card for x in methods(topics).values())
 
 
@@ -72,20 +79,34 @@ def verdicts() -> dict[str, str]:
 
 
 def find(name: str) -> type[Any]:
-    """The class of a method.
+    """Find the class of a method by its name.
 
     Parameters
     ----------
     name : str
-        Its card's name, in any case, such as `wanda`; with its topic before a dot where several
-        topics have a method of this name, such as `weights.random`.
+        Its card's name, in any case, such as `wanda`. Where several topics have a method of this
+        name, the topic stands before it, as in `weights.random`.
+
+    Returns
+    -------
+    type
+        The class, which is called to get a method.
 
     Raises
     ------
     UsageError
         For an unknown name, with near ones, and for one that several topics have.
     """
-    return words.known(name, _by_name(name), "method")
+    found: type[Any] = chosen_of(name, methods())
+    return found
+
+
+def chosen_of(name: str, every: Mapping[str, Any]) -> Any:
+    """What stands in `every`, by `topic.name`, under a name with or without its topic.
+
+    Raises UsageError for an unknown name, with near ones, and for one that several topics have.
+    """
+    return words.known(name, _by_name(name, every), "method")
 
 
 def build(text: str) -> Any:
@@ -93,19 +114,20 @@ def build(text: str) -> Any:
 
     Raises UsageError for an unknown name or option, naming near ones, or a value that is refused.
     """
-    return words.build(text, _by_name(text.partition(":")[0]), "method")
+    return words.build(text, _by_name(text.partition(":")[0], methods()), "method")
 
 
 def parts(text: str) -> tuple[type[Any], dict[str, Any]]:
     """A method's class and its options from such a text; raises UsageError as `build` does."""
-    return words.parts(text, _by_name(text.partition(":")[0]), "method")
+    return words.parts(text, _by_name(text.partition(":")[0], methods()), "method")
 
 
-def _by_name(wanted: str) -> dict[str, type[Any]]:
-    """Methods by name alone and by topic and name; raises where `wanted` is in several topics."""
-    every, short = methods(), wanted.strip().lower()
+def _by_name(wanted: str, every: Mapping[str, Any]) -> dict[str, Any]:
+    """By name alone, or by topic and name; raises where `wanted` is in several topics."""
+    short = wanted.strip().lower()
     same = [key for key in every if key.partition(".")[2] == short]
     if len(same) > 1:
         raise UsageError(f"several topics have a method {short!r}: write {' or '.join(same)}")
-    named = every if "." in short else {key.partition(".")[2]: x for key, x in every.items()}
-    return dict(named)
+    if "." in short:
+        return dict(every)
+    return {key.partition(".")[2]: x for key, x in every.items()}

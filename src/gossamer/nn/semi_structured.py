@@ -23,12 +23,28 @@ _DTYPES = (torch.float16, torch.bfloat16)
 def to_semi_structured(
     weight: NMLinear | BitmapLinear | Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The 2:4 weight (out, in) as torch's `SparseSemiStructuredTensorCUTLASS`, where it is.
+    """Give a 2:4 weight as torch's `SparseSemiStructuredTensorCUTLASS`, on the device where it is.
 
-    dtype: float16 or bfloat16, None: the weight's own. On a CUDA device, `functional.linear(x, it)`
-    then multiplies with sparse tensor cores; the tensor can be made on any device. Raises
-    UsageError where a group of 4 columns has more than 2 non-zeros, out is no multiple of 32, in
-    none of 64, or the dtype is another. O(out * in).
+    On a CUDA device `functional.linear(x, it)` then multiplies with sparse tensor cores. The tensor
+    can be made on any device. O(out * in).
+
+    Parameters
+    ----------
+    weight : NMLinear, BitmapLinear or Tensor
+        (out, in), with at most 2 non-zeros in each group of 4 columns.
+    dtype : torch.dtype, optional
+        float16 or bfloat16. By default the weight's own.
+
+    Returns
+    -------
+    Tensor
+        torch's sparse tensor.
+
+    Raises
+    ------
+    UsageError
+        Where a group has more than 2 non-zeros, out is no multiple of 32, in none of 64, or the
+        dtype is another.
     """
     from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
@@ -42,9 +58,21 @@ def to_semi_structured(
 def from_semi_structured(
     weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> NMLinear:
-    """A CPU layer of a 2:4 tensor of either of torch's backends; values in `dtype`.
+    """Make a CPU layer of a 2:4 tensor of either of torch's backends. O(out * in).
 
-    Raises UsageError for any other tensor. O(out * in).
+    Parameters
+    ----------
+    weight : Tensor
+        A `SparseSemiStructuredTensor`.
+    bias : Tensor, optional
+        (out,).
+    dtype : torch.dtype
+        Of the layer's values.
+
+    Raises
+    ------
+    UsageError
+        For any other tensor.
     """
     from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUTLASS
 

@@ -21,13 +21,22 @@ ISAS = ("portable", "avx2", "avx512")
 
 
 @functools.cache
-def kernels() -> ModuleType | None:
-    """The compiled module, or None where it was not built. torch comes first: its libgomp serves."""
+def _found() -> ModuleType | str:
+    """The compiled module, or why there is none. torch comes first: its libgomp serves."""
     assert torch.__version__
     try:
         return importlib.import_module("gossamer._kernels")
-    except ImportError:
-        return None
+    except ModuleNotFoundError:
+        return "the compiled kernels were not built (pip install with a C++ compiler)"
+    except ImportError as error:
+        return f"the compiled kernels cannot be loaded ({error})"
+
+
+@functools.cache
+def kernels() -> ModuleType | None:
+    """The compiled module, or None where it was not built or cannot be loaded."""
+    found = _found()
+    return None if isinstance(found, str) else found
 
 
 def compiled() -> Any:
@@ -129,14 +138,26 @@ def refuse_tracing() -> None:
 
 def describe() -> str:
     """One line: what runs, and why not better."""
-    module = kernels()
-    if module is None:
-        return "reference: the compiled kernels were not built (pip install with a C++ compiler)"
-    best = ISAS[module.best_isa()]
+    found = _found()
+    if isinstance(found, str):
+        return f"reference: {found}"
+    best = ISAS[found.best_isa()]
     name = isa()
     if name != best:
         return f"{name}: forced by GOSSAMER_ISA; this processor has {best}"
+    if name == "portable":
+        return f"portable: there are no vector kernels for this {platform.machine()} processor"
     return f"{name}: the best this processor has"
+
+
+def shortfall() -> str | None:
+    """What a user must know where no vector kernels run, in one line; None where they do.
+
+    Also None where GOSSAMER_ISA asks for less than the processor has.
+    """
+    if isa() not in ("portable", "reference") or os.environ.get("GOSSAMER_ISA", "").strip():
+        return None
+    return f"{describe()}; zeros save memory here, but little or no time"
 
 
 def processor() -> dict[str, str | bool]:

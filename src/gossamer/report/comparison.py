@@ -19,12 +19,21 @@ HEADER = ("", "dense", "sparse", "ratio")
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` measured. Each mapping has `dense` and `sparse`.
+    """What `compare` measured.
 
-    quality: with `metric` and `better`, lower or higher. bytes: of all stored tensors, in memory.
-    speed: with `unit`, `ratio` (sparse over dense), `repeats`, `threads` and more, as in
-    `engine.evaluate.Speed`. machine: what the speeds were measured on. models: what the two are
-    called.
+    Attributes
+    ----------
+    quality : mapping
+        `dense` and `sparse`, with `metric` and `better`: lower or higher.
+    bytes : mapping
+        `dense` and `sparse`: of all stored tensors, in memory.
+    speed : mapping
+        `dense` and `sparse`, with `unit`, `ratio` (sparse over dense), `repeats`, `threads` and
+        more.
+    machine : mapping
+        What the speeds were measured on.
+    models : mapping of str to str
+        What the two are called.
     """
 
     quality: Mapping[str, Any]

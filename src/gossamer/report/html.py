@@ -36,7 +36,8 @@ def render(result: Mapping[str, Any]) -> str:
     parts += [_folded(f"All {len(result['layers'])} layers", _every(result["layers"]))]
     parts += ["<h2>Notes</h2>", *paragraphs(_notes(result))]
     parts += ["<h2>Machine</h2>", _machine(result["machine"])]
-    parts += ["<h2>Command</h2>", f"<pre>{escape(str(result['command']))}</pre>"]
+    if result.get("command"):
+        parts += ["<h2>Command</h2>", f"<pre>{escape(str(result['command']))}</pre>"]
     return page(title(result), parts)
 
 

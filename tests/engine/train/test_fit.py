@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import gossamer as gs
+from gossamer.engine.flops import forward_flops
 from gossamer.engine.train.fit import Fit, TrainingOptions
-from gossamer.engine.train.flops import expected_flops, forward_flops, steps_for
+from gossamer.engine.train.flops import expected_flops, steps_for
 
 METHODS = {
     "dense": lambda: None,

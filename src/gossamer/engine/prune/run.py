@@ -17,10 +17,10 @@ from gossamer.core.select import select, select_global
 from gossamer.core.stats import LayerStats
 from gossamer.core.support import Support
 from gossamer.engine import hooks
+from gossamer.engine.coverage import coverage_of, nonzeros, warn
 from gossamer.engine.data import Batch, digest_batches, digest_model
 from gossamer.engine.progress import Step, track
 from gossamer.engine.protocols import Allocation, Method, Solver
-from gossamer.engine.prune.coverage import coverage_of, nonzeros, warn
 from gossamer.engine.prune.journal import Journal
 from gossamer.engine.prune.plan import LOST, Plan, Uncalled, Unit, options_of, plan_of
 from gossamer.models import find_weights

@@ -40,10 +40,19 @@ _UNSEEN = (
 class RemoveChannelsResult:
     """The smaller network, and what became of it.
 
-    removed: channels cut out, by the name of the first layer that wrote them. left_out: why dead
-    channels stayed, by the same name. parameters, flops: before and after, flops of one forward
-    pass on the example. deviation: the largest difference between the outputs of the given and of
-    the smaller network on the example, in eval mode.
+    Attributes
+    ----------
+    model : nn.Module
+        A smaller copy.
+    removed : dict of str to int
+        Channels cut out, by the name of the first layer that wrote them.
+    parameters, flops : tuple of int
+        Before and after. FLOPs are those of one forward pass on the example.
+    deviation : float
+        The largest difference between the outputs of the given and of the smaller network, on the
+        example in eval mode.
+    left_out : dict of str to str
+        Why dead channels stayed, by the same name.
     """
 
     model: nn.Module
@@ -57,15 +66,32 @@ class RemoveChannelsResult:
 def coupled_channels(
     model: nn.Module, example: Tensor, exclude: Sequence[str] = ()
 ) -> tuple[Coupled, ...]:
-    """The sets of output channels that can be removed, each with all that must follow.
+    """Find the sets of output channels that can be removed, each with all that must follow.
 
-    example: one batch of inputs. exclude: names of layers whose channels stay. For convolutional
-    networks and perceptrons. Every set has been tried: on random weights and inputs the outputs
-    stay the same when any of its channels is cut rather than ignored by its readers. Left out is
-    every other set; `fixed_channels` says which, and why.
+    It is for convolutional networks and perceptrons. Every set has been tried: on random weights
+    and inputs the outputs stay the same when any of its channels is cut rather than ignored by its
+    readers. Every other set is left out. `fixed_channels` says which, and why.
 
-    Raises MissingExtra without torch-pruning, UsageError for a name that is none and for a model
-    that cannot be traced.
+    Parameters
+    ----------
+    model : nn.Module
+        Left as it is.
+    example : Tensor
+        One batch of inputs.
+    exclude : sequence of str
+        Names of layers whose channels stay.
+
+    Returns
+    -------
+    tuple of Coupled
+        The sets, as data.
+
+    Raises
+    ------
+    MissingExtra
+        Without torch-pruning.
+    UsageError
+        For a name that is none, and for a model that cannot be traced.
     """
     unknown = sorted(set(exclude) - {name for name, _ in model.named_modules()})
     if unknown:
@@ -75,11 +101,28 @@ def coupled_channels(
 
 
 def fixed_channels(model: nn.Module, example: Tensor) -> dict[str, str]:
-    """The layers whose output channels cannot be cut, by name, each with the reason.
+    """Name the layers whose output channels cannot be cut, each with the reason.
 
     These are all Linear and convolutional layers that are in no set of `coupled_channels`.
 
-    Raises MissingExtra without torch-pruning, UsageError for a model that cannot be traced.
+    Parameters
+    ----------
+    model : nn.Module
+        Left as it is.
+    example : Tensor
+        One batch of inputs.
+
+    Returns
+    -------
+    dict of str to str
+        The reason by the name of the layer.
+
+    Raises
+    ------
+    MissingExtra
+        Without torch-pruning.
+    UsageError
+        For a model that cannot be traced.
     """
     found = _tried(model, example)
     free = {name for x in found if not x.reason for name in x.members}
@@ -97,21 +140,40 @@ def remove_channels(
     coupled: Sequence[Coupled] | None = None,
     approximate: bool = False,
 ) -> RemoveChannelsResult:
-    """A smaller copy of the model, without the channels that carry nothing; the model stays.
+    """Make a smaller copy of the model, without the channels that carry nothing.
 
     A channel goes when every layer that writes it has only zeros for it, or writes it into a norm
-    whose scale is zero. What such a channel still carries (a bias, the shift of a norm) is folded
+    whose scale is zero. What such a channel still carries, a bias or the shift of a norm, is folded
     into the biases of its readers. That is exact where it is the same at every position and no
-    reader pads it with zeros. Other dead channels stay, unless `approximate`: then the mean over
-    the example is folded, and `deviation` says what that costs. At least one channel of each set
-    stays. coupled: the sets to look at, else all of them.
+    reader pads it with zeros. At least one channel of each set stays.
 
-    The call checks its own work, on the example and on random inputs, of other sizes too where the
-    model takes them. A set that cannot be cut without changing the outputs is left alone, and
-    `left_out` names the reason. If nothing can be cut, the model comes back as an equal copy.
+    The call checks its own work on the example and on random inputs, of other sizes too where the
+    model takes them. A set that cannot be cut without changing the outputs is left alone. If
+    nothing can be cut, the model comes back as an equal copy.
 
-    Raises MissingExtra without torch-pruning, UsageError for a model that cannot be traced, copied
-    or run on the example.
+    Parameters
+    ----------
+    model : nn.Module
+        Left as it is.
+    example : Tensor
+        One batch of inputs.
+    coupled : sequence of Coupled, optional
+        The sets to look at. By default all of them.
+    approximate : bool
+        Also cut the other dead channels, and fold their mean over the example. `deviation` of the
+        result says what that costs.
+
+    Returns
+    -------
+    RemoveChannelsResult
+        The copy, what was removed, and why other dead channels stayed.
+
+    Raises
+    ------
+    MissingExtra
+        Without torch-pruning.
+    UsageError
+        For a model that cannot be traced, copied or run on the example.
     """
     traced = trace(model, example)
     found, left_out = _wanted(traced, coupled)

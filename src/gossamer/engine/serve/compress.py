@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from gossamer.core.errors import UsageError
 from gossamer.core.matrix import as_matrix, is_prunable
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult, unwrap
-from gossamer.engine.prune.coverage import nonzeros
+from gossamer.engine.coverage import nonzeros
 from gossamer.engine.serve.coverage import other_records, packed_coverage
 from gossamer.models.layers import matching
 from gossamer.nn.chain import fuse
@@ -59,14 +60,16 @@ def compress(
     """Replace each sparse layer, in place, by one with a sparse kernel where that is faster.
 
     A Linear becomes a `BitmapLinear` or, pruned N:M, an `NMLinear`. A float32 Conv2d of one group
-    becomes a `PackedConv2d`. 3x3 depthwise convolutions get a kernel for the same layout, and a
+    becomes a `PackedConv2d`. 3x3 depthwise convolutions get a kernel for the same layout. A
     Sequential around convolutions becomes a `ConvChain`, which folds batch norms and ReLUs in.
 
     Any zeros count, whoever made them. Every matrix has a record that names its kernel, or the
-    reason why it stays dense: no kernel is faster, its weight is tied or multiplied by its parent,
-    its forward is its own, or no kernel serves its kind, dtype or device. A packed layer keeps the
+    reason why it stays dense. No kernel may be faster, or serve its kind, dtype or device. Its
+    weight may be tied or multiplied by its parent, or its forward its own. A packed layer keeps the
     hooks, attributes and bias of the layer that it replaces, and has a read-only `weight`.
     `gs.unpack` undoes the call.
+
+    Where the processor or the installation has no vector kernels, the logger `gossamer` says so.
 
     Parameters
     ----------
@@ -77,8 +80,8 @@ def compress(
     max_density : float, optional
         Leave denser layers dense.
     large_batches : bool, optional
-        Also keep, in memory only, a form of the weights for batch sizes above 8 (3 to 4 bytes
-        more per kept bfloat16 weight). By default for models that do not generate text.
+        Also keep, in memory only, a form of the weights for batch sizes above 8. It takes 3 to 4
+        bytes more per kept bfloat16 weight. By default for models that do not generate text.
     strict : bool
         Raise UsageError where a layer that holds zeros, and was not left out, stays dense.
     bits : {4, 8}, optional
@@ -89,9 +92,9 @@ def compress(
     head_bits : {4, 8}
         The width of a language model's output head, with `bits`.
     latency : LatencyModel or "rule", optional
-        What decides. By default what `calibrate_latency` measured on this machine; without it every
+        What decides. By default what `calibrate_latency` measured on this machine. Without it every
         distinct shape, density and dtype is timed, for at most three seconds in all. Models that
-        generate text are judged by one row of input, others by 128, so on a processor with bfloat16
+        generate text are judged at batch size 1, others at 128. So on a processor with bfloat16
         products an encoder in bfloat16 mostly stays dense. "rule" measures nothing: a layer is
         packed at up to 0.9 of its dense bytes, a convolution up to density 0.25. What files store
         does not depend on it.
@@ -104,7 +107,7 @@ def compress(
     Raises
     ------
     UsageError
-        For bad arguments, patterns that match nothing, and weights on the meta device; nothing is
+        For bad arguments, patterns that match nothing, and weights on the meta device. Nothing is
         changed then.
 
     Examples
@@ -137,6 +140,8 @@ def compress(
     others.update((name, _depthwise_record(root, name)) for name in fuse(root))
     records += others.values()
     threads = torch.get_num_threads()
+    if slow := _dispatch.shortfall():
+        logging.getLogger("gossamer").warning(slow)
     return CompressResult(root, tuple(records), _dispatch.isa(), threads, coverage)
 
 

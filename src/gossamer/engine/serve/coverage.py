@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gossamer.core.matrix import is_prunable
 from gossamer.core.result import Coverage, LayerRecord, LeftOut
-from gossamer.engine.prune.coverage import nonzeros
+from gossamer.engine.coverage import nonzeros
 from gossamer.nn.packed.base import PackedLayer
 
 

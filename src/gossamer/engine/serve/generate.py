@@ -25,17 +25,38 @@ def generate(
     eos: int | Sequence[int] | None = None,
     compiled: bool | None = None,
 ) -> Tensor:
-    """Continue each row of `ids` (batch, tokens; int64) with its most probable tokens, greedily.
+    """Continue each prompt with its most probable tokens, greedily.
 
-    Returns (batch, tokens + new), new <= max_new_tokens: a row that reaches one of the tokens `eos`
-    is finished and filled with it, and generation ends once every row is finished. eos: None: what
-    the model's generation config, else its config, names; () or -1: go on in any case. Raises
-    UsageError for an empty prompt, a length beyond the model's positions, a model without a
-    key-value cache, and for encoder-decoders, whose own `generate` serves packed layers as well.
+    A sequence that reaches an end token is finished and filled with it. Generation ends once all
+    are finished.
 
-    compiled: take the compiled loop (`engine.decoder`), which serves batch 1 of Llama-style models
-    on the CPU; None takes it where it serves a model with packed layers, True raises UsageError
-    with the reason where it does not. In bfloat16 it rounds less than transformers do.
+    Parameters
+    ----------
+    model : nn.Module, PruneResult or CompressResult
+        A causal language model.
+    ids : Tensor
+        The prompts, int64 (batch, tokens).
+    max_new_tokens : int
+        How many tokens at most are added.
+    eos : int or sequence of int, optional
+        The end tokens. By default what the model's generation config, else its config, names. `()`
+        or -1: go on in any case.
+    compiled : bool, optional
+        Take the compiled loop, which serves batch size 1 of Llama-style models on the CPU. By
+        default it is taken where it serves a model with packed layers. In bfloat16 it rounds less
+        than transformers do.
+
+    Returns
+    -------
+    Tensor
+        int64 (batch, tokens + new), with new <= max_new_tokens.
+
+    Raises
+    ------
+    UsageError
+        For an empty prompt, a length beyond the model's positions, and a model without a key-value
+        cache. For encoder-decoders, whose own `generate` serves packed layers as well. With
+        `compiled=True`, where the compiled loop does not serve the model, with the reason.
     """
     model = unwrap(model)
     ids, ends = _check(model, ids, max_new_tokens), _ends(model, eos)

@@ -47,11 +47,30 @@ Point = tuple[str, int, ProductShape, float]
 
 
 def calibrate_latency(*, store: bool = True, progress: bool = False) -> LatencyModel:
-    """Time every kernel on a few layers, fit its latency, keep them for this user and machine.
+    """Time every kernel on a few layers, and keep the fitted latencies for this user and machine.
 
-    About 20 seconds on two idle cores. `compress` and `load` find what is stored. Raises
-    DisturbedError where other work shows in the times, UsageError where the kernels are not
-    compiled, OSError where the cache folder cannot be written.
+    It takes about 20 seconds on two idle cores. `compress` and `load` find what is stored.
+
+    Parameters
+    ----------
+    store : bool
+        Write the file to the user's cache folder.
+    progress : bool
+        Show a bar on stderr.
+
+    Returns
+    -------
+    LatencyModel
+        What was measured.
+
+    Raises
+    ------
+    DisturbedError
+        Where other work shows in the times.
+    UsageError
+        Where the kernels are not compiled.
+    OSError
+        Where the cache folder cannot be written.
     """
     if _dispatch.isa_index() < 0:
         raise UsageError("latencies are those of compiled kernels, and none run here")

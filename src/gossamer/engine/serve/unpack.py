@@ -14,9 +14,14 @@ def unpack(model: nn.Module | PruneResult | CompressResult) -> nn.Module:
     """Undo `compress` in place: packed layers become ordinary ones with zeros; returns the model.
 
     Fine-tuning, peft, ONNX, tracing and every other reader of plain layers then work. Hooks,
-    attributes and biases go back to layers of the classes that were replaced, and layers that
-    train sparsely (`sparse_layers`) become dense ones too. Memory: the dense weights. Layers that
-    hold integers give the weights as they were rounded, and a warning says how many.
+    attributes and biases go back to layers of the classes that were replaced. Layers that train
+    sparsely (`sparse_layers`) become dense ones too. Layers that hold integers give the weights as
+    they were rounded, and a warning says how many. It takes the memory of the dense weights.
+
+    Parameters
+    ----------
+    model : nn.Module, PruneResult or CompressResult
+        Changed in place.
 
     Examples
     --------

@@ -42,10 +42,31 @@ def sparse_layers(
 ) -> nn.Module:
     """Replace Linear and 1x1 Conv2d layers, in place, by layers that hold random kept weights.
 
-    Counts come from the method's allocation; kept weights and biases keep their values. include,
-    exclude: as in `prune`. Construct the optimizer afterwards. Raises UsageError, nothing changed,
-    for a method that needs dense weights, a convolution of another kind, and a layer that does
-    more than its class: a weight recomputed at every forward, a forward of its own, hooks.
+    Counts come from the method's allocation. Kept weights and biases keep their values. Construct
+    the optimizer afterwards.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place.
+    method : CompressedTopology
+        A method that needs no dense weights, such as `gs.weights.RigL(density=0.05)`.
+    include, exclude : sequence of str
+        As in `prune`.
+    seed : int
+        Of the random supports.
+
+    Returns
+    -------
+    nn.Module
+        The model.
+
+    Raises
+    ------
+    UsageError
+        For a method that needs dense weights, a convolution of another kind, and a layer that does
+        more than its class: a weight recomputed at every forward, a forward of its own, hooks.
+        Nothing is changed then.
     """
     _check_method(method)
     inner, _ = unwrapped(model)
@@ -83,16 +104,39 @@ def true_sparse_training(
     seed: int = 0,
     state: Mapping[str, Any] | None = None,
 ) -> Iterator[TrueSparseRun]:
-    """Train inside, with `optimizer.step()` as usual; sparse layers are rewired by the method.
+    """Train in the memory and time of the kept weights; the method rewires the sparse layers.
 
-    The model holds SparseLinear or SparseConv2d layers, whose values the optimizer holds. state:
-    an earlier `state_dict()`, to continue from, beside the model's and the optimizer's own.
-    optimizer: as in `sparse_training`. Not for a GradScaler, whose skipped steps it does not see;
-    autocast to bfloat16 needs none.
+    The block holds the training loop as it was, with `optimizer.step()`. The model holds
+    SparseLinear or SparseConv2d layers, whose values the optimizer holds. A GradScaler skips steps
+    that are not seen here, so use none: autocast to bfloat16 needs none.
 
-    Raises UsageError for a model without such layers, a method that needs dense weights, a missing
-    gradient, and for weights that changed while no step was seen; NonFiniteError before a step
-    with NaN or infinite gradients is taken.
+    Parameters
+    ----------
+    model : nn.Module
+        With layers that `sparse_layers` or the user put there.
+    optimizer : torch.optim.Optimizer
+        As in `sparse_training`.
+    method : CompressedTopology
+        StaticRandom, SET or RigL.
+    total_steps : int
+        Optimizer steps of the whole run, for the schedules.
+    seed : int
+        Of what the method draws.
+    state : mapping, optional
+        An earlier `state_dict()` to continue from, beside the model's and the optimizer's own.
+
+    Yields
+    ------
+    TrueSparseRun
+        The sparse layers, their density, and the state to save.
+
+    Raises
+    ------
+    UsageError
+        For a model without such layers, a method that needs dense weights, a missing gradient, and
+        for weights that changed while no step was seen.
+    NonFiniteError
+        Before a step with NaN or infinite gradients is taken.
     """
     run = TrueSparseRun(model, optimizer, method, total_steps, seed)
     if state is not None:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import FormatError, NonFiniteError, UsageError
 from gossamer.engine.data import check_same_run, digest_model
+from gossamer.engine.flops import forward_flops
 from gossamer.engine.protocols import TopologyMethod
 from gossamer.engine.train.checkpoint import random_state, read_state, set_random_state, write_state
-from gossamer.engine.train.flops import Meter, forward_flops
+from gossamer.engine.train.flops import Meter
 from gossamer.engine.train.masked import sparse_training
 from gossamer.engine.train.run import SparseRun
 

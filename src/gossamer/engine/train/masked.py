@@ -37,27 +37,52 @@ def sparse_training(
     state: Mapping[str, Any] | None = None,
     group: Any = None,
 ) -> Iterator[SparseRun]:
-    """Train inside, with `optimizer.step()` as usual; the weights follow the method's support.
+    """Train under masks; the weights follow the method's support after every `optimizer.step()`.
 
-    total_steps: optimizer steps of the whole run, for the schedules. include, exclude: as in
-    `prune`; layers that are frozen are left alone. loss: computes the loss of one batch, for a
-    method that looks at gradients before training (SNIP). state: an earlier `state_dict()`, to
-    continue from. group: the process group that trains the model together, where neither DDP nor
-    FSDP2 says so. After the block the model holds its sparse weights and nothing else of ours.
+    The block holds the training loop as it was. After it the model holds its sparse weights, and
+    nothing else of ours. Optimizer state is reset where it is shaped as the weight (SGD, Adam and
+    kin, but not Adafactor's factored moments).
 
-    optimizer: a torch optimizer, or what wraps one: accelerate's, Lookahead, SAM with `first_step`
-    and `second_step`, whose both gradients are then those of the sparse network. The steps of the
-    inner optimizer count. To clip gradients, call `sparsity.mask_gradients()` first (under a
-    GradScaler, after `unscale_`), so that the norm is that of the kept weights. Optimizer state is
-    reset where it is shaped as the weight (SGD, Adam and kin; not Adafactor's factored moments).
+    To clip gradients, call `sparsity.mask_gradients()` first, so that the norm is that of the kept
+    weights. Under a GradScaler call it after `unscale_`. An average of the weights over supports
+    that move is denser than the model: call `sparsity.apply_to(averaged)` before it is used.
 
-    An average of the weights (EMA, `torch.optim.swa_utils.AveragedModel`) over supports that move
-    is denser than the model: call `sparsity.apply_to(averaged)` before it is used.
+    Parameters
+    ----------
+    model : nn.Module
+        Trained in place.
+    optimizer : torch.optim.Optimizer
+        Or what wraps one: accelerate's, Lookahead, SAM with `first_step` and `second_step`, whose
+        both gradients are then those of the sparse network. The steps of the inner optimizer count.
+    method : TopologyMethod
+        What chooses the support, such as `gs.weights.RigL(density=0.1)`.
+    total_steps : int
+        Optimizer steps of the whole run, for the schedules.
+    include, exclude : sequence of str
+        As in `prune`. Layers that are frozen are left alone.
+    loss : callable, optional
+        Computes the loss of one batch, for a method that looks at gradients before training (SNIP).
+    seed : int
+        Of what the method draws.
+    state : mapping, optional
+        An earlier `state_dict()` to continue from.
+    group : process group, optional
+        The ranks that train the model together, where neither DDP nor FSDP2 says so.
 
-    Raises UsageError for a density that empties a layer, a pattern that does not divide, a weight
-    that is recomputed at every forward, an optimizer that holds other parameters than the model's,
-    a missing gradient, and for weights that changed outside the support or with no step seen;
-    NonFiniteError before a step with NaN or infinite gradients; before steps on all ranks or none.
+    Yields
+    ------
+    SparseRun
+        The supports, their density, and the state to save.
+
+    Raises
+    ------
+    UsageError
+        For a density that empties a layer, a pattern that does not divide, and a weight that is
+        recomputed at every forward. For an optimizer that holds other parameters than the model's,
+        a missing gradient, and weights that changed outside the support or with no step seen.
+    NonFiniteError
+        Before a step with NaN or infinite gradients. Both are raised before steps on all ranks or
+        none.
     """
     run = SparseRun(model, optimizer, method, total_steps, include, exclude, seed, group)
     with (

@@ -32,11 +32,22 @@ FILE = "rounds.safetensors"
 
 @dataclass(frozen=True)
 class RoundPart:
-    """One training that is asked for. Round 0 is the dense one; `member` counts its copies, which
-    differ by what the caller makes of it (a seed, a decay). first: the step at which data order and
-    learning rate go on. last: the step to stop before, or None for the end. checkpoint: where to
-    keep the state of this training, and to go on from if it is there; None where the loop has no
-    folder."""
+    """One training that a recipe asks for.
+
+    Attributes
+    ----------
+    index : int
+        The round. Round 0 is the dense one.
+    member : int
+        Which copy of the round. Copies differ by what the caller makes of it: a seed, a decay.
+    first : int
+        The step at which data order and learning rate go on.
+    last : int or None
+        The step to stop before. None for the end.
+    checkpoint : Path or None
+        Where to keep the state of this training, and to go on from if it is there. None where the
+        recipe has no folder.
+    """
 
     index: int
     member: int = 0
@@ -51,7 +62,15 @@ class RoundPart:
 
 @dataclass(frozen=True)
 class RoundsResult:
-    """The support of the last round, and the share of kept weights after each, from dense on."""
+    """What `train_rounds` left.
+
+    Attributes
+    ----------
+    supports : dict of str to Support
+        Of the last round.
+    densities : tuple of float
+        The share of kept weights after each round, from dense on.
+    """
 
     supports: dict[str, Support]
     densities: tuple[float, ...]
@@ -68,17 +87,39 @@ def train_rounds(
     evaluate: Callable[[nn.Module], float] | None = None,
     checkpoint: str | Path | None = None,
 ) -> RoundsResult:
-    """Run an outer loop (IMP, SparseModelSoups) over `train`, in place.
+    """Train, prune and train again, in place: IMP and SparseModelSoups.
 
-    train(model, method, part) trains the model inside `sparse_training(model, optimizer, method,
-    ...)` with the same include and exclude, an optimizer of its own, and the steps that `part`
-    names. data: batches of inputs on which batch norms take new statistics after averaging.
-    evaluate: a score of the model, higher is better; with it soups are greedy. checkpoint: a
-    folder; the same call on the same initial model goes on there after a kill, at the training
-    that was running, and within it where `train` keeps its state in `part.checkpoint`.
+    Parameters
+    ----------
+    model : nn.Module
+        Trained in place.
+    method : Recipe
+        Such as `gs.weights.IMP(density=0.05)`.
+    train : callable
+        `train(model, method, part)` trains the model inside `sparse_training(model, optimizer,
+        method, ...)`, with the same include and exclude, an optimizer of its own, and the steps
+        that `part` names.
+    include, exclude : sequence of str
+        As in `prune`.
+    data : sequence of batches, optional
+        Inputs on which batch norms take new statistics after averaging.
+    evaluate : callable, optional
+        A score of the model, higher is better. With it soups are greedy.
+    checkpoint : path, optional
+        A folder. The same call on the same initial model goes on there after a kill, at the
+        training that was running. It goes on within it where `train` keeps its state in
+        `part.checkpoint`.
 
-    Raises UsageError where averaging meets a batch norm and there is no data, where `train` moved
-    a weight outside the support, and where the folder belongs to another loop.
+    Returns
+    -------
+    RoundsResult
+        The last support, and the density after each round.
+
+    Raises
+    ------
+    UsageError
+        Where averaging meets a batch norm and there is no data, where `train` moved a weight
+        outside the support, and where the folder belongs to another recipe.
     """
     inner, _ = unwrapped(model)
     layers = unfrozen_layers(inner, include, exclude)

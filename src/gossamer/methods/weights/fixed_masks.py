@@ -21,9 +21,13 @@ from gossamer.methods.weights.topology import StaticSupport
 
 @dataclass(frozen=True)
 class FixedMasks(StaticSupport):
-    """Hold the support that the model has: its non-zero weights, or `masks` by layer name.
+    """Hold the support that the model has, for fine-tuning a pruned model.
 
-    For fine-tuning a pruned model. masks: bool matrices (out, in), where a kept weight may be zero.
+    Parameters
+    ----------
+    masks : mapping of str to Tensor, optional
+        bool (out, in) by the name of the layer, where a kept weight may be zero. By default the
+        support is the non-zero weights.
     """
 
     masks: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)

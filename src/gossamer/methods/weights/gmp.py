@@ -43,10 +43,21 @@ from gossamer.methods.weights.topology import (
 
 @dataclass(frozen=True)
 class GMP(StaticSupport):
-    """Every `every` steps between the fractions `begin` and `end` of the run, prune by magnitude.
+    """Prune by magnitude, a little at a time, along a cubic schedule.
 
-    scope: `tensor` ranks each layer against its own target from the allocation, `global` all
-    layers together (each keeps at least one weight).
+    Parameters
+    ----------
+    density : float
+        The fraction kept at the end, in (0, 1].
+    allocation : Allocation
+        How the density becomes one per layer. `Uniform()` by default.
+    every : int
+        Steps between two prunings.
+    begin, end : float
+        The first and the last pruning, as fractions of the run.
+    scope : {"tensor", "global"}
+        `tensor` ranks each layer against its own target from the allocation. `global` ranks all
+        layers together, and each keeps at least one weight.
     """
 
     density: float

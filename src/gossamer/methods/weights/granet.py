@@ -42,10 +42,27 @@ from gossamer.methods.weights.topology import (
 
 @dataclass(frozen=True)
 class GraNet(StaticSupport):
-    """From density `initial` prune globally on a cubic ramp, and after each pruning drop and
-    regrow a fraction of each layer, decayed by a cosine from `drop` to `drop_end` over the run.
+    """Prune globally on a cubic ramp, and regrow in each layer what was dropped there.
 
-    initial=1.0 is dense-to-sparse. regrow=False leaves out regeneration, for ablation.
+    After each pruning a fraction of each layer is dropped and regrown. That fraction decays by a
+    cosine over the run.
+
+    Parameters
+    ----------
+    density : float
+        The fraction kept at the end, in (0, 1].
+    initial : float
+        The density at the start. 1.0 is dense-to-sparse.
+    allocation : Allocation
+        How the density becomes one per layer. `ERK()` by default.
+    every : int
+        Steps between two prunings.
+    begin, end : float
+        The first and the last pruning, as fractions of the run.
+    drop, drop_end : float
+        The fraction that is dropped and regrown, at the start and at the end of the run.
+    regrow : bool
+        False leaves out regeneration, for ablation.
     """
 
     density: float

@@ -36,8 +36,19 @@ from gossamer.methods.weights.topology import check_whole
 
 @dataclass(frozen=True)
 class IMP:
-    """Train, prune the same share of what is left by magnitude over all layers, set the survivors
-    back to what they were at step `rewind`, and train again; `rounds` times."""
+    """Train, prune, rewind the rest to an early step, and train again.
+
+    Each round removes the same share of what is left, by magnitude over all layers.
+
+    Parameters
+    ----------
+    density : float
+        The fraction kept at the end, in (0, 1].
+    rounds : int
+        How many times it prunes.
+    rewind : int
+        The step to whose weights the survivors go back.
+    """
 
     density: float
     rounds: int = 5

@@ -41,10 +41,20 @@ from gossamer.methods.weights.topology import (
 
 @dataclass(frozen=True)
 class ISSP(StaticSupport):
-    """Until the fraction `until` of the run, multiply each layer's smallest weights by `alpha`
-    after every step, chosen anew each time; then zero the smallest and train under that mask.
+    """Shrink the smallest weights of each layer after every step, then zero them.
 
-    alpha=0 is iterative hard thresholding.
+    They are chosen anew each time, so that a weight can still come back.
+
+    Parameters
+    ----------
+    density : float
+        The fraction kept at the end, in (0, 1].
+    alpha : float
+        What the smallest weights are multiplied by. 0 is iterative hard thresholding.
+    until : float
+        The end of the first stage, as a fraction of the run. The rest trains under the mask.
+    allocation : Allocation
+        How the density becomes one per layer. `Uniform()` by default.
     """
 
     density: float

@@ -27,9 +27,11 @@ from gossamer.core.stats import LayerStats
 
 @dataclass(frozen=True)
 class Magnitude:
-    """|w|. Units of several weights score the sum, that is their 1-norm.
+    """|w|. Units of several weights score the sum, which is their 1-norm.
 
-    Source: Learning both Weights and Connections for Efficient Neural Networks (2015).
+    References
+    ----------
+    Learning both Weights and Connections for Efficient Neural Networks (2015).
     """
 
     card: ClassVar[Card] = Card(

@@ -48,12 +48,26 @@ from gossamer.methods.weights.topology import StaticSupport, check_fraction, eve
 
 @dataclass(frozen=True)
 class MaskSparsity(StaticSupport):
-    """Mark the channels with the smallest scales, pull only their scales to zero by `penalty` times
-    the sign, and at the fraction `until` of the run zero them.
+    """Mark the channels with the smallest batch norm scales, pull those to zero, and cut them.
 
-    targeted=False pulls every scale, marked or not: the plain L1 that the paper compares with, and
-    its own first stage. threshold: zero instead the channels whose scales have all come below it,
-    as published, so that the density is what comes out.
+    Parameters
+    ----------
+    density : float
+        The fraction kept at the end, in (0, 1].
+    coupled : tuple of Coupled
+        The channels that go together, from `gs.coupled_channels(model, batch)`.
+    penalty : float
+        The pull on a marked scale, times its sign.
+    until : float
+        When the marked channels are zeroed, as a fraction of the run.
+    pooled : bool
+        One budget over all sets rather than one in each.
+    targeted : bool
+        False pulls every scale, marked or not. This is the plain L1 that the paper compares with,
+        and its own first stage.
+    threshold : float, optional
+        Zero instead the channels whose scales have all come below it, as published. The density is
+        then what comes out.
     """
 
     density: float

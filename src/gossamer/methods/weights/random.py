@@ -32,8 +32,16 @@ from gossamer.core.stats import LayerStats
 class Random:
     """Uniform random scores, reproducible per layer from `seed` and the layer's name.
 
-    Source: The Unreasonable Effectiveness of Random Pruning (2022). Counts are exact rather than
-    Bernoulli, so that small layers meet the budget.
+    Counts are exact rather than Bernoulli, so that small layers meet the budget.
+
+    Parameters
+    ----------
+    seed : int
+        Of the scores.
+
+    References
+    ----------
+    The Unreasonable Effectiveness of Random Pruning (2022).
     """
 
     seed: int = 0

@@ -44,8 +44,21 @@ from gossamer.methods.weights.topology import (
 
 @dataclass(frozen=True)
 class RigL(StaticSupport):
-    """Every `every` steps until the fraction `until` of the run, drop a cosine-decayed fraction
-    (from `drop`) of each layer's smallest |w| and grow its largest |gradient|."""
+    """Drop the smallest |w| of each layer, and grow its largest |gradient|.
+
+    Parameters
+    ----------
+    density : float
+        The fraction kept, in (0, 1].
+    allocation : Allocation
+        How the density becomes one per layer. `ERK()` by default.
+    every : int
+        Steps between two updates.
+    drop : float
+        The fraction of each layer that moves at first. It decays by a cosine.
+    until : float
+        The last update, as a fraction of the run.
+    """
 
     density: float
     allocation: ShapeAllocation = field(default_factory=ERK)

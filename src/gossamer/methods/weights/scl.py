@@ -37,12 +37,24 @@ from gossamer.methods.weights.topology import StaticSupport, check_fraction, eve
 
 @dataclass(frozen=True)
 class SCL(StaticSupport):
-    """A weight is on while its variable v is above zero; v descends, at `rate`, the loss through a
-    straight-through step function plus `penalty` for each weight that is on.
+    """Learn which weights are on, by a variable v behind each.
 
-    slope: the derivative taken for the step function where v <= 0 (1 identity, less a leaky
-    rectifier; 0 strands what was once switched off). normalise: divide the task's gradient of v by
-    its norm over each output feature.
+    A weight is on while v is above zero. The variable descends the loss, through a straight-through
+    step function, plus a penalty for each weight that is on.
+
+    Parameters
+    ----------
+    penalty : float
+        The price of a connection.
+    rate : float
+        The learning rate of v.
+    initial : float
+        Where v starts.
+    slope : float
+        The derivative taken for the step function where v <= 0. 1 is identity, less a leaky
+        rectifier. 0 strands what was once switched off.
+    normalise : bool
+        Divide the task's gradient of v by its norm over each output feature.
     """
 
     penalty: float = 0.02

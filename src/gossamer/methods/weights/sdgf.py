@@ -39,12 +39,23 @@ TWO_OF_FOUR = NM(2, 4)
 
 @dataclass(frozen=True)
 class SdGf(StaticSupport):
-    """Dense until the fraction `begin` of the run, then frames of equal length until `end`, each
-    with its own pattern of the largest |w|, then `pattern`; masks are taken anew at every step.
+    """Train towards N:M through looser patterns.
 
-    decay: `stepwise` goes through (M-1):M, M/2:M, M/4:M and so on to N:M, `geometric` through
-    8N:8M, 4N:4M, 2N:2M and N:M. gradient: `masked` gives weights outside the mask none, `straight`
-    gives the dense weights behind the whole gradient.
+    It is dense at first. Then come frames of equal length, each with a pattern of its own of the
+    largest |w|. Masks are taken anew at every step.
+
+    Parameters
+    ----------
+    pattern : NM
+        The pattern at the end.
+    decay : {"stepwise", "geometric"}
+        `stepwise` goes through (M-1):M, M/2:M, M/4:M and so on to N:M. `geometric` goes through
+        8N:8M, 4N:4M, 2N:2M and N:M.
+    gradient : {"masked", "straight"}
+        `masked` gives weights outside the mask none. `straight` gives the dense weights behind the
+        whole gradient.
+    begin, end : float
+        The first and the last frame, as fractions of the run.
     """
 
     pattern: NM = TWO_OF_FOUR

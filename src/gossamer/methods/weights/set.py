@@ -40,8 +40,19 @@ from gossamer.methods.weights.topology import (
 
 @dataclass(frozen=True)
 class SET(StaticSupport):
-    """Every `every` steps (an epoch), in each layer drop the fraction `drop` of the smallest
-    positive and of the largest negative weights, and grow as many at random."""
+    """Drop the weights nearest to zero in each layer, and grow as many at random.
+
+    Parameters
+    ----------
+    density : float
+        The fraction kept, in (0, 1].
+    allocation : Allocation
+        How the density becomes one per layer. `ER()` by default.
+    every : int
+        Steps between two updates: an epoch, as published.
+    drop : float
+        The fraction of the smallest positive, and of the largest negative weights, that moves.
+    """
 
     density: float
     allocation: ShapeAllocation = field(default_factory=ER)

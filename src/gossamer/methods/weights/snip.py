@@ -30,7 +30,13 @@ from gossamer.ops.statistics import top_mask
 
 @dataclass(frozen=True)
 class SNIP(StaticSupport):
-    """Keep the largest |w dL/dw| of one batch over all layers together, then train under it."""
+    """Keep the largest |w dL/dw| of one batch over all layers together, then train under it.
+
+    Parameters
+    ----------
+    density : float
+        The fraction kept, in (0, 1].
+    """
 
     density: float
 

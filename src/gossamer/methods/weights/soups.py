@@ -35,8 +35,20 @@ from gossamer.methods.weights.topology import check_whole
 
 @dataclass(frozen=True)
 class SparseModelSoups:
-    """In each of `rounds` phases prune the same share by magnitude over all layers, retrain
-    `members` copies that differ in one factor, and go on from the mean of their weights."""
+    """Prune in phases; in each, retrain several copies and average their weights.
+
+    Each phase removes the same share, by magnitude over all layers. The copies differ in one
+    factor.
+
+    Parameters
+    ----------
+    density : float
+        The fraction kept at the end, in (0, 1].
+    rounds : int
+        How many phases.
+    members : int
+        How many copies in each.
+    """
 
     density: float
     rounds: int = 3

@@ -46,10 +46,18 @@ from gossamer.ops.statistics import top_mask
 class SparseGPT:
     """Approximate optimal brain surgeon over a layer's columns, left to right.
 
-    block: columns whose support is chosen together and whose errors are carried on lazily.
-    damping: times the mean of the Hessian's diagonal, added to it.
-    Source: SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot (2023).
-    O(in^3 + out * in^2) time, O(in^2) memory.
+    It takes O(in^3 + out * in^2) time and O(in^2) memory.
+
+    Parameters
+    ----------
+    block : int
+        Columns whose support is chosen together, and whose errors are carried on lazily.
+    damping : float
+        Times the mean of the Hessian's diagonal, added to it.
+
+    References
+    ----------
+    SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot (2023).
     """
 
     block: int = 128

@@ -37,8 +37,18 @@ TWO_OF_FOUR = NM(2, 4)
 
 @dataclass(frozen=True)
 class SRSTE(StaticSupport):
-    """Forward with the `keep` largest |w| of each group; gradients go straight through to all
-    weights, and those outside the support are pulled to zero by `decay`. decay=0 is plain STE."""
+    """Train N:M weights with dense ones behind them.
+
+    The forward pass has the largest |w| of each group. Gradients go straight through to all
+    weights. Those outside the support are pulled to zero.
+
+    Parameters
+    ----------
+    pattern : NM
+        Which weights are kept.
+    decay : float
+        The pull to zero. 0 is plain STE.
+    """
 
     pattern: NM = TWO_OF_FOUR
     decay: float = 2e-4

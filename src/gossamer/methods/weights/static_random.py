@@ -36,7 +36,15 @@ from gossamer.methods.weights.topology import (
 
 @dataclass(frozen=True)
 class StaticRandom(StaticSupport):
-    """Exact counts per layer at random places; the mask never changes."""
+    """Train under a random mask that never changes, with exact counts per layer.
+
+    Parameters
+    ----------
+    density : float
+        The fraction kept, in (0, 1].
+    allocation : Allocation
+        How the density becomes one per layer. `ERK()` by default.
+    """
 
     density: float
     allocation: ShapeAllocation = field(default_factory=ERK)

@@ -38,8 +38,14 @@ from gossamer.core.stats import LayerStats
 class Wanda:
     """|W_ij| * ||X_j||_2, compared within each output row by default; no weight is updated.
 
-    scope: over what weights are ranked when no pattern is given: `row` as published.
-    Source: A Simple and Effective Pruning Approach for Large Language Models (2023).
+    Parameters
+    ----------
+    scope : {"row", "tensor", "column", "global"}
+        Over what weights are ranked when no pattern is given. `row` is as published.
+
+    References
+    ----------
+    A Simple and Effective Pruning Approach for Large Language Models (2023).
     """
 
     scope: Scope = "row"

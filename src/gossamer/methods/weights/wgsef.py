@@ -46,12 +46,25 @@ from gossamer.methods.weights.topology import StaticSupport, check_fraction, eve
 
 @dataclass(frozen=True)
 class WGSEF(StaticSupport):
-    """After every step until the fraction `until` of the run, the proximal step of the envelope
-    with `strength` (learning rate times lambda); then keep the largest groups, and only them.
+    """Pull all but the largest groups of channels to zero by an exact proximal step.
 
-    A group is a channel of `coupled`: the rows that write it, in all its layers. pooled: one budget
-    over all sets rather than one in each. weighted: groups cost what they hold in weights rather
-    than one each.
+    A group is a channel of `coupled`: the rows that write it, in all its layers. The step is that
+    of the convex envelope of "at most k groups". At its end only the largest groups are kept.
+
+    Parameters
+    ----------
+    density : float
+        The fraction kept at the end, in (0, 1].
+    coupled : tuple of Coupled
+        The channels that go together, from `gs.coupled_channels(model, batch)`.
+    strength : float
+        Of the proximal step after each step: learning rate times lambda.
+    until : float
+        When the largest groups are kept and the rest zeroed, as a fraction of the run.
+    pooled : bool
+        One budget over all sets rather than one in each.
+    weighted : bool
+        Groups cost what they hold in weights rather than one each.
     """
 
     density: float

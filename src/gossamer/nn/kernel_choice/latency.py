@@ -62,10 +62,16 @@ class Predictor(Protocol):
 class LatencyModel:
     """Seconds by kernel, dtype, shape, density and batch size, for one machine.
 
-    machine: what the times hold for, as `nn.latency.machine` gives it. terms: by "kernel dtype",
-    such as "sell-spmm bfloat16" or "dense float32", then by the batch sizes that were measured,
-    the seconds of each of `ProductShape.terms`; none is negative, so more kept weights never get
-    cheaper. Between measured rows the model is linear, beyond them it goes on as it ended.
+    Between measured batch sizes the model is linear. Beyond them it goes on as it ended. No term is
+    negative, so more kept weights never get cheaper.
+
+    Attributes
+    ----------
+    machine : mapping
+        What the times hold for.
+    terms : mapping
+        By "kernel dtype", such as "sell-spmm bfloat16" or "dense float32", then by the batch sizes
+        that were measured: the seconds of each of `ProductShape.terms`.
     """
 
     machine: Mapping[str, str | int]

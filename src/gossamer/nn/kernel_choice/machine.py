@@ -14,6 +14,7 @@ from torch import nn
 
 from gossamer.core.errors import FormatError
 from gossamer.core.files import write_whole
+from gossamer.core.version import VERSION
 from gossamer.nn.kernel_choice.latency import LatencyModel, Predictor, ProductShape
 from gossamer.nn.kernel_choice.quick import QuickLatency
 from gossamer.nn.kernel_choice.timings import read_timings, store_timings
@@ -26,13 +27,11 @@ _LARGEST = 1 << 20
 
 def machine() -> dict[str, str | int]:
     """What measured latencies and records depend on: processor, instructions, threads and versions."""
-    import gossamer
-
     return {
         **_dispatch.processor(),
         "isa": _dispatch.isa(),
         "threads": torch.get_num_threads(),
-        "gossamer": gossamer.__version__,
+        "gossamer": VERSION,
         "torch": torch.__version__,
     }
 

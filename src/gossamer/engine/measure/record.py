@@ -1,13 +1,10 @@
-"""What `gossamer compress` writes down: result.json, from what was measured."""
+"""What is written down of a compression: its figures as plain data."""
 
 from __future__ import annotations
 
 import dataclasses
 import platform
-import shlex
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +12,8 @@ from torch import nn
 
 from gossamer.core.result import CompressResult, LayerRecord, PruneResult
 from gossamer.engine.data import Batch, call
+from gossamer.engine.flops import forward_flops
 from gossamer.engine.measure.tasks import Task
-from gossamer.engine.train.flops import forward_flops
 from gossamer.nn.kernel_choice.machine import machine as this_machine
 from gossamer.ops import _dispatch
 
@@ -56,7 +53,6 @@ def record(
         },
         **flops(pruned, packed, work),
         "machine": machine(packed),
-        "command": "gossamer " + " ".join(shlex.quote(word) for word in sys.argv[1:]),
     }  # fmt: skip
 
 
@@ -107,15 +103,3 @@ def machine(packed: CompressResult) -> dict[str, Any]:
         "threads": packed.threads,
         "python": platform.python_version(),
     }
-
-
-def source_dtype(folder: Path | None) -> str:
-    """The dtype of the weights in a folder's files, as safetensors names it; empty if unknown."""
-    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
-    if not files:
-        return ""
-    from safetensors import safe_open
-
-    with safe_open(files[0], framework="pt") as file:
-        dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    return "float32" if "F32" in dtypes else ""

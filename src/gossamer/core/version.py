@@ -1,0 +1,3 @@
+"""The version of Gossamer."""
+
+VERSION = "0.1.0"
