@@ -25,14 +25,16 @@ def one(targeted: bool, seed: int, steps: int) -> tuple[float, float, float, flo
     cut = int(0.75 * steps)
     seen: list[float] = []
     scales: list[float] = []
+    before: dict[str, torch.Tensor] = {}
 
     def watch(run: gs.SparseRun) -> None:
         if run.step in (cut - 1, cut):
             seen.append(accuracy(run.model, seed))
         if run.step == cut - 1:
-            own = run.state_dict()["state"]
-            kept = torch.cat([own[f"{x.name}:stays"].flatten() for x in run.layers])
-            scale = torch.cat([x.weight.detach().abs() for x in run.layers])
+            before.update({x.name: x.weight.detach().abs().clone() for x in run.layers})
+        if run.step == cut:
+            kept = torch.cat([run.masks[name].flatten() for name in before])
+            scale = torch.cat(list(before.values()))
             scales.extend((float(scale[kept].mean()), float(scale[~kept].mean())))
 
     train(model, method, steps, seed, watch=watch, decay=0.0)

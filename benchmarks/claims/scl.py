@@ -34,10 +34,10 @@ def check(short: bool = False) -> dict[str, Any]:
     """Five seeds, three prices."""
     seeds, steps = (2, 30) if short else (5, 400)
     prices = (0.01, 0.03, 0.1)
-    rate = 0.05
+    rate = 0.5
     runs = {p: [one(gs.weights.SCL(p, rate), s, steps) for s in range(seeds)] for p in prices}
     relu = [one(gs.weights.SCL(prices[1], rate, slope=0.0), s, steps) for s in range(seeds)]
-    raw = [one(gs.weights.SCL(1e-4, 10.0, normalise=False), s, steps) for s in range(seeds)]
+    raw = [one(gs.weights.SCL(1e-4, 100.0, normalise=False), s, steps) for s in range(seeds)]
     middle = runs[prices[1]]
     every = max(1, steps // 40)
     gmp = [one(gs.weights.GMP(r[1], gs.ERK(), every), s, steps) for s, r in enumerate(middle)]

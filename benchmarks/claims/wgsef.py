@@ -83,7 +83,7 @@ def check(short: bool = False) -> dict[str, Any]:
         dense.append(accuracy(model, seed))
     runs, none = (
         [one(gs.weights.WGSEF(DENSITY, COUPLED, strength), seed, steps) for seed in range(seeds)]
-        for strength in (0.01, 1e-9)
+        for strength in (0.1, 1e-8)
     )
     lasso = {s: [one(GroupLasso(s), seed, steps) for seed in range(seeds)] for s in LASSO}
     best = max(LASSO, key=lambda s: sum(accuracy for accuracy, _ in lasso[s]))

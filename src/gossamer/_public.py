@@ -2,7 +2,7 @@
 
 from gossamer.api import compare, prune
 from gossamer.compression import CompressionReport, measure_compression
-from gossamer.core.allocation import ER, ERK, LAMP, OWL, Global, Uniform, UniformPlus
+from gossamer.core.allocation import ER, ERK, LAMP, OWL, ERKPlus, Global, Uniform, UniformPlus
 from gossamer.core.card import Card
 from gossamer.core.coupling import Coupled
 from gossamer.core.errors import (
@@ -52,6 +52,7 @@ __all__ = [
     "CompressionReport",
     "Coupled",
     "Coverage",
+    "ERKPlus",
     "FormatError",
     "Global",
     "GossamerError",

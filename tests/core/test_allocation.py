@@ -58,6 +58,28 @@ def test_uniform_plus_never_breaks_its_floor(density, seed):
     assert result["l0"] == 1.0 and result["l3"] >= 0.2
 
 
+@pytest.mark.parametrize("last", [1.0, 0.4])
+def test_erk_plus_forces_the_last_layer_and_spreads_the_rest_by_erk(last):
+    infos = layers()
+    result = gs.ERKPlus(last).allocate(infos, 0.3)
+    assert result["l3"] == last
+    total = sum(info.size for info in infos)
+    others = infos[:-1]
+    left = 0.3 * total - last * infos[-1].size
+    want = gs.ERK().allocate(others, left / sum(info.size for info in others))
+    assert {k: result[k] for k in want} == pytest.approx(want)
+    assert gs.ERKPlus().allocate(infos[:1], 0.3) == {"l0": 0.3}
+
+
+def test_erk_plus_refuses_a_budget_that_it_cannot_meet():
+    with pytest.raises(gs.UsageError, match="too low"):
+        gs.ERKPlus().allocate(layers(), 0.001)
+    with pytest.raises(gs.UsageError, match=r"last layer at 0\.1"):
+        gs.ERKPlus(0.1).allocate(layers(), 0.99)
+    with pytest.raises(gs.UsageError, match="density"):
+        gs.ERKPlus(0.0)
+
+
 def test_lamp_by_its_definition():
     weight = torch.tensor([[3.0, -1.0], [2.0, 2.0]])
     squares = [9.0, 1.0, 4.0, 4.0]

@@ -241,7 +241,7 @@ def assert_refused_whole(fast, empty, change, folder):
     [
         {"storage": "bitmap"}, {"storage": None}, {"storage": ["nm"]}, {"pattern": ""},
         {"pattern": "unstructured"}, {"pattern": "2:4"}, {"pattern": "1:8"}, {"pattern": "2:7"},
-        {"pattern": "9:4"}, {"nnz": 5}, {"nnz": -1}, {"dtype": "bfloat16"}, {"dtype": "int8"},
+        {"pattern": "8:64"}, {"pattern": "9:4"}, {"nnz": 5}, {"nnz": -1}, {"dtype": "bfloat16"}, {"dtype": "int8"},
         {"shape": [33, 2**31 - 1]}, {"shape": [2**31 - 1, 200]}, {"shape": [33, 201]},
         {"shape": [33, 128]}, {"bias": False}, {"extra": 1}, {"group": 64},
     ],

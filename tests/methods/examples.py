@@ -38,10 +38,13 @@ TOPOLOGY = {
     "issp": Example(lambda coupled, every: W.ISSP(0.2)),
     "srste": Example(lambda coupled, every: W.SRSTE(decay=0.01), 0.5, 0.5),
     "sdgf": Example(lambda coupled, every: W.SdGf(), 1.0, 0.5),
-    "scl": Example(lambda coupled, every: W.SCL(penalty=0.05, rate=0.3), 1.0, None),
+    "scl": Example(lambda coupled, every: W.SCL(penalty=0.05, rate=10.0), 1.0, None),
     "wgsef": Example(lambda coupled, every: W.WGSEF(0.25, coupled), 1.0, None),
     "wgsef-weighted": Example(
         lambda coupled, every: W.WGSEF(0.25, coupled, pooled=True, weighted=True), 1.0, None
+    ),
+    "masksparsity-plain": Example(
+        lambda coupled, every: W.MaskSparsity(0.25, coupled, targeted=False), 1.0, 0.25
     ),
     "masksparsity": Example(lambda coupled, every: W.MaskSparsity(0.25, coupled), 1.0, 0.25),
 }

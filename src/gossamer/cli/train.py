@@ -74,7 +74,7 @@ class Train:
     """fraction of weights to remove, such as 0.9 or 90%, instead of --density"""
     pattern: str = ""
     """N:M such as 2:4, for the methods that train one"""
-    allocation: Literal["uniform", "uniform+", "er", "erk"] | None = None
+    allocation: Literal["uniform", "uniform+", "er", "erk", "erk+"] | None = None
     """how density is shared among layers; the method's own unless named"""
     include: list[str] = field(default_factory=list)
     """further layers to make sparse, by name patterns such as '*embed*'; repeatable, or comma separated"""
@@ -189,7 +189,7 @@ class Train:
         if self.allocation and ("allocation" in known or not self.sweep_methods):
             if self.allocation not in ALLOCATIONS or "allocation" not in known:
                 raise UsageError(f"--allocation {self.allocation}: {name} takes none of that name; "
-                                 "choose uniform, uniform+, er or erk, or leave it out")  # fmt: skip
+                                 "choose uniform, uniform+, er, erk or erk+, or leave it out")  # fmt: skip
             values["allocation"] = ALLOCATIONS[self.allocation]()
         try:
             method = kind(**values)

@@ -121,6 +121,43 @@ class ERK:
 
 
 @dataclass(frozen=True)
+class ERKPlus:
+    """The last layer at density `last`, ERK over the others under the budget that is left.
+
+    UsageError is raised where the last layer alone uses up the budget, or leaves too much of it.
+
+    Parameters
+    ----------
+    last : float
+        The density of the last layer, in (0, 1].
+
+    References
+    ----------
+    The Unreasonable Effectiveness of Random Pruning (2022).
+    """
+
+    last: float = 1.0
+    needs_norm: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_density(self.last)
+
+    def allocate(self, layers: Sequence[LayerInfo], density: float) -> dict[str, float]:
+        """Density by layer name; other layers that would exceed 1 are dense, as with ERK."""
+        density = check_density(density)
+        if len(layers) < 2:
+            return {layer.name: density for layer in layers}
+        fixed = {layers[-1].name: self.last}
+        left = density * sum(x.size for x in layers) - self.last * layers[-1].size
+        if left > sum(x.size for x in layers[:-1]) * (1 + 1e-9):
+            raise UsageError(
+                f"{layers[-1].name}: density {density:g} cannot be met with the last layer at "
+                f"{self.last:g}; raise `last` or choose ERK"
+            )
+        return _fill(layers, density, fixed, lambda layer: _erdos(layer.shape))
+
+
+@dataclass(frozen=True)
 class Global:
     """The densities that one magnitude threshold over all layers leaves."""
 
@@ -209,6 +246,7 @@ ALLOCATIONS: dict[str, type] = {
     "uniform+": UniformPlus,
     "er": ER,
     "erk": ERK,
+    "erk+": ERKPlus,
     "global": Global,
     "lamp": LAMP,
     "owl": OWL,

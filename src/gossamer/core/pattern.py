@@ -16,6 +16,8 @@ from gossamer.core.errors import PatternError
 
 Scope: TypeAlias = Literal["tensor", "row", "column", "global"]
 SCOPES = ("tensor", "row", "column", "global")
+WIDEST = 9999
+"""The largest group of N:M: four digits, as `parse_pattern` reads."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +40,26 @@ class Unstructured:
 class NM:
     """Exactly `keep` non-zeros in every `group` consecutive weights of a row.
 
+    A mask may have wider groups than the N:M kernels store. `gossamer.ops.nm` checks those where a
+    layer is packed or read from a file.
+
     Parameters
     ----------
     keep : int
         How many are kept, 1 <= keep < group.
     group : int
-        Of how many, at most 32.
+        Of how many, at most 9999.
     """
 
     keep: int
     group: int
 
     def __post_init__(self) -> None:
-        if not (_is_int(self.keep) and _is_int(self.group) and 0 < self.keep < self.group <= 32):
+        whole = _is_int(self.keep) and _is_int(self.group)
+        if not (whole and 0 < self.keep < self.group <= WIDEST):
             raise PatternError(
-                f"N:M needs whole numbers 0 < keep < group <= 32, not {self.keep}:{self.group}"
+                f"N:M needs whole numbers 0 < keep < group <= {WIDEST}, not "
+                f"{self.keep}:{self.group}"
             )
 
     @property

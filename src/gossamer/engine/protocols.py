@@ -51,8 +51,8 @@ class TopologyMethod(Protocol):
 
     Every weight, gradient and mask is a matrix (out, in) laid out as `core.matrix.as_matrix`, by
     layer name. What a method does beside choosing supports is found by the functions it has:
-    `EditsGradient`, `EditsWeights`, `KeepsState`. `Step.gradients` serves those whose card needs
-    `gradients`.
+    `EditsGradient`, `EditsWeights`, `FreezesWeights`, `KeepsState`. `Step.gradients` serves those
+    whose card needs `gradients`.
     """
 
     keeps_dense_weights: ClassVar[bool]
@@ -95,6 +95,16 @@ class EditsWeights(Protocol):
 
     def edit_weights(self, step: Step) -> dict[str, Tensor]:
         """New weights of some layers, by name; called before `update`."""
+        ...
+
+
+@runtime_checkable
+class FreezesWeights(Protocol):
+    """A topology method that holds some weights still, whatever momentum and decay do."""
+
+    def frozen(self, step: Step) -> dict[str, Tensor]:
+        """bool (out, in) by layer: the weights that keep their values bit for bit in the step
+        that comes."""
         ...
 
 

@@ -177,7 +177,7 @@ def test_what_a_regulariser_zeroed_is_cut_out_and_the_rest_trains_on():
     model = build(Residual).train()
     sets = gs.coupled_channels(model, EXAMPLE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    method = gs.weights.WGSEF(0.5, sets, strength=0.1, until=0.5)
+    method = gs.weights.WGSEF(0.5, sets, strength=10.0, until=0.5)
     with gs.sparse_training(model, optimizer, method, total_steps=6, exclude=("fc",)) as run:
         for _ in range(6):
             optimizer.zero_grad()

@@ -32,7 +32,7 @@ def test_steps_equal_the_formula(normalise):
     weight = model[0].weight.detach().clone()
     v = torch.full_like(weight, 0.1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
-    method = gs.weights.SCL(penalty=0.05, rate=0.3, slope=0.5, normalise=normalise)
+    method = gs.weights.SCL(penalty=0.05, rate=1.5, slope=0.5, normalise=normalise)
     with gs.sparse_training(model, optimizer, method, total_steps=5) as run:
         for _ in range(5):
             x = torch.randn(16, 8)
@@ -51,6 +51,58 @@ def test_steps_equal_the_formula(normalise):
             torch.testing.assert_close(state["hidden"]["0"], weight)
             torch.testing.assert_close(model[0].weight.detach(), weight * (v > 0))
     assert 0 < run.density < 1
+
+
+@pytest.mark.parametrize(
+    "optimizer_of",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+        lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.1),
+    ],
+    ids=["sgd", "nesterov", "adamw"],
+)
+def test_what_is_off_keeps_its_value_bit_for_bit_and_comes_back_with_it(optimizer_of):
+    torch.manual_seed(0)
+    model = nn.Linear(12, 6)
+    optimizer = optimizer_of(model.parameters())
+    method = gs.weights.SCL(penalty=0.1, rate=0.5 if "SGD" in repr(optimizer) else 3.0)
+    off = moved = returned = 0
+    with gs.sparse_training(model, optimizer, method, total_steps=40, include=("",)) as run:
+        for step in range(40):
+            before, mask = run.state_dict()["hidden"][""], run.masks[""].clone()
+            x = torch.randn(16, 12, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            (model(x) - x[:, :6]).square().mean().backward()
+            optimizer.step()
+            after = run.state_dict()["hidden"][""]
+            assert torch.equal(after[~mask], before[~mask])
+            back = run.masks[""] & ~mask
+            assert torch.equal(model.weight.detach()[back], before[back])
+            off += int((~mask).sum())
+            moved += int((after[mask] != before[mask]).sum())
+            returned += int(back.sum())
+    assert off > 0 and moved > 0 and returned > 0
+
+
+def test_supports_come_to_rest_as_the_learning_rate_does():
+    torch.manual_seed(0)
+    model = nn.Linear(16, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gs.sparse_training(
+        model, optimizer, gs.weights.SCL(penalty=0.3), total_steps=30, include=("",)
+    ) as run:
+        before = run.state_dict()["state"][":v"]
+        for rate in (0.1, 0.05, 0.0):
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.zero_grad()
+            model(torch.randn(8, 16)).square().mean().backward()
+            pull = run.state_dict()["hidden"][""] * model.weight.grad
+            pull = pull / pull.norm(dim=1, keepdim=True)
+            optimizer.step()
+            after = run.state_dict()["state"][":v"]
+            torch.testing.assert_close(after, before - rate * (pull + 0.3))
+            before = after
 
 
 def test_a_higher_price_leaves_fewer_connections_and_layers_differ():

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import gossamer as gs
+from gossamer.nn.packed.nm import NMLinear
 
 TOTAL = 20
 
@@ -14,6 +15,35 @@ def test_the_frames_are_the_published_ones():
     assert ratios(gs.weights.SdGf(gs.NM(1, 16))) == [(15, 16), (8, 16), (4, 16), (2, 16), (1, 16)]
     assert ratios(gs.weights.SdGf(gs.NM(2, 4))) == [(3, 4), (2, 4)]
     assert ratios(gs.weights.SdGf(gs.NM(1, 4), "geometric")) == [(8, 32), (4, 16), (2, 8), (1, 4)]
+    for keep, group in ((1, 8), (1, 16), (1, 32), (2, 8), (2, 16), (2, 32)):
+        found = ratios(gs.weights.SdGf(gs.NM(keep, group), "geometric"))
+        assert found == [(8 * keep, 8 * group), (4 * keep, 4 * group), (2 * keep, 2 * group),
+                         (keep, group)]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", [(1, 8), (1, 16), (2, 8)], ids=str)
+def test_geometric_decay_trains_the_patterns_of_the_paper(pattern):
+    method = gs.weights.SdGf(gs.NM(*pattern), "geometric", begin=0.1, end=0.9)
+    torch.manual_seed(0)
+    layer = nn.Linear(2 * 8 * pattern[1], 4)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    seen = set()
+    with gs.sparse_training(layer, optimizer, method, total_steps=TOTAL, include=("",)) as run:
+        for step in range(TOTAL):
+            if step >= 2:
+                frame = method.frame(step, TOTAL)
+                seen.add((frame.keep, frame.group))
+                counts = (layer.weight.detach() != 0).reshape(-1, frame.group).sum(1)
+                assert (counts == frame.keep).all()
+            optimizer.zero_grad()
+            layer(torch.randn(8, layer.in_features)).square().mean().backward()
+            optimizer.step()
+    assert seen == {(k * pattern[0], k * pattern[1]) for k in (8, 4, 2, 1)}
+    assert run.density == pattern[0] / pattern[1]
+    packed = NMLinear.from_matrix(layer.weight.detach(), layer.bias, f"{pattern[0]}:{pattern[1]}")
+    assert torch.equal(packed.to_matrix(), layer.weight.detach())
+    with pytest.raises(gs.UsageError, match="M in"):
+        NMLinear.from_matrix(layer.weight.detach(), layer.bias, "8:64")
 
 
 def test_equal_frames_between_the_dense_phase_and_the_end():
@@ -51,8 +81,8 @@ def test_what_it_refuses():
     for bad in ({"pattern": gs.NM(3, 8)}, {"begin": 0.9}, {"decay": "x"}, {"gradient": "x"}):
         with pytest.raises(gs.UsageError):
             gs.weights.SdGf(**bad)
-    with pytest.raises(gs.UsageError, match="at most 4"):
-        gs.weights.SdGf(gs.NM(1, 8), "geometric")
+    with pytest.raises(gs.UsageError, match="at most 1249"):
+        gs.weights.SdGf(gs.NM(1, 2048), "geometric")
     layer = nn.Linear(16, 3)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     run = gs.SparseRun(layer, optimizer, gs.weights.SdGf(gs.NM(1, 4), "geometric"), TOTAL, ("",))

@@ -17,6 +17,7 @@ from gossamer.core.support import Support
 from gossamer.engine.protocols import (
     EditsGradient,
     EditsWeights,
+    FreezesWeights,
     KeepsState,
     LearnsState,
     TopologyMethod,
@@ -79,6 +80,7 @@ class SparseRun:
         self._hidden: dict[str, Tensor] = {}
         self._state: dict[str, dict[str, Tensor]] = {}
         self._gradients: dict[str, Tensor] = {}
+        self._frozen: dict[str, tuple[Tensor, Tensor]] = {}
         self._entered: list[int] = []
 
     def start(self, loss: Callable[[], Tensor] | None = None) -> None:
@@ -169,10 +171,12 @@ class SparseRun:
         for layer in self.layers:
             if self.method.keeps_dense_weights:
                 layer.write(layer.weight, self._hidden[layer.name])
+        self._freeze()
 
     def after_step(self) -> None:
         """Count the step, hold the support against momentum and decay, then let it change."""
         self.step += 1
+        self._thaw()
         if self.method.keeps_dense_weights:
             for layer in self.layers:
                 self._hidden[layer.name].copy_(layer.matrix(layer.weight))
@@ -346,10 +350,30 @@ class SparseRun:
             if layer.weight.grad is not None:
                 layer.clear(layer.weight.grad, self.masks[layer.name])
 
+    def _freeze(self) -> None:
+        """Note the values that the coming step must not move."""
+        if not isinstance(self.method, FreezesWeights):
+            return
+        frozen = self.method.frozen(self._step(self.step + 1))
+        self._frozen = {
+            x.name: (frozen[x.name], x.matrix(x.weight.detach()).clone())
+            for x in self.layers
+            if x.name in frozen
+        }
+
+    def _thaw(self) -> None:
+        """Put them back after the step."""
+        held, self._frozen = self._frozen, {}
+        current = {x.name: x.matrix(x.weight.detach()) for x in self.layers if x.name in held}
+        self._write({name: torch.where(*held[name], new) for name, new in current.items()})
+
     def _write(self, weights: Mapping[str, Tensor]) -> None:
+        """Set weights of layers, and the dense ones behind them."""
         for layer in self.layers:
             if layer.name in weights:
                 layer.write(layer.weight, weights[layer.name])
+                if layer.name in self._hidden:
+                    self._hidden[layer.name].copy_(weights[layer.name])
 
     def _apply(self) -> None:
         """Exact zeros outside the support, in weights and, unless dense, in optimizer state.

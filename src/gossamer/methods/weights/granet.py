@@ -11,13 +11,17 @@ at unchanged training time.
 **Defaults.** From 50% ERK; ramp over the first half of the run; drop 0.5 to 0.005 over all of it;
 every 100 steps.
 
-**Notes.** The released code keeps one weight fewer at each pruning and stops one step short of the
-target; here counts are exact, the ramp reaches the target, and each layer keeps at least one
-weight.
+**Notes.** Schedules, order, growth and the number dropped, ceil(fraction x kept), are those of the
+released code. Three things differ. Of n weights it keeps int(n x density) - 1 at each pruning,
+because its comparison is strict; here it is the nearest whole number to n x density. Its ramp stops
+one update short of the target; here it reaches it. It may empty a layer; here each keeps its
+largest weight. Where `every` does not divide the ramp, its target goes by whole updates and ours by
+steps.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -28,7 +32,7 @@ from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
 from gossamer.core.schedule import Cosine, Cubic
 from gossamer.core.step import Step
-from gossamer.methods.weights.gmp import prune_globally, ramp
+from gossamer.methods.weights.gmp import prune_globally
 from gossamer.methods.weights.topology import (
     ShapeAllocation,
     StaticSupport,
@@ -101,12 +105,11 @@ class GraNet(StaticSupport):
 
     def due(self, step: int, total: int) -> bool:
         """Every `every` steps of the run but the last, and at the end of the ramp."""
-        last = ramp(self.begin, self.end, total)[1]
-        return (step % self.every == 0 and step < total) or step == last
+        return (step % self.every == 0 and step < total) or step == self.ramp(total)[1]
 
     def update(self, step: Step) -> list[dict[str, Tensor]]:
         """The globally pruned support, then the same counts rewired."""
-        first, last = ramp(self.begin, self.end, step.total)
+        first, last = self.ramp(step.total)
         passed = []
         current = dict(step.masks)
         if first <= step.number <= last:
@@ -117,5 +120,13 @@ class GraNet(StaticSupport):
             passed.append(current)
         if self.regrow:
             fraction = Cosine(self.drop, self.drop_end)(step.number / step.total)
-            passed.append(drop_and_regrow(step.layers, step.gradients(), current, fraction))
+            gradients = step.gradients()
+            passed.append(
+                drop_and_regrow(step.layers, gradients, current, fraction, rounded=math.ceil)
+            )
         return passed or [current]
+
+    def ramp(self, total: int) -> tuple[int, int]:
+        """The steps at which the ramp has its initial and its final density."""
+        first = math.floor(self.begin * total)
+        return first, max(1, first, math.floor(self.end * total))

@@ -12,7 +12,7 @@ the dense accuracy; the same subnetworks drawn anew or at random do not.
 initial weights.
 
 **Notes.** Each round keeps density^(1/rounds) of what the one before kept. Every parameter and
-buffer of the model is rewound, biases and norms included, and optimizer state starts anew at the
+buffer of the model is rewound, biases and norms included. Optimizer state starts anew at the
 rewinding step, in the dense round too. Each layer keeps at least one weight. The cost is rounds + 1
 trainings.
 """

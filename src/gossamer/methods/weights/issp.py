@@ -1,7 +1,7 @@
 """ISS-P: iterative soft shrinkage before a hard support.
 
-Shrinks the smallest weights a little after every step, so that a weight can still come back, and
-zeroes them at the end of the stage.
+Shrinks the smallest weights a little after every step, so that a weight can still come back. At the
+end of the stage it zeroes them.
 
 **Paper.** Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution, 2023.
 https://arxiv.org/abs/2303.09650
@@ -13,7 +13,9 @@ regularisers and training from scratch.
 
 **Notes.** Dense in memory and compute until the stage ends. The shrinkage is applied to the
 weights, not to the gradient, which momentum would rescale. alpha must fit the length of the stage.
-The paper's stage is about a third of its run; N:M ranking is left out.
+Of a layer of n weights the released code shrinks ceil(n x sparsity), and at most int(0.995 n). Here
+the counts are those of the allocation, whose total is exact, and equal weights shrink from the last
+on. The paper's stage is about a third of its run. Its ranking in groups of N:M is left out.
 """
 
 from __future__ import annotations

@@ -63,7 +63,9 @@ class Random:
         return Unstructured()
 
     def score(self, weight: Tensor, stats: LayerStats) -> Tensor:
-        """Random scores of the weight's shape, the same for the same seed and layer name."""
+        """Random scores of the weight's shape, on its device; seed and layer name fix them."""
         digest = hashlib.sha256(f"{self.seed}:{stats.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        return torch.rand(weight.shape, generator=generator, dtype=torch.float64)
+        # Drawn on the CPU, so that every device gets the same numbers.
+        scores = torch.rand(weight.shape, generator=generator, dtype=torch.float64)
+        return scores.to(weight.device)

@@ -10,11 +10,14 @@ cost.
 **Defaults.** Every 100 steps until 75% of the run, drop 0.3 decayed by a cosine; ERK.
 
 **Notes.** New weights start at zero with fresh optimizer state. A weight that is dropped and grown
-at once keeps its value. Here the optimizer's step of an update is taken before the update; the
-gradient that grows is the one of that step. Dense gradients of those steps are part of the cost.
-Batch norm multiplies the gradient into an emptied channel by 1 / sqrt(eps): at 1e-5 whole layers'
-growth can land there, and a small network collapses on some seeds
-(benchmarks/results/rigl_stability.json); eps 1e-3 or rarer updates avoid it.
+at once keeps its value. The number dropped is rounded down, as in the released code, which also
+adds a little noise to |w| by default. Its decay counts from the first step of training, as ours
+does. Here the optimizer's step of an update is taken before the update. The gradient that grows is
+the one of that step. Dense gradients of those steps are part of the cost.
+
+Batch norm multiplies the gradient into an emptied channel by 1 / sqrt(eps). At an eps of 1e-5 whole
+layers' growth can land there, and a small network collapses on some seeds. An eps of 1e-3 or rarer
+updates avoid it; benchmarks/results/rigl_stability.json holds the figures.
 """
 
 from __future__ import annotations

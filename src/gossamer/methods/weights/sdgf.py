@@ -11,15 +11,18 @@ high N:M sparsity.
 **Defaults.** 2:4 stepwise; dense for the first tenth, N:M for the last fifth, which are ours: the
 paper leaves them open.
 
-**Notes.** Masked gradients are what the paper explains its gain by; the released code passes the
-whole gradient on, which is gradient='straight'. M over N must be a power of two, and geometric
-frames need M of at most 4 and rows of whole groups of 8M. Costs more per step than SR-STE while the
-structure is loose. Decay of the mask (MdGf) is another method.
+**Notes.** Masked gradients are what the paper explains its gain by. The released code passes the
+whole gradient on, which is gradient='straight'. M over N must be a power of two. Frames begin where
+the released code begins them. Geometric frames need rows of whole groups of 8M. Their wide groups
+are masks of training alone; what is stored at the end is N:M. A step costs more than one of SR-STE
+while the structure is loose. The release has a third structure, with N fixed and M shrinking, which
+is left out. Decay of the mask (MdGf) is another method.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -29,7 +32,7 @@ from torch import Tensor
 from gossamer.core.allocation import LayerInfo
 from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
-from gossamer.core.pattern import NM, check_pattern
+from gossamer.core.pattern import NM, WIDEST, check_pattern
 from gossamer.core.select import select
 from gossamer.core.step import Step
 from gossamer.methods.weights.topology import StaticSupport, check_fraction, every_weight
@@ -88,9 +91,10 @@ class SdGf(StaticSupport):
         ratio = self.pattern.group / self.pattern.keep if isinstance(self.pattern, NM) else 0.0
         if ratio < 2 or not math.log2(ratio).is_integer():
             raise UsageError("SdGf needs an N:M pattern in which M is N times a power of two")
-        if self.decay == "geometric" and self.pattern.group > 4:
+        if self.decay == "geometric" and 8 * self.pattern.group > WIDEST:
             raise UsageError(
-                f"SdGf: geometric frames need M of at most 4, not {self.pattern.group}"
+                f"SdGf: geometric frames start at 8N:8M, and M is {self.pattern.group}; choose M "
+                f"of at most {WIDEST // 8}"
             )
 
     @property
@@ -132,7 +136,8 @@ class SdGf(StaticSupport):
         first, last = math.floor(self.begin * total), math.floor(self.end * total)
         if step >= last:
             return self.pattern
-        return self.frames[(step - first) * len(self.frames) // (last - first)]
+        starts = [first + i * (last - first) // len(self.frames) for i in range(len(self.frames))]
+        return self.frames[bisect_right(starts, step) - 1]
 
 
 def largest(layers: Sequence[LayerInfo], pattern: NM) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ https://arxiv.org/abs/1810.02340
 **Defaults.** One batch, one global ranking, no floor per layer.
 
 **Notes.** Buffers, gradients and random state are as before the ranking. A layer that the ranking
-would empty is an error rather than a network that cannot learn.
+would empty is an error rather than a network that cannot learn. Weights keep their initialisation,
+which the released code of Random Pruning draws anew before it scores.
 """
 
 from __future__ import annotations

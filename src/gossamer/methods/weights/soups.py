@@ -11,10 +11,11 @@ iterative pruning, at the inference cost of one.
 **Defaults.** 3 phases, 3 copies, uniform averages; the training function makes the copies differ by
 `part.member`.
 
-**Notes.** All copies of a phase start from the same pruned weights, so their supports are equal,
-which is checked. Statistics of batch norms are taken anew on training data before the soup is used.
-With `evaluate` the soup is greedy: copies in order of their score, each taken in if the soup does
-not get worse.
+**Notes.** All copies of a phase start from the same pruned weights. So their supports are equal,
+which is checked; the released code takes the last one unchecked. It averages statistics of norms
+before it takes them anew, and counters too. Here the statistics are taken anew on training data
+before the soup is used, and counters are those of the first copy. With `evaluate` the soup is
+greedy: copies in order of their score, each taken in if the soup does not get worse.
 """
 
 from __future__ import annotations

@@ -6,15 +6,16 @@ inverse Hessian of the layer's inputs.
 **Paper.** SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, 2023.
 https://arxiv.org/abs/2301.00774
 
-**Claim.** 50 to 60% unstructured sparsity, and 2:4, on models of 175 billion parameters in hours on
-one GPU with small loss in perplexity and no retraining.
+**Claim.** Models of 175 billion parameters reach 50 to 60% unstructured sparsity, and 2:4, in hours
+on one GPU. The loss in perplexity is small, with no retraining.
 
 **Defaults.** Column blocks of 128, damping 0.01 of the mean diagonal, 128 calibration windows.
 
-**Notes.** Supports are chosen per column block, as published; counts are rounded cumulatively so
-that the layer's total is exact. Blocks of weights are an extension: tiles are scored by the sum of
-w^2 / U_jj^2 and chosen per column block. Column channels likewise. Row channels have nothing to
-repair and are refused.
+**Notes.** Supports are chosen per column block, as published. Counts are rounded cumulatively so
+that the layer's total is exact. The released code removes one weight more in each block, for it
+also removes what equals the threshold. Blocks of weights are an extension: tiles are scored by the
+sum of w^2 / U_jj^2 and chosen per column block. Column channels likewise. Row channels have nothing
+to repair and are refused.
 """
 
 from __future__ import annotations

@@ -12,7 +12,9 @@ of the support against plain straight-through training.
 **Defaults.** 2:4, decay 2e-4.
 
 **Notes.** Masks are taken anew after each step. The decay is part of the gradient, so the optimizer
-scales it; it suits SGD, as published. Ties keep the lower index.
+scales it. It suits SGD, as published, where it is fixed at the default. Of equal weights the lower
+index stays, which the released code leaves open. Its SparseLinear also drops the bias; here layers
+keep it.
 """
 
 from __future__ import annotations

@@ -8,10 +8,12 @@ Sparse Training, 2022. https://arxiv.org/abs/2202.02643
 **Claim.** A randomly pruned wide network trained sparse can exceed its dense counterpart; the gap
 to dense shrinks with width, and ERK beats uniform.
 
-**Defaults.** ERK allocation; Uniform, UniformPlus and ER are the others.
+**Defaults.** ERK allocation. The others are Uniform, UniformPlus, ER and ERKPlus, which the paper
+uses on ImageNet with a dense classifier.
 
 **Notes.** The paper draws each weight independently and so misses the budget in small layers; here
-counts are exact. Weights keep their dense initialisation.
+counts are exact. `resample=SNIP(density)` keeps SNIP's count in each layer and draws the places
+anew, as the released code does with the ratios of GraSP. Weights keep their dense initialisation.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from torch import Tensor
 
 from gossamer.core.allocation import ERK, LayerInfo
 from gossamer.core.card import Card
+from gossamer.core.errors import UsageError
 from gossamer.core.step import Step
+from gossamer.methods.weights.snip import SNIP
 from gossamer.methods.weights.topology import (
     ShapeAllocation,
     StaticSupport,
@@ -44,10 +48,14 @@ class StaticRandom(StaticSupport):
         The fraction kept, in (0, 1].
     allocation : Allocation
         How the density becomes one per layer. `ERK()` by default.
+    resample : SNIP, optional
+        A SNIP of the same density, whose counts per layer replace those of `allocation`. Its
+        places are forgotten.
     """
 
     density: float
     allocation: ShapeAllocation = field(default_factory=ERK)
+    resample: SNIP | None = None
 
     growth: ClassVar[Literal["random", "gradient"]] = "random"
     card: ClassVar[Card] = Card(
@@ -61,13 +69,30 @@ class StaticRandom(StaticSupport):
         status="stable",
     )
 
+    def __post_init__(self) -> None:
+        if self.resample is None:
+            return
+        if not isinstance(self.resample, SNIP) or self.resample.density != self.density:
+            raise UsageError(
+                f"StaticRandom: resample is SNIP({self.density:g}), not {self.resample!r}"
+            )
+
     def counts(self, layers: Sequence[LayerInfo]) -> dict[str, int]:
-        """The allocation's exact counts."""
+        """The allocation's exact counts. Raises UsageError where they would be another method's."""
+        if self.resample is not None:
+            raise UsageError(
+                "StaticRandom: the counts of `resample` need gradients, which training without "
+                "dense weights lacks; leave it out"
+            )
         return layer_counts(layers, self.allocation, self.density)
 
     def start(self, step: Step) -> dict[str, Tensor]:
-        """Random masks with the allocation's exact counts."""
-        return random_masks(step.layers, self.counts(step.layers), step.generator)
+        """Random masks with the exact counts of the allocation, or of the method re-sampled."""
+        if self.resample is None:
+            counts = self.counts(step.layers)
+        else:
+            counts = {n: int(mask.sum()) for n, mask in self.resample.start(step).items()}
+        return random_masks(step.layers, counts, step.generator)
 
     def survivors(self, values: Tensor, step: int, total: int) -> Tensor:
         """Every weight."""

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gossamer.core.allocation import ER, ERK, LayerInfo, Uniform, UniformPlus
+from gossamer.core.allocation import ER, ERK, ERKPlus, LayerInfo, Uniform, UniformPlus
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import Pattern, Unstructured
 from gossamer.core.select import check_density, kept_count
 from gossamer.core.step import Step
 from gossamer.ops.statistics import top_mask
 
-ShapeAllocation = Uniform | UniformPlus | ER | ERK
+ShapeAllocation = Uniform | UniformPlus | ER | ERK | ERKPlus
 """Allocations that depend on shapes alone, so that they stay the same all through training."""
 
 
@@ -56,7 +57,7 @@ def layer_counts(
     check_density(density)
     if not isinstance(allocation, ShapeAllocation):
         raise UsageError(f"{type(allocation).__name__} depends on weights; choose Uniform, "
-                         "UniformPlus, ER or ERK")  # fmt: skip
+                         "UniformPlus, ER, ERK or ERKPlus")  # fmt: skip
     shares = allocation.allocate(layers, density)
     exact = {layer.name: shares[layer.name] * layer.size for layer in layers}
     # A hair more, so that 0.1 * 30 is 3 whichever way it was rounded.
@@ -116,14 +117,16 @@ def drop_and_regrow(
     gradients: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
     fraction: float,
+    rounded: Callable[[float], int] = math.floor,
 ) -> dict[str, Tensor]:
-    """In each layer drop `fraction` of the kept weights, smallest |w| first, and grow as many by
-    the largest |dense gradient| outside. What was just dropped may grow back."""
+    """In each layer drop `fraction` of the kept weights, `rounded`, smallest |w| first, and grow
+    as many by the largest |dense gradient| outside. What was just dropped may grow back."""
     grown = {}
     for layer in layers:
         mask = masks[layer.name]
-        kept = without_smallest(layer.weight, mask, fraction)
-        room = int(mask.sum()) - int(kept.sum())
+        count = int(mask.sum())
+        room = rounded(fraction * count)
+        kept = keep_largest(layer.weight, mask, count - room)
         grown[layer.name] = kept | top_among(gradients[layer.name].abs(), ~kept, room)
     return grown
 
