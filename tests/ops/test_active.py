@@ -1,4 +1,4 @@
-"""Products over active lines against plain float64, on every set of instructions."""
+"""Products over active neurons against plain float64, on every set of instructions."""
 
 import math
 
@@ -14,9 +14,9 @@ from gossamer.ops import active as ops
 best = _dispatch.kernels().best_isa() if _dispatch.kernels() else -1
 ISAS = [*(name for index, name in enumerate(_dispatch.ISAS) if index <= best), "reference"]
 KINDS = [
-    (torch.float32, "line"),
-    (torch.bfloat16, "line"),
-    (torch.int8, "line"),
+    (torch.float32, "neuron"),
+    (torch.bfloat16, "neuron"),
+    (torch.int8, "neuron"),
     (torch.int8, "across"),
 ]
 
@@ -25,9 +25,9 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def expected_linear(x, lines, bias, threshold):
+def expected_linear(x, neurons, bias, threshold):
     kept = torch.where(x.float().abs() > threshold, x.float(), 0.0).double()
-    return kept @ lines.to_float().double() + (0 if bias is None else bias.double())
+    return kept @ neurons.to_float().double() + (0 if bias is None else bias.double())
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -35,28 +35,28 @@ def expected_linear(x, lines, bias, threshold):
 @pytest.mark.parametrize("shape", [(1, 1), (7, 65), (300, 130), (513, 64), (200, 700)], ids=str)
 def test_columns_above_a_threshold(isa, kind, shape, monkeypatch):
     monkeypatch.setenv("GOSSAMER_ISA", isa)
-    lines, bias = ops.store(random(*shape), *kind), random(shape[1], seed=1)
+    neurons, bias = ops.store(random(*shape), *kind), random(shape[1], seed=1)
     for rows in (0, 1, 3):
         x = random(rows, shape[0], seed=2)
         for threshold in (0.0, 0.7, 100.0):
-            found = ops.linear(x, lines, bias, threshold=threshold)
-            expected = expected_linear(x, lines, bias, threshold)
+            found = ops.linear(x, neurons, bias, threshold=threshold)
+            expected = expected_linear(x, neurons, bias, threshold)
             torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-4)
-    half = ops.linear(x.bfloat16(), lines, threshold=0.5)
+    half = ops.linear(x.bfloat16(), neurons, threshold=0.5)
     assert half.dtype == torch.bfloat16
-    exact = ops.linear(x.bfloat16().float(), lines, threshold=0.5)
+    exact = ops.linear(x.bfloat16().float(), neurons, threshold=0.5)
     assert torch.equal(half, exact.bfloat16())
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_columns_of_an_index_list(isa, monkeypatch):
     monkeypatch.setenv("GOSSAMER_ISA", isa)
-    lines, x = ops.store(random(40, 33), torch.float32), random(2, 40, seed=1)
+    neurons, x = ops.store(random(40, 33), torch.float32), random(2, 40, seed=1)
     for chosen in ([], [39], [3, 4, 9, 11, 12], list(range(40))):
         for dtype in (torch.int32, torch.int64):
             index = torch.tensor(chosen, dtype=dtype)
-            found = ops.linear(x, lines, index=index)
-            torch.testing.assert_close(found, x[:, chosen] @ lines.values[chosen])
+            found = ops.linear(x, neurons, index=index)
+            torch.testing.assert_close(found, x[:, chosen] @ neurons.values[chosen])
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -123,24 +123,24 @@ def test_inactive_columns_are_not_read_and_odd_inputs_are_seen(isa, monkeypatch)
     weights, x = random(20, 70), random(20, seed=1)
     x[4] = 0.01
     weights[4] = float("nan")
-    lines = ops.store(weights, torch.float32)
-    assert torch.isfinite(ops.linear(x, lines, threshold=0.02)).all()
-    assert torch.isnan(ops.linear(x, lines, threshold=0.001)).all()
+    neurons = ops.store(weights, torch.float32)
+    assert torch.isfinite(ops.linear(x, neurons, threshold=0.02)).all()
+    assert torch.isnan(ops.linear(x, neurons, threshold=0.001)).all()
     x[5] = float("nan")
-    assert torch.isnan(ops.linear(x, lines, threshold=0.02)).all()
+    assert torch.isnan(ops.linear(x, neurons, threshold=0.02)).all()
     gate = ops.store(random(20, 20, seed=3), torch.float32)
-    assert torch.isnan(ops.gated_mlp(x, gate, gate, lines, k=3)).all()
+    assert torch.isnan(ops.gated_mlp(x, gate, gate, neurons, k=3)).all()
 
 
 @pytest.mark.parametrize("isa", ISAS[:-1])
 def test_threads_do_not_change_the_result(isa, over_threads, monkeypatch):
     monkeypatch.setenv("GOSSAMER_ISA", isa)
-    lines, x = ops.store(random(700, 300), torch.int8), random(700, seed=1)
+    neurons, x = ops.store(random(700, 300), torch.int8), random(700, seed=1)
     turned = ops.store(random(700, 300, seed=3))
     down = ops.store(random(700, 130, seed=4))
 
     def run():
-        y = ops.linear(x, lines, threshold=0.5)
+        y = ops.linear(x, neurons, threshold=0.5)
         return torch.cat([y, ops.gated_mlp(y, turned, turned, down, k=50)])
 
     one, *others = over_threads(run, (1, 2, 3, 9, 17))
@@ -168,12 +168,12 @@ def test_statistical_top_k():
 def test_int8_rounds_to_the_nearest_step(isa, monkeypatch):
     if isa == "reference":
         monkeypatch.setenv("GOSSAMER_ISA", isa)
-    lines = random(5, 40)
-    lines[2] = 0
-    for scale, axis in (("line", 1), ("across", 0)):
-        stored = ops.store(lines, torch.int8, scale)
-        step = lines.abs().amax(axis, keepdim=True) / 127
-        assert bool(((stored.to_float() - lines).abs() <= step * 0.5001 + 1e-9).all())
+    neurons = random(5, 40)
+    neurons[2] = 0
+    for scale, axis in (("neuron", 1), ("across", 0)):
+        stored = ops.store(neurons, torch.int8, scale)
+        step = neurons.abs().amax(axis, keepdim=True) / 127
+        assert bool(((stored.to_float() - neurons).abs() <= step * 0.5001 + 1e-9).all())
     assert ops.store(torch.empty(0, 4), torch.int8).values.shape == (0, 4)
     assert ops.linear(torch.empty(0), ops.store(torch.empty(0, 4))).tolist() == [0.0] * 4
     with pytest.raises(NonFiniteError):
@@ -181,11 +181,11 @@ def test_int8_rounds_to_the_nearest_step(isa, monkeypatch):
 
 
 def test_opcheck():
-    lines, x = ops.store(random(12, 20), torch.int8), random(2, 12, seed=1)
+    neurons, x = ops.store(random(12, 20), torch.int8), random(2, 12, seed=1)
     index = torch.tensor([1, 5], dtype=torch.int32)
     check = torch.library.opcheck
     for chosen in (None, index):
-        check(ops._active_linear, (x, lines.values, lines.scale, None, chosen, 0.3))
+        check(ops._active_linear, (x, neurons.values, neurons.scale, None, chosen, 0.3))
     gate = ops.store(random(9, 12))
     down = ops.store(random(9, 7), torch.int8, "across")
     parts = (gate.values, None, gate.values, None, down.values, down.scale)
@@ -195,28 +195,34 @@ def test_opcheck():
 
 
 def test_bad_input():
-    lines, x = ops.store(random(12, 20)), random(12)
+    neurons, x = ops.store(random(12, 20)), random(12)
     for call, words in [
-        (lambda: ops.linear(random(11), lines), "width 12"),
-        (lambda: ops.linear(x.half(), lines), "float16"),
-        (lambda: ops.linear(x, lines, random(19)), "bias"),
-        (lambda: ops.linear(x, lines, threshold=-1.0), "from 0"),
-        (lambda: ops.linear(x, lines, threshold=float("nan")), "from 0"),
-        (lambda: ops.linear(x, lines, index=torch.tensor([12])), "outside"),
-        (lambda: ops.linear(x, lines, index=torch.tensor([-1])), "outside"),
-        (lambda: ops.linear(x, lines, index=torch.tensor([0.5])), "int32"),
+        (lambda: ops.linear(random(11), neurons), "width 12"),
+        (lambda: ops.linear(x.half(), neurons), "float16"),
+        (lambda: ops.linear(x, neurons, random(19)), "bias"),
+        (lambda: ops.linear(x, neurons, threshold=-1.0), "from 0"),
+        (lambda: ops.linear(x, neurons, threshold=float("nan")), "from 0"),
+        (lambda: ops.linear(x, neurons, index=torch.tensor([12])), "outside"),
+        (lambda: ops.linear(x, neurons, index=torch.tensor([-1])), "outside"),
+        (lambda: ops.linear(x, neurons, index=torch.tensor([0.5])), "int32"),
         (lambda: ops.largest(x, 13), "from 0 to 12"),
         (lambda: ops.above(x.reshape(3, 4), 0.0), "vector"),
-        (lambda: ops.gated_mlp(random(20), lines, lines, lines), "either"),
-        (lambda: ops.gated_mlp(random(20), lines, lines, lines, k=1, threshold=1.0), "either"),
-        (lambda: ops.gated_mlp(random(20), lines, lines, lines, k=13), "from 0 to 12"),
-        (lambda: ops.gated_mlp(random(20), lines, lines, lines, k=1, by="up"), "'up'"),
-        (lambda: ops.gated_mlp(random(20), lines, ops.store(random(11, 20)), lines, k=1), "neuron"),
+        (lambda: ops.gated_mlp(random(20), neurons, neurons, neurons), "either"),
+        (
+            lambda: ops.gated_mlp(random(20), neurons, neurons, neurons, k=1, threshold=1.0),
+            "either",
+        ),
+        (lambda: ops.gated_mlp(random(20), neurons, neurons, neurons, k=13), "from 0 to 12"),
+        (lambda: ops.gated_mlp(random(20), neurons, neurons, neurons, k=1, by="up"), "'up'"),
+        (
+            lambda: ops.gated_mlp(random(20), neurons, ops.store(random(11, 20)), neurons, k=1),
+            "neuron",
+        ),
         (lambda: ops.store(random(3, 3), torch.float16), "float16"),
         (lambda: ops.store(random(3, 3), torch.int8, "block"), "block"),
-        (lambda: ops.Lines(torch.zeros(3, 3, dtype=torch.int8)), "scale"),
-        (lambda: ops.Lines(torch.zeros(3, 4).t()), "contiguous"),
-        (lambda: ops.Lines(torch.zeros(3, 3, dtype=torch.int8), torch.ones(2, 1)), "scale is"),
+        (lambda: ops.Neurons(torch.zeros(3, 3, dtype=torch.int8)), "scale"),
+        (lambda: ops.Neurons(torch.zeros(3, 4).t()), "contiguous"),
+        (lambda: ops.Neurons(torch.zeros(3, 3, dtype=torch.int8), torch.ones(2, 1)), "scale is"),
     ]:
         with pytest.raises(UsageError, match=words):
             call()

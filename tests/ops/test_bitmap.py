@@ -1,4 +1,4 @@
-"""The bitmap kernels against their plain twin: every instruction set, shape, dtype and thread count."""
+"""The bitmap kernels against their plain reference: every instruction set, shape, dtype and thread count."""
 
 import ctypes
 import mmap

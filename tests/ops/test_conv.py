@@ -11,7 +11,7 @@ from torch.nn import functional
 from gossamer.core.errors import UsageError
 from gossamer.ops import _dispatch
 from gossamer.ops import conv as ops
-from gossamer.ops.conv import Before, Ends, Stage, Window, reference
+from gossamer.ops.conv import Depthwise, Epilogue, Stage, Window, reference
 
 best = _dispatch.kernels().best_isa() if _dispatch.kernels() else -1
 ISAS = [*(name for index, name in enumerate(_dispatch.ISAS) if index <= best), "reference"]
@@ -70,7 +70,7 @@ def test_1x1_products_equal_float64(isa, shape, tiled):
         exact = torch.einsum("oi,nihw->nohw", matrix.double(), x.double())
         torch.testing.assert_close(ops.conv(x, form).double(), exact, rtol=1e-5, atol=1e-4)
         turned = x.contiguous(memory_format=torch.channels_last)
-        found = ops.conv(turned, form, ends=Ends(bias, 0.0, 6.0))
+        found = ops.conv(turned, form, epilogue=Epilogue(bias, 0.0, 6.0))
         exact = (exact + bias.double().reshape(-1, 1, 1)).clamp(0, 6)
         torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
         assert found.is_contiguous()
@@ -100,7 +100,7 @@ def test_larger_kernels_equal_float64(isa, window, tiled):
                 ops.conv(x, form, window)
             continue
         exact = functional.conv2d(x.double(), weight, bias.double(), window.stride, window.padding)
-        found = ops.conv(x, form, window, Ends(bias, -math.inf, 1.0))
+        found = ops.conv(x, form, window, Epilogue(bias, -math.inf, 1.0))
         torch.testing.assert_close(found.double(), exact.clamp(max=1.0), rtol=1e-5, atol=1e-4)
 
 
@@ -114,10 +114,10 @@ def test_depthwise_alone_and_before_a_1x1_equal_float64(isa, stride):
             wide = None if bias is None else bias.double()
             exact = functional.conv2d(x.double(), weight.double(), wide, stride, 1, 1, channels)
             exact = exact.clamp(0.0, 6.0)
-            before = Before(weight, stride, Ends(bias, 0.0, 6.0))
-            found = ops.depthwise(x.contiguous(memory_format=torch.channels_last), before)
+            prologue = Depthwise(weight, stride, Epilogue(bias, 0.0, 6.0))
+            found = ops.depthwise(x.contiguous(memory_format=torch.channels_last), prologue)
             torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
-            found = ops.conv(x, ops.build(matrix), before=before)
+            found = ops.conv(x, ops.build(matrix), prologue=prologue)
             exact = torch.einsum("oi,nihw->nohw", matrix.double(), exact)
             torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
 
@@ -126,7 +126,7 @@ def test_depthwise_alone_and_before_a_1x1_equal_float64(isa, stride):
 def test_dropped_channels_never_touch_an_output_and_kept_ones_do(isa, tiled):
     matrix, x = sparse(20, 140), torch.randn(1, 140, 5, 5)
     x[0, 3, 1, 1], x[0, 130, 4, 4] = float("nan"), float("inf")
-    found = ops.conv(x, ops.build(matrix, tiled), ends=Ends(None, 0.0, math.inf))
+    found = ops.conv(x, ops.build(matrix, tiled), epilogue=Epilogue(None, 0.0, math.inf))
     assert torch.equal(torch.isnan(found[0, :, 1, 1]), matrix[:, 3] != 0)
     assert torch.equal(torch.isinf(found[0, :, 4, 4]), matrix[:, 130] > 0)
     assert torch.isfinite(found[0, :, 0, 0]).all()
@@ -141,30 +141,30 @@ def test_dropped_channels_never_touch_an_output_and_kept_ones_do(isa, tiled):
 def test_threads_do_not_change_the_result(isa, over_threads):
     form, x = ops.build(sparse(300, 200)), torch.randn(2, 200, 9, 9)
     three, taps = ops.build(sparse(40, 1800)), Window((3, 3), (2, 2), (1, 1))
-    before = Before(torch.randn(200, 1, 3, 3), 2, ops.NO_END)
+    prologue = Depthwise(torch.randn(200, 1, 3, 3), 2, ops.NO_EPILOGUE)
     for call in (
         lambda: ops.conv(x, form),
         lambda: ops.conv(x, three, taps),
-        lambda: ops.conv(x, form, before=before),
-        lambda: ops.depthwise(x, before),
+        lambda: ops.conv(x, form, prologue=prologue),
+        lambda: ops.depthwise(x, prologue),
     ):
         one, *others = over_threads(call, (1, 2, 3, 11))
         assert all(torch.equal(one, other) for other in others)
 
 
 def test_a_chain_equals_its_stages_and_keeps_no_result(isa):
-    before = Before(torch.randn(16, 1, 3, 3), 2, Ends(torch.randn(16), 0.0, 6.0))
+    prologue = Depthwise(torch.randn(16, 1, 3, 3), 2, Epilogue(torch.randn(16), 0.0, 6.0))
     stages = [
-        Stage(ops.build(sparse(16, 27)), Window((3, 3), (1, 1), (1, 1)), ops.NO_END, None),
-        Stage(None, Window(), ops.NO_END, before),
-        Stage(ops.build(sparse(16, 16)), Window(), Ends(None, 0.0, 1.0), before),
+        Stage(ops.build(sparse(16, 27)), Window((3, 3), (1, 1), (1, 1)), ops.NO_EPILOGUE, None),
+        Stage(None, Window(), ops.NO_EPILOGUE, prologue),
+        Stage(ops.build(sparse(16, 16)), Window(), Epilogue(None, 0.0, 1.0), prologue),
     ]
     run = ops.chain(stages)
     for shape in [(1, 3, 12, 10), (2, 3, 9, 9), (1, 3, 12, 10), (0, 3, 8, 8)]:
         x = torch.randn(shape)
         exact = ops.conv(x, stages[0].form, stages[0].window)
-        exact = ops.depthwise(exact, before)
-        exact = ops.conv(exact, stages[2].form, ends=stages[2].ends, before=before)
+        exact = ops.depthwise(exact, prologue)
+        exact = ops.conv(exact, stages[2].form, epilogue=stages[2].epilogue, prologue=prologue)
         found = run(x)
         torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
         kept = found.clone()
@@ -177,25 +177,31 @@ def test_a_chain_equals_its_stages_and_keeps_no_result(isa):
 def test_opcheck_and_bad_input():
     form, x = ops.build(sparse(12, 9)), torch.randn(2, 9, 3, 4)
     parts = [form.values, form.columns, form.counts, form.rows]
-    deep, ends = torch.randn(9, 1, 3, 3), [0.0, 6.0, 0.0, 1.0]
+    deep, clamps = torch.randn(9, 1, 3, 3), [0.0, 6.0, 0.0, 1.0]
     facts = [12, 9, int(form.tiled)]
     bias = torch.randn(12)
     one = [1, 1, 1, 1, 0, 0]
-    torch.library.opcheck(ops._sparse_conv, (x, parts, facts, one, bias, None, None, 1, ends))
-    torch.library.opcheck(ops._sparse_conv, (x, parts, facts, one, bias, deep, None, 2, ends))
+    torch.library.opcheck(ops._sparse_conv, (x, parts, facts, one, bias, None, None, 1, clamps))
+    torch.library.opcheck(ops._sparse_conv, (x, parts, facts, one, bias, deep, None, 2, clamps))
     torch.library.opcheck(ops._depthwise_conv, (x, deep, torch.randn(9), 2, 0.0, 6.0))
     for call, words in [
         (lambda: ops.conv(torch.randn(2, 8, 3, 4), form), "9 channels"),
         (lambda: ops.conv(x[0], form), "9 channels"),
         (lambda: ops.conv(x.double(), form), "float64"),
-        (lambda: ops.conv(x, form, ends=Ends(torch.randn(11), 0.0, 1.0)), "bias"),
-        (lambda: ops.conv(x, form, ends=Ends(None, 1.0, 0.0)), "at most high"),
+        (lambda: ops.conv(x, form, epilogue=Epilogue(torch.randn(11), 0.0, 1.0)), "bias"),
+        (lambda: ops.conv(x, form, epilogue=Epilogue(None, 1.0, 0.0)), "at most high"),
         (lambda: ops.conv(x, form, Window((2, 2))), "do not fit"),
         (lambda: ops.conv(x, form, Window((1, 1), (1, 3))), "stride"),
-        (lambda: ops.conv(x, form, before=Before(deep[:8], 1, ops.NO_END)), "same channels"),
-        (lambda: ops.depthwise(x, Before(torch.randn(9, 1, 5, 5), 1, ops.NO_END)), "stride 1 or 2"),
-        (lambda: ops.depthwise(x, Before(deep, 3, ops.NO_END)), "stride 1 or 2"),
-        (lambda: ops.depthwise(x, Before(deep.double(), 1, ops.NO_END)), "float64"),
+        (
+            lambda: ops.conv(x, form, prologue=Depthwise(deep[:8], 1, ops.NO_EPILOGUE)),
+            "same channels",
+        ),
+        (
+            lambda: ops.depthwise(x, Depthwise(torch.randn(9, 1, 5, 5), 1, ops.NO_EPILOGUE)),
+            "stride 1 or 2",
+        ),
+        (lambda: ops.depthwise(x, Depthwise(deep, 3, ops.NO_EPILOGUE)), "stride 1 or 2"),
+        (lambda: ops.depthwise(x, Depthwise(deep.double(), 1, ops.NO_EPILOGUE)), "float64"),
         (lambda: ops.build(torch.zeros(3)), "matrix"),
         (lambda: ops.build(torch.zeros(1, 1 << 17)), "65536"),
     ]:

@@ -111,8 +111,8 @@ def test_weights_that_are_not_kept_touch_nothing(isa, monkeypatch):
     grad = ops.sampled(x, torch.ones(20, 9), index)
     odd = (index.columns >= 5) & (index.columns <= 7)
     assert torch.equal(torch.isfinite(grad), ~odd)
-    twin = reference.linear(x, values, index.columns, index.splits, None)
-    torch.testing.assert_close(found, twin, equal_nan=True, rtol=1e-4, atol=1e-5)
+    expected = reference.linear(x, values, index.columns, index.splits, None)
+    torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -1,4 +1,4 @@
-"""N:M matrices: kernels against the twin, the twin against plain arithmetic, and the storage."""
+"""N:M matrices: kernels against the reference, the reference against plain arithmetic, and the storage."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_pack_and_unpack_are_inverse(rows, cols, pattern, dtype, seed):
 
 @pytest.mark.parametrize("isa", [*ISAS, "reference"])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p[0]}:{p[1]}")
-def test_kernels_equal_the_twin(isa, pattern, monkeypatch):
+def test_kernels_equal_the_reference(isa, pattern, monkeypatch):
     monkeypatch.setenv("GOSSAMER_ISA", isa)
     for shape in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
@@ -65,8 +65,8 @@ def test_kernels_equal_the_twin(isa, pattern, monkeypatch):
                 expected = x.double() @ matrix.double().t() + bias.double()
                 found = ops.linear(x, values, codes, bias, layout)
                 torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
-            twin = reference.linear(x, values, codes, bias, layout)
-            torch.testing.assert_close(found, twin, rtol=1e-4, atol=1e-4)
+            expected = reference.linear(x, values, codes, bias, layout)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("isa", [*ISAS, "reference"])
@@ -201,9 +201,9 @@ def broken(keep, group, cols, what):
 
 @pytest.mark.parametrize("what", ["order", "unused", "beyond", "short", "values", "dtype", "flat"])
 @pytest.mark.parametrize("pattern", [(2, 4), (4, 8), (2, 8)], ids=str)
-@pytest.mark.parametrize("home", ["native", "reference"])
-def test_contradicting_parts_are_refused(what, pattern, home, monkeypatch):
-    if home == "reference":
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_contradicting_parts_are_refused(what, pattern, backend, monkeypatch):
+    if backend == "reference":
         monkeypatch.setattr(_dispatch, "kernels", lambda: None)
     values, codes, layout = broken(*pattern, 200, what)
     with pytest.raises(FormatError):

@@ -1,4 +1,4 @@
-"""Quantised matrices: kernels against their plain twin, and the twin against plain arithmetic."""
+"""Quantised matrices: kernels against their plain reference, and the reference against plain arithmetic."""
 
 import itertools
 from dataclasses import replace
@@ -41,7 +41,7 @@ def rows_of(x, matrix, outliers=None):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernels_equal_the_twin(isa, bits, shape, monkeypatch):
+def test_kernels_equal_the_reference(isa, bits, shape, monkeypatch):
     monkeypatch.setenv("GOSSAMER_ISA", isa)
     x, bias = torch.randn(31, shape[1]), torch.randn(shape[0])
     for density, group, symmetric in itertools.product(
@@ -69,24 +69,24 @@ def even(rows, cols, run, seed=0):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("run", [4, 8])
-def test_even_patterns_take_their_own_way_and_give_the_same(isa, bits, run, monkeypatch):
+@pytest.mark.parametrize("size", [4, 8])
+def test_even_patterns_take_their_own_way_and_give_the_same(isa, bits, size, monkeypatch):
     monkeypatch.setenv("GOSSAMER_ISA", isa)
     x = torch.randn(14, 8256)
     for rows, cols, symmetric in ((5, 8256, True), (33, 192, False), (32, 64, True)):
-        matrix = even(rows, cols, run)
+        matrix = even(rows, cols, size)
         packed = ops.pack(matrix, bits, 64, symmetric)
-        assert packed.run == run
-        plain = replace(packed, run=0)
+        assert packed.balanced == size
+        plain = replace(packed, balanced=0)
         assert torch.equal(ops.unpack(packed), ops.unpack(plain))
         for batch in (1, 3, 4, 14):
             part = x[:batch, :cols]
             assert torch.equal(ops.linear(part, packed, None), ops.linear(part, plain, None))
         matrix[0, int(matrix[0].nonzero()[0])] = 0  # one weight that happens to be 0
         again = ops.pack(matrix, bits, 64, symmetric)
-        assert again.run == run and bool((ops.unpack(again)[matrix == 0] == 0).all())
-        matrix[0, :run] = 1.0
-        assert ops.pack(matrix, bits, 64, symmetric).run == 0
+        assert again.balanced == size and bool((ops.unpack(again)[matrix == 0] == 0).all())
+        matrix[0, :size] = 1.0
+        assert ops.pack(matrix, bits, 64, symmetric).balanced == 0
 
 
 @settings(max_examples=60, deadline=None)
@@ -135,20 +135,20 @@ def test_size_is_what_the_format_says():
 @pytest.mark.parametrize("isa", [*ISAS, "reference"])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_filling_changes_no_weight_and_thinning_undoes_it(isa, bits, shape, monkeypatch):
+def test_densifying_changes_no_weight_and_sparsifying_undoes_it(isa, bits, shape, monkeypatch):
     monkeypatch.setenv("GOSSAMER_ISA", isa)
     for density, symmetric, outliers in itertools.product((0.1, 0.5), (True, False), (0.0, 0.1)):
         m = ops.pack(sparse(*shape, density), bits, 64, symmetric, outliers)
         if m.bitmap is None:
             continue
-        filled = ops.fill(m)
-        twin = reference.fill(m.values, m.bitmap, m.zeros, m.shape, m.bits, m.group)
-        assert torch.equal(filled.values, twin) and filled.bitmap is None
-        assert torch.equal(ops.unpack(filled), ops.unpack(m)) and filled.nonzero == m.kept
-        thinned = ops.thin(filled)
-        assert torch.equal(thinned.values, m.values) and torch.equal(thinned.bitmap, m.bitmap)
+        densified = ops.densify(m)
+        expected = reference.densify(m.values, m.bitmap, m.zeros, m.shape, m.bits, m.group)
+        assert torch.equal(densified.values, expected) and densified.bitmap is None
+        assert torch.equal(ops.unpack(densified), ops.unpack(m)) and densified.nonzero == m.kept
+        sparsified = ops.sparsify(densified)
+        assert torch.equal(sparsified.values, m.values) and torch.equal(sparsified.bitmap, m.bitmap)
         x = torch.randn(3, shape[1])
-        found, expected = ops.linear(x, filled, None), ops.linear(x, m, None)
+        found, expected = ops.linear(x, densified, None), ops.linear(x, m, None)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -156,16 +156,16 @@ def test_even_patterns_keep_what_rounds_to_zero():
     matrix = torch.randn(8, 256) * (torch.arange(256) % 4 < 2)
     matrix[:, ::8] *= 1e-3
     m = ops.pack(matrix, 4)
-    assert m.run == 4 and m.kept == 8 * 128 > int((ops.unpack(m) != 0).sum())
+    assert m.balanced == 4 and m.kept == 8 * 128 > int((ops.unpack(m) != 0).sum())
 
 
-def test_a_filled_layer_is_sparse_in_state_dicts():
+def test_a_densified_layer_is_sparse_in_state_dicts():
     layer = QuantizedLinear.from_matrix(sparse(33, 150), torch.randn(33), bits=4)
     x = torch.randn(5, 150)
     before = {name: part.clone() for name, part in layer.state_dict().items()}
     kept, expected = layer.kept, layer(x)
-    layer.fill()
-    layer.fill()
+    layer.densify()
+    layer.densify()
     assert layer.bitmap is None and layer.matrix.nbytes > layer.stored.nbytes
     assert layer.kept == kept and layer.sparse
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
@@ -175,8 +175,8 @@ def test_a_filled_layer_is_sparse_in_state_dicts():
     layer.bfloat16().float().load_state_dict(before)
     assert layer.bitmap is not None and torch.equal(layer(x), expected)
     dense = QuantizedLinear.from_matrix(torch.randn(33, 150), bits=4)
-    dense.fill()
-    dense.thin()
+    dense.densify()
+    dense.sparsify()
     assert dense.bitmap is None and not dense.sparse and dense.density == 1.0
 
 
@@ -188,7 +188,7 @@ def test_other_zeros_may_be_loaded_into_a_layer(bits, outliers):
         QuantizedLinear.from_matrix(each, bits=bits, outliers=outliers, symmetric=False)
         for each in (matrix, matrix.reshape(17, 2, 150).flip(0).reshape(34, 150).contiguous())
     )
-    one.fill()
+    one.densify()
     x = torch.randn(3, 150)
     one.load_state_dict(other.state_dict())
     torch.testing.assert_close(one(x), other(x))
@@ -213,7 +213,7 @@ def test_parts_may_lie_anywhere(isa, bits, monkeypatch):
         m = ops.pack(matrix, bits, 64)
         odd = [at_odd_address(part) for part in (m.values, m.bitmap)]
         again = QuantizedMatrix.of(*odd, m.scales, m.zeros, None, m.shape, bits, 64)
-        assert again.bitmap.data_ptr() % 8 == 1 and again.run == m.run
+        assert again.bitmap.data_ptr() % 8 == 1 and again.balanced == m.balanced
         assert torch.equal(ops.unpack(again), ops.unpack(m))
         for rows in (1, 5, 20):
             x = torch.randn(rows, matrix.shape[1])

@@ -39,8 +39,8 @@ def packed(matrix):
 def test_the_form_holds_the_matrix_and_both_homes_build_it_alike(rows, cols, density, dtype, seed):
     matrix = sparse(rows, cols, density, dtype, seed)
     parts = native.build(*packed(matrix))
-    for ours, twin in zip(parts, reference.build(*packed(matrix)), strict=True):
-        assert torch.equal(ours, twin)
+    for ours, expected in zip(parts, reference.build(*packed(matrix)), strict=True):
+        assert torch.equal(ours, expected)
     assert torch.equal(reference.to_matrix(parts, (rows, cols)), matrix)
     assert parts[-1][-1].tolist() == [
         len(parts[3]),

@@ -71,9 +71,9 @@ def test_both_homes_agree_to_the_order_of_columns(m, k, n, density, sort, seed):
     left, right = (
         (p.long(), c.to(torch.int32), v) for p, c, v in (parts(a), parts(b))
     )  # fmt: skip
-    ours, twin = native.multiply(left, right, n, sort), reference.multiply(left, right, n, sort)
-    assert torch.equal(ours[0], twin[0]) and torch.equal(ours[1], twin[1])
-    torch.testing.assert_close(ours[2], twin[2], rtol=1e-4, atol=1e-5)
+    ours, expected = native.multiply(left, right, n, sort), reference.multiply(left, right, n, sort)
+    assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
+    torch.testing.assert_close(ours[2], expected[2], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

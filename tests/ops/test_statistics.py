@@ -53,12 +53,12 @@ def test_products_are_short_enough_for_any_order_of_summation(columns):
     assert torch.equal((total.double() + rest.double()).triu(), exact.triu())
 
 
-def test_kernel_and_twin_add_alike():
+def test_kernel_and_reference_add_alike():
     total, rest, product = torch.randn(3, 40, 40).unbind()
-    twin = total.clone(), rest.clone()
-    reference.compensated_add(*twin, product)
+    expected = total.clone(), rest.clone()
+    reference.compensated_add(*expected, product)
     ops._add(total, rest, product)
-    assert torch.equal(total, twin[0]) and torch.equal(rest, twin[1])
+    assert torch.equal(total, expected[0]) and torch.equal(rest, expected[1])
 
 
 def test_states_merge():

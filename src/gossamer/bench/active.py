@@ -70,13 +70,13 @@ Build = tuple[dict[str, Callable[[], Tensor]], Tensor, int]
 def _columns(case: Case) -> Build:
     """Ours, the dense engines, the exact result and the bytes of the columns that count."""
     weight, x = _random(case.out, case.inputs), _random(case.inputs, seed=1)
-    lines = active.store(weight.t(), _DTYPES[case.dtype])
-    copies = _copies((1 - case.zeros) * lines.nbytes)
-    turn = itertools.cycle([lines, *(_copy(lines) for _ in range(copies - 1))])
+    neurons = active.store(weight.t(), _DTYPES[case.dtype])
+    copies = _copies((1 - case.zeros) * neurons.nbytes)
+    turn = itertools.cycle([neurons, *(_copy(neurons) for _ in range(copies - 1))])
     limit = float(x.abs().quantile(case.zeros))
     kept = torch.where(x.abs() > limit, x, 0.0)
     count = int((kept != 0).sum())
-    width = lines.values.element_size()
+    width = neurons.values.element_size()
     dense, rows = [weight] * 2, x.reshape(1, -1)
     found: dict[str, Callable[[], Tensor] | None] = {
         "gossamer": lambda: active.linear(x, next(turn), threshold=limit),
@@ -86,7 +86,7 @@ def _columns(case: Case) -> Build:
         "onnxruntime dense float32": baselines.onnx_dense(dense, rows),
     }
     calls = {name: call for name, call in found.items() if call is not None}
-    expected = kept.double() @ lines.to_float().double()
+    expected = kept.double() @ neurons.to_float().double()
     return calls, expected, count * case.out * width
 
 
@@ -106,13 +106,13 @@ def _mlp(case: Case) -> Build:
     hidden = score * (up @ x.double())
     chosen = (score if by == "gate" else hidden).abs().topk(k).indices
     expected = hidden[chosen] @ down[chosen]
-    lines = case.inputs + k + (k if by == "gate" else case.inputs)
+    reads = case.inputs + k + (k if by == "gate" else case.inputs)
     calls = {
         "gossamer": lambda: active.gated_mlp(x, *next(turn), k=k, by=by),
         "torch dense bfloat16": lambda: _dense_mlp(x.bfloat16(), next(dense_turn)),
         "torch dense float32": lambda: _dense_mlp(x, [*weights[:2], weights[2].t()]),
     }
-    return calls, expected, lines * case.out * parts[0].values.element_size()
+    return calls, expected, reads * case.out * parts[0].values.element_size()
 
 
 def _dense_mlp(x: Tensor, weights: list[Tensor]) -> Tensor:
@@ -122,8 +122,8 @@ def _dense_mlp(x: Tensor, weights: list[Tensor]) -> Tensor:
     return functional.linear(hidden, down)
 
 
-def _copy(lines: active.Lines) -> active.Lines:
-    return active.Lines(lines.values.clone(), lines.scale)
+def _copy(neurons: active.Neurons) -> active.Neurons:
+    return active.Neurons(neurons.values.clone(), neurons.scale)
 
 
 def _copies(nbytes: float) -> int:

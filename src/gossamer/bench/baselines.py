@@ -35,14 +35,11 @@ def own_dense_bfloat16(weights: list[Tensor], x: Tensor) -> Run | None:
     if module is None or x.shape[0] != 1 or cols % 64:
         return None
     copies = itertools.cycle([w.to(torch.bfloat16).clone() for w in weights])
-    inputs = x.float().contiguous()
+    inputs = x[0].float().contiguous()
 
     def run() -> Tensor:
         weight, y = next(copies), torch.empty(1, rows)
-        module.dense_matvec(
-            weight.data_ptr(), inputs.data_ptr(), rows, cols, y.data_ptr(),
-            torch.get_num_threads(), isa_index(),
-        )  # fmt: skip
+        module.dense_matvec(weight, inputs, y[0], torch.get_num_threads(), isa_index())
         return y.bfloat16()
 
     return run

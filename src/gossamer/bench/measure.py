@@ -136,7 +136,7 @@ def _best_of_five(megabytes: int) -> Limits:
     data = torch.ones(megabytes << 18)
     steps = 4_000_000
     calls = {
-        "read": lambda: module.read_floats(data.data_ptr(), data.numel(), threads, isa_index()),
+        "read": lambda: module.read_floats(data, threads, isa_index()),
         "flops": lambda: module.multiply(steps, threads, isa_index()),
     }
     best = {

@@ -21,7 +21,7 @@ from gossamer.nn.packed.conv import (
 from gossamer.nn.packed.places import put, why_not_here
 from gossamer.ops import _dispatch
 from gossamer.ops import conv as ops
-from gossamer.ops.conv import Before, Ends, Stage, Window
+from gossamer.ops.conv import Depthwise, Epilogue, Stage, Window
 from gossamer.ops.prepared import FREE
 
 Step = Callable[[Tensor], Tensor]
@@ -153,8 +153,8 @@ class _Convolution:
     high: float = FREE[1]
 
     @property
-    def ends(self) -> Ends:
-        return Ends(self.bias, self.low, self.high)
+    def epilogue(self) -> Epilogue:
+        return Epilogue(self.bias, self.low, self.high)
 
     def absorb(self, module: nn.Module) -> bool:
         """Take what follows along, where that is possible."""
@@ -231,9 +231,9 @@ def _steps(leaves: list[nn.Module]) -> list[Step]:
 def _joined(stages: list[Stage], found: _Convolution) -> list[Stage]:
     """With one more; a 1x1 convolution joins a depthwise one that came last."""
     if found.depthwise:
-        first = Before(found.weight.contiguous(), found.window.stride[0], found.ends)
-        return [*stages, Stage(None, Window(), found.ends, first)]
-    before: Before | None = None
+        first = Depthwise(found.weight.contiguous(), found.window.stride[0], found.epilogue)
+        return [*stages, Stage(None, Window(), found.epilogue, first)]
+    prologue: Depthwise | None = None
     if stages and stages[-1].form is None and found.window == Window():
-        stages, before = stages[:-1], stages[-1].before
-    return [*stages, Stage(ops.build(found.weight), found.window, found.ends, before)]
+        stages, prologue = stages[:-1], stages[-1].prologue
+    return [*stages, Stage(ops.build(found.weight), found.window, found.epilogue, prologue)]

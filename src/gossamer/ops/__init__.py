@@ -1,1 +1,1 @@
-"""Operations on sparse data: for each a plain reference, a compiled home and a dispatch."""
+"""Operations on sparse data: for each a plain reference, a compiled backend and a dispatch."""

@@ -7,6 +7,7 @@ import importlib
 import os
 import platform
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,13 @@ def kernels() -> ModuleType | None:
     """The compiled module, or None where it was not built or cannot be loaded."""
     found = _found()
     return None if isinstance(found, str) else found
+
+
+def compiled() -> Any:
+    """The compiled module, where it is known to be there."""
+    module = kernels()
+    assert module is not None
+    return module
 
 
 @functools.cache
@@ -72,8 +80,8 @@ def isa_index() -> int:
     return -1 if name == "reference" else ISAS.index(name)
 
 
-def home(reference: ModuleType, native: ModuleType) -> ModuleType:
-    """Of an operation's two homes the one that serves here."""
+def backend(reference: ModuleType, native: ModuleType) -> ModuleType:
+    """The one of an operation's two implementations that serves here."""
     return reference if isa_index() < 0 else native
 
 

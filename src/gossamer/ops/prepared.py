@@ -19,7 +19,7 @@ from gossamer.ops import conv as convs
 from gossamer.ops import nm as nms
 from gossamer.ops.bitmap.native import MATVEC_ROWS
 from gossamer.ops.blocks import Blocks
-from gossamer.ops.conv import Ends, Form, Window
+from gossamer.ops.conv import Epilogue, Form, Window
 from gossamer.ops.nm import Layout
 from gossamer.ops.sell import Sell
 
@@ -173,7 +173,7 @@ def _prepared_conv(
     window = _window(numbers)
     if version(packed[0]) == stamp:
         kept = Form(form[0], form[1], form[2], form[3], (shape[0], shape[1]), bool(shape[2]))
-        return convs.conv(x, kept, window, Ends(bias, *FREE))
+        return convs.conv(x, kept, window, Epilogue(bias, *FREE))
     weight = dense_weight(packed, shape[1], window.kernel).to(x.dtype)
     return functional.conv2d(x, weight, bias, window.stride, window.padding)
 
@@ -191,7 +191,7 @@ def _(
     return x.new_empty(x.shape[0], shape[0], *_window(numbers).outputs(x.shape[2], x.shape[3]))
 
 
-FREE = (convs.NO_END.low, convs.NO_END.high)
+FREE = (convs.NO_EPILOGUE.low, convs.NO_EPILOGUE.high)
 """The clamp that changes nothing."""
 
 

@@ -8,7 +8,6 @@ transformers and may choose another token where two are within rounding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ from gossamer.core.matrix import why_not_plain
 from gossamer.nn import BitmapLinear, NMLinear, QuantizedLinear
 from gossamer.nn.chain import watched
 from gossamer.nn.kernel_choice.decide import FAMILIES
-from gossamer.ops._dispatch import isa_index, kernels
-from gossamer.ops.nm.native import arguments as nm_arguments
-from gossamer.ops.quantized.native import arguments
+from gossamer.ops._dispatch import compiled, isa_index, kernels
+from gossamer.ops.nm import native as nm
+from gossamer.ops.quantized import native as quantized
 
 _ROPES = ("default", "linear", "llama3", "yarn")
 _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -75,41 +74,25 @@ def _layers(model: Any) -> list[list[nn.Module]]:
     ]
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """What the compiled step reads by address, kept alive with it."""
+def _ready(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor as the compiled step reads it: contiguous and in `dtype`."""
+    return tensor.detach().to(dtype or tensor.dtype).contiguous()
 
-    tensors: list[Tensor]
 
-    def address(self, tensor: Tensor, dtype: torch.dtype | None = None) -> int:
-        """Of the tensor, contiguous and in `dtype`; 64-byte aligned as torch allocates."""
-        found = tensor.detach().to(dtype or tensor.dtype).contiguous()
-        self.tensors.append(found)
-        return found.data_ptr()
-
-    def linear(self, part: nn.Module) -> list[int]:
-        """The numbers by which the compiled step knows a linear layer."""
-        bias = 0 if part.bias is None else self.address(part.bias, torch.float32)  # type: ignore[arg-type]
-        if isinstance(part, QuantizedLinear):
-            matrix = part.matrix
-            self.tensors.extend(t for t in part.buffers())
-            return [*arguments(matrix), bias]
-        if isinstance(part, NMLinear):
-            self.tensors.extend([part.values, part.codes])
-            return [*nm_arguments(part.values, part.codes, part.layout), bias]
-        columns = 0
-        if isinstance(part, BitmapLinear):
-            values, bits = part.values, part.bitmap
-            columns = 0 if part.columns is None else self.address(part.columns)
-            addresses = [self.address(t) for t in (values, bits, part.row_ptr)]
-            shape, stride, nnz = (part.out_features, part.in_features), bits.shape[1], len(values)
-        else:
-            values = part.weight  # type: ignore[assignment]
-            addresses, stride, nnz = [self.address(values), 0, 0], 0, 0
-            shape = (values.shape[0], values.shape[1])
-        dense = not isinstance(part, BitmapLinear)
-        bf16 = values.dtype == torch.bfloat16
-        return [*addresses, *shape, stride, nnz, int(bf16), int(dense), bias, columns]
+def _linear(part: nn.Module) -> Any:
+    """A linear layer as the compiled step holds it, with its tensors."""
+    if isinstance(part, QuantizedLinear):
+        matrix = quantized.compiled_matrix(part.matrix)
+    elif isinstance(part, NMLinear):
+        matrix = nm.compiled_matrix(part.values, part.codes, part.layout)
+    elif isinstance(part, BitmapLinear):
+        columns = None if part.columns is None else _ready(part.columns)
+        parts = [_ready(tensor) for tensor in (part.bitmap, part.values, part.row_ptr)]
+        matrix = compiled().BitmapMatrix(*parts, columns, part.in_features)
+    else:
+        matrix = _ready(part.weight)  # type: ignore[arg-type]
+    bias = None if part.bias is None else _ready(part.bias, torch.float32)  # type: ignore[arg-type]
+    return compiled().Linear(matrix, bias)
 
 
 class Decoder:
@@ -129,33 +112,28 @@ class Decoder:
         attention = inner.layers[0].self_attn
         dim = attention.head_dim
         kv_heads = config.num_key_value_heads
-        self._kept = kept = _Kept([])
-        geometry = [config.hidden_size, config.num_attention_heads, kv_heads, dim]
-        geometry += [config.intermediate_size, found.lm_head.out_features, capacity]
         positions = torch.arange(capacity).unsqueeze(0)
         cosines, sines = inner.rotary_emb(torch.zeros(1, dtype=torch.float32), positions)
-        embedding = inner.embed_tokens.weight
-        module = kernels()
-        assert module is not None
-        self._step = module.Decoder(
-            geometry,
+        self._step = compiled().Decoder(
+            config.num_attention_heads,
+            kv_heads,
+            config.intermediate_size,
             inner.norm.variance_epsilon,
             attention.scaling,
-            kept.address(embedding),
-            embedding.dtype == torch.bfloat16,
-            kept.address(cosines[0], torch.float32),
-            kept.address(sines[0], torch.float32),
-            kept.address(inner.norm.weight, torch.float32),
-            kept.linear(found.lm_head),
+            _ready(inner.embed_tokens.weight),
+            _ready(cosines[0], torch.float32),
+            _ready(sines[0], torch.float32),
+            _ready(inner.norm.weight, torch.float32),
+            _linear(found.lm_head),
         )
         self._cache = [torch.zeros(2, kv_heads, capacity, dim) for _ in inner.layers]
         for layer, parts, cache in zip(inner.layers, _layers(found), self._cache, strict=True):
             self._step.add_layer(
-                kept.address(layer.input_layernorm.weight, torch.float32),
-                kept.address(layer.post_attention_layernorm.weight, torch.float32),
-                [kept.linear(part) for part in parts],
-                cache[0].data_ptr(),
-                cache[1].data_ptr(),
+                _ready(layer.input_layernorm.weight, torch.float32),
+                _ready(layer.post_attention_layernorm.weight, torch.float32),
+                [_linear(part) for part in parts],
+                cache[0],
+                cache[1],
             )
         self._logits = torch.empty(found.lm_head.out_features)
         self.length = 0
@@ -178,6 +156,6 @@ class Decoder:
         if self.length >= self.capacity:
             raise UsageError(f"the decoder holds {self.capacity} positions and is full")
         threads = torch.get_num_threads()
-        self._step.step(token, self.length, self._logits.data_ptr(), threads, isa_index())
+        self._step.step(token, self.length, self._logits, threads, isa_index())
         self.length += 1
         return self._logits

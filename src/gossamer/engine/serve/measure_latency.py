@@ -215,7 +215,7 @@ def measure_integers(
         for count in rows:
             x = torch.randn(count, inputs)
             yield f"bitmap-matvec int{bits}", count, shape, _seconds(layers, x)
-    layer.fill()
+    layer.densify()
     layers = copies(layer)
     for count in rows:
         x = torch.randn(count, inputs)

@@ -253,7 +253,7 @@ def choose_form(layer: QuantizedLinear, latency: Predictor | None, large_batches
     dense ones to read, except where every 4 or 8 columns keep half. Portable kernels multiply what
     is kept alone. The layer's `form_decided` says what was done and why.
     """
-    if layer.bitmap is None or layer.matrix.run:
+    if layer.bitmap is None or layer.matrix.balanced:
         return
     rows, names = (BATCH if large_batches else 1), ["bitmap-matvec", "dense"]
     predicted = _predict_layer(latency, names, layer, f"int{layer.bits}", rows)
@@ -261,7 +261,7 @@ def choose_form(layer: QuantizedLinear, latency: Predictor | None, large_batches
     rule = vectors and (layer.bits == 4 or not has_byte_products())
     fills, why = _wins("dense", latency, predicted, rows, rule)
     if fills:
-        layer.fill()
+        layer.densify()
     layer.form_decided = f"{'dense' if fills else 'sparse'} integers in memory {why}"
 
 

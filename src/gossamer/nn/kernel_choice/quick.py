@@ -132,7 +132,7 @@ def _linears(
     if dtype.startswith("int"):
         sparse = QuantizedLinear.from_matrix(matrix, bits=int(dtype[3:]))
         dense = QuantizedLinear.from_matrix(matrix, bits=int(dtype[3:]))
-        dense.fill()
+        dense.densify()
         return {"bitmap-matvec": sparse, "dense": dense}, x
     own = getattr(torch, dtype)
     plain: Any = nn.Linear(shape.inputs, shape.out, bias=False, dtype=own)

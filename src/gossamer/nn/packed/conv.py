@@ -16,7 +16,7 @@ from gossamer.ops import _dispatch, prepared
 from gossamer.ops import bitmap as bitmap_ops
 from gossamer.ops import conv as ops
 from gossamer.ops._dispatch import direct
-from gossamer.ops.conv import Before, Ends, Form, Window
+from gossamer.ops.conv import Depthwise, Epilogue, Form, Window
 from gossamer.ops.prepared import FREE, version
 
 
@@ -101,7 +101,7 @@ class PackedConv2d(PackedLayer):
         stamp, form = self._form
         ops.check_images(images, self.weight_shape[1])
         if direct(x, bias):
-            return ops.conv(images, form, window, Ends(bias, *FREE)).to(x.dtype)
+            return ops.conv(images, form, window, Epilogue(bias, *FREE)).to(x.dtype)
         packed = [self.values, self.bitmap, self.row_ptr]
         return prepared.conv(images, form, stamp, packed, window, bias).to(x.dtype)
 
@@ -153,7 +153,7 @@ class DepthwiseConv2d(nn.Module):
         plain = x.dim() == 4 and _dispatch.plain(x) and weight.is_cpu
         plain = plain and weight.dtype == x.dtype == torch.float32
         if plain and direct(x, weight, bias):
-            return ops.depthwise(x, Before(weight, self.step, Ends(bias, *FREE)))
+            return ops.depthwise(x, Depthwise(weight, self.step, Epilogue(bias, *FREE)))
         groups = weight.shape[0]
         return functional.conv2d(x, weight, bias, self.step, padding=1, groups=groups)
 

@@ -19,7 +19,7 @@ class QuantizedLinear(PackedLayer):
     Buffers as in `ops.quantized.QuantizedMatrix`; what a layer does not have is None. Moving the
     module to another floating dtype changes the bias alone, and the dtype that `weight` is said to
     have: dtype, by default the bias's, else float32. Other devices than the CPU are refused
-    when called. `fill` holds a sparse matrix dense in memory; `form_decided` says why `compress` or
+    when called. `densify` holds a sparse matrix dense in memory; `form_decided` says why `compress` or
     `load` did so or not, empty: not asked.
     """
 
@@ -38,9 +38,9 @@ class QuantizedLinear(PackedLayer):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = matrix.shape
-        self.bits, self.group, self._run = matrix.bits, matrix.group, matrix.run
+        self.bits, self.group, self._balanced = matrix.bits, matrix.group, matrix.balanced
         self.pattern, self.requested_density = pattern, requested_density
-        self._filled = False
+        self._densified = False
         self.form_decided = ""
         row_ptr, cols, exact = matrix.outliers or (None, None, None)
         self.register_buffer("values", matrix.values)
@@ -78,29 +78,29 @@ class QuantizedLinear(PackedLayer):
         shape = (self.out_features, self.in_features)
         return QuantizedMatrix(
             parts["values"], parts["bitmap"], parts["scales"], parts["zeros"], _outliers(parts),
-            shape, self.bits, self.group, parts["offsets"], self._run,
+            shape, self.bits, self.group, parts["offsets"], self._balanced,
         )  # fmt: skip
 
     @property
     def stored(self) -> QuantizedMatrix:
-        """What files hold: `matrix`, or of a filled layer the sparse one. O(out * in)."""
-        return ops.thin(self.matrix) if self._filled else self.matrix
+        """What files hold: `matrix`, or of a densified layer the sparse one. O(out * in)."""
+        return ops.sparsify(self.matrix) if self._densified else self.matrix
 
-    def fill(self) -> None:
+    def densify(self) -> None:
         """Hold dense integers in memory, which may be faster; files and state dicts stay sparse."""
         if self.bitmap is not None:
-            self._hold(ops.fill(self.matrix))
-            self._filled = True
+            self._hold(ops.densify(self.matrix))
+            self._densified = True
 
-    def thin(self) -> None:
-        """Undo `fill`: hold the kept integers and their bitmap again, which take less memory."""
-        if self._filled:
+    def sparsify(self) -> None:
+        """Undo `densify`: hold the kept integers and their bitmap again, which take less memory."""
+        if self._densified:
             self._hold(self.stored)
-            self._filled = False
+            self._densified = False
 
     def _hold(self, matrix: QuantizedMatrix) -> None:
         self.values, self.bitmap, self.offsets = matrix.values, matrix.bitmap, matrix.offsets
-        self._run = matrix.run
+        self._balanced = matrix.balanced
 
     def to_matrix(self) -> Tensor:
         """The dense weight (out, in) in float32."""
@@ -118,12 +118,12 @@ class QuantizedLinear(PackedLayer):
     @property
     def kept(self) -> int:
         """How many weights files hold, outliers among them."""
-        return self.matrix.nonzero if self._filled else self.matrix.kept
+        return self.matrix.nonzero if self._densified else self.matrix.kept
 
     @property
     def sparse(self) -> bool:
         """Whether files hold a bitmap."""
-        return self._filled or self.bitmap is not None
+        return self._densified or self.bitmap is not None
 
     @property
     def density(self) -> float:
@@ -142,13 +142,13 @@ class QuantizedLinear(PackedLayer):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._filled:
+        if self._densified:
             stored = self.stored
             destination[prefix + "values"] = stored.values
             destination[prefix + "bitmap"] = stored.bitmap
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.thin()
+        self.sparsify()
         skipped = self._non_persistent_buffers_set
         old = {
             name: b for name, b in self._buffers.items() if b is not None and name not in skipped
@@ -161,7 +161,7 @@ class QuantizedLinear(PackedLayer):
                 parts["values"], parts.get("bitmap"), parts["scales"], parts.get("zeros"),
                 _outliers(parts), (self.out_features, self.in_features), self.bits, self.group,
             )  # fmt: skip
-            self.offsets, self._run = matrix.offsets, matrix.run
+            self.offsets, self._balanced = matrix.offsets, matrix.balanced
         super()._load_from_state_dict(state, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
@@ -177,7 +177,7 @@ class QuantizedLinear(PackedLayer):
         """Shape, width and group."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
-            f"group={self.group}, sparse={self.sparse}, filled={self._filled}, "
+            f"group={self.group}, sparse={self.sparse}, densified={self._densified}, "
             f"bias={self.bias is not None}"
         )
 

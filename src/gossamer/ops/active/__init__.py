@@ -1,9 +1,9 @@
-"""Products that read only the weights of active inputs: see csrc/active.hpp.
+"""Products that read only the weights of active inputs: see csrc/active/active.hpp.
 
-A *line* is what one activation multiplies: column j of a weight (out, in) is line j of `Lines` with
-values (in, out). In a gated MLP line i of gate, up and down belongs to neuron i: gate and up are
-stored as a Linear stores them, (neurons, in), down as its transpose, (neurons, out). One row of
-input reads the lines of its own active inputs, so these serve decoding, not large batches.
+A neuron is what one activation multiplies: column j of a weight (out, in), stored as row j of
+`Neurons` with values (in, out). In a gated MLP row i of gate, up and down belongs to neuron i: gate
+and up are stored as a Linear stores them, (neurons, in), down as its transpose, (neurons, out). Each
+input reads its own active neurons, so these kernels serve decoding, not large batches.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gossamer.ops import _dispatch
 from gossamer.ops.active import native, reference
 
 __all__ = [
-    "Lines",
+    "Neurons",
     "above",
     "gated_mlp",
     "kernel_name",
@@ -34,10 +34,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
 @dataclass(frozen=True)
-class Lines:
-    """values (lines, width): float32, bfloat16 or int8, contiguous, on the CPU.
+class Neurons:
+    """values (neurons, width): float32, bfloat16 or int8, contiguous, on the CPU.
 
-    scale, of int8 only: float32 (lines, 1), one per line, or (1, width), one across the lines.
+    scale, of int8 only: float32 (neurons, 1), one per neuron, or (1, width), one across the neurons.
     """
 
     values: Tensor
@@ -47,19 +47,19 @@ class Lines:
         values, scale = self.values, self.scale
         if values.dim() != 2 or values.dtype not in _DTYPES or not values.is_cpu:
             raise UsageError(
-                "lines are a matrix of float32, bfloat16 or int8 on the CPU, not "
+                "neurons are a matrix of float32, bfloat16 or int8 on the CPU, not "
                 f"{tuple(values.shape)} of {values.dtype} on {values.device}"
             )
         if not values.is_contiguous():
-            raise UsageError("lines must be contiguous")
-        lines, width = values.shape
+            raise UsageError("neurons must be contiguous")
+        neurons, width = values.shape
         if (scale is not None) != (values.dtype == torch.int8):
-            raise UsageError("int8 lines have a scale, others have none")
+            raise UsageError("int8 neurons have a scale, others have none")
         if scale is None:
             return
-        if scale.shape not in ((lines, 1), (1, width)) or scale.dtype != torch.float32:
+        if scale.shape not in ((neurons, 1), (1, width)) or scale.dtype != torch.float32:
             raise UsageError(
-                f"scale is float32 ({lines}, 1) or (1, {width}), not {tuple(scale.shape)}"
+                f"scale is float32 ({neurons}, 1) or (1, {width}), not {tuple(scale.shape)}"
             )
         if not (scale.is_contiguous() and scale.is_cpu):
             raise UsageError("scale must be contiguous and on the CPU")
@@ -70,38 +70,38 @@ class Lines:
         return self.values.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def to_float(self) -> Tensor:
-        """The lines as they count in products, float32 (lines, width)."""
+        """The neurons as they count in products, float32 (neurons, width)."""
         return reference.to_float(self.values, self.scale)
 
 
 def kernel_name() -> str:
-    """The kernel that serves here, such as `active-lines/avx512`."""
-    return f"active-lines/{_dispatch.isa()}"
+    """The kernel that serves here, such as `active-neurons/avx512`."""
+    return f"active-neurons/{_dispatch.isa()}"
 
 
-def store(lines: Tensor, dtype: torch.dtype = torch.bfloat16, scale: str = "line") -> Lines:
-    """Lines (lines, width) in the dtype asked for; pass `weight.t()` for the columns of a weight.
+def store(neurons: Tensor, dtype: torch.dtype = torch.bfloat16, scale: str = "neuron") -> Neurons:
+    """Neurons (neurons, width) in the dtype asked for; pass `weight.t()` for the columns of a weight.
 
     int8 rounds to the nearest of 255 steps, symmetric about zero, up to the largest magnitude per
-    `line` or `across` the lines. Raises NonFiniteError where int8 would have to store NaN or inf.
+    `neuron` or `across` the neurons. Raises NonFiniteError where int8 would have to store NaN or inf.
     """
-    if dtype not in _DTYPES or lines.dim() != 2:
+    if dtype not in _DTYPES or neurons.dim() != 2:
         raise UsageError(f"a matrix is stored as float32, bfloat16 or int8, not as {dtype}")
     if dtype != torch.int8:
-        return Lines(lines.detach().to(dtype).contiguous())
-    if scale not in ("line", "across"):
-        raise UsageError(f"scale is 'line' or 'across', not {scale!r}")
-    lines = lines.detach().float()
-    if not bool(torch.isfinite(lines).all()):
-        raise NonFiniteError("lines hold NaN or inf, which int8 cannot store")
-    axis = 1 if scale == "line" else 0
-    if lines.shape[axis] == 0:
-        steps = torch.ones(*((lines.shape[0], 1) if axis else (1, lines.shape[1])))
+        return Neurons(neurons.detach().to(dtype).contiguous())
+    if scale not in ("neuron", "across"):
+        raise UsageError(f"scale is 'neuron' or 'across', not {scale!r}")
+    neurons = neurons.detach().float()
+    if not bool(torch.isfinite(neurons).all()):
+        raise NonFiniteError("neurons hold NaN or inf, which int8 cannot store")
+    axis = 1 if scale == "neuron" else 0
+    if neurons.shape[axis] == 0:
+        steps = torch.ones(*((neurons.shape[0], 1) if axis else (1, neurons.shape[1])))
     else:
-        steps = lines.abs().amax(dim=axis, keepdim=True) / 127
+        steps = neurons.abs().amax(dim=axis, keepdim=True) / 127
         steps = torch.where(steps > 0, steps, 1.0)
-    values = (lines / steps).round().clamp(-127, 127).to(torch.int8)
-    return Lines(values.contiguous(), steps.contiguous())
+    values = (neurons / steps).round().clamp(-127, 127).to(torch.int8)
+    return Neurons(values.contiguous(), steps.contiguous())
 
 
 def above(x: Tensor, threshold: float) -> Tensor:
@@ -112,7 +112,7 @@ def above(x: Tensor, threshold: float) -> Tensor:
     _check_vector(x)
     threshold = _checked(threshold)
     return (
-        _dispatch.home(reference, native).above(x, threshold)
+        _dispatch.backend(reference, native).above(x, threshold)
         if _dispatch.direct(x)
         else _above(x, threshold)
     )
@@ -128,7 +128,9 @@ def largest(x: Tensor, k: int) -> Tensor:
     if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= x.numel():
         raise UsageError(f"k is a whole number from 0 to {x.numel()}, not {k!r}")
     return (
-        _dispatch.home(reference, native).largest(x, k) if _dispatch.direct(x) else _largest(x, k)
+        _dispatch.backend(reference, native).largest(x, k)
+        if _dispatch.direct(x)
+        else _largest(x, k)
     )
 
 
@@ -158,7 +160,7 @@ def statistical_top_k(x: Tensor, k: int) -> Tensor:
 
 def linear(
     x: Tensor,
-    columns: Lines,
+    columns: Neurons,
     bias: Tensor | None = None,
     *,
     threshold: float = 0.0,
@@ -177,15 +179,15 @@ def linear(
         _check_index(index, columns.values.shape[0])
     parts = (columns.values, columns.scale, bias, index, threshold)
     if _dispatch.direct(x):
-        return _dispatch.home(reference, native).linear(x, *parts)
+        return _dispatch.backend(reference, native).linear(x, *parts)
     return _active_linear(x, *parts)
 
 
 def gated_mlp(
     x: Tensor,
-    gate: Lines,
-    up: Lines,
-    down: Lines,
+    gate: Neurons,
+    up: Neurons,
+    down: Neurons,
     *,
     threshold: float | None = None,
     k: int | None = None,
@@ -203,7 +205,7 @@ def gated_mlp(
     if up.values.shape != gate.values.shape or down.values.shape[0] != neurons:
         raise UsageError(
             f"gate is {tuple(gate.values.shape)}, up {tuple(up.values.shape)} and down "
-            f"{tuple(down.values.shape)}: they need the same number of lines, one per neuron"
+            f"{tuple(down.values.shape)}: they need the same number of neurons"
         )
     if (threshold is None) == (k is None):
         raise UsageError("give either threshold or k")
@@ -214,8 +216,8 @@ def gated_mlp(
     limit, top = (_checked(threshold), -1) if threshold is not None else (0.0, k)
     assert top is not None
     if _dispatch.direct(x):
-        lines = ((part.values, part.scale) for part in (gate, up, down))
-        return _dispatch.home(reference, native).gated_mlp(x, *lines, limit, top, by == "gate")
+        weights = ((part.values, part.scale) for part in (gate, up, down))
+        return _dispatch.backend(reference, native).gated_mlp(x, *weights, limit, top, by == "gate")
     parts = (gate.values, gate.scale, up.values, up.scale, down.values, down.scale)
     return _active_gated_mlp(x, *parts, limit, top, by == "gate")
 
@@ -248,18 +250,18 @@ def _check_bias(bias: Tensor | None, width: int) -> None:
         raise UsageError(f"bias has shape {tuple(bias.shape)}, not ({width},)")
 
 
-def _check_index(index: Tensor, lines: int) -> None:
+def _check_index(index: Tensor, neurons: int) -> None:
     if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
         raise UsageError("index is a vector of int32 or int64")
     if torch.compiler.is_compiling() or index.numel() == 0:
         return
-    if int(index.min()) < 0 or int(index.max()) >= lines:
-        raise UsageError(f"index names columns outside 0 to {lines - 1}")
+    if int(index.min()) < 0 or int(index.max()) >= neurons:
+        raise UsageError(f"index names columns outside 0 to {neurons - 1}")
 
 
 @torch.library.custom_op("gossamer::active_above", mutates_args=())
 def _above(x: Tensor, threshold: float) -> Tensor:
-    return _dispatch.home(reference, native).above(x, threshold)
+    return _dispatch.backend(reference, native).above(x, threshold)
 
 
 @_above.register_fake
@@ -269,7 +271,7 @@ def _(x: Tensor, threshold: float) -> Tensor:
 
 @torch.library.custom_op("gossamer::active_largest", mutates_args=())
 def _largest(x: Tensor, k: int) -> Tensor:
-    return _dispatch.home(reference, native).largest(x, k)
+    return _dispatch.backend(reference, native).largest(x, k)
 
 
 @_largest.register_fake
@@ -288,7 +290,7 @@ def _active_linear(
 ) -> Tensor:
     if index is not None:
         _check_index(index, values.shape[0])
-    return _dispatch.home(reference, native).linear(x, values, scale, bias, index, threshold)
+    return _dispatch.backend(reference, native).linear(x, values, scale, bias, index, threshold)
 
 
 @_active_linear.register_fake
@@ -317,7 +319,7 @@ def _active_gated_mlp(
     by_gate: bool,
 ) -> Tensor:
     parts = ((gate, gate_scale), (up, up_scale), (down, down_scale))
-    return _dispatch.home(reference, native).gated_mlp(x, *parts, threshold, top, by_gate)
+    return _dispatch.backend(reference, native).gated_mlp(x, *parts, threshold, top, by_gate)
 
 
 @_active_gated_mlp.register_fake

@@ -1,4 +1,4 @@
-"""The plain twin of the products over active lines."""
+"""The plain reference of the products over active neurons."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 
 def to_float(values: Tensor, scale: Tensor | None) -> Tensor:
-    """The stored lines (lines, width) as float32."""
+    """The stored neurons (neurons, width) as float32."""
     return values.float() if scale is None else values.float() * scale
 
 
@@ -36,7 +36,7 @@ def linear(
     index: Tensor | None,
     threshold: float,
 ) -> Tensor:
-    """Row by row of x: the sum of the active lines times their inputs, plus bias."""
+    """Row by row of x: the sum of the active neurons times their inputs, plus bias."""
     results = []
     for row in x.reshape(math.prod(x.shape[:-1]), values.shape[0]).float():
         active = (above(row, threshold) if index is None else index).long()

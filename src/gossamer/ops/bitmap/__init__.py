@@ -59,8 +59,8 @@ def row_offsets(values: Tensor | None, bitmap: Tensor, in_features: int) -> Tens
             f"{bitmap_bytes(in_features)}"
         )
     bitmap = bitmap.contiguous()
-    home = reference if _dispatch.kernels() is None else native
-    offsets = home.row_offsets(bitmap, in_features)
+    backend = reference if _dispatch.kernels() is None else native
+    offsets = backend.row_offsets(bitmap, in_features)
     if values is not None and int(offsets[-1]) != values.numel():
         raise FormatError(f"bitmap keeps {int(offsets[-1])} weights but holds {values.numel()}")
     return offsets

@@ -1,16 +1,15 @@
-"""The compiled home of the bitmap operations: checks, padding and layout around the kernels."""
+"""The compiled backend of the bitmap operations: checks, padding and layout around the kernels."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from gossamer.core.errors import FormatError, UsageError
-from gossamer.ops._dispatch import isa_index, kernels
+from gossamer.ops._dispatch import compiled, isa_index
 
 MATVEC_ROWS = 8
 """Up to so many rows of x the matrix-vector kernel serves: each weight is read once."""
@@ -25,13 +24,9 @@ _SMALL = 1 << 15
 
 def row_offsets(bitmap: Tensor, in_features: int) -> Tensor:
     """int64 (out + 1): where each row's values begin; raises FormatError on padding bits."""
-    module = kernels()
-    assert module is not None
     offsets = torch.empty(bitmap.shape[0] + 1, dtype=torch.int64)
     try:
-        module.bitmap_offsets(
-            bitmap.data_ptr(), bitmap.shape[0], in_features, bitmap.shape[1], offsets.data_ptr()
-        )
+        compiled().bitmap_offsets(bitmap, in_features, offsets)
     except ValueError as error:
         raise FormatError(str(error)) from None
     return offsets
@@ -77,16 +72,14 @@ def unpacks(rows: int, density: float, unpack_from: int | None) -> bool:
 def columns_of(bitmap: Tensor, row_ptr: Tensor) -> Tensor:
     """uint16 (nnz,): the column of every kept weight. O(out * in / 64 + nnz)."""
     columns = torch.empty(int(row_ptr[-1]), dtype=torch.uint16)
-    _module().bitmap_columns(
-        bitmap.data_ptr(), row_ptr.data_ptr(), *bitmap.shape, columns.numel(), columns.data_ptr()
-    )
+    compiled().bitmap_columns(bitmap, row_ptr, columns)
     return columns
 
 
 def unpack(values: Tensor, bitmap: Tensor, row_ptr: Tensor, in_features: int) -> Tensor:
     """The dense matrix (out, in) in float32."""
     matrix = torch.empty(bitmap.shape[0], in_features)
-    _unpack_rows(values, bitmap, row_ptr, 0, bitmap.shape[0], matrix)
+    _unpack_rows(values, bitmap, row_ptr, 0, matrix)
     return matrix
 
 
@@ -99,18 +92,8 @@ def _matvec(
         x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], bitmap.shape[0]))
     if y.numel():
-        _module().bitmap_matvec(
-            *_matrix(values, bitmap, row_ptr),
-            0 if columns is None else columns.data_ptr(),
-            x.data_ptr(),
-            x.shape[-1],
-            rows,
-            x.dtype == torch.bfloat16,
-            y.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            _threads(values.numel() * rows),
-            isa_index(),
-        )
+        matrix = compiled().BitmapMatrix(bitmap, values, row_ptr, columns, x.shape[-1])
+        matrix.matvec(x, y, bias, _threads(values.numel() * rows), isa_index())
     return y
 
 
@@ -126,7 +109,7 @@ def _unpacked(
     for first in range(0, out, step):
         last = min(out, first + step)
         rows = scratch[: last - first]
-        _unpack_rows(values, bitmap, row_ptr, first, last, rows)
+        _unpack_rows(values, bitmap, row_ptr, first, rows)
         if bias is None:
             torch.mm(x, rows.t(), out=y[:, first:last])
         else:
@@ -134,13 +117,10 @@ def _unpacked(
     return y
 
 
-def _unpack_rows(
-    values: Tensor, bitmap: Tensor, row_ptr: Tensor, first: int, last: int, out: Tensor
-) -> None:
-    """Rows first to last - 1 into `out` (rows, in) float32."""
-    matrix, width = _matrix(values, bitmap, row_ptr), out.shape[1]
-    threads = _threads(out.numel())
-    _module().bitmap_unpack(*matrix, width, first, last, out.data_ptr(), threads, isa_index())
+def _unpack_rows(values: Tensor, bitmap: Tensor, row_ptr: Tensor, first: int, out: Tensor) -> None:
+    """As many rows as `out` (rows, in) float32 has, from `first` on."""
+    matrix = compiled().BitmapMatrix(bitmap, values, row_ptr, None, out.shape[1])
+    matrix.unpack(first, out, _threads(out.numel()), isa_index())
 
 
 def _spmm(
@@ -169,41 +149,14 @@ def _tiles(
     xt = x.reshape(tiles, width, -1).transpose(1, 2).contiguous()
     yt = torch.empty(tiles, out, width)
     cursor = torch.empty(out, dtype=torch.int64)
-    _module().bitmap_spmm(
-        *_matrix(values, bitmap, row_ptr),
-        xt.data_ptr(),
-        tiles,
-        width,
-        yt.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        cursor.data_ptr(),
-        _threads(values.numel() * x.shape[0]),
-        isa_index(),
-    )
+    matrix = compiled().BitmapMatrix(bitmap, values, row_ptr, None, x.shape[1])
+    matrix.spmm(xt, yt, bias, cursor, _threads(values.numel() * x.shape[0]), isa_index())
     # contiguous of one tile too, where reshape alone would give a view: compilers rely on strides
     return yt.transpose(1, 2).contiguous().reshape(tiles * width, out)
 
 
-def _matrix(values: Tensor, bitmap: Tensor, row_ptr: Tensor) -> tuple[int | bool, ...]:
-    return (
-        bitmap.data_ptr(),
-        values.data_ptr(),
-        row_ptr.data_ptr(),
-        bitmap.shape[0],
-        bitmap.shape[1],
-        values.numel(),
-        values.dtype == torch.bfloat16,
-    )
-
-
 def _threads(work: int) -> int:
     return 1 if work < _SMALL else torch.get_num_threads()
-
-
-def _module() -> Any:
-    module = kernels()
-    assert module is not None
-    return module
 
 
 def check(

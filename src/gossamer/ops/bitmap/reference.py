@@ -1,4 +1,4 @@
-"""Bitmap storage in plain torch: the twin that every kernel is tested against.
+"""Bitmap storage in plain torch: the reference that every kernel is tested against.
 
 A matrix (out, in) is stored as `bitmap` uint8 (out, 8 * ceil(in / 64)), bit j of a row at byte
 j // 8, bit j % 8, padding bits zero, and `values` (nnz,), the kept weights in row order.

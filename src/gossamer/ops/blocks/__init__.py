@@ -49,19 +49,19 @@ def build(matrix: Tensor, keeps: Tensor, block: tuple[int, int]) -> Blocks | Non
     None where the kernels do not serve R, the block does not divide the matrix, or one is kept in
     part: its zeros would multiply inputs that they must not touch. O(out * in).
     """
-    (out, width), (high, wide) = matrix.shape, block
-    if high not in HEIGHTS or wide < 1 or out % high or width % wide:
+    (out, width), (block_height, block_width) = matrix.shape, block
+    if block_height not in HEIGHTS or block_width < 1 or out % block_height or width % block_width:
         return None
     if matrix.dtype not in (torch.float32, torch.bfloat16):
         return None
-    tiles = keeps.reshape(out // high, high, width // wide, wide)
+    tiles = keeps.reshape(out // block_height, block_height, width // block_width, block_width)
     kept = tiles.any(dim=3).any(dim=1)
-    if int(kept.sum()) * high * wide != int(keeps.sum()):
+    if int(kept.sum()) * block_height * block_width != int(keeps.sum()):
         return None
     rows, columns = kept.nonzero(as_tuple=True)
     values = matrix.detach().reshape(tiles.shape).permute(0, 2, 3, 1)[kept].contiguous()
-    splits = index(rows, columns * wide, (out // high, width))
-    return Blocks(values, (columns * wide).int(), splits, (out, width))
+    splits = index(rows, columns * block_width, (out // block_height, width))
+    return Blocks(values, (columns * block_width).int(), splits, (out, width))
 
 
 def linear(x: Tensor, weight: Blocks, bias: Tensor | None = None) -> Tensor:
@@ -78,7 +78,7 @@ def linear(x: Tensor, weight: Blocks, bias: Tensor | None = None) -> Tensor:
         raise UsageError(f"bias has shape {tuple(bias.shape)}, not ({weight.shape[0]},)")
     parts = (weight.values, weight.columns, weight.splits)
     if _dispatch.direct(x, bias):
-        return _dispatch.home(reference, native).linear(x, *parts, bias)
+        return _dispatch.backend(reference, native).linear(x, *parts, bias)
     return _blocks_linear(x, *parts, bias)
 
 
@@ -86,8 +86,8 @@ def linear(x: Tensor, weight: Blocks, bias: Tensor | None = None) -> Tensor:
 def _blocks_linear(
     x: Tensor, values: Tensor, columns: Tensor, splits: Tensor, bias: Tensor | None
 ) -> Tensor:
-    home = _dispatch.home(reference, native)
-    return _dispatch.owned(home.linear(x, values, columns, splits, bias))
+    backend = _dispatch.backend(reference, native)
+    return _dispatch.owned(backend.linear(x, values, columns, splits, bias))
 
 
 @_blocks_linear.register_fake

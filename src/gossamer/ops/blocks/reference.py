@@ -1,4 +1,4 @@
-"""The plain twin of the product with blocks."""
+"""The plain reference of the product with blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparse convolutions on channels-first images, batch 1 upward: see csrc/conv.hpp.
+"""Sparse convolutions on channels-first images, batch 1 upward: see csrc/conv/conv.hpp.
 
 Pixels of one channel are contiguous and fill the vectors, so any unstructured weights will do (Fast
 Sparse ConvNets, 2019). Where enough of four neighbouring outputs keep the same inputs, as in groups
@@ -18,11 +18,11 @@ from torch import Tensor
 from gossamer.core.errors import UsageError
 from gossamer.ops import _dispatch
 from gossamer.ops.conv import native, reference
-from gossamer.ops.conv.reference import Before, Ends, Form, Stage, Window
+from gossamer.ops.conv.reference import Depthwise, Epilogue, Form, Stage, Window
 
 __all__ = [
-    "Before",
-    "Ends",
+    "Depthwise",
+    "Epilogue",
     "Form",
     "Stage",
     "Window",
@@ -36,7 +36,7 @@ __all__ = [
     "suits_tiles",
 ]
 
-NO_END = Ends(None, -math.inf, math.inf)
+NO_EPILOGUE = Epilogue(None, -math.inf, math.inf)
 """Neither bias nor clamp. A clamp from 0 to infinity is ReLU, from 0 to 6 ReLU6."""
 MAX_DEPTH = 1 << 16
 
@@ -85,46 +85,48 @@ def conv(
     x: Tensor,
     form: Form,
     window: Window | None = None,
-    ends: Ends = NO_END,
-    before: Before | None = None,
+    epilogue: Epilogue = NO_EPILOGUE,
+    prologue: Depthwise | None = None,
 ) -> Tensor:
     """x (images, channels, height, width) float32 to (images, out, height', width'), contiguous.
 
     window: kernel, stride and padding with zeros, None for 1x1; horizontal stride 1 or 2. Adds
-    the bias (out,), then clamps. before: a depthwise convolution of x whose result is the input;
+    the bias (out,), then clamps. prologue: a depthwise convolution of x whose result is the input;
     only for 1x1. Inputs that an output does not keep never touch it, even where x is NaN. Other
     layouts than contiguous are copied first. O(nnz * pixels). Not differentiable. Raises
     UsageError.
     """
     window = Window() if window is None else window
-    _check(x, form, window, ends, before)
+    _check(x, form, window, epilogue, prologue)
     if _dispatch.direct(x):
-        return _run(x, form, window, ends, before)
-    first = NO_END if before is None else before.ends
+        return _run(x, form, window, epilogue, prologue)
+    first = NO_EPILOGUE if prologue is None else prologue.epilogue
     return _sparse_conv(
         x,
         [form.values, form.columns, form.counts, form.rows],
         [*form.shape, int(form.tiled)],
         [*window.kernel, *window.stride, *window.padding],
-        ends.bias,
-        None if before is None else before.weight,
+        epilogue.bias,
+        None if prologue is None else prologue.weight,
         first.bias,
-        1 if before is None else before.stride,
-        [first.low, first.high, ends.low, ends.high],
+        1 if prologue is None else prologue.stride,
+        [first.low, first.high, epilogue.low, epilogue.high],
     )
 
 
-def depthwise(x: Tensor, before: Before) -> Tensor:
+def depthwise(x: Tensor, convolution: Depthwise) -> Tensor:
     """x (images, channels, height, width) float32 through a 3x3 depthwise convolution and clamp.
 
     The result is contiguous. O(9 * outputs). Not differentiable. Raises UsageError.
     """
-    check_images(x, before.weight.shape[0])
-    _check_before(before)
+    check_images(x, convolution.weight.shape[0])
+    _check_depthwise(convolution)
     if _dispatch.direct(x):
-        return _run_depthwise(x, before)
-    ends = before.ends
-    return _depthwise_conv(x, before.weight, ends.bias, before.stride, ends.low, ends.high)
+        return _run_depthwise(x, convolution)
+    epilogue = convolution.epilogue
+    return _depthwise_conv(
+        x, convolution.weight, epilogue.bias, convolution.stride, epilogue.low, epilogue.high
+    )
 
 
 def chain(stages: list[Stage]) -> Callable[[Tensor], Tensor]:
@@ -133,9 +135,11 @@ def chain(stages: list[Stage]) -> Callable[[Tensor], Tensor]:
     The call takes x (images, channels, height, width) as `conv` does and raises the same errors.
     What lies between stages stays in memory that the callable holds.
     """
-    home = _dispatch.home(reference, native)
-    ready = [Stage(s.form, s.window, _ready(s.ends), _ready_before(s.before)) for s in stages]
-    prepared, channels = home.Chain(ready), ready[0].channels[0]
+    backend = _dispatch.backend(reference, native)
+    ready = [
+        Stage(s.form, s.window, _ready(s.epilogue), _ready_depthwise(s.prologue)) for s in stages
+    ]
+    prepared, channels = backend.Chain(ready), ready[0].channels[0]
 
     def call(x: Tensor) -> Tensor:
         check_images(x, channels)
@@ -144,25 +148,31 @@ def chain(stages: list[Stage]) -> Callable[[Tensor], Tensor]:
     return call
 
 
-def _run(x: Tensor, form: Form, window: Window, ends: Ends, before: Before | None) -> Tensor:
-    home = _dispatch.home(reference, native)
-    return home.conv(x.contiguous(), form, window, _ready(ends), _ready_before(before))
+def _run(
+    x: Tensor, form: Form, window: Window, epilogue: Epilogue, prologue: Depthwise | None
+) -> Tensor:
+    backend = _dispatch.backend(reference, native)
+    return backend.conv(x.contiguous(), form, window, _ready(epilogue), _ready_depthwise(prologue))
 
 
-def _run_depthwise(x: Tensor, before: Before) -> Tensor:
-    return _dispatch.home(reference, native).depthwise(x.contiguous(), _ready_before(before))
+def _run_depthwise(x: Tensor, convolution: Depthwise) -> Tensor:
+    return _dispatch.backend(reference, native).depthwise(
+        x.contiguous(), _ready_depthwise(convolution)
+    )
 
 
-def _ready(ends: Ends) -> Ends:
-    if ends.bias is None or (ends.bias.is_contiguous() and not ends.bias.requires_grad):
-        return ends
-    return Ends(ends.bias.detach().contiguous(), ends.low, ends.high)
+def _ready(epilogue: Epilogue) -> Epilogue:
+    if epilogue.bias is None or (epilogue.bias.is_contiguous() and not epilogue.bias.requires_grad):
+        return epilogue
+    return Epilogue(epilogue.bias.detach().contiguous(), epilogue.low, epilogue.high)
 
 
-def _ready_before(before: Before | None) -> Before | None:
-    if before is None:
+def _ready_depthwise(convolution: Depthwise | None) -> Depthwise | None:
+    if convolution is None:
         return None
-    return Before(before.weight.detach().contiguous(), before.stride, _ready(before.ends))
+    return Depthwise(
+        convolution.weight.detach().contiguous(), convolution.stride, _ready(convolution.epilogue)
+    )
 
 
 def check_images(x: Tensor, channels: int) -> None:
@@ -176,35 +186,37 @@ def check_images(x: Tensor, channels: int) -> None:
         raise UsageError(f"images are float32 on the CPU, not {x.dtype} on {x.device}")
 
 
-def _check_ends(ends: Ends, out: int) -> None:
-    bias = ends.bias
+def _check_epilogue(epilogue: Epilogue, out: int) -> None:
+    bias = epilogue.bias
     if bias is not None and (bias.shape != (out,) or bias.dtype != torch.float32):
         raise UsageError(f"bias is float32 ({out},), not {bias.dtype} {tuple(bias.shape)}")
-    if not ends.low <= ends.high:
-        raise UsageError(f"low is at most high, not {ends.low} and {ends.high}")
+    if not epilogue.low <= epilogue.high:
+        raise UsageError(f"low is at most high, not {epilogue.low} and {epilogue.high}")
 
 
-def _check_before(before: Before) -> None:
-    channels, weight = before.weight.shape[0], before.weight
-    if weight.shape != (channels, 1, 3, 3) or before.stride not in (1, 2):
+def _check_depthwise(convolution: Depthwise) -> None:
+    channels, weight = convolution.weight.shape[0], convolution.weight
+    if weight.shape != (channels, 1, 3, 3) or convolution.stride not in (1, 2):
         shape = tuple(weight.shape)
         raise UsageError(f"expected a weight (channels, 1, 3, 3) and stride 1 or 2, not {shape}")
     if weight.dtype != torch.float32 or not weight.is_cpu:
         raise UsageError(f"the weight is float32 on the CPU, not {weight.dtype}")
-    _check_ends(before.ends, channels)
+    _check_epilogue(convolution.epilogue, channels)
 
 
-def _check(x: Tensor, form: Form, window: Window, ends: Ends, before: Before | None) -> None:
+def _check(
+    x: Tensor, form: Form, window: Window, epilogue: Epilogue, prologue: Depthwise | None
+) -> None:
     taps = window.kernel[0] * window.kernel[1]
     if taps < 1 or form.shape[1] % taps:
         raise UsageError(f"{form.shape[1]} weights per output do not fit a kernel {window.kernel}")
     check_images(x, form.shape[1] // taps)
-    _check_ends(ends, form.shape[0])
+    _check_epilogue(epilogue, form.shape[0])
     if min(window.stride) < 1 or window.stride[1] > 2 or min(window.padding) < 0:
         raise UsageError(f"stride is 1 or 2 and padding from 0, not {window}")
-    if before is not None:
-        _check_before(before)
-        if window != Window() or before.weight.shape[0] != x.shape[1]:
+    if prologue is not None:
+        _check_depthwise(prologue)
+        if window != Window() or prologue.weight.shape[0] != x.shape[1]:
             raise UsageError("a depthwise convolution of the same channels goes before a 1x1 one")
     elif min(window.outputs(x.shape[2], x.shape[3])) < 1:
         raise UsageError(f"images of {tuple(x.shape[2:])} are smaller than the kernel")
@@ -222,12 +234,12 @@ def _sparse_conv(
     stride: int,
     clamps: list[float],
 ) -> Tensor:
-    before = None
+    prologue = None
     if weight is not None:
-        before = Before(weight, stride, Ends(weight_bias, clamps[0], clamps[1]))
+        prologue = Depthwise(weight, stride, Epilogue(weight_bias, clamps[0], clamps[1]))
     values, columns, counts, rows = parts
     kept = Form(values, columns, counts, rows, (form[0], form[1]), bool(form[2]))
-    return _run(x, kept, _window(window), Ends(bias, clamps[2], clamps[3]), before)
+    return _run(x, kept, _window(window), Epilogue(bias, clamps[2], clamps[3]), prologue)
 
 
 @_sparse_conv.register_fake
@@ -250,7 +262,7 @@ def _(
 def _depthwise_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, low: float, high: float
 ) -> Tensor:
-    return _run_depthwise(x, Before(weight, stride, Ends(bias, low, high)))
+    return _run_depthwise(x, Depthwise(weight, stride, Epilogue(bias, low, high)))
 
 
 @_depthwise_conv.register_fake

@@ -1,4 +1,4 @@
-"""The plain twins of the convolutions, and the form of the weights."""
+"""The plain reference of the convolutions, and the form of the weights."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class Window:
 
     def outputs(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the result."""
-        high = (height + 2 * self.padding[0] - self.kernel[0]) // self.stride[0] + 1
-        return high, (width + 2 * self.padding[1] - self.kernel[1]) // self.stride[1] + 1
+        rows = (height + 2 * self.padding[0] - self.kernel[0]) // self.stride[0] + 1
+        return rows, (width + 2 * self.padding[1] - self.kernel[1]) // self.stride[1] + 1
 
 
 @dataclass(frozen=True)
-class Ends:
+class Epilogue:
     """What follows a sum: the bias of its channel, or None, then a clamp that NaN passes."""
 
     bias: Tensor | None
@@ -58,12 +58,12 @@ class Ends:
 
 
 @dataclass(frozen=True)
-class Before:
+class Depthwise:
     """A 3x3 depthwise convolution, padding 1: weight float32 (channels, 1, 3, 3), stride 1 or 2."""
 
     weight: Tensor
     stride: int
-    ends: Ends
+    epilogue: Epilogue
 
 
 def build_rows(matrix: Tensor) -> Form:
@@ -117,30 +117,32 @@ def to_matrix(form: Form) -> Tensor:
     return matrix[:out]
 
 
-def conv(x: Tensor, form: Form, window: Window, ends: Ends, before: Before | None) -> Tensor:
+def conv(
+    x: Tensor, form: Form, window: Window, epilogue: Epilogue, prologue: Depthwise | None
+) -> Tensor:
     """x (images, channels, height, width); inputs that an output does not keep never touch it."""
-    if before is not None:
-        x = depthwise(x, before)
-    high, wide = window.outputs(x.shape[2], x.shape[3])
+    if prologue is not None:
+        x = depthwise(x, prologue)
+    height, width = window.outputs(x.shape[2], x.shape[3])
     images, channels = x.shape[:2]
     places = functional.unfold(x, window.kernel, 1, window.padding, window.stride)
     taps = window.kernel[0] * window.kernel[1]
-    places = places.reshape(images, channels, taps, high * wide).transpose(1, 2).flatten(1, 2)
+    places = places.reshape(images, channels, taps, height * width).transpose(1, 2).flatten(1, 2)
     matrix = to_matrix(form)
     odd = ~torch.isfinite(places)
     y = matrix @ torch.where(odd, 0.0, places)
     for image, column, pixel in odd.nonzero().tolist():
         keeps = matrix[:, column] != 0
         y[image, keeps, pixel] += matrix[keeps, column] * places[image, column, pixel]
-    y = y if ends.bias is None else y + ends.bias.reshape(-1, 1)
-    return y.clamp(ends.low, ends.high).reshape(images, form.shape[0], high, wide)
+    y = y if epilogue.bias is None else y + epilogue.bias.reshape(-1, 1)
+    return y.clamp(epilogue.low, epilogue.high).reshape(images, form.shape[0], height, width)
 
 
-def depthwise(x: Tensor, before: Before) -> Tensor:
+def depthwise(x: Tensor, convolution: Depthwise) -> Tensor:
     """torch's own, and a clamp."""
-    weight, ends = before.weight, before.ends
-    y = functional.conv2d(x, weight, ends.bias, before.stride, 1, groups=weight.shape[0])
-    return y.clamp(ends.low, ends.high)
+    weight, epilogue = convolution.weight, convolution.epilogue
+    y = functional.conv2d(x, weight, epilogue.bias, convolution.stride, 1, groups=weight.shape[0])
+    return y.clamp(epilogue.low, epilogue.high)
 
 
 @dataclass(frozen=True)
@@ -149,21 +151,21 @@ class Stage:
 
     form: Form | None
     window: Window
-    ends: Ends
-    before: Before | None
+    epilogue: Epilogue
+    prologue: Depthwise | None
 
     @property
     def whole(self) -> Window:
         """The window over the stage's input."""
-        if self.before is None:
+        if self.prologue is None:
             return self.window
-        return Window((3, 3), (self.before.stride, self.before.stride), (1, 1))
+        return Window((3, 3), (self.prologue.stride, self.prologue.stride), (1, 1))
 
     @property
     def channels(self) -> tuple[int, int]:
         """Of the input and of the result."""
-        if self.before is not None:
-            inputs = self.before.weight.shape[0]
+        if self.prologue is not None:
+            inputs = self.prologue.weight.shape[0]
             return inputs, inputs if self.form is None else self.form.shape[0]
         assert self.form is not None
         return self.form.shape[1] // (self.window.kernel[0] * self.window.kernel[1]), (
@@ -172,7 +174,7 @@ class Stage:
 
 
 class Chain:
-    """The plain twin of a chain of stages."""
+    """The plain reference of a chain of stages."""
 
     def __init__(self, stages: list[Stage]) -> None:
         self.stages = stages
@@ -181,7 +183,7 @@ class Chain:
         """x contiguous."""
         for stage in self.stages:
             if stage.form is not None:
-                x = conv(x, stage.form, stage.window, stage.ends, stage.before)
-            elif stage.before is not None:
-                x = depthwise(x, stage.before)
+                x = conv(x, stage.form, stage.window, stage.epilogue, stage.prologue)
+            elif stage.prologue is not None:
+                x = depthwise(x, stage.prologue)
         return x

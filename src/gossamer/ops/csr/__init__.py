@@ -136,8 +136,8 @@ def _compiled(values: Tensor) -> bool:
 
 
 def _sampled(x: Tensor, dy: Tensor, columns: Tensor, splits: Tensor) -> Tensor:
-    home = native if _compiled(x) else reference
-    return home.sampled(x, dy, columns, splits)
+    backend = native if _compiled(x) else reference
+    return backend.sampled(x, dy, columns, splits)
 
 
 @torch.library.custom_op("gossamer::csr_linear", mutates_args=())

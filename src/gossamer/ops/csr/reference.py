@@ -1,4 +1,4 @@
-"""The plain twin of the products with compressed rows: gathers, at the memory of a few rows of x
+"""The plain reference of the products with compressed rows: gathers, at the memory of a few rows of x
 times the kept weights."""
 
 from __future__ import annotations

@@ -60,8 +60,8 @@ def check(values: Tensor, codes: Tensor, layout: Layout) -> None:
             f"{layout.keep}:{layout.group} of {layout.cols} columns"
         )
     served = values.dtype in (torch.float32, torch.bfloat16) and values.is_cpu
-    home = reference if _dispatch.kernels() is None or not served else native
-    home.check(values.contiguous(), codes.contiguous(), layout)
+    backend = reference if _dispatch.kernels() is None or not served else native
+    backend.check(values.contiguous(), codes.contiguous(), layout)
 
 
 def linear(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
@@ -81,7 +81,7 @@ def _forward(
     x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, layout: Layout
 ) -> Tensor:
     native.check_linear(x, values, codes, bias, layout)
-    return _dispatch.home(reference, native).linear(x, values, codes, bias, layout)
+    return _dispatch.backend(reference, native).linear(x, values, codes, bias, layout)
 
 
 @torch.library.custom_op("gossamer::nm_linear", mutates_args=())

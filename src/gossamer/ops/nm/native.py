@@ -1,4 +1,4 @@
-"""The compiled home of the N:M operations: checks and conversions around the kernels."""
+"""The compiled backend of the N:M operations: checks and conversions around the kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gossamer.core.errors import FormatError, UsageError
-from gossamer.ops._dispatch import isa_index, kernels
+from gossamer.ops._dispatch import compiled, isa_index
 from gossamer.ops.nm.reference import Layout
 
 MATVEC_ROWS = 8
@@ -23,7 +23,7 @@ _SMALL = 1 << 15
 def check(values: Tensor, codes: Tensor, layout: Layout) -> None:
     """Raise FormatError where places in a group do not ascend or padding is not zero."""
     try:
-        _module().nm_check(arguments(values, codes, layout))
+        compiled_matrix(values, codes, layout).check()
     except ValueError as error:
         raise FormatError(str(error)) from None
 
@@ -51,15 +51,13 @@ def linear(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, layout
 def unpack(values: Tensor, codes: Tensor, layout: Layout) -> Tensor:
     """The dense matrix (out, in) in float32."""
     dense = torch.empty(values.shape[0], layout.cols)
-    _unpack_rows(values, codes, layout, 0, values.shape[0], dense)
+    _unpack_rows(values, codes, layout, 0, dense)
     return dense
 
 
-def arguments(values: Tensor, codes: Tensor, layout: Layout) -> list[int]:
-    """What the compiled module takes for a matrix."""
-    size = (values.shape[0], layout.cols, layout.keep, layout.group)
-    bf16 = int(values.dtype == torch.bfloat16)
-    return [codes.data_ptr(), values.data_ptr(), *size, codes.shape[1], values.shape[1], bf16]
+def compiled_matrix(values: Tensor, codes: Tensor, layout: Layout) -> Any:
+    """The matrix as the compiled module holds it, with its tensors."""
+    return compiled().NmMatrix(codes, values, layout.cols, layout.keep, layout.group)
 
 
 def _matvec(
@@ -68,15 +66,8 @@ def _matvec(
     rows = x.shape[0]
     y = torch.empty(rows, values.shape[0])
     if y.numel():
-        _module().nm_matvec(
-            arguments(values, codes, layout),
-            x.data_ptr(),
-            rows,
-            y.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            _threads(values.numel() * rows),
-            isa_index(),
-        )
+        matrix = compiled_matrix(values, codes, layout)
+        matrix.matvec(x, y, bias, _threads(values.numel() * rows), isa_index())
     return y
 
 
@@ -90,7 +81,7 @@ def _unpacked(
     for first in range(0, out, step):
         last = min(out, first + step)
         rows = scratch[: last - first]
-        _unpack_rows(values, codes, layout, first, last, rows)
+        _unpack_rows(values, codes, layout, first, rows)
         if bias is None:
             torch.mm(x, rows.t(), out=y[:, first:last])
         else:
@@ -98,21 +89,13 @@ def _unpacked(
     return y
 
 
-def _unpack_rows(
-    values: Tensor, codes: Tensor, layout: Layout, first: int, last: int, out: Tensor
-) -> None:
-    matrix, threads = arguments(values, codes, layout), _threads(out.numel())
-    _module().nm_unpack(matrix, first, last, out.data_ptr(), threads, isa_index())
+def _unpack_rows(values: Tensor, codes: Tensor, layout: Layout, first: int, out: Tensor) -> None:
+    matrix = compiled_matrix(values, codes, layout)
+    matrix.unpack(first, out, _threads(out.numel()), isa_index())
 
 
 def _threads(work: int) -> int:
     return 1 if work < _SMALL else torch.get_num_threads()
-
-
-def _module() -> Any:
-    module = kernels()
-    assert module is not None
-    return module
 
 
 def check_linear(

@@ -1,4 +1,4 @@
-"""N:M storage in plain torch: the twin that every kernel is tested against.
+"""N:M storage in plain torch: the reference that every kernel is tested against.
 
 A matrix (out, in) keeps `keep` places of every `group` consecutive columns, zeros where fewer
 count; the last group may reach beyond the last column. `slots` is the largest power of two that

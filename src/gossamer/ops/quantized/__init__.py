@@ -19,13 +19,13 @@ __all__ = [
     "BITS",
     "QuantizedMatrix",
     "batch_kernel_name",
-    "fill",
+    "densify",
     "kernel_name",
     "linear",
     "matrix",
     "pack",
     "quantize",
-    "thin",
+    "sparsify",
     "unpack",
 ]
 
@@ -52,7 +52,7 @@ class QuantizedMatrix:
     group: int
     offsets: Tensor
     """int64: where each row, or pair of rows, begins in `values`; see `of`."""
-    run: int = 0
+    balanced: int = 0
     """4 or 8: every so many columns keep exactly half, which the kernels use; 0: not so."""
 
     @classmethod
@@ -89,7 +89,7 @@ class QuantizedMatrix:
         parts = [None if t is None else t.contiguous() for t in (bitmap, zeros)]
         return cls(
             values.contiguous(), parts[0], scales.contiguous(), parts[1], outliers, shape, bits,
-            group, offsets, reference.run_of(bitmap, shape[1]),
+            group, offsets, reference.balanced_of(bitmap, shape[1]),
         )  # fmt: skip
 
     @property
@@ -183,7 +183,7 @@ def _packed(
     else:
         integers = integers[:, : shape[1]]
         kept, bitmap = bitmaps.pack(integers, mask)
-        if not reference.run_of(bitmap, shape[1]):
+        if not reference.balanced_of(bitmap, shape[1]):
             points = reference.zero_points(zeros, shape, bits, group)
             mask = mask & (integers != points[:, : shape[1]])
             kept, bitmap = bitmaps.pack(integers, mask)
@@ -191,19 +191,19 @@ def _packed(
     return QuantizedMatrix.of(values, bitmap, scales, zeros, outliers, shape, bits, group)
 
 
-def fill(m: QuantizedMatrix) -> QuantizedMatrix:
+def densify(m: QuantizedMatrix) -> QuantizedMatrix:
     """The same weights with every column kept, others than before as exact zeros. O(out * in)."""
     if m.bitmap is None:
         return m
     if _dispatch.isa_index() < 0:
-        values = reference.fill(m.values, m.bitmap, m.zeros, m.shape, m.bits, m.group)
+        values = reference.densify(m.values, m.bitmap, m.zeros, m.shape, m.bits, m.group)
     else:
-        values = native.fill(m)
+        values = native.densify(m)
     return QuantizedMatrix.of(values, None, m.scales, m.zeros, m.outliers, m.shape, m.bits, m.group)
 
 
-def thin(m: QuantizedMatrix) -> QuantizedMatrix:
-    """The same weights with a bitmap that keeps what is not 0: undoes `fill`. O(out * in)."""
+def sparsify(m: QuantizedMatrix) -> QuantizedMatrix:
+    """The same weights with a bitmap that keeps what is not 0: undoes `densify`. O(out * in)."""
     if m.bitmap is not None:
         return m
     integers = reference.dense_integers(m.values, m.shape, m.bits)
@@ -272,7 +272,7 @@ def _forward(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
 _PARTS = (
     "Tensor values, Tensor offsets, Tensor? bitmap, Tensor scales, Tensor? zeros, "
     "Tensor? outlier_ptr, Tensor? outlier_cols, Tensor? outlier_values, "
-    "int[] shape, int bits, int group, int run"
+    "int[] shape, int bits, int group, int balanced"
 )
 
 
@@ -280,14 +280,18 @@ def _flat(m: QuantizedMatrix) -> tuple[Any, ...]:
     """The matrix as `_PARTS` lists it."""
     outliers = m.outliers or (None, None, None)
     return (m.values, m.offsets, m.bitmap, m.scales, m.zeros, *outliers, list(m.shape), m.bits,
-            m.group, m.run)  # fmt: skip
+            m.group, m.balanced)  # fmt: skip
 
 
 def _matrix(parts: tuple[Any, ...]) -> QuantizedMatrix:
-    values, offsets, bitmap, scales, zeros, row_ptr, cols, exact, shape, bits, group, run = parts
+    values, offsets, bitmap, scales, zeros, row_ptr, cols, exact, shape, bits, group, balanced = (
+        parts
+    )
     outliers = None if row_ptr is None else (row_ptr, cols, exact)
     size = (shape[0], shape[1])
-    return QuantizedMatrix(values, bitmap, scales, zeros, outliers, size, bits, group, offsets, run)
+    return QuantizedMatrix(
+        values, bitmap, scales, zeros, outliers, size, bits, group, offsets, balanced
+    )
 
 
 @torch.library.custom_op(

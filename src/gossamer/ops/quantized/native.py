@@ -1,4 +1,4 @@
-"""The compiled home of the quantised matrices: checks and conversions around the kernels."""
+"""The compiled backend of the quantised matrices: checks and conversions around the kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gossamer.ops._dispatch import ISAS, isa_index, kernels
+from gossamer.ops._dispatch import ISAS, compiled, isa_index, kernels
 from gossamer.ops.quantized.reference import SLACK, outlier_matrix, padded_width, quantize_input
 
 if TYPE_CHECKING:
@@ -21,16 +21,10 @@ _SMALL = 1 << 15
 """Below so many stored bytes a second thread costs more than it gains."""
 
 
-def arguments(m: QuantizedMatrix) -> list[int]:
-    """The numbers by which the compiled module knows the matrix; its tensors must stay alive."""
-    outliers = m.outliers or (None, None, None)
-    addresses = [
-        0 if part is None else part.data_ptr()
-        for part in (m.values, m.offsets, m.bitmap, m.scales, m.zeros, *outliers)
-    ]
-    shift = (m.group // 64).bit_length() - 1
-    count = 0 if m.outliers is None else m.outliers[1].numel()
-    return [*addresses, *m.shape, shift, m.bits, m.values.numel(), count, m.run]
+def compiled_matrix(m: QuantizedMatrix) -> Any:
+    """The matrix as the compiled module holds it, with its tensors."""
+    parts = (m.values, m.offsets, m.bitmap, m.scales, m.zeros, *(m.outliers or (None, None, None)))
+    return compiled().QuantizedMatrix(*parts, m.shape[1], m.group, m.bits, m.balanced)
 
 
 def linear(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
@@ -55,18 +49,17 @@ def linear(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
 def unpack(m: QuantizedMatrix) -> Tensor:
     """The dense matrix (out, in) in float32."""
     matrix = torch.empty(m.shape)
-    _rows(m, 0, m.shape[0], matrix)
+    _rows(m, 0, matrix)
     return matrix
 
 
-def fill(m: QuantizedMatrix) -> Tensor:
+def densify(m: QuantizedMatrix) -> Tensor:
     """The values of the same matrix dense: the zero point where nothing is kept."""
     rows = -(-m.shape[0] // 2) if m.bits == 4 else m.shape[0]
     values = torch.empty(rows * padded_width(m.shape[1]) + SLACK, dtype=torch.uint8)
     values[-SLACK:] = 0
     threads = 1 if values.numel() < _SMALL else torch.get_num_threads()
-    count = values.numel() - SLACK
-    _module().quantized_fill(arguments(m), values.data_ptr(), count, threads, isa_index())
+    compiled_matrix(m).densify(values, threads, isa_index())
     return values
 
 
@@ -79,30 +72,15 @@ def has_byte_products() -> bool:
 def _matvec(x: Tensor, m: QuantizedMatrix, bias: Tensor | None, rows: int) -> Tensor:
     y = x.new_empty((*x.shape[:-1], m.shape[0]))
     if y.numel():
-        _module().quantized_matvec(
-            arguments(m),
-            x.data_ptr(),
-            rows,
-            x.dtype == torch.bfloat16,
-            y.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            1 if m.values.numel() * rows < _SMALL else torch.get_num_threads(),
-            isa_index(),
-        )
+        threads = 1 if m.values.numel() * rows < _SMALL else torch.get_num_threads()
+        compiled_matrix(m).matvec(x, y, bias, threads, isa_index())
     return y
 
 
 def _matmul(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
     y = torch.empty(x.shape[0], m.shape[0])
     if y.numel():
-        _module().quantized_matmul(
-            arguments(m),
-            x.data_ptr(),
-            x.shape[0],
-            y.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            torch.get_num_threads(),
-        )
+        compiled_matrix(m).matmul(x, y, bias, torch.get_num_threads(), isa_index())
     return y
 
 
@@ -115,7 +93,7 @@ def _unpacked(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
     for first in range(0, out, step):
         last = min(out, first + step)
         rows = scratch[: last - first]
-        _rows(m, first, last, rows)
+        _rows(m, first, rows)
         if bias is None:
             torch.mm(rounded, rows.t(), out=y[:, first:last])
         else:
@@ -125,12 +103,6 @@ def _unpacked(x: Tensor, m: QuantizedMatrix, bias: Tensor | None) -> Tensor:
     return y
 
 
-def _rows(m: QuantizedMatrix, first: int, last: int, out: Tensor) -> None:
+def _rows(m: QuantizedMatrix, first: int, out: Tensor) -> None:
     threads = 1 if out.numel() < _SMALL else torch.get_num_threads()
-    _module().quantized_unpack(arguments(m), first, last, out.data_ptr(), threads, isa_index())
-
-
-def _module() -> Any:
-    module = kernels()
-    assert module is not None
-    return module
+    compiled_matrix(m).unpack(first, out, threads, isa_index())

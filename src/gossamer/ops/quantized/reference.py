@@ -1,4 +1,4 @@
-"""Matrices of 4- or 8-bit integers, in plain torch: the twin that every kernel is tested against.
+"""Matrices of 4- or 8-bit integers, in plain torch: the reference that every kernel is tested against.
 
 A matrix (out, in) is cut, row by row, into groups of `group` consecutive columns. A kept weight is
 scale * (q - zero) with q an integer of `bits` bits, one scale (bfloat16) and zero per row and
@@ -156,7 +156,7 @@ def zero_points(zeros: Tensor | None, shape: tuple[int, int], bits: int, group: 
     return zeros[:, torch.arange(padded_width(shape[1])) // group]
 
 
-def fill(
+def densify(
     values: Tensor, bitmap: Tensor, zeros: Tensor | None, shape: tuple[int, int], bits: int,
     group: int,
 ) -> Tensor:  # fmt: skip
@@ -184,20 +184,20 @@ def _places(counts: Tensor, offsets: Tensor, bits: int) -> tuple[Tensor, Tensor]
 
 def complete(mask: Tensor) -> Tensor:
     """The mask (out, in), with a few positions more where that makes it even in the sense of
-    `run_of`: one weight that happens to be 0 must not undo a whole matrix's 2:4 pattern.
+    `balanced_of`: one weight that happens to be 0 must not undo a whole matrix's 2:4 pattern.
     """
     if mask.numel() == 0 or mask.shape[1] % WORD or int(mask.sum()) * 2 < 0.95 * mask.numel():
         return mask
-    for run in (4, 8):
-        runs = mask.reshape(-1, run)
-        missing = run // 2 - runs.sum(dim=1, keepdim=True)
+    for size in (4, 8):
+        groups = mask.reshape(-1, size)
+        missing = size // 2 - groups.sum(dim=1, keepdim=True)
         if bool((missing >= 0).all()):
-            free = ~runs
-            return (runs | (free & (free.cumsum(dim=1) <= missing))).reshape(mask.shape)
+            free = ~groups
+            return (groups | (free & (free.cumsum(dim=1) <= missing))).reshape(mask.shape)
     return mask
 
 
-def run_of(bitmap: Tensor | None, in_features: int) -> int:
+def balanced_of(bitmap: Tensor | None, in_features: int) -> int:
     """4 if every 4 columns of every row keep exactly 2, 8 if every 8 keep exactly 4, else 0; only
     rows of whole 64-bit words can be either.
     """

@@ -20,9 +20,7 @@ def top(scores: Tensor, k: int, always: Tensor | None = None) -> Tensor | None:
     rows = rows.contiguous()
     mask = torch.empty(rows.shape, dtype=torch.bool)
     threads = 1 if rows.numel() < _SMALL else torch.get_num_threads()
-    module = _dispatch.kernels()
-    assert module is not None
-    if not module.top_mask(rows.data_ptr(), *rows.shape, k, mask.data_ptr(), threads):
+    if not _dispatch.compiled().top_mask(rows, k, mask, threads):
         return None
     if always is not None and bool((always & ~mask).any()):
         return None

@@ -1,4 +1,4 @@
-"""Batched products with a sparse matrix in SELL-C-sigma form: see csrc/sell.hpp.
+"""Batched products with a sparse matrix in SELL-C-sigma form: see csrc/sell/sell.hpp.
 
 Columns come in blocks of 112, rows in chunks of up to 512, sorted within both by how many columns
 they keep and taken four at a time (A unified sparse matrix data format for efficient general
@@ -54,8 +54,8 @@ def build(values: Tensor, bitmap: Tensor, row_ptr: Tensor, in_features: int) -> 
 
     values float32 or bfloat16; row_ptr from `ops.bitmap.row_offsets`, which checks the bitmap.
     """
-    home = reference if _dispatch.kernels() is None else native
-    kept, columns, rows, groups, offsets = home.build(values, bitmap, row_ptr, in_features)
+    backend = reference if _dispatch.kernels() is None else native
+    kept, columns, rows, groups, offsets = backend.build(values, bitmap, row_ptr, in_features)
     return Sell(kept, columns, rows, groups, offsets, (bitmap.shape[0], in_features))
 
 
@@ -75,7 +75,7 @@ def linear(x: Tensor, weight: Sell, bias: Tensor | None = None, relu: bool = Fal
     w = weight
     parts = (w.values, w.columns, w.rows, w.groups, w.offsets)
     if _dispatch.direct(x, bias):
-        return _dispatch.home(reference, native).linear(x, parts, w.shape, bias, relu)
+        return _dispatch.backend(reference, native).linear(x, parts, w.shape, bias, relu)
     return _sell_linear(x, *parts, bias, relu, *w.shape)
 
 
@@ -93,8 +93,8 @@ def _sell_linear(
     in_features: int,
 ) -> Tensor:
     parts = (values, columns, rows, groups, offsets)
-    home = _dispatch.home(reference, native)
-    return _dispatch.owned(home.linear(x, parts, (out_features, in_features), bias, relu))
+    backend = _dispatch.backend(reference, native)
+    return _dispatch.owned(backend.linear(x, parts, (out_features, in_features), bias, relu))
 
 
 @_sell_linear.register_fake

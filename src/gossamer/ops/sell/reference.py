@@ -1,4 +1,4 @@
-"""The plain twin of the SELL operations."""
+"""The plain reference of the SELL operations."""
 
 from __future__ import annotations
 

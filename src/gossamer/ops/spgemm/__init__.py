@@ -1,4 +1,4 @@
-"""Sparse times sparse, row by row with a hash table as accumulator: see csrc/spgemm.hpp.
+"""Sparse times sparse, row by row with a hash table as accumulator: see csrc/spgemm/spgemm.hpp.
 
 A first pass counts the columns of every row, a second fills them. A row's accumulator is a hash
 table of four slots per column of the row, or one slot per column of the right matrix where these
@@ -69,7 +69,7 @@ def multiply(
     left = _checked(a_ptr, a_columns, a_values, b_ptr.numel() - 1)
     right = _checked(b_ptr, b_columns, b_values, cols)
     if _dispatch.direct(a_values, b_values):
-        return _dispatch.home(reference, native).multiply(left, right, cols, sort)
+        return _dispatch.backend(reference, native).multiply(left, right, cols, sort)
     return _spgemm(*left, *right, cols, sort)
 
 
@@ -108,7 +108,7 @@ def _spgemm(
     sort: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     left, right = (a_ptr, a_columns, a_values), (b_ptr, b_columns, b_values)
-    return _dispatch.home(reference, native).multiply(left, right, cols, sort)
+    return _dispatch.backend(reference, native).multiply(left, right, cols, sort)
 
 
 @_spgemm.register_fake

@@ -1,4 +1,4 @@
-"""The plain twin of the sparse times sparse product."""
+"""The plain reference of the sparse times sparse product."""
 
 from __future__ import annotations
 

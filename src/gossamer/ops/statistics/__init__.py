@@ -53,10 +53,7 @@ def _add(total: Tensor, rest: Tensor, product: Tensor) -> None:
     if module is None or _dispatch.isa_index() < 0:
         reference.compensated_add(total, rest, product)
         return
-    module.compensated_add(
-        total.data_ptr(), rest.data_ptr(), total.stride(0), product.data_ptr(), product.stride(0),
-        *product.shape, _threads(product),
-    )  # fmt: skip
+    module.compensated_add(total, rest, product, _threads(product))
 
 
 def _threads(numbers: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""The statistics operations in plain torch: the twin that the kernels are tested against."""
+"""The statistics operations in plain torch: the reference that the kernels are tested against."""
 
 from __future__ import annotations
 

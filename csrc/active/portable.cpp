@@ -1,0 +1,8 @@
+#include "active/driver.hpp"
+
+namespace gossamer {
+
+template <>
+const ActiveKernels Tables<ActiveKernels>::portable = {run_active_sum, run_gated, find_above};
+
+}  // namespace gossamer
