@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, cast, overload
 
 import torch
@@ -126,19 +127,24 @@ def sparse_training(
     if isinstance(method, LearnedMask) and not isinstance(method, type):
         if loss is not None or group is not None:
             raise UsageError("learned masks take neither loss= nor group=; leave them out")
-        masks = LearnedRun(model, optimizer, method, total_steps, include, exclude, seed)
-        return _learning(masks, state)
-    run = SparseRun(
-        model, optimizer, cast(TopologyMethod, method), total_steps, include, exclude, seed, group
-    )
-    return _rewiring(run, loss, state)
+        given = (model, optimizer, method, total_steps, include, exclude, seed)
+        return _learning(partial(LearnedRun, *given), state)
+    chosen = cast(TopologyMethod, method)
+    wanted = (model, optimizer, chosen, total_steps, include, exclude, seed, group)
+    return _rewiring(partial(SparseRun, *wanted), loss, state)
 
 
 @contextmanager
 def _rewiring(
-    run: SparseRun, loss: Callable[[], Tensor] | None, state: Mapping[str, Any] | None
+    make: Callable[[], SparseRun],
+    loss: Callable[[], Tensor] | None,
+    state: Mapping[str, Any] | None,
 ) -> Iterator[SparseRun]:
-    """A run of a topology method, with what must happen around steps."""
+    """A run of a topology method, with what must happen around steps.
+
+    It is made when the block is entered: a forward before may change where parameters lie.
+    """
+    run = make()
     with (
         around_steps(run.optimizer, run.before_step, run.after_step),
         around_ascents(run.followed, run.before_ascent, run.after_ascent),
@@ -153,8 +159,11 @@ def _rewiring(
 
 
 @contextmanager
-def _learning(run: LearnedRun, state: Mapping[str, Any] | None) -> Iterator[LearnedRun]:
+def _learning(
+    make: Callable[[], LearnedRun], state: Mapping[str, Any] | None
+) -> Iterator[LearnedRun]:
     """A run of learned masks; they go at the end, whatever happens inside."""
+    run = make()
     try:
         run.start()
         if state is not None:
