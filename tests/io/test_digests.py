@@ -81,6 +81,7 @@ def test_other_spaces_and_order_are_the_same_content(copy):
     data = json.loads(path.read_text())
     path.write_text(json.dumps(dict(sorted(data.items(), reverse=True)), indent=7))
     gs.load(copy)
+    assert io.verify(copy) == []
 
 
 def test_files_that_were_added_do_not_count(copy):

@@ -59,8 +59,8 @@ def test_the_browser_shows_the_figures(tmp_path):
     cells = [re.sub("<.*?>", "|", row) for row in rows]
     assert any(f"{RESULT['quality']['sparse']:.4f}" in row for row in cells)
     folded = text[text.index("<details>") : text.index("</details>")]
-    assert folded.count("bitmap-matvec") == sum(bool(x["kernel"]) for x in RESULT["layers"])
-    assert sum("bitmap-matvec" in row for row in cells) == folded.count("bitmap-matvec") + 7
+    assert folded.count("bitmap-matvec/") == sum(bool(x["kernel"]) for x in RESULT["layers"])
+    assert sum("bitmap-matvec/" in row for row in cells) == folded.count("bitmap-matvec/") + 7
     assert text.count("<circle") == len(RESULT["sweep"]) + 1  # and the dense model
 
 

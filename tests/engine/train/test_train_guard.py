@@ -350,8 +350,9 @@ def test_a_block_without_steps_is_no_error():
     for method in METHODS.values():
         model = build()
         with opened(model, sgd(model), method()) as run:
-            run.state_dict()
+            assert run.state_dict()["step"] == 0
             model.eval()(torch.randn(2, 16))
+        assert run.step == 0 and 0 < run.density <= 1
 
 
 def test_huge_finite_gradients_pass_and_infinite_ones_do_not():

@@ -32,7 +32,7 @@ from gossamer.methods.weights.topology import (
     ShapeAllocation,
     StaticSupport,
     check_every,
-    check_fraction,
+    check_phase,
     every_weight,
     highest,
     layer_counts,
@@ -79,10 +79,9 @@ class GMP(StaticSupport):
 
     def __post_init__(self) -> None:
         check_every(self.every, "GMP")
-        check_fraction(self.begin, "begin")
-        check_fraction(self.end, "end")
-        if self.begin > self.end or self.scope not in ("tensor", "global"):
-            raise UsageError("GMP needs begin <= end and a scope of tensor or global")
+        check_phase(self.begin, self.end, "GMP")
+        if self.scope not in ("tensor", "global"):
+            raise UsageError(f"GMP needs a scope of tensor or global, not {self.scope!r}")
 
     def start(self, step: Step) -> dict[str, Tensor]:
         """Every weight; the target is checked now rather than at the first update."""

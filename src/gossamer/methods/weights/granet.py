@@ -38,6 +38,7 @@ from gossamer.methods.weights.topology import (
     StaticSupport,
     check_every,
     check_fraction,
+    check_phase,
     drop_and_regrow,
     layer_counts,
     random_masks,
@@ -92,10 +93,11 @@ class GraNet(StaticSupport):
 
     def __post_init__(self) -> None:
         check_every(self.every, "GraNet")
-        for name in ("begin", "end", "drop", "drop_end"):
-            check_fraction(getattr(self, name), name)
-        if self.begin > self.end or self.initial < self.density:
-            raise UsageError("GraNet needs begin <= end and initial >= density")
+        check_phase(self.begin, self.end, "GraNet")
+        check_fraction(self.drop, "drop")
+        check_fraction(self.drop_end, "drop_end")
+        if self.initial < self.density:
+            raise UsageError(f"GraNet needs initial >= density, not {self.initial:g}")
 
     def start(self, step: Step) -> dict[str, Tensor]:
         """Random masks at the initial density."""

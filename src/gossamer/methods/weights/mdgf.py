@@ -37,7 +37,7 @@ from gossamer.core.errors import UsageError
 from gossamer.core.pattern import NM
 from gossamer.core.step import Step
 from gossamer.core.support import Support
-from gossamer.methods.weights.topology import check_fraction
+from gossamer.methods.weights.topology import check_phase
 from gossamer.ops.select import select
 
 TWO_OF_FOUR = NM(2, 4)
@@ -85,12 +85,9 @@ class MdGf:
     )
 
     def __post_init__(self) -> None:
-        check_fraction(self.begin, "begin")
-        check_fraction(self.end, "end")
+        check_phase(self.begin, self.end, "MdGf")
         if not isinstance(self.pattern, NM):
             raise UsageError("MdGf needs an N:M pattern, such as NM(2, 4)")
-        if self.begin > self.end:
-            raise UsageError("MdGf needs begin <= end")
         if self.decay not in ("linear", "exponential"):
             raise UsageError(f"MdGf: decay is linear or exponential, not {self.decay!r}")
         if self.gradient not in ("masked", "straight"):

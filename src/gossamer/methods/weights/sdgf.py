@@ -34,7 +34,7 @@ from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import NM, WIDEST, check_pattern
 from gossamer.core.step import Step
-from gossamer.methods.weights.topology import StaticSupport, check_fraction, every_weight
+from gossamer.methods.weights.topology import StaticSupport, check_phase, every_weight
 from gossamer.ops.select import select
 
 TWO_OF_FOUR = NM(2, 4)
@@ -80,10 +80,7 @@ class SdGf(StaticSupport):
     )
 
     def __post_init__(self) -> None:
-        check_fraction(self.begin, "begin")
-        check_fraction(self.end, "end")
-        if self.begin > self.end:
-            raise UsageError("SdGf needs begin <= end")
+        check_phase(self.begin, self.end, "SdGf")
         if self.decay not in ("stepwise", "geometric"):
             raise UsageError(f"SdGf: decay is stepwise or geometric, not {self.decay!r}")
         if self.gradient not in ("masked", "straight"):

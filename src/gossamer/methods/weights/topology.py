@@ -145,3 +145,11 @@ def check_fraction(value: float, what: str) -> None:
     """Raise UsageError unless 0 <= value <= 1."""
     if not 0.0 <= value <= 1.0:
         raise UsageError(f"{what} is a fraction in [0, 1], not {value!r}")
+
+
+def check_phase(begin: float, end: float, what: str) -> None:
+    """Raise UsageError unless both are fractions of a run, in order."""
+    check_fraction(begin, "begin")
+    check_fraction(end, "end")
+    if begin > end:
+        raise UsageError(f"{what} needs begin <= end, not {begin:g} and {end:g}")
