@@ -293,6 +293,23 @@ def whole_gradients(layers: Sequence[TrainedLayer], method: str, ranks: Ranks) -
     return found
 
 
+def start_newcomers(
+    layers: Sequence[TrainedLayer],
+    passed: Sequence[Mapping[str, Tensor]],
+    draw: Callable[[int], Tensor],
+) -> None:
+    """Set the weights that an update brought in to `draw(their count)`, layer by layer.
+
+    passed: the masks before it and all that it passed through.
+    """
+    for layer in layers:
+        masks = [x[layer.name] for x in passed]
+        new = masks[-1] & ~torch.stack(masks).all(0)
+        weight = layer.matrix(layer.weight).clone()
+        weight[new] = draw(int(new.sum())).to(weight)
+        layer.write(layer.weight, weight)
+
+
 def _gradients(
     model: nn.Module, loss: Tensor, weights: Sequence[nn.Parameter]
 ) -> Sequence[Tensor | None]:
