@@ -28,9 +28,7 @@ class StartLoss(Protocol):
 class StartOutputs(Protocol):
     """The model before training as a function of the weights, to be differentiated."""
 
-    def __call__(
-        self, weights: Mapping[str, Tensor], change: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def __call__(self, weights: Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -> Tensor:
         """The outputs for one input of ones, in evaluation mode, with these weights (out, in).
 
         `change` gives what stands in the place of every other parameter and buffer of real

@@ -1,6 +1,7 @@
 """GraSP and SynFlow against the authors' figures and loops by hand, and what they refuse."""
 
 import copy
+from itertools import pairwise
 from types import SimpleNamespace
 
 import golden
@@ -167,7 +168,7 @@ def test_synflow_keeps_every_layer_where_snip_would_empty_one():
     torch.manual_seed(0)
     widths = (16, 100, 100, 100, 4)
     model = nn.Sequential()
-    for i, (inputs, outputs) in enumerate(zip(widths, widths[1:])):
+    for i, (inputs, outputs) in enumerate(pairwise(widths)):
         model.extend([nn.Linear(inputs, outputs), nn.ReLU()][: 2 if i < 3 else 1])
     x, y = torch.randn(64, 16), torch.arange(64) % 4
     loss = lambda: nn.functional.cross_entropy(model(x), y)  # noqa: E731

@@ -1,13 +1,13 @@
 """GraSP: preserving the gradient flow at initialisation.
 
-Before training, removes the weights whose absence lets gradients grow most, by one
-Hessian-gradient product on one batch.
+Before training, removes the weights without which the norm of the gradient grows most or falls
+least, by one Hessian-gradient product on one batch.
 
 **Paper.** Picking Winning Tickets Before Training by Preserving Gradient Flow, 2020.
 https://arxiv.org/abs/2002.07376
 
 **Claim.** VGG-16 on ImageNet loses 1.6% of its top-1 accuracy at 80% sparsity. At extreme sparsity
-the masks are far better than those of earlier methods.
+the masks are significantly better than those of SNIP.
 
 **Defaults.** Logits divided by 200, one batch, one global ranking, no floor per layer.
 
