@@ -22,7 +22,7 @@ def test_new_weights_have_the_spread_and_fresh_state(spread):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(200, 300), nn.Tanh(), nn.Linear(300, 10))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-    method = gs.weights.SET(0.2, every=2, drop=0.4, spread=spread)
+    method = gs.weights.SET(0.2, gs.Uniform(), every=2, drop=0.4, spread=spread)
     with gs.sparse_training(model, optimizer, method, total_steps=TOTAL, include=("*",)) as run:
         step_once(model, optimizer, 200)
         old = {name: mask.clone() for name, mask in run.masks.items()}

@@ -16,7 +16,8 @@ buffers take part by their absolute values, and the model is in evaluation mode,
 code. Only the shape of an input is taken from `loss`. R is computed in float64, because it leaves
 the range of float32 in deep networks. The released code prunes ties too, and so may keep fewer
 weights than asked; here counts are exact. Inputs that are no real numbers, such as token ids, are
-refused. A layer without a weight left is an error, and so is a network through which nothing flows.
+refused. A layer without a weight left is an error, and so is a network through which nothing flows. Biases
+carry flow of their own, so at extreme densities the layers before them may be left without weights.
 This claim was not tried here yet.
 """
 
@@ -74,9 +75,12 @@ class SynFlow(StaticSupport):
     def start(self, step: Step) -> dict[str, Tensor]:
         """What is left after the last round. Raises UsageError where nothing flows any more."""
         masks = every_weight(step.layers)
+        total = sum(x.size for x in step.layers)
         for index in range(1, self.rounds + 1):
-            scores = self._scores(step, masks)
             density = self.density ** (index / self.rounds)
+            if index < self.rounds:  # whole weights are removed, as in the released code
+                density = 1 - int((1 - density) * total) / total
+            scores = self._scores(step, masks)
             supports = select_global(scores, Unstructured("global"), density)
             masks = {name: support.mask for name, support in supports.items()}
         return masks
