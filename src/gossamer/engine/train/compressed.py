@@ -21,7 +21,14 @@ from gossamer.core.matrix import why_not_plain
 from gossamer.engine.hooks import around_ascents, around_steps, observe_gradients
 from gossamer.engine.protocols import CompressedTopology, StartsNewcomers
 from gossamer.engine.train.distributed import unwrapped
-from gossamer.engine.train.guard import check_state, check_total, check_unmoved, fingerprint, thawed
+from gossamer.engine.train.guard import (
+    all_finite,
+    check_state,
+    check_total,
+    check_unmoved,
+    fingerprint,
+    thawed,
+)
 from gossamer.engine.train.layers import own_parameter
 from gossamer.engine.train.optimizers import follow, held_by
 from gossamer.models.layers import prunable_layers
@@ -224,7 +231,7 @@ class TrueSparseRun:
                     "this step; call backward() on a loss that was not computed under no_grad"
                 )
             gradient = layer.values.grad
-            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+            if gradient is not None and not all_finite(gradient):
                 self._seen = {}
                 raise NonFiniteError(
                     f"{name}: its gradient holds NaN or infinity; the step is not taken"

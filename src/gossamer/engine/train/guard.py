@@ -100,7 +100,7 @@ class Guard:
     def _bad_gradient(self, gradients: Mapping[str, Tensor]) -> UsageError | None:
         for layer in self.layers:
             for gradient in (layer.weight.grad, gradients.get(layer.name)):
-                if gradient is not None and not _all_finite(local(gradient)):
+                if gradient is not None and not all_finite(local(gradient)):
                     return NonFiniteError(
                         f"{layer.name}: its gradient holds NaN or infinity; the step is not taken"
                     )
@@ -115,7 +115,8 @@ def thawed(name: str) -> UsageError:
     )
 
 
-def _all_finite(tensor: Tensor) -> bool:
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite."""
     # NaN and infinity make the sum one of them; a sum that overflows is looked into.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
