@@ -149,7 +149,7 @@ class SampledMask(nn.Module):
     def soft(self) -> Tensor:
         """The mask of this step, (groups, weights of a group)."""
         temperature, scale, _ = self.now.unbind()
-        chances = ((scale * self.logits + self.noise) / temperature).softmax(dim=0)
+        chances = torch.addcmul(self.noise, self.logits, scale).div_(temperature).softmax(dim=0)
         return (self.candidates.t() @ chances).t()
 
     def loss(self, weight: Tensor) -> Tensor:
@@ -162,8 +162,10 @@ class SampledMask(nn.Module):
         method, done = self.method, step.number / step.total
         pairs = (method.temperature, method.scale, method.regulariser)
         self.now.copy_(torch.tensor([first + (last - first) * done for first, last in pairs]))
-        uniform = torch.rand(self.noise.shape, generator=step.generator)
-        self.noise.copy_(-(-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log())
+        drawn = torch.rand(self.noise.shape, generator=step.generator)
+        for _ in range(2):  # Gumbel: minus the logarithm, twice
+            drawn.clamp_min_(1e-20).log_().neg_()
+        self.noise.copy_(drawn)
 
     def finish(self, weight: Tensor) -> Support:
         """The likeliest pattern of each group."""
