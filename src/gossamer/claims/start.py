@@ -9,7 +9,8 @@ from torch import nn
 
 import gossamer as gs
 from gossamer.claims.vision import qualities
-from gossamer.ops.select import select_global
+from gossamer.core.allocation import LayerInfo
+from gossamer.ops.select import select, select_global
 from gossamer.testbed.vision import Digits
 
 CONSTANT = 0.1
@@ -23,21 +24,29 @@ def methods(problem: Digits, density: float) -> dict[str, Any]:
         "GraSP": gs.weights.GraSP(density),
         "SNIP": gs.weights.SNIP(density),
         "magnitude": magnitude(problem, density),
+        "magnitude, ERK": magnitude(problem, density, gs.ERK()),
         "random, ERK": gs.weights.StaticRandom(density),
     }
 
 
-def magnitude(problem: Digits, density: float) -> gs.weights.FixedMasks:
-    """The largest |w| of all layers together, before training."""
+def magnitude(
+    problem: Digits, density: float, allocation: gs.ERK | None = None
+) -> gs.weights.FixedMasks:
+    """The largest |w| before training: of all layers together, or of each by an allocation."""
     layers = problem.build(problem.split).named_modules()
     scores = {n: m.weight.detach().abs() for n, m in layers if isinstance(m, nn.Linear)}
-    supports = select_global(scores, gs.Unstructured("global"), density)
+    if allocation is None:
+        supports = select_global(scores, gs.Unstructured("global"), density)
+    else:
+        infos = [LayerInfo(n, tuple(x.shape), None, x) for n, x in scores.items()]
+        shares = allocation.allocate(infos, density)
+        supports = {n: select(x, gs.Unstructured(), shares[n]) for n, x in scores.items()}
     return gs.weights.FixedMasks({name: support.mask for name, support in supports.items()})
 
 
 def accuracies(problem: Digits, made: Mapping[str, Any], steps: int) -> dict[str, float]:
     """Held-out accuracy after training; that of a constant where a layer is left without weights."""
-    found = {}
+    found: dict[str, float] = {}
     for name, method in made.items():
         try:
             found |= qualities(problem, {name: method}, steps)

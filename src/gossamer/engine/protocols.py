@@ -136,7 +136,7 @@ class LearnsState(KeepsState, Protocol):
 class StartsNewcomers(Protocol):
     """A topology method whose new weights do not start at zero."""
 
-    def newcomers(self, count: int, generator: torch.Generator, /) -> Tensor:
+    def newcomers(self, count: int, generator: torch.Generator) -> Tensor:
         """float (count,): the values of what an update brings into a layer, in row order."""
         ...
 
