@@ -22,8 +22,8 @@ class Card:
         How it plugs in: `scorer`, `solver`, `topology`, `learned_mask`, `replacer`, `planner` or
         `recipe`.
     needs : tuple of str
-        What it reads: the statistics `norm`, `hessian` and `gradients`, or the `loss` before
-        training.
+        What it reads: the statistics `norm` and `hessian`, the `gradients` of the steps in which
+        it changes supports, or the `loss` before training.
     patterns : tuple of str
         The patterns it admits: `unstructured`, `nm`, `block`, `channel`.
     year : int

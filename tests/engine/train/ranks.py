@@ -24,8 +24,8 @@ ALL = {
     # A batch norm sees its own rank's batch only, so two ranks differ from one.
     if "-" not in name and not x.make(SETS, 3).trains_scales
 }
-METHODS = {name: make for name, make in ALL.items() if "loss" not in make().card.needs}
-"""Those that any number of ranks may train with."""
+METHODS = {name: make for name, make in ALL.items() if name not in ("grasp", "synflow")}
+"""Those that any number of ranks may train with, and sharded weights."""
 RESUMED = ("rigl", "srste", "scl")
 
 

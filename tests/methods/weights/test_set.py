@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from examples import step_of
 from torch import nn
 
 import gossamer as gs
+from gossamer.core.allocation import LayerInfo
 from gossamer.nn import SparseLinear
 
 TOTAL = 10
@@ -73,6 +75,23 @@ def test_what_goes_and_comes_back_at_once_is_drawn_too():
         back = before & run.masks["0"] & (weight.abs() > 1)  # a first weight is below 0.32
         assert int(back.sum()) > 20
         assert int((weight != 0).sum()) == 95
+
+
+@pytest.mark.parametrize("method", [gs.weights.SET(0.3), gs.weights.RigL(0.3)])
+def test_both_runs_drop_by_one_rule(method):
+    """The dense update keeps what `survivors` says of the kept values, which is all that the
+    compressed run asks."""
+    generator = torch.Generator().manual_seed(0)
+    masks = {"a": torch.rand(20, 30, generator=generator) < 0.3}
+    weight = torch.randn(20, 30, generator=generator) * masks["a"]
+    info = LayerInfo("a", (20, 30), None, weight)
+    # growth is spread over what is outside, so what is dropped cannot come back
+    gradients = {"a": (~masks["a"]).float() * torch.rand(20, 30, generator=generator)}
+    step = step_of(100, 1000, [info], masks, gradients, generator)
+    new = method.update(step)[-1]["a"]
+    stay = method.survivors(weight[masks["a"]], 100, 1000)
+    assert 0 < int(stay.sum()) < stay.numel()
+    assert torch.equal(new[masks["a"]], stay) and int(new.sum()) == int(masks["a"].sum())
 
 
 def test_the_spread_is_checked_and_zero_draws_nothing():
