@@ -14,7 +14,7 @@ from gossamer.core.allocation import LayerInfo
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import check_pattern, format_pattern
 from gossamer.core.step import Step
-from gossamer.core.support import Support
+from gossamer.core.support import Support, zero_outside
 from gossamer.engine.protocols import (
     EditsGradient,
     EditsWeights,
@@ -390,7 +390,7 @@ class SparseRun:
             mask = self.masks[layer.name]
             if self.method.keeps_dense_weights:
                 hidden = self._hidden[layer.name]
-                layer.write(layer.weight, hidden.masked_fill(~mask, 0))
+                layer.write(layer.weight, zero_outside(hidden.clone(), mask))
                 continue
             layer.clear(layer.weight, mask)
             for _, _, value in self.followed.states(layer.weight):

@@ -16,8 +16,7 @@ products over parts of a batch that has ten examples of each class; here `loss` 
 user's choice. The released code also draws the weights anew before it scores and keeps one weight
 more than its fraction; ours keeps the initialisation and exact counts. Division by the temperature
 acts on the model's output, so the loss must be computed from it. A layer that the ranking would
-empty is an error. Several ranks are refused, as second derivatives are not averaged. This claim was
-not tried here yet.
+empty is an error. Several ranks are refused, as second derivatives are not averaged.
 """
 
 from __future__ import annotations

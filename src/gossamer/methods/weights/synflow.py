@@ -18,7 +18,6 @@ the range of float32 in deep networks. The released code prunes ties too, and so
 weights than asked; here counts are exact. Inputs that are no real numbers, such as token ids, are
 refused. A layer without a weight left is an error, and so is a network through which nothing flows. Biases
 carry flow of their own, so at extreme densities the layers before them may be left without weights.
-This claim was not tried here yet.
 """
 
 from __future__ import annotations
