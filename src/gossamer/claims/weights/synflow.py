@@ -21,7 +21,7 @@ def collapse(problem: Digits, name: str) -> float:
     """log10 of the compression up to which every layer keeps a weight, on the grid; biases start
     at zero, as the paper's do."""
     model, reached = problem.build(problem.split), 0.0
-    for layer in model:
+    for layer in model.modules():
         if isinstance(layer, torch.nn.Linear):
             torch.nn.init.zeros_(layer.bias)
     for density in GRID:
