@@ -150,12 +150,15 @@ def check_total(total_steps: Any) -> None:
         raise UsageError(f"total_steps is a whole number of at least 1, not {total_steps!r}")
 
 
-def check_not_empty(masks: Mapping[str, Tensor], method: str) -> None:
+def check_not_empty(
+    layers: Sequence[TrainedLayer], masks: Mapping[str, Tensor], method: str
+) -> None:
     """Raise UsageError for a layer that would lose every weight."""
-    for name, mask in masks.items():
-        if not bool(mask.any()):
+    for layer in layers:
+        if not bool(masks[layer.name].any()):
             raise UsageError(
-                f"{name}: {method} would leave no weight; keep more weights or exclude this layer"
+                f"{layer.name}: {method} would leave no weight; keep more weights or exclude this "
+                "layer"
             )
 
 

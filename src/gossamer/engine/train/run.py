@@ -102,7 +102,7 @@ class SparseRun:
             self._step(0, lambda: start_gradients(*given)), loss=probe.loss, outputs=probe.outputs
         )
         masks = self.method.start(step)
-        check_not_empty(masks, self.method.card.name)
+        check_not_empty(self.layers, masks, self.method.card.name)
         self._ranks.check_equal(masks)
         if isinstance(self.method, KeepsState):
             self._state = self.method.first_state(step)
@@ -203,7 +203,7 @@ class SparseRun:
         before = self.masks
         passed = self.method.update(self._step(self.step, lambda: self._needed(gradients)))
         for masks in passed:
-            check_not_empty(masks, self.method.card.name)
+            check_not_empty(self.layers, masks, self.method.card.name)
             if not self.method.keeps_dense_weights:
                 self._ranks.check_equal(masks)
         for masks in passed:
