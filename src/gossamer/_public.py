@@ -18,6 +18,7 @@ from gossamer.core.pattern import NM, Block, Channel, Unstructured, format_patte
 from gossamer.core.result import CompressResult, Coverage, LayerRecord, LeftOut, PruneResult
 from gossamer.core.support import Support
 from gossamer.core.text import text_batches
+from gossamer.engine.measure.problems import ImageProblem, TextProblem
 from gossamer.engine.prune.replace import ReplaceLayersResult, fold_layers, replace_layers
 from gossamer.engine.prune.structure import (
     RemoveChannelsResult,
@@ -41,6 +42,12 @@ from gossamer.nn.semi_structured import from_semi_structured, to_semi_structured
 from gossamer.ops.allocation import LAMP, Global
 from gossamer.ops.select import keep, select, select_global
 from gossamer.report.comparison import Comparison
+from gossamer.training import (
+    TrainingComparison,
+    TrainingReport,
+    compare_training,
+    measure_training,
+)
 
 __all__ = [
     "ER",
@@ -62,6 +69,7 @@ __all__ = [
     "Fraction",
     "Global",
     "GossamerError",
+    "ImageProblem",
     "LatencyModel",
     "LayerRecord",
     "LearnedRun",
@@ -76,9 +84,12 @@ __all__ = [
     "RoundsResult",
     "SparseRun",
     "Support",
+    "TextProblem",
     "Threshold",
     "TopK",
     "TopP",
+    "TrainingComparison",
+    "TrainingReport",
     "TrueSparseRun",
     "Uniform",
     "UniformPlus",
@@ -87,6 +98,7 @@ __all__ = [
     "calibrate_latency",
     "cards",
     "compare",
+    "compare_training",
     "compress",
     "coupled_channels",
     "export",
@@ -99,6 +111,7 @@ __all__ = [
     "keep",
     "load",
     "measure_compression",
+    "measure_training",
     "parse_pattern",
     "prune",
     "push",

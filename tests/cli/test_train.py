@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import gossamer as gs
 from gossamer.cli import main
 from gossamer.engine.train.fit import Fit
+from gossamer.testbed import Text
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
@@ -151,11 +153,26 @@ def test_language_models(place, tmp_path, scratch):
     found = result(tmp_path / "out")
     assert found["measured_density"] == 0.5 and found["quality"]["metric"] == "bits per byte"
     assert 2 < found["quality"]["value"] < 9
-    import gossamer as gs
-
     model = gs.load(tmp_path / "out")
     groups = model.model.layers[0].mlp.up_proj.weight.reshape(-1, 4)
     assert int((groups != 0).sum(1).max()) <= 2
+
+
+def test_a_small_llama_learns_any_text(place, tmp_path):
+    def train(data, name):
+        main(flags(data=data, model="llama", width=32, method="set", density=0.3, steps=4, batch=4,
+                   length=32, out=tmp_path / name))  # fmt: skip
+        return result(tmp_path / name)
+
+    found = train("testbed:text", "bundled")
+    shared = gs.measure_training(
+        Text(32, 88, context=32, batch_size=4), gs.weights.SET(0.3), steps=4
+    )
+    for key in ("quality", "loss", "layers", "flops"):
+        assert found[key] == json.loads(json.dumps(shared.facts))[key], key
+    own = train(place / "text.txt", "own")
+    assert own["quality"]["metric"] == "bits per byte" and own["measured_density"] < 0.31
+    assert (tmp_path / "own" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("kind", ["fashion-mnist:{}/idx", "images:{}/photos"])

@@ -102,10 +102,10 @@ def render_sweep(result: Mapping[str, Any]) -> str:
 
 def _foot(result: Mapping[str, Any]) -> list[str]:
     facts = [[escape(str(k)), escape(str(v))] for k, v in result["machine"].items()]
-    return [
-        "<h2>Machine</h2>", table(("", ""), facts),
-        "<h2>Command</h2>", f"<pre>{escape(str(result['command']))}</pre>",
-    ]  # fmt: skip
+    parts = ["<h2>Machine</h2>", table(("", ""), facts)]
+    if "command" in result:
+        parts += ["<h2>Command</h2>", f"<pre>{escape(str(result['command']))}</pre>"]
+    return parts
 
 
 def chart(lines: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str) -> str:

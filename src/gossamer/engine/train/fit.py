@@ -167,7 +167,7 @@ class Fit:
         value = float(loss.detach())
         if not math.isfinite(value):
             raise NonFiniteError(
-                f"the loss is {value} in step {self.step + 1}; lower --lr or set --clip, the last "
+                f"the loss is {value} in step {self.step + 1}; lower lr or set clip; the last "
                 "checkpoint is unharmed"
             )
         loss.backward()
@@ -201,6 +201,6 @@ class Fit:
             old = dict(json.loads(state["fingerprint"]))
         except (KeyError, TypeError, ValueError):
             raise FormatError(f"{checkpoint}: damaged; delete it and start again") from None
-        remedy = "repeat that run's command, delete the file, or choose another --out"
+        remedy = "repeat that run, delete the file, or choose another place"
         check_same_run(str(checkpoint), old, json.loads(fingerprint), remedy)
         return state
