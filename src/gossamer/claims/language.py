@@ -11,7 +11,7 @@ import gossamer as gs
 from gossamer.engine.measure.evaluate import bits_per_byte
 from gossamer.engine.measure.tasks import Language, Subject
 from gossamer.testbed import calibration_text, heldout_text, language_model
-from gossamer.testbed.packaged import smollm2
+from gossamer.testbed.packaged import folder
 
 WINDOW, SAMPLES, HELD_OUT = 512, 32, 40_000
 """Tokens per window, calibration windows, and bytes of held-out text."""
@@ -27,9 +27,9 @@ def subject(dtype: torch.dtype = torch.float32) -> Subject:
     """SmolLM2 with its tokenizer; raises UsageError where it was never fetched."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = smollm2()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return Subject(model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    place = folder("smollm2")
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, local_files_only=True)
+    return Subject(model.eval(), AutoTokenizer.from_pretrained(place, local_files_only=True))
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
