@@ -2,7 +2,15 @@
 
 from gossamer.api import compare, prune
 from gossamer.compression import CompressionReport, measure_compression
-from gossamer.core.allocation import ER, ERK, OWL, ERKPlus, Uniform, UniformPlus
+from gossamer.core.allocation import (
+    ER,
+    ERK,
+    OWL,
+    BlockInfluence,
+    ERKPlus,
+    Uniform,
+    UniformPlus,
+)
 from gossamer.core.budget import BatchTopK, Fraction, Threshold, TopK, TopP
 from gossamer.core.card import Card
 from gossamer.core.coupling import Coupled
@@ -50,6 +58,7 @@ __all__ = [
     "OWL",
     "BatchTopK",
     "Block",
+    "BlockInfluence",
     "Card",
     "Channel",
     "Comparison",

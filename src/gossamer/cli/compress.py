@@ -59,9 +59,9 @@ class Compress:
     """fraction of weights to remove, such as 0.7 or 70%; 0.5 unless the pattern says otherwise"""
     density: Share | None = None
     """fraction of weights to keep, such as 0.3 or 30%, instead of --sparsity"""
-    allocation: Literal["uniform", "uniform+", "er", "erk", "erk+", "global", "lamp", "owl"] = (
-        "uniform"
-    )
+    allocation: Literal[
+        "uniform", "uniform+", "er", "erk", "erk+", "global", "lamp", "owl", "influence"
+    ] = "uniform"
     """how the density is shared among layers"""
     include: list[str] = field(default_factory=list)
     """further layers to prune, by name patterns such as '*embed*'; repeatable, or comma separated"""

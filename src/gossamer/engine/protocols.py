@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -44,6 +44,31 @@ class Solver(Protocol):
         self, weight: Tensor, stats: LayerStats, pattern: Pattern, density: float
     ) -> tuple[Tensor, Support]:
         """The new weight (out, in) and its support."""
+        ...
+
+
+@runtime_checkable
+class Wraps(Solver, Protocol):
+    """A solver that goes on from what another scorer or solver chose.
+
+    The engine gathers what both need, and admits the patterns that both admit. The solver hands
+    pattern and density on.
+    """
+
+    @property
+    def start(self) -> Any:
+        """The method to start from."""
+        ...
+
+
+@runtime_checkable
+class Reports(Solver, Protocol):
+    """A solver that tells what it did in each layer; the figures become part of the result."""
+
+    def solve_and_report(
+        self, weight: Tensor, stats: LayerStats, pattern: Pattern, density: float
+    ) -> tuple[Tensor, Support, Mapping[str, float]]:
+        """What `solve` gives, and figures by name."""
         ...
 
 
@@ -284,11 +309,26 @@ class Allocation(Protocol):
     """How one density becomes one per layer."""
 
     @property
-    def needs_norm(self) -> bool: ...
+    def needs(self) -> Sequence[str]:
+        """What the dense model must be asked: `norm`, `angle`."""
+        ...
+
     def allocate(self, layers: Sequence[LayerInfo], density: float) -> dict[str, float]: ...
 
 
-def check_method(method: Any, statistics: Sequence[str]) -> None:
+def needs_of(method: Method) -> tuple[str, ...]:
+    """The statistics that a method needs, and those of the method that it starts from."""
+    inner = needs_of(method.start) if isinstance(method, Wraps) else ()
+    return tuple(dict.fromkeys((*method.card.needs, *inner)))
+
+
+def patterns_of(method: Method) -> tuple[str, ...]:
+    """The patterns that a method admits, and so does the method that it starts from."""
+    inner = patterns_of(method.start) if isinstance(method, Wraps) else method.card.patterns
+    return tuple(x for x in method.card.patterns if x in inner)
+
+
+def check_method(method: Any, statistics: Collection[str]) -> None:
     """Raise UsageError unless `method` is a method that needs no more than `statistics`."""
     if isinstance(method, type):
         raise UsageError(f"method is the class {method.__name__}; pass an instance of it")
@@ -298,6 +338,8 @@ def check_method(method: Any, statistics: Sequence[str]) -> None:
             f"{type(method).__name__} is not a pruning method: it needs a card and either "
             "score(weight, stats) or solve(weight, stats, pattern, density)"
         )
+    if isinstance(method, Wraps):
+        check_method(method.start, statistics)
     for need in card.needs:
         if need not in statistics:
             raise UsageError(f"{card.name} needs {need}, which calibration does not gather")

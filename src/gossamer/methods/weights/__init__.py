@@ -1,5 +1,6 @@
 """Weights: scores, solvers, topology, penalties and recipes, after or during training."""
 
+from gossamer.methods.weights.dsnot import DSnoT
 from gossamer.methods.weights.fixed_masks import FixedMasks
 from gossamer.methods.weights.gmp import GMP
 from gossamer.methods.weights.granet import GraNet
@@ -34,6 +35,7 @@ __all__ = [
     "SNIP",
     "SRSTE",
     "WGSEF",
+    "DSnoT",
     "FixedMasks",
     "GraNet",
     "Magnitude",
