@@ -38,6 +38,7 @@ from gossamer.engine.serve.generate import generate
 from gossamer.engine.serve.measure_latency import calibrate_latency
 from gossamer.engine.serve.unpack import unpack
 from gossamer.engine.train.compressed import TrueSparseRun, sparse_layers, true_sparse_training
+from gossamer.engine.train.estimate import EstimatedGradients
 from gossamer.engine.train.learned import LearnedRun
 from gossamer.engine.train.masked import sparse_training
 from gossamer.engine.train.rounds import RoundPart, RoundsResult, train_rounds
@@ -67,6 +68,7 @@ __all__ = [
     "Coupled",
     "Coverage",
     "ERKPlus",
+    "EstimatedGradients",
     "FormatError",
     "Fraction",
     "Global",

@@ -69,6 +69,12 @@ PLANNERS = {
 }
 """Methods that cut neurons and heads out of transformers."""
 
+SOURCES = {
+    "deepzero": lambda: W.DeepZero(0.3),
+    "deepzero-random": lambda: W.DeepZero(0.5, estimator="random", directions=6),
+}
+"""Methods that estimate gradients from values of the loss."""
+
 PRUNERS = {x.card.name: x for x in methods(roles=("scorer", "solver")).values()}
 """Scorers and solvers; each is valid without arguments."""
 

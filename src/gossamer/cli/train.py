@@ -31,9 +31,9 @@ from gossamer.core.files import write_whole
 from gossamer.core.pattern import parse_pattern
 from gossamer.core.words import listed
 from gossamer.engine.progress import track
-from gossamer.engine.protocols import Recipe
+from gossamer.engine.protocols import GradientSource, Recipe
 from gossamer.engine.train.fit import Fit, TrainingOptions
-from gossamer.engine.train.flops import expected_flops, steps_for
+from gossamer.engine.train.flops import expected_flops, expected_query_flops, steps_for
 from gossamer.engine.train.rounds import expected_rounds_flops
 from gossamer.io.atomic import check_target, new_folder
 from gossamer.io.save import save
@@ -68,7 +68,8 @@ class Train:
     width: int = 0
     """of the small networks: first channels of the CNN (8), hidden units of the MLP (256)"""
     method: str = "rigl"
-    """topology method or recipe, with its options, such as rigl:every=50,drop=0.3; or dense"""
+    """topology method, recipe or gradient source, with its options, such as
+    rigl:every=50,drop=0.3; or dense"""
     density: Share | None = None
     """fraction of weights to keep, such as 0.1 or 10%; 0.1 unless the pattern says otherwise"""
     sparsity: Share | None = None
@@ -233,14 +234,16 @@ class Train:
                 self.save_every, writer, prefix,
             )  # fmt: skip
             return *rounds.train(name, density), work
+        source = method if isinstance(method, GradientSource) else None
         fit = Fit(
             work.build(seed),
-            method,
+            None if source is not None else method,
             lambda model, step: work.loss(model, step, seed),
             self._recipe(isinstance(work, Text), steps),
             include=self.include,
             exclude=self.exclude,
             seed=seed,
+            source=source,
         )
         with track(steps, True, f"{name} {seed}") as step:
             seen = 0
@@ -290,6 +293,8 @@ class Train:
             )
             if isinstance(method, Recipe):
                 return expected_rounds_flops(model, method, steps, loss, **names)
+            if isinstance(method, GradientSource):
+                return expected_query_flops(model, method, steps, loss)
             return expected_flops(model, method, steps, loss, **names)
 
         budget = max(cost(variant, self.steps) for variant in variants)
@@ -361,7 +366,7 @@ def _method_parts(text: str) -> tuple[type[Any], dict[str, Any]]:
             f"--method {kind.card.name} is used from Python: {USE[kind.card.role]}; choose a topology "
             "method or a recipe here (see gossamer methods weights)"
         )
-    if kind.card.role not in ("topology", "recipe"):
+    if kind.card.role not in ("topology", "recipe", "gradient_source"):
         raise UsageError(
             f"--method {kind.card.name} does not train: it is a {kind.card.role}; choose a topology "
             "method or a recipe of gossamer methods weights, or use gossamer compress"

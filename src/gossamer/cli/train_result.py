@@ -42,6 +42,7 @@ def record(fit: Fit, work: Work, name: str, density: float | None, seed: int) ->
         },
         "flops": {"spent": meter.spent, "dense": meter.dense_step * steps,
                   "ratio": meter.spent / (meter.dense_step * steps)},
+        "queries": None if fit.estimates is None else fit.estimates.queries,
         "layers": layers_of(masks),
     }  # fmt: skip
 

@@ -19,10 +19,10 @@ class Card:
     topic : str
         What becomes sparse: the folder and the public namespace, such as `weights`.
     role : str
-        How it plugs in: `scorer`, `solver`, `topology`, `learned_mask`, `replacer`, `planner` or
-        `recipe`.
+        How it plugs in: `scorer`, `solver`, `topology`, `learned_mask`, `replacer`, `planner`,
+        `gradient_source` or `recipe`.
     needs : tuple of str
-        The statistics it reads: `norm`, `hessian`, `gradients`.
+        The statistics it reads: `norm`, `hessian`, `sum`, `variance`, `gradients`.
     patterns : tuple of str
         The patterns it admits: `unstructured`, `nm`, `block`, `channel`.
     year : int

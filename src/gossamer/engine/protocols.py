@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from gossamer.core.allocation import LayerInfo
 from gossamer.core.card import Card
-from gossamer.core.errors import UsageError
 from gossamer.core.pattern import Pattern
 from gossamer.core.stats import LayerStats
 from gossamer.core.step import Step
@@ -271,6 +270,46 @@ class AddsLoss(Protocol):
 
 
 @runtime_checkable
+class GradientSource(Protocol):
+    """A method that estimates gradients from values of the loss, without a backward pass.
+
+    The engine holds what it chose and drew, and sees to it that every query of a step sees the same
+    batch, random numbers and buffers.
+    """
+
+    @property
+    def card(self) -> Card: ...
+
+    def due(self, number: int, total: int, /) -> bool:
+        """Whether coordinates are chosen anew after so many steps; before the first they are."""
+        ...
+
+    def coordinates(
+        self, parameters: Mapping[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """bool, of each parameter's shape: what is estimated until the next choice."""
+        ...
+
+    def queries(self, coordinates: Mapping[str, Tensor], /) -> int:
+        """How many times `estimate` asks for the loss."""
+        ...
+
+    def estimate(
+        self,
+        loss: Callable[[], float],
+        parameters: Mapping[str, Tensor],
+        coordinates: Mapping[str, Tensor],
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """The gradient of each parameter, zero outside the coordinates.
+
+        The first call of `loss` is with the parameters as they are. They may be changed in place,
+        and are left as they were, bit for bit.
+        """
+        ...
+
+
+@runtime_checkable
 class Replacer(Protocol):
     """A method that puts a cheaper layer in the place of an ordinary one."""
 
@@ -314,41 +353,3 @@ class Allocation(Protocol):
         ...
 
     def allocate(self, layers: Sequence[LayerInfo], density: float) -> dict[str, float]: ...
-
-
-def needs_of(method: Method) -> tuple[str, ...]:
-    """The statistics that a method needs, and those of the method that it starts from."""
-    inner = needs_of(method.start) if isinstance(method, Wraps) else ()
-    return tuple(dict.fromkeys((*method.card.needs, *inner)))
-
-
-def patterns_of(method: Method) -> tuple[str, ...]:
-    """The patterns that a method admits, and so does the method that it starts from."""
-    inner = patterns_of(method.start) if isinstance(method, Wraps) else method.card.patterns
-    return tuple(x for x in method.card.patterns if x in inner)
-
-
-def check_method(method: Any, statistics: Collection[str]) -> None:
-    """Raise UsageError unless `method` is a method that needs no more than `statistics`."""
-    if isinstance(method, type):
-        raise UsageError(f"method is the class {method.__name__}; pass an instance of it")
-    card = getattr(method, "card", None)
-    if not isinstance(card, Card) or not isinstance(method, (Scorer, Solver)):
-        raise UsageError(
-            f"{type(method).__name__} is not a pruning method: it needs a card and either "
-            "score(weight, stats) or solve(weight, stats, pattern, density)"
-        )
-    if isinstance(method, Wraps):
-        check_method(method.start, statistics)
-    for need in card.needs:
-        if need not in statistics:
-            raise UsageError(f"{card.name} needs {need}, which calibration does not gather")
-
-
-def check_no_mask(method: Any, who: str) -> None:
-    """Raise UsageError for a method that learns masks where only topology methods are followed."""
-    if isinstance(method, LearnedMask) and not isinstance(method, type):
-        raise UsageError(
-            f"{who} follows topology methods alone; {method.card.name} learns masks: use it in a "
-            "loop of your own, inside gs.sparse_training"
-        )

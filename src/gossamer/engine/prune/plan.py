@@ -17,15 +17,9 @@ from gossamer.core.errors import NonFiniteError, PatternError, UsageError
 from gossamer.core.matrix import Weight, own_forward
 from gossamer.core.pattern import NM, Pattern, check_pattern, format_pattern, pattern_kind
 from gossamer.core.stats import LayerStats
+from gossamer.engine.checks import check_method, needs_of, patterns_of
 from gossamer.engine.data import Batch, read_batches
-from gossamer.engine.protocols import (
-    Allocation,
-    Method,
-    Solver,
-    check_method,
-    needs_of,
-    patterns_of,
-)
+from gossamer.engine.protocols import Allocation, Method, Solver
 from gossamer.engine.prune.around import gather_angles
 from gossamer.engine.prune.calibrate import STATISTICS, Calibrator
 from gossamer.engine.prune.padding import hides_padding

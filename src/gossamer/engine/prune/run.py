@@ -16,10 +16,11 @@ from gossamer.core.result import LayerRecord, PruneResult, unwrap
 from gossamer.core.stats import LayerStats
 from gossamer.core.support import Support
 from gossamer.engine import hooks
+from gossamer.engine.checks import needs_of
 from gossamer.engine.coverage import coverage_of, nonzeros, warn
 from gossamer.engine.data import Batch, digest_batches, digest_model
 from gossamer.engine.progress import Step, track
-from gossamer.engine.protocols import Allocation, Method, Reports, Solver, needs_of
+from gossamer.engine.protocols import Allocation, Method, Reports, Solver
 from gossamer.engine.prune.journal import Figures, Journal
 from gossamer.engine.prune.plan import LOST, Plan, Uncalled, Unit, options_of, plan_of
 from gossamer.models import find_weights

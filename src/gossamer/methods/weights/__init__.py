@@ -1,5 +1,6 @@
 """Weights: scores, solvers, topology, penalties and recipes, after or during training."""
 
+from gossamer.methods.weights.deepzero import DeepZero
 from gossamer.methods.weights.dsnot import DSnoT
 from gossamer.methods.weights.fixed_masks import FixedMasks
 from gossamer.methods.weights.gmp import GMP
@@ -36,6 +37,7 @@ __all__ = [
     "SRSTE",
     "WGSEF",
     "DSnoT",
+    "DeepZero",
     "FixedMasks",
     "GraNet",
     "Magnitude",
