@@ -65,7 +65,9 @@ def test_variances_of_unequal_shards_far_from_zero_keep_their_digits(sizes, seed
             got = kind.finalize(merged, "l")
             want = x.double().var(0, correction=0)
             torch.testing.assert_close(got.variance.double(), want, rtol=close, atol=1e-7)
-    inside = sum(part.double().var(0, correction=0) * len(part) for part in x.split(sizes) if len(part))
+    inside = sum(
+        part.double().var(0, correction=0) * len(part) for part in x.split(sizes) if len(part)
+    )
     got = ColumnVariance()
     state = got.init(5)
     for part in x.split(sizes):
@@ -94,9 +96,10 @@ def test_angles_are_exact_where_a_cosine_has_no_digits():
     turns = torch.tensor([0.0, 1e-6, 0.25, 0.5, 1.0], dtype=torch.float64)
     before = torch.zeros(5, 3, dtype=torch.float64)
     before[:, 0] = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
-    after = torch.stack(
-        ((turns * math.pi).cos(), (turns * math.pi).sin(), torch.zeros(5)), dim=1
-    ) * torch.tensor([7.0, 1.0, 0.5, 2.0, 9.0])[:, None]
+    after = (
+        torch.stack(((turns * math.pi).cos(), (turns * math.pi).sin(), torch.zeros(5)), dim=1)
+        * torch.tensor([7.0, 1.0, 0.5, 2.0, 9.0])[:, None]
+    )
     for row in range(5):
         state = kind.update(kind.init(), before[row : row + 1], after[row : row + 1])
         assert kind.finalize(state, "b").angle == pytest.approx(float(turns[row]), rel=1e-7)

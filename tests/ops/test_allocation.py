@@ -180,7 +180,7 @@ def test_block_influence_meets_the_budget_with_unequal_blocks_and_keeps_the_orde
 def test_block_influence_refuses_what_has_no_blocks_or_would_empty_one():
     with pytest.raises(gs.UsageError, match="with blocks"):
         gs.BlockInfluence().allocate([LayerInfo("x", (2, 2), None, torch.ones(2, 2))], 0.5)
-    with pytest.raises(gs.UsageError, match="block 3: .*angle"):
+    with pytest.raises(gs.UsageError, match=r"block 3: .*angle"):
         gs.BlockInfluence().allocate([block(3, 8, None)], 0.5)
     with pytest.raises(gs.UsageError, match="b0: would lose every weight"):
         gs.BlockInfluence(40.0).allocate([block(0, 8, 0.0), block(1, 8, 0.4)], 0.3)

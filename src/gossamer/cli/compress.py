@@ -51,8 +51,8 @@ class Compress:
     """language model or text encoder: a Hugging Face folder, a hub name such as
     HuggingFaceTB/SmolLM2-135M (from the local cache first), or testbed:lm"""
     method: str = "sparsegpt"
-    """scorer or solver, with its options, such as wanda or sparsegpt:block=64; `gossamer methods
-    weights` lists them"""
+    """scorer or solver, with its options, such as wanda, sparsegpt:block=64 or
+    dsnot:start=sparsegpt,start.block=64; `gossamer methods weights` lists them"""
     pattern: str = "unstructured"
     """where zeros may lie: unstructured, unstructured:row, 2:4, 4:8, block:4x1, channel:1"""
     sparsity: Share | None = None

@@ -18,9 +18,7 @@ Build = Callable[[str], Any]
 """Makes a method from such a text."""
 
 
-def build(
-    text: str, kinds: Mapping[str, type[Any]], what: str, method: Build | None = None
-) -> Any:
+def build(text: str, kinds: Mapping[str, type[Any]], what: str, method: Build | None = None) -> Any:
     """An instance of one of the dataclasses `kinds`: `owl`, `sparsegpt:block=64,damping=0.02`.
 
     method: builds options that are methods. Raises UsageError for an unknown name or option, naming

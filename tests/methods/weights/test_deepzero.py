@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import gossamer as gs
+from gossamer.core.allocation import LayerInfo
 from gossamer.methods import build
 from gossamer.methods.weights.topology import layer_counts
 
@@ -75,7 +76,7 @@ def test_masks_have_the_allocation_s_exact_counts_and_leave_vectors_whole():
     assert int(chosen["3.weight"].sum()) == 32
     assert all(bool(m.all()) for name, m in chosen.items() if parameters[name].dim() == 1)
     infos = [
-        gs.core.allocation.LayerInfo(n, tuple(p.shape), None, p.detach().flatten(1))
+        LayerInfo(n, tuple(p.shape), None, p.detach().flatten(1))
         for n, p in parameters.items()
         if p.dim() > 1
     ]

@@ -169,7 +169,9 @@ def test_its_start_is_named_in_words():
     text = "dsnot:start.damping=0.02,start=sparsegpt,cycles=20,start.block=64,skip=none"
     assert build(text) == want
     assert build("dsnot:start.scope=tensor").start == gs.weights.Wanda("tensor")
-    assert build("dsnot:start=dsnot,start.start=weights.magnitude").start.start == build("magnitude")
+    assert build("dsnot:start=dsnot,start.start=weights.magnitude").start.start == build(
+        "magnitude"
+    )
     assert build("widths:scorer=random,scorer.seed=3") == gs.weights.Widths(gs.weights.Random(3))
     for text, message in {
         "dsnot:start=sparsegpt:block=64": r"start=sparsegpt,start\.block=64",
