@@ -138,7 +138,7 @@ def test_owl_meets_the_budget_with_unequal_blocks_at_every_density(density, lam,
 
 
 def block(index, size, angle):
-    return LayerInfo(f"b{index}", (size, 16), index, torch.ones(size, 16), None, angle)
+    return LayerInfo(f"b{index}", (size, 512), index, torch.ones(size, 512), None, angle)
 
 
 def released(sums, removed, a=1.0):

@@ -99,16 +99,20 @@ class EstimatedGradients:
         self.choose()
         held = {name: p.detach() for name, p in self.parameters.items()}
         ask = _Queries(self.model, loss)
-        if not self.number:
-            _check_repeats(ask)
-        found = self.source.estimate(ask, held, self.coordinates, self.generator)
+        try:
+            if not self.number:
+                _check_repeats(ask)
+            found = self.source.estimate(ask, held, self.coordinates, self.generator)
+            for name, gradient in found.items():
+                if not bool(torch.isfinite(gradient).all()):
+                    raise NonFiniteError(
+                        f"{name}: the estimate of its gradient in step {self.number + 1} is not a "
+                        "number; lower the learning rate or the step of the estimate"
+                    )
+        except BaseException:
+            ask.undo()
+            raise
         value = ask.finish()
-        for name, gradient in found.items():
-            if not bool(torch.isfinite(gradient).all()):
-                raise NonFiniteError(
-                    f"{name}: the estimate of its gradient in step {self.number + 1} is not a "
-                    "number; lower the learning rate or the step of the estimate"
-                )
         for name, p in self.parameters.items():
             p.grad = found[name] if p.grad is None else p.grad + found[name]
         self.number += 1
@@ -161,6 +165,10 @@ class _Queries:
             raise UsageError("a gradient source asks for the loss at least once")
         self._restore(*self._after)
         return self._value
+
+    def undo(self) -> None:
+        """Leave random numbers and buffers as they were before the first call."""
+        self._restore(self._random, self._before)
 
     def _restore(self, random: dict[str, Tensor], buffers: list[Tensor]) -> None:
         set_random_state(random)
