@@ -45,7 +45,9 @@ def test_parameters_end_as_they_were_and_queries_are_as_many_as_told(name):
     parameters = dict(model.named_parameters())
     before = {n: p.clone() for n, p in parameters.items()}
     chosen = source.coordinates(parameters, generator())
-    assert all(chosen[n].shape == p.shape and chosen[n].dtype == torch.bool for n, p in before.items())
+    assert all(
+        chosen[n].shape == p.shape and chosen[n].dtype == torch.bool for n, p in before.items()
+    )
     again = source.coordinates(parameters, generator())
     assert all(torch.equal(chosen[n], again[n]) for n in chosen)
     other = source.coordinates(parameters, generator(1))

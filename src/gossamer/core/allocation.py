@@ -255,18 +255,17 @@ class BlockInfluence:
         for block, angle in angles.items():
             if angle is None:
                 raise UsageError(f"block {block}: BlockInfluence needs the angle that it turns")
-        sizes = {block: sum(x.size for x in layers if x.block == block) for block in angles}
-        known: dict[int | None, float] = {b: a for b, a in angles.items() if a is not None}
+        known = {block: angle for block, angle in angles.items() if angle is not None}
         mean = sum(known.values()) / len(known)
         scale = self.sharpness * 128 * 2048 / 1e4
         raw = {block: _sigmoid(scale * (angle - mean)) for block, angle in known.items()}
-        level = sum(raw[block] * sizes[block] for block in raw) / sum(sizes.values())
-        shares = {block: value / level for block, value in raw.items()}
-        largest = max(shares.values())
-        if largest * density > 1:
-            drawn = (1 / density - 1) / (largest - 1)
-            shares = {block: 1 + drawn * (share - 1) for block, share in shares.items()}
-        found = {x.name: density * shares.get(x.block, 1.0) for x in layers}
+        inside = [x for x in layers if x.block is not None]
+        total = sum(x.size for x in inside)
+        level = sum(raw[x.block] * x.size for x in inside if x.block is not None) / total
+        largest = max(raw.values()) / level
+        drawn = 1.0 if largest * density <= 1 else (1 / density - 1) / (largest - 1)
+        shares = {block: 1 + drawn * (value / level - 1) for block, value in raw.items()}
+        found = {x.name: density * (1.0 if x.block is None else shares[x.block]) for x in layers}
         for layer in layers:
             if layer.size and round(found[layer.name] * layer.size) == 0:
                 raise UsageError(f"{layer.name}: would lose every weight; lower the sharpness")

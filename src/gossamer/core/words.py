@@ -65,7 +65,7 @@ def parts(
             nested.setdefault(option, [])
     for option, given in nested.items():
         assert method is not None
-        options[option] = method(f"{inner[option]}:{','.join(given)}")
+        options[option] = method(":".join(filter(None, (inner[option], ",".join(given)))))
     return kind, options
 
 

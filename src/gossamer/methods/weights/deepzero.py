@@ -10,7 +10,7 @@ https://arxiv.org/abs/2310.02025
 methods that use values of the loss alone. Coordinate-wise estimates are better than random
 directions for as many forward passes.
 
-**Defaults.** Coordinate-wise, a step of 0.005, a tenth of each run's weights, a new choice after
+**Defaults.** Coordinate-wise, a step of 0.005, a tenth of the weights, a new choice after
 each tenth of the run, which is five of fifty epochs.
 
 **Notes.** The trained model is dense: what is sparse is the gradient. Matrices and kernels are
