@@ -226,6 +226,8 @@ def test_the_engine_gathers_what_both_need_and_tells_what_was_swapped(tiny_llama
         moved = result.supports[name].mask ^ first.supports[name].mask
         assert int(moved.sum()) == 2 * result.figures[name]["swaps"]
     assert result.measured_density == first.measured_density
+    swaps = sum(told["swaps"] for told in result.figures.values())
+    assert f"dsnot: {swaps:,} swaps in 8 of 14 layers" in str(result)
 
 
 def test_a_journal_keeps_the_figures(tiny_llama, tmp_path):

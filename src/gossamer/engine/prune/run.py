@@ -274,8 +274,23 @@ def _result(
         measured_density=kept / total if total else 1.0,
         provenance=provenance,
         coverage=coverage_of(plan.model, find_weights(plan.model), supports, left),
-        notes=plan.notes + _padding_note(calibrator.unmasked if calibrator else ()),
+        notes=plan.notes
+        + _padding_note(calibrator.unmasked if calibrator else ())
+        + _counts(options.method.card.name, figures),
         figures=figures,
+    )
+
+
+def _counts(method: str, figures: Figures) -> tuple[str, ...]:
+    """What the method counted, over all layers."""
+    counts: dict[str, list[int]] = {}
+    for told in figures.values():
+        for what, value in told.items():
+            if isinstance(value, int) and value:
+                counts.setdefault(what, []).append(value)
+    return tuple(
+        f"{method}: {sum(values):,} {what} in {len(values)} of {len(figures)} layers"
+        for what, values in counts.items()
     )
 
 
