@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from examples import LEARNED, PLANNERS, PRUNERS, REPLACERS, SOURCES, TOPOLOGY
+from examples import LEARNED, PLANNERS, PRUNERS, RECIPES, REPLACERS, SOURCES, TOPOLOGY
 
 import gossamer as gs
 from gossamer.core.density import kept_count
@@ -197,6 +197,7 @@ def test_names_are_found_near_ones_are_told_and_shared_ones_need_their_topic(mon
         ("replacer", REPLACERS),
         ("planner", PLANNERS),
         ("gradient_source", SOURCES),
+        ("recipe", RECIPES),
     ],
 )
 def test_every_method_has_an_example(role, examples):

@@ -61,7 +61,7 @@ def test_densities_follow_the_blocks_and_meet_the_budget(tiny):
     angles = [x.angle for x in angles_of(model, batches)]
     method, allocation = gs.weights.Magnitude(), gs.BlockInfluence(8.0)
     result = gs.prune(model, method, density=0.5, allocation=allocation, data=batches)
-    asked = {x.name: x.requested for x in result.layers}
+    asked = {x.name: x.requested_density for x in result.layers}
     first, second = ({v for k, v in asked.items() if f".layers.{n}." in k} for n in (0, 1))
     assert len(first) == len(second) == 1 and first != second
     assert (first.pop() > second.pop()) == (angles[0] > angles[1])
