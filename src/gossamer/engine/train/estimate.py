@@ -43,11 +43,16 @@ class EstimatedGradients:
 
     Examples
     --------
-    >>> estimates = gs.EstimatedGradients(model, gs.weights.DeepZero(), 300)  # doctest: +SKIP
-    >>> for x, y in batches:  # doctest: +SKIP
+    >>> import gossamer as gs, torch
+    >>> model, x = torch.nn.Linear(8, 1), torch.randn(16, 8)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> estimates = gs.EstimatedGradients(model, gs.weights.DeepZero(active=0.5), total_steps=9)
+    >>> for _ in range(9):
     ...     optimizer.zero_grad()
-    ...     value = estimates.backward(lambda: F.cross_entropy(model(x), y))
+    ...     loss = estimates.backward(lambda: model(x).square().mean())
     ...     optimizer.step()
+    >>> estimates.queries  # the loss as it is, four weights and the bias
+    6
     """
 
     def __init__(
