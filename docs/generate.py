@@ -97,6 +97,12 @@ gs.train_rounds(model, gs.{card.topic}.{find(card.name).__name__}(density=0.1), 
 gs.fold_layers(model)"""
     if card.role == "planner":
         return f'gs.prune(model, {name}(), density=0.5).model.save_pretrained("out")'
+    if card.role == "gradient_source":
+        return f"""estimates = gs.EstimatedGradients(model, {name}(), total_steps=n)
+for x, y in batches:
+    optimizer.zero_grad()
+    estimates.backward(lambda: loss(model(x), y))  # in place of loss.backward()
+    optimizer.step()"""
     if card.role != "topology":
         return f"gossamer compress --method {card.name} --sparsity 0.5"
     method = find(card.name)

@@ -2,7 +2,15 @@
 
 from gossamer.api import compare, prune
 from gossamer.compression import CompressionReport, measure_compression
-from gossamer.core.allocation import ER, ERK, OWL, ERKPlus, Uniform, UniformPlus
+from gossamer.core.allocation import (
+    ER,
+    ERK,
+    OWL,
+    BlockInfluence,
+    ERKPlus,
+    Uniform,
+    UniformPlus,
+)
 from gossamer.core.budget import BatchTopK, Fraction, Threshold, TopK, TopP
 from gossamer.core.card import Card
 from gossamer.core.coupling import Coupled
@@ -31,6 +39,7 @@ from gossamer.engine.serve.generate import generate
 from gossamer.engine.serve.measure_latency import calibrate_latency
 from gossamer.engine.serve.unpack import unpack
 from gossamer.engine.train.compressed import TrueSparseRun, sparse_layers, true_sparse_training
+from gossamer.engine.train.estimate import EstimatedGradients
 from gossamer.engine.train.learned import LearnedRun
 from gossamer.engine.train.masked import sparse_training
 from gossamer.engine.train.rounds import RoundPart, RoundsResult, train_rounds
@@ -57,6 +66,7 @@ __all__ = [
     "OWL",
     "BatchTopK",
     "Block",
+    "BlockInfluence",
     "Card",
     "Channel",
     "Comparison",
@@ -65,6 +75,7 @@ __all__ = [
     "Coupled",
     "Coverage",
     "ERKPlus",
+    "EstimatedGradients",
     "FormatError",
     "Fraction",
     "Global",

@@ -146,7 +146,7 @@ def measure_training(
     problem : Problem
         An `ImageProblem`, a `TextProblem`, one of `gossamer.testbed`, or any object with their
         functions.
-    method : topology method, recipe, str or None
+    method : topology method, recipe, gradient source, str or None
         Such as `gs.weights.RigL(density=0.1)`, or the same as text, `"rigl:density=0.1"`. None
         trains a dense network.
     steps : int

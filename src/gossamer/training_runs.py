@@ -17,18 +17,18 @@ from torch import nn
 from gossamer.core.errors import UsageError
 from gossamer.core.files import write_whole
 from gossamer.engine.progress import Step, track
-from gossamer.engine.protocols import Recipe, TopologyMethod
+from gossamer.engine.protocols import GradientSource, Recipe, TopologyMethod
 from gossamer.engine.train.fit import Fit, TrainingOptions
 from gossamer.engine.train.fit_rounds import FitRounds, Place
-from gossamer.engine.train.flops import expected_flops, steps_for
+from gossamer.engine.train.flops import expected_flops, expected_query_flops, steps_for
 from gossamer.engine.train.record import event_writer, log_step, record, record_rounds
 from gossamer.engine.train.rounds import expected_rounds_flops
 from gossamer.methods import build
 from gossamer.nn.kernel_choice.machine import machine
 from gossamer.testbed.base import Problem
 
-TrainedBy: TypeAlias = TopologyMethod | Recipe | None
-"""What makes a network sparse while it trains; None: it stays dense."""
+TrainedBy: TypeAlias = TopologyMethod | Recipe | GradientSource | None
+"""What makes a network sparse while it trains, or estimates its gradients; None: plain training."""
 
 _CURVE = 400
 """Points of the loss curve that are kept, about."""
@@ -73,10 +73,10 @@ class Variant:
         if self.method is None:
             return
         role = self.method.card.role
-        if role not in ("topology", "recipe"):
+        if role not in ("topology", "recipe", "gradient_source"):
             raise UsageError(
                 f"{self.label} is a {role.replace('_', ' ')}; what trains here is a topology "
-                "method or a recipe (see gs.cards())"
+                "method, a recipe or a gradient source (see gs.cards())"
             )
         if isinstance(self.method, Recipe) and (self.method.rewind or 0) >= steps:
             raise UsageError(
@@ -151,6 +151,8 @@ class Training:
         names = {"include": self.include, "exclude": self.exclude}
         if isinstance(one.method, Recipe):
             return expected_rounds_flops(model, one.method, steps, loss, **names)
+        if isinstance(one.method, GradientSource):
+            return expected_query_flops(model, one.method, steps, loss)
         return expected_flops(model, one.method, steps, loss, **names)
 
     def _kept(
@@ -190,9 +192,12 @@ class Training:
                 result = rounds.train(folder, known, self.save_every, _Watch(bar, writer, prefix))
             losses, found = rounds.losses, record_rounds(rounds, result)
         else:
+            source = method if isinstance(method, GradientSource) else None
+            supports = None if isinstance(method, GradientSource) else method
             fit = Fit(
-                model, method, lambda model, step: problem.loss(model, step, seed), options, **names
-            )
+                model, supports, lambda model, step: problem.loss(model, step, seed), options,
+                source=source, **names,
+            )  # fmt: skip
             with track(options.steps, self.progress, f"{one.label} {seed}") as bar:
                 fit.train(file, known, self.save_every, _Watch(bar, writer, prefix))
             losses, found = fit.losses, record(fit)

@@ -81,6 +81,21 @@ def test_digits_end_to_end(tmp_path, capsys, stored_tensors, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "out"]
 
 
+def test_a_gradient_source_trains_a_dense_model_and_is_charged_its_passes(tmp_path, capsys):
+    small = {"data": "digits", "model": "mlp", "width": 8, "steps": 3, "lr": 0.02}
+    name = "deepzero:active=0.05"
+    main(flags(**small, method=name, out=tmp_path / "one"))
+    assert "forward passes in a step" in capsys.readouterr().out
+    found = result(tmp_path / "one")
+    weights, biases = 64 * 8 + 8 * 8 + 8 * 10, 8 + 8 + 10
+    assert found["queries"] == 1 + round(0.05 * weights) + biases
+    assert found["measured_density"] == 1.0 and found["requested_density"] is None
+    assert found["flops"]["ratio"] == pytest.approx(found["queries"] / 3)
+    main(flags(**small, sweep_methods=f"dense,{name}", out=tmp_path / "both"))
+    dense, source = result(tmp_path / "both")["variants"]
+    assert source["steps"] == 3 and dense["steps"] == found["queries"]
+
+
 def test_a_killed_run_resumes_bitwise(tmp_path, kill_at, over_threads):
     def argv(out):
         return flags(data="digits", method="set:every=7", density=0.2, steps=60, save_every=10, lr=0.002,
@@ -204,6 +219,8 @@ BAD = [
     ({"method": "imp:rewind=3"}, "rewinds"),
     ({"method": "wgsef"}, "coupled"),
     ({"pattern": "2:4"}, "leave it out"),
+    ({"method": "deepzero", "density": 0.1}, "no density to ask for"),
+    ({"method": "deepzero", "model": "mlp", "exclude": '["*"]'}, "leave include and exclude out"),
     ({"method": "rigl:speed=3"}, "unknown option of rigl 'speed'"),
     ({"method": "rigl:every=0"}, "every"),
     ({"method": "rigl:density=0.3"}, "give --density"),

@@ -39,20 +39,29 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def bits(method: Any, seed: int, short: bool) -> float:
-    """Bits per byte of held-out text at 50%; method None is dense.
+    """Bits per byte of held-out text at 50%; method None is dense."""
+    return pruned(method, 0.5, seed, short)[0]
+
+
+def pruned(
+    method: Any, density: float, seed: int, short: bool
+) -> tuple[float, gs.PruneResult | None]:
+    """Bits per byte of held-out text, and what pruning told; method None is dense.
 
     The short form takes the bundled byte-level model, 2 kB of text, and prunes its last block.
     """
+    result = None
     on = Subject(language_model(), None) if short else subject()
     text = heldout_text()[: 2_000 if short else HELD_OUT]
     if method is not None:
         window, samples = (256, 4) if short else (WINDOW, SAMPLES)
         data = Language(on, text).calibration(calibration_text(), samples, window, seed)
         left = [f"model.layers.{block}.*" for block in range(4)] if short else []
-        gs.prune(on.model, method, density=0.5, data=data, exclude=left)
+        result = gs.prune(on.model, method, density=density, data=data, exclude=left)
         cast(on.model, torch.bfloat16)
         cast(on.model, torch.float32)
-    return bits_per_byte(on.model, text, window=256 if short else WINDOW, encode=on.encode)
+    found = bits_per_byte(on.model, text, window=256 if short else WINDOW, encode=on.encode)
+    return found, result
 
 
 def one(seed: int, short: bool) -> dict[str, float]:

@@ -17,6 +17,7 @@ USE = {
     "learned_mask": "gs.sparse_training, from Python",
     "replacer": "gs.replace_layers, from Python",
     "planner": "gs.prune, from Python",
+    "gradient_source": "gossamer train",
     "recipe": "gossamer train",
 }
 """What runs a method, by its role."""
@@ -81,8 +82,9 @@ def _print_topic(name: str) -> None:
     print_table(f"{name}: {TOPICS[name]}", ("name", "role", "year", "claim", "what"), rows)
     print_text(
         "Scorers and solvers prune a trained model (gossamer compress). Topology methods and "
-        "recipes make a model sparse while it trains (gossamer train). Learned masks, replacers "
-        "and planners are used from Python."
+        "recipes make a model sparse while it trains, and gradient sources train without a "
+        "backward pass (gossamer train). Learned masks, replacers and planners are used from "
+        "Python."
     )
     print_text(
         "claim: what became of the paper's claim on small tasks here; open means undecided. "

@@ -45,7 +45,8 @@ class Train:
     """of the small networks: first channels of the CNN (8), hidden units of the MLP (256), width of
     the Llama (64)"""
     method: str = "rigl"
-    """topology method or recipe, with its options, such as rigl:every=50,drop=0.3; or dense"""
+    """topology method, recipe or gradient source, with its options, such as
+    rigl:every=50,drop=0.3; or dense"""
     density: Share | None = None
     """fraction of weights to keep, such as 0.1 or 10%; 0.1 unless the pattern says otherwise"""
     sparsity: Share | None = None
@@ -220,7 +221,7 @@ def _method_parts(text: str) -> tuple[type[Any], dict[str, Any]]:
             f"--method {kind.card.name} is used from Python: {USE[kind.card.role]}; choose a topology "
             "method or a recipe here (see gossamer methods weights)"
         )
-    if kind.card.role not in ("topology", "recipe"):
+    if kind.card.role not in ("topology", "recipe", "gradient_source"):
         raise UsageError(
             f"--method {kind.card.name} does not train: it is a {kind.card.role}; choose a topology "
             "method or a recipe of gossamer methods weights, or use gossamer compress"

@@ -19,11 +19,11 @@ class Card:
     topic : str
         What becomes sparse: the folder and the public namespace, such as `weights`.
     role : str
-        How it plugs in: `scorer`, `solver`, `topology`, `learned_mask`, `replacer`, `planner` or
-        `recipe`.
+        How it plugs in: `scorer`, `solver`, `topology`, `learned_mask`, `replacer`, `planner`,
+        `gradient_source` or `recipe`.
     needs : tuple of str
-        What it reads: the statistics `norm` and `hessian`, the `gradients` of the steps in which
-        it changes supports, or the `loss` before training.
+        What it reads: the statistics `norm`, `hessian`, `sum` and `variance`, the `gradients` of
+        the steps in which it changes supports, or the `loss` before training.
     patterns : tuple of str
         The patterns it admits: `unstructured`, `nm`, `block`, `channel`.
     year : int

@@ -61,6 +61,7 @@ def record(fit: Fit) -> dict[str, Any]:
             "itop_rate": 1.0 if run is None else run.itop_rate,
         },
         "flops": _flops(meter.spent, meter.dense_step * steps),
+        "queries": None if fit.estimates is None else fit.estimates.queries,
         "layers": _layers(masks),
     }  # fmt: skip
 
