@@ -1,0 +1,95 @@
+"""One training loop on text for the claims, and the low-rank layers that some compare with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+import gossamer as gs
+from gossamer.claims.ledger import Figures
+from gossamer.testbed.language import Text
+
+Watch = Callable[[Any, int], None]
+"""Called with the run, None where no method has one, and the number of steps taken."""
+
+
+def train(
+    problem: Text,
+    model: nn.Module,
+    method: Any,
+    steps: int,
+    *,
+    lr: float,
+    seed: int,
+    first: int = 0,
+    exclude: Sequence[str] = (),
+    watch: Watch | None = None,
+) -> None:
+    """AdamW with a warm-up over a twentieth of `steps` and a cosine rate after it, of which those
+    from `first` are taken. method None is dense. watch: called after every step.
+    """
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    warm = max(1, steps // 20)
+
+    def loop(run: Any) -> None:
+        rate = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda t: (
+                min(1.0, (first + t + 1) / warm) * (1 + math.cos(math.pi * (first + t) / steps)) / 2
+            ),
+        )
+        for step in range(first, steps):
+            optimizer.zero_grad()
+            problem.loss(model, step, seed).backward()
+            optimizer.step()
+            rate.step()
+            if watch is not None:
+                watch(run, step + 1)
+
+    if method is None:
+        loop(None)
+        return
+    with gs.sparse_training(
+        model, optimizer, method, total_steps=steps, exclude=exclude, seed=seed
+    ) as run:
+        loop(run)
+
+
+def best(found: Figures, name: str) -> str:
+    """The key that begins with `name` and has the fewest bits on average."""
+    return min((key for key in found if key.startswith(name)), key=lambda key: sum(found[key]))
+
+
+def multiply_adds(model: nn.Module) -> int:
+    """Of one token in linear layers: one for each weight, for none is used twice."""
+    return sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "embed" not in n)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The baseline of a product of two thin matrices, with at least `density` times the weights.
+
+    It begins with the nearest product to the given weight, which trains better than a random one.
+    """
+
+    card: ClassVar[gs.Card] = gs.weights.SLTrain.card
+
+    def replace(
+        self, layer: nn.Linear, stats: Any, density: float, generator: torch.Generator
+    ) -> nn.Module:
+        """Two Linear layers; the root of each singular value goes to either side."""
+        out, inputs = layer.weight.shape
+        rank = math.ceil(density * out * inputs / (out + inputs) - 1e-9)
+        left, sizes, right = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+        root = sizes[:rank].sqrt()
+        down, up = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, out, bias=False)
+        with torch.no_grad():
+            down.weight.copy_(right[:rank] * root[:, None])
+            up.weight.copy_(left[:, :rank] * root)
+        return nn.Sequential(down, up)
