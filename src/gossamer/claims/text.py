@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 import gossamer as gs
-from gossamer.claims.ledger import Figures
 from gossamer.testbed.language import Text
 
-Watch = Callable[[Any, int], None]
-"""Called with the run, None where no method has one, and the number of steps taken."""
+RATES = (3e-3, 1e-2, 3e-2)
+"""Of learning, for every way to train that is compared."""
+STEPS = 500
+TUNING = 1000
+"""The seed on which each way's rate is chosen."""
 
 
 def train(
@@ -27,43 +29,44 @@ def train(
     lr: float,
     seed: int,
     first: int = 0,
+    last: int | None = None,
     exclude: Sequence[str] = (),
-    watch: Watch | None = None,
 ) -> None:
     """AdamW with a warm-up over a twentieth of `steps` and a cosine rate after it, of which those
-    from `first` are taken. method None is dense. watch: called after every step.
+    from `first` to `last` are taken. method None is dense.
     """
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     warm = max(1, steps // 20)
 
-    def loop(run: Any) -> None:
+    def loop() -> None:
         rate = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
             lambda t: (
                 min(1.0, (first + t + 1) / warm) * (1 + math.cos(math.pi * (first + t) / steps)) / 2
             ),
         )
-        for step in range(first, steps):
+        for step in range(first, steps if last is None else last):
             optimizer.zero_grad()
             problem.loss(model, step, seed).backward()
             optimizer.step()
             rate.step()
-            if watch is not None:
-                watch(run, step + 1)
 
     if method is None:
-        loop(None)
+        loop()
         return
     with gs.sparse_training(
         model, optimizer, method, total_steps=steps, exclude=exclude, seed=seed
-    ) as run:
-        loop(run)
+    ):
+        loop()
 
 
-def best(found: Figures, name: str) -> str:
-    """The key that begins with `name` and has the fewest bits on average."""
-    return min((key for key in found if key.startswith(name)), key=lambda key: sum(found[key]))
+def tuned(
+    fit: Callable[[str, int, int, float], float], names: Sequence[str], steps: int
+) -> dict[str, float]:
+    """The learning rate of each way with the fewest bits: fit(name, seed, steps, rate), on a seed
+    that no look comes to."""
+    return {name: min(RATES, key=lambda rate: fit(name, TUNING, steps, rate)) for name in names}
 
 
 def multiply_adds(model: nn.Module) -> int:
@@ -75,7 +78,7 @@ def multiply_adds(model: nn.Module) -> int:
 class LowRank:
     """The baseline of a product of two thin matrices, with at least `density` times the weights.
 
-    It begins with the nearest product to the given weight, which trains better than a random one.
+    It begins with the nearest product to the given weight.
     """
 
     card: ClassVar[gs.Card] = gs.weights.SLTrain.card
