@@ -69,6 +69,13 @@ PLANNERS = {
 }
 """Methods that cut neurons and heads out of transformers."""
 
+RECIPES = {
+    "imp": lambda: W.IMP(0.25, rounds=2),
+    "imp-late": lambda: W.IMP(0.25, rounds=2, rewind=2),
+    "sparsemodelsoups": lambda: W.SparseModelSoups(0.25, rounds=2, members=2),
+}
+"""Methods that train, prune and train again, down to a density of 0.25."""
+
 PRUNERS = {x.card.name: x for x in methods(roles=("scorer", "solver")).values()}
 """Scorers and solvers; each is valid without arguments."""
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from examples import LEARNED, PLANNERS, PRUNERS, REPLACERS, TOPOLOGY
+from examples import LEARNED, PLANNERS, PRUNERS, RECIPES, REPLACERS, TOPOLOGY
 
 import gossamer as gs
 from gossamer.core.density import kept_count
@@ -181,6 +181,7 @@ def test_names_are_found_near_ones_are_told_and_shared_ones_need_their_topic(mon
         ("learned_mask", LEARNED),
         ("replacer", REPLACERS),
         ("planner", PLANNERS),
+        ("recipe", RECIPES),
     ],
 )
 def test_every_method_has_an_example(role, examples):

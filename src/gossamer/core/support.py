@@ -21,13 +21,13 @@ class Support:
         bool, of the weight's shape. True where kept.
     pattern : Pattern
         Which weights are kept together.
-    requested : float
+    requested_density : float
         The density asked for.
     """
 
     mask: Tensor
     pattern: Pattern
-    requested: float
+    requested_density: float
 
     def __post_init__(self) -> None:
         if self.mask.dtype != torch.bool:

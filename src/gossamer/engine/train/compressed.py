@@ -69,6 +69,14 @@ def sparse_layers(
         For a method that needs dense weights, a convolution of another kind, and a layer that does
         more than its class: a weight recomputed at every forward, a forward of its own, hooks.
         Nothing is changed then.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU())
+    >>> _ = gs.sparse_layers(model, gs.weights.RigL(density=0.1))
+    >>> sum(p.numel() for p in model.parameters())  # 205 weights and 32 biases
+    237
     """
     _check_method(method)
     inner, _ = unwrapped(model)
@@ -139,6 +147,18 @@ def true_sparse_training(
         for weights that changed while no step was seen.
     NonFiniteError
         Before a step with NaN or infinite gradients is taken.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch
+    >>> method = gs.weights.SET(density=0.1)
+    >>> model = gs.sparse_layers(torch.nn.Sequential(torch.nn.Linear(64, 32)), method)
+    >>> optimizer = torch.optim.Adam(model.parameters())
+    >>> with gs.true_sparse_training(model, optimizer, method, total_steps=10) as run:
+    ...     for _ in range(10):
+    ...         model(torch.randn(16, 64)).square().mean().backward()
+    ...         optimizer.step()
+    ...         optimizer.zero_grad()
     """
     run = TrueSparseRun(model, optimizer, method, total_steps, seed)
     if state is not None:

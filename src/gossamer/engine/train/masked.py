@@ -123,6 +123,20 @@ def sparse_training(
     NonFiniteError
         Before a step with NaN or infinite gradients. Both are raised before steps on all ranks or
         none.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch
+    >>> model = torch.nn.Linear(64, 10)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> method = gs.weights.RigL(density=0.1)
+    >>> with gs.sparse_training(model, optimizer, method, total_steps=20) as sparsity:
+    ...     for _ in range(20):
+    ...         model(torch.randn(16, 64)).square().mean().backward()
+    ...         optimizer.step()
+    ...         optimizer.zero_grad()
+    >>> int(model.weight.count_nonzero())
+    64
     """
     if isinstance(method, LearnedMask) and not isinstance(method, type):
         if loss is not None or group is not None:
