@@ -28,7 +28,7 @@ class Text:
     blocks: int = 2
     heads: int = 4
     context: int = 64
-    batch_size: int = 16
+    batch_size: int = 8
     held_out: int = 32_000
     name: str = "text"
     metric: str = "bits per byte"
