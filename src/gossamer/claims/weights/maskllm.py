@@ -17,7 +17,7 @@ from gossamer.claims.text import STEPS, TUNING, train
 from gossamer.testbed.language import Text
 
 TWO_OF_FOUR = gs.NM(2, 4)
-TRAINED, RATE = 2000, 3e-3
+TRAINED, RATE = 1200, 3e-3
 """Steps and learning rate of the model before its masks are chosen."""
 LOGIT_RATES = (5e-4, 2e-3, 8e-3)
 ONE_SHOT = {

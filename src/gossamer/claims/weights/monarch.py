@@ -132,7 +132,7 @@ CLAIM = Claim(
     f"{DENSITY:.1%} of their weights, {STEPS} steps of AdamW; bits per byte of held-out text.",
     one,
     promises,
-    remark="Each way's learning rate is the best of three on another seed. Low rank begins with the "
+    remark="Each way's learning rate is the best of four on another seed. Low rank begins with the "
     "nearest product to the dense start. Magnitude is GMP, which trains dense at first. What is "
     "multiplied out late takes four fifths of its steps with Monarch layers, and its optimizer "
     "begins anew there.",

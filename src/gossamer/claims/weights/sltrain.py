@@ -124,7 +124,7 @@ CLAIM = Claim(
     "text.",
     one,
     promises,
-    remark="Each way's learning rate is the best of three on another seed. Low rank alone begins "
+    remark="Each way's learning rate is the best of four on another seed. Low rank alone begins "
     "with the nearest product to the dense start, and its rank is rounded up. Sparse alone has a "
     "fixed random support.",
 )

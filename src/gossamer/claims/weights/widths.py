@@ -20,10 +20,10 @@ from gossamer.engine.measure.tasks import Subject
 from gossamer.testbed import heldout_text, language_model
 from gossamer.testbed.language import Text
 
-LARGE, TEXT = (0.9, 0.7), 20_000
+LARGE, TEXT = (0.9, 0.7), 10_000
 """Of the neurons and heads of SmolLM2, and bytes of held-out text."""
 DENSITY = 0.6
-MORE, AGAIN = 250, (1e-3, 3e-3, 1e-2)
+MORE, AGAIN = 150, (1e-3, 3e-3, 1e-2)
 """Steps that follow the cut, and their learning rates."""
 SLACK = 0.03
 START = "from the start"
