@@ -18,8 +18,10 @@ METHODS = {
     "full rank": None,
     "sparse alone": gs.weights.StaticRandom(DENSITY, gs.Uniform()),
     "low rank alone": LowRank(),
-    "SLTrain": gs.weights.SLTrain(),
+    "SLTrain": gs.weights.SLTrain(alpha=4.0),
 }
+"""alpha is about a quarter of the ranks, 11 to 17, as for the paper's smallest model. The default,
+16, is meant for rank 256, and diverged here on one seed of seven."""
 SLACK = 0.05
 
 
@@ -126,5 +128,7 @@ CLAIM = Claim(
     promises,
     remark="Each way's learning rate is the best of four on another seed. Low rank alone begins "
     "with the nearest product to the dense start, and its rank is rounded up. Sparse alone has a "
-    "fixed random support.",
+    "fixed random support. SLTrain has alpha 4, a quarter of its rank as for the paper's smallest "
+    "model: with the default, 16, one seed of seven diverged. The run is short: on one seed full "
+    "rank had caught up after 500 steps.",
 )

@@ -195,6 +195,6 @@ CLAIM = Claim(
     one,
     promises,
     remark="The dense network is trained on as well, and the small one from the start takes all "
-    f"{STEPS + MORE} steps. Each way's learning rate is the best of three on another seed. On "
-    "SmolLM2 dense and magnitude are the same on every seed.",
+    f"{STEPS + MORE} steps. Each way's learning rate is chosen on another seed. On SmolLM2 dense "
+    "and magnitude are the same on every seed.",
 )
