@@ -147,7 +147,7 @@ def test_cards_hold_facts_and_modules_tell_the_rest(name):
     card = method.card
     assert find(name) is method and getattr(topic(card.topic), method.__name__) is method
     assert card.role in ROLES and set(card.patterns) <= PATTERN_WORDS and card.patterns
-    assert set(card.needs) <= {"norm", "hessian", "gradients"}
+    assert set(card.needs) <= {"norm", "hessian", "gradients", "loss"}
     assert card.link.startswith("https://arxiv.org/") and 1990 < card.year < 2030
     text = sys.modules[method.__module__].__doc__
     assert ": " in summary(method) and len(summary(method)) <= 100

@@ -19,9 +19,16 @@ from gossamer.core.budget import TopK
 from gossamer.core.errors import NonFiniteError, UsageError
 from gossamer.core.matrix import why_not_plain
 from gossamer.engine.hooks import around_ascents, around_steps, observe_gradients
-from gossamer.engine.protocols import CompressedTopology
+from gossamer.engine.protocols import CompressedTopology, StartsNewcomers
 from gossamer.engine.train.distributed import unwrapped
-from gossamer.engine.train.guard import check_state, check_total, check_unmoved, fingerprint, thawed
+from gossamer.engine.train.guard import (
+    all_finite,
+    check_state,
+    check_total,
+    check_unmoved,
+    fingerprint,
+    thawed,
+)
 from gossamer.engine.train.layers import own_parameter
 from gossamer.engine.train.optimizers import follow, held_by
 from gossamer.models.layers import prunable_layers
@@ -186,6 +193,7 @@ class TrueSparseRun:
         _check_method(method)
         check_total(total_steps)
         self.method, self.total_steps = method, total_steps
+        self._by_gradient = "gradients" in method.card.needs
         model, _ = unwrapped(model)
         every = {n: m for n, m in model.named_modules() if isinstance(m, SparseLayer)}
         self.layers = {n: m for n, m in every.items() if m.values.requires_grad}
@@ -223,7 +231,7 @@ class TrueSparseRun:
 
     def wants_gradients(self) -> bool:
         """Whether the next step's update grows by gradient."""
-        return self.method.growth == "gradient" and self._due(self.step + 1)
+        return self._by_gradient and self._due(self.step + 1)
 
     def see(self, name: str, x: Tensor, gradient: Tensor) -> None:
         """One backward pass through a layer: its input, and the gradient of its output."""
@@ -243,7 +251,7 @@ class TrueSparseRun:
                     "this step; call backward() on a loss that was not computed under no_grad"
                 )
             gradient = layer.values.grad
-            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+            if gradient is not None and not all_finite(gradient):
                 self._seen = {}
                 raise NonFiniteError(
                     f"{name}: its gradient holds NaN or infinity; the step is not taken"
@@ -293,7 +301,7 @@ class TrueSparseRun:
         size = layer.shape[0] * layer.shape[1]
         stay = self.method.survivors(values, self.step, self.total_steps)
         kept, room = old[stay], int((~stay).sum())
-        if self.method.growth == "gradient":
+        if self._by_gradient:
             grown, carried = largest_gradients(seen, layer.shape, room, kept), None
         else:
             free = min(room, size - old.numel())
@@ -306,7 +314,11 @@ class TrueSparseRun:
         origin = layer.rewire(torch.cat([kept, grown]).sort().values, carried)
         for state, key, value in states:
             state[key] = carry(value, origin)
-        self.changed += 2 * int((origin < 0).sum())
+        new = origin < 0
+        if isinstance(self.method, StartsNewcomers):
+            drawn = self.method.newcomers(int(new.sum()), self._generator)
+            layer.values[new] = drawn.to(layer.values)
+        self.changed += 2 * int(new.sum())
 
 
 def largest_gradients(

@@ -51,10 +51,8 @@ def sparse_training(
     total_steps: int,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    loss: Callable[[], Tensor] | None = None,
     seed: int = 0,
     state: Mapping[str, Any] | None = None,
-    group: Any = None,
 ) -> AbstractContextManager[LearnedRun]: ...
 
 
@@ -101,7 +99,8 @@ def sparse_training(
     include, exclude : sequence of str
         As in `prune`. Layers that are frozen are left alone.
     loss : callable, optional
-        Computes the loss of one batch, for a method that looks at gradients before training (SNIP).
+        Computes the loss of one batch by a call of the model, for a method that looks at it before
+        training: SNIP, GraSP, and SynFlow, which takes no more than the shape of the inputs.
     seed : int
         Of what the method draws.
     state : mapping, optional
