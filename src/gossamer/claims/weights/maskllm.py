@@ -57,7 +57,7 @@ def likeliest(model: nn.Module, names: Mapping[str, Any]) -> float:
     for name in names:
         layer: Any = model.get_submodule(name.removesuffix(".weight"))
         mask: Any = layer.parametrizations.weight[0].mask
-        chances = (mask.now[1] * mask.logits).softmax(dim=1).amax(dim=1)
+        chances = (mask.now[1] * mask.logits).softmax(dim=0).amax(dim=0)
         total, count = total + float(chances.sum()), count + len(chances)
     return total / count
 

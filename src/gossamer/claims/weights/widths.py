@@ -194,6 +194,7 @@ CLAIM = Claim(
     f"width 64, {STEPS} steps, cut to {DENSITY:.0%}, {MORE} steps more.",
     one,
     promises,
+    looks=(5,),
     remark="The dense network is trained on as well, and the small one from the start takes all "
     f"{STEPS + MORE} steps. Each way's learning rate is chosen on another seed. On SmolLM2 dense "
     "and magnitude are the same on every seed.",
