@@ -1,4 +1,4 @@
-"""SmolLM2-135M at 50% and at 2:4: quality, bytes, decoding, time and memory of the whole path.
+"""SmolLM2-135M at 50%: quality, bytes, decoding, time and memory of the whole path.
 
 SparseGPT and Wanda over three seeds of the calibration windows, Magnitude once (it reads no data).
 The same figures settle the claims of SparseGPT and Wanda, so their records are written as well.
@@ -28,7 +28,7 @@ import torch
 import gossamer as gs
 from gossamer.bench.measure import measure_limits, when_calm
 from gossamer.claims import load, write
-from gossamer.claims.language import HELD_OUT, SAMPLES, TWO_OF_FOUR, WINDOW, cast, subject
+from gossamer.claims.language import HELD_OUT, SAMPLES, WINDOW, cast, subject
 from gossamer.claims.ledger import check
 from gossamer.core.confidence import interval
 from gossamer.engine.measure.evaluate import bits_per_byte, decode_speed
@@ -45,9 +45,6 @@ METHODS = {
     "magnitude": gs.weights.Magnitude,
 }
 SEEDS = (0, 1, 2)
-SEMI = " at 2:4"
-"""What the labels of parts at 2:4 hold; the others are at the plan's density."""
-ROWS = (*METHODS, *(f"{name}{SEMI}" for name in METHODS))
 T = TypeVar("T")
 
 
@@ -97,12 +94,11 @@ def dense(plan: Plan) -> dict[str, Any]:
 
 def compressed(plan: Plan, name: str, seed: int) -> dict[str, Any]:
     """Prune in float32, measure the weights as stored in bfloat16, pack, save."""
-    wanted: dict[str, Any] = {"pattern": TWO_OF_FOUR} if SEMI in name else {"density": plan.density}
     steps: dict[str, dict[str, float]] = {}
     on = timed(steps, "load", lambda: subject(torch.float32))
-    model, method = on.model, METHODS[name.removesuffix(SEMI)]()
+    model, method = on.model, METHODS[name]()
     data = Language(on, plan.text).calibration(calibration_text(), plan.samples, plan.length, seed)
-    result = timed(steps, "prune", lambda: gs.prune(model, method, data=data, **wanted))
+    result = timed(steps, "prune", lambda: gs.prune(model, method, density=plan.density, data=data))
     assert abs(result.measured_density - plan.density) < 1e-3, result.measured_density
     cast(model, torch.bfloat16)
     cast(model, torch.float32)
@@ -132,8 +128,7 @@ def decoding(plan: Plan) -> dict[str, Any]:
 def parts() -> list[str]:
     """Those that say most come first."""
     runs = [f"{name}, seed {seed}" for seed in SEEDS for name in ("sparsegpt", "wanda")]
-    semi = [label.replace(", ", f"{SEMI}, ") for label in ("magnitude, seed 0", *runs)]
-    return ["dense", "magnitude, seed 0", *runs[:2], "decoding", *runs[2:], *semi]
+    return ["dense", "magnitude, seed 0", *runs[:2], "decoding", *runs[2:]]
 
 
 def part(label: str, plan: Plan) -> dict[str, Any]:
@@ -157,7 +152,7 @@ def apart(label: str, plan: Plan) -> dict[str, Any]:
 def summary(found: dict[str, Any]) -> dict[str, Any]:
     """Mean and 95% interval of the bits per byte, by method."""
     rows: dict[str, Any] = {}
-    for name in ROWS:
+    for name in METHODS:
         values = [
             one["bits_per_byte"] for label, one in found.items() if label.startswith(f"{name}, ")
         ]
@@ -173,7 +168,7 @@ def settle(found: dict[str, Any]) -> None:
 
     def one(seed: int, short: bool) -> dict[str, float]:
         figures = {"dense": found["dense"]["bits_per_byte"]}
-        for name in ROWS:
+        for name in METHODS:
             part = found.get(f"{name}, seed {seed}") or found[f"{name}, seed 0"]
             figures[name] = part["bits_per_byte"]
         return figures

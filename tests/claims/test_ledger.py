@@ -3,6 +3,7 @@ runs."""
 
 import json
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import stdev
@@ -34,11 +35,13 @@ from gossamer.claims.ledger import (
 )
 from gossamer.core.confidence import interval
 from gossamer.core.errors import UsageError
-from gossamer.methods import cards, verdicts
+from gossamer.methods import cards, find, verdicts
 
 ROOT = Path(__file__).parents[2] / "benchmarks" / "results" / "claims"
 RECORDS = sorted(ROOT.glob("*/*.json"))
-NAMES = sorted(f"{card.topic}.{card.name}" for card in cards())
+NOT_TRIED = {"weights.monarch"}
+"""Methods whose claim is written but has no record; their pages say so."""
+NAMES = sorted({f"{card.topic}.{card.name}" for card in cards()} - NOT_TRIED)
 ONCE = (3,)
 
 
@@ -47,6 +50,8 @@ def test_every_method_has_a_record_and_a_check():
     assert sorted(verdicts()) == NAMES
     for name in NAMES:
         assert load(name).method.card.name == name.partition(".")[2]
+    for name in NOT_TRIED:
+        assert "claim was not tried" in " ".join(sys.modules[find(name).__module__].__doc__.split())
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)

@@ -15,7 +15,6 @@ from gossamer.testbed.packaged import smollm2
 
 WINDOW, SAMPLES, HELD_OUT = 512, 32, 40_000
 """Tokens per window, calibration windows, and bytes of held-out text."""
-TWO_OF_FOUR = gs.NM(2, 4)
 WHERE = (
     "SmolLM2-135M, a Llama with grouped queries, pruned in float32 and stored in bfloat16; 32 "
     "calibration windows of 512 tokens from each seed; bits per byte on 40 kB of held-out text, "
@@ -39,8 +38,8 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def bits(method: Any, seed: int, short: bool, **wanted: Any) -> float:
-    """Bits per byte of held-out text at a density or pattern; method None is dense.
+def bits(method: Any, seed: int, short: bool) -> float:
+    """Bits per byte of held-out text at 50%; method None is dense.
 
     The short form takes the bundled byte-level model, 2 kB of text, and prunes its last block.
     """
@@ -50,21 +49,18 @@ def bits(method: Any, seed: int, short: bool, **wanted: Any) -> float:
         window, samples = (256, 4) if short else (WINDOW, SAMPLES)
         data = Language(on, text).calibration(calibration_text(), samples, window, seed)
         left = [f"model.layers.{block}.*" for block in range(4)] if short else []
-        gs.prune(on.model, method, data=data, exclude=left, **wanted)
+        gs.prune(on.model, method, density=0.5, data=data, exclude=left)
         cast(on.model, torch.bfloat16)
         cast(on.model, torch.float32)
     return bits_per_byte(on.model, text, window=256 if short else WINDOW, encode=on.encode)
 
 
 def one(seed: int, short: bool) -> dict[str, float]:
-    """Bits per byte of the dense model and of each method, at 50% and at 2:4."""
+    """Bits per byte of the dense model and of each method at 50%."""
     methods = {
+        "dense": None,
         "magnitude": gs.weights.Magnitude(),
         "wanda": gs.weights.Wanda(),
         "sparsegpt": gs.weights.SparseGPT(),
     }
-    found = {"dense": bits(None, seed, short)}
-    for name, method in methods.items():
-        found[name] = bits(method, seed, short, density=0.5)
-        found[f"{name} at 2:4"] = bits(method, seed, short, pattern=TWO_OF_FOUR)
-    return found
+    return {name: bits(method, seed, short) for name, method in methods.items()}

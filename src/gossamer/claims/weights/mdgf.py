@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import gossamer as gs
 from gossamer.claims.ledger import Claim, Figures, Promise, promise
@@ -11,7 +11,11 @@ from gossamer.testbed.vision import Digits
 
 PATTERNS = {"1:16": gs.NM(1, 16), "2:4": gs.NM(2, 4)}
 DECAYS = (2e-4, 2e-3, 2e-2)
-MINE = ("linear", "exponential")
+MINE: tuple[Literal["linear", "exponential"], ...] = ("linear", "exponential")
+GRADIENTS: dict[Literal["masked", "straight"], str] = {
+    "masked": "",
+    "straight": ", whole gradient",
+}
 EARLY, LATE = (0.15, 0.2, 0.25), (0.65, 0.7, 0.75)
 """Parts of the run, within the decay, at which gradients are looked at."""
 
@@ -57,7 +61,7 @@ def one(seed: int, short: bool) -> dict[str, float]:
         others[f"{ratio} SdGf"] = gs.weights.SdGf(pattern)
         found |= qualities(problem, others, steps)
         for decay in MINE:
-            for name, gradient in (("", "masked"), (", whole gradient", "straight")):
+            for gradient, name in GRADIENTS.items():
                 method = gs.weights.MdGf(pattern, decay, gradient)
                 key = f"{ratio} MdGf {decay}{name}"
                 found[key], early, late, gap = measure(method, problem, steps)
