@@ -1,0 +1,132 @@
+// Few queries over listed keys or pages: split over keys, joined by their log-sum-exps.
+#pragma once
+#include <omp.h>
+
+#include "attention/few.hpp"
+
+namespace gossamer {
+namespace {
+
+constexpr int64_t kSplit = 512;  // keys of a part, so that the number of threads changes nothing
+
+inline HeadView view(const DecodeTask& t, int64_t batch, int64_t head) {
+  HeadView found{};
+  if (t.key_bias.data) found.key_bias = t.key_bias.at(batch, head, t.heads);
+  if (!t.causal) return found;
+  found.query_positions = t.query_positions.at(batch, head, t.heads);
+  found.key_positions = t.key_positions.at(batch, head, t.heads);
+  return found;
+}
+
+// The parts of all rows: maxima and totals, then sums of `padded` numbers.
+struct Parts {
+  float *maxima, *totals, *sums, *queries;
+  int64_t rows, count, padded, width;  // rows: queries of all heads that share a head of keys
+  int64_t at(int64_t unit, int64_t part, int64_t row) const {
+    return (unit * count + part) * rows + row;
+  }
+};
+
+template <class X>
+void decode_part(const DecodeTask& t, const Parts& p, int64_t unit, int64_t part,
+                 int64_t per_part) {
+  const int64_t batch = unit / t.kv_heads, kv_head = unit % t.kv_heads;
+  const int64_t group = t.heads / t.kv_heads;
+  const int32_t* index = t.index + unit * t.count;
+  const int64_t first = part * per_part * t.page, tokens = least(per_part, t.count - part * per_part) * t.page;
+  const auto token_of = [&](int64_t k) {
+    const int64_t page = index[(first + k) / t.page];
+    const int64_t token = page * t.page + (first + k) % t.page;
+    return page < 0 || token >= t.keys ? -1 : token;
+  };
+  Keys<X> keys;
+  for (int64_t i = 0; i < t.queries; ++i)
+    for (int64_t at = 0, next; at < tokens; at = next) {
+      const float* bias = nullptr;
+      const int32_t* positions = nullptr;
+      int32_t position = 0;
+      next = -1;
+      for (int64_t g = 0; g < group; ++g) {
+        const HeadView head = view(t, batch, kv_head * group + g);
+        const int32_t own = head.query_positions ? head.query_positions[i] : 0;
+        // Heads that see the same keys alike take them together.
+        if (next < 0 || bias != head.key_bias || positions != head.key_positions ||
+            position != own) {
+          bias = head.key_bias, positions = head.key_positions, position = own;
+          const int64_t count = least(tokens - at, kChunk);
+          take_keys<X>(t.key, t.value, batch, kv_head, head, position, count,
+                       [&](int64_t k) { return token_of(at + k); }, keys);
+          next = at + count;
+        }
+        if (!keys.count) continue;
+        const int64_t row = p.at(unit, part, g * t.queries + i);
+        attend_few(Row{p.queries + (unit * p.rows + g * t.queries + i) * p.width,
+                       p.sums + row * p.padded, p.maxima + row, p.totals + row},
+                   keys, t.scale * kLog2e, t.width, t.value_width);
+      }
+    }
+}
+
+// Joins the parts of one row.
+template <class X>
+void join(const DecodeTask& t, const Parts& p, int64_t unit, int64_t row, X* output, float* lse) {
+  float highest = kLowest, total = 0;
+  for (int64_t part = 0; part < p.count; ++part) {
+    const float own = p.maxima[p.at(unit, part, row)];
+    highest = own > highest ? own : highest;
+  }
+  float* sums = p.sums + p.at(unit, 0, row) * p.padded;
+  for (int64_t part = 0; part < p.count; ++part) {
+    const int64_t at = p.at(unit, part, row);
+    const float factor = power_of(p.maxima[at] - highest), *from = p.sums + at * p.padded;
+    total += factor * p.totals[at];
+    for (int64_t j = 0; j < t.value_width; ++j)
+      sums[j] = (part ? sums[j] : 0.0f) + factor * from[j];
+  }
+  write_row(sums, total == 0 ? 0.0f : 1.0f / total, t.value_width, output);
+  *lse = total == 0 ? -INFINITY : (highest + log2f(total)) * kLn2;
+}
+
+template <class X>
+void decode_of(const DecodeTask& t, X* output, float* lse, int threads) {
+  const int64_t units = t.batch * t.kv_heads, group = t.heads / t.kv_heads;
+  const int64_t per_part = most(1, kSplit / t.page);
+  Parts p{};
+  p.rows = group * t.queries, p.count = most(1, (t.count + per_part - 1) / per_part);
+  p.padded = rounded(t.value_width, 16), p.width = rounded(t.width, 16);
+  const int64_t all = units * p.count * p.rows;
+  const Floats memory(all * (p.padded + 2) + 32 + units * p.rows * p.width);
+  p.sums = memory.data();
+  p.maxima = p.sums + all * p.padded, p.totals = p.maxima + all;
+  p.queries = p.sums + rounded(all * (p.padded + 2), 16);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < units * p.rows; ++row) {
+      const int64_t unit = row / p.rows, own = row % p.rows;
+      const int64_t head = unit % t.kv_heads * group + own / t.queries;
+      pack_plain(row_of<X>(t.query, unit / t.kv_heads, head, own % t.queries), t.width, p.width,
+                 p.queries + row * p.width);
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < units * p.count; ++item) {
+      const int64_t unit = item / p.count, part = item % p.count;
+      const int64_t first = p.at(unit, part, 0);
+      for (int64_t r = first; r < first + p.rows; ++r) p.maxima[r] = kLowest, p.totals[r] = 0;
+      for (int64_t j = first * p.padded; j < (first + p.rows) * p.padded; ++j) p.sums[j] = 0;
+      if (t.count) decode_part<X>(t, p, unit, part, per_part);
+    }
+    // Rows lie as the output does: (batch, kv heads, heads of each, queries).
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < units * p.rows; ++row)
+      join(t, p, row / p.rows, row % p.rows, output + row * t.value_width, lse + row);
+  }
+}
+
+inline void run_decode(const DecodeTask& t, void* output, float* lse, int threads) {
+  if (t.bf16) return decode_of(t, static_cast<uint16_t*>(output), lse, threads);
+  if constexpr (kPer == 1) decode_of(t, static_cast<float*>(output), lse, threads);
+}
+
+}  // namespace
+}  // namespace gossamer
