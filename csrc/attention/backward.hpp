@@ -130,8 +130,8 @@ void back_few(const AttentionTask& t, const HeadView& head, const Block& block, 
                            [&](int64_t k) { return int64_t{tokens[done + k]}; }, keys);
       for (int k = 0; k < keys.count; k += 16) {
         const int n = static_cast<int>(least(16, keys.count - k));
-        const Wide s = dots(query, keys.keys + k, n, t.width) * block.scale - b.lse[row];
-        const Wide g = dots(grad, keys.values + k, n, t.value_width) + b.shift[row];
+        const Wide s = dots<1>(query, 0, keys.keys + k, n, t.width) * block.scale - b.lse[row];
+        const Wide g = dots<1>(grad, 0, keys.values + k, n, t.value_width) + b.shift[row];
         for (int j = 0; j < 16; ++j) weights[j] = j < n ? s[j] + keys.bias[k + j] : 0;
         for (int j = 0; j < 16; j += kLanes) put(power(at(weights + j)), weights + j);
         for (int j = 0; j < n; ++j) {
@@ -212,9 +212,9 @@ void back_of_block(const AttentionTask& t, const AttentionGradients& g, const Pa
     const Shared<float> own{sums.key_bias, t.key_bias.batches, t.key_bias.heads, t.keys};
     b.key_bias = own.at(batch, h, t.heads);
   }
-  Chunk c;
+  Chunk room[2];
   listed_chunks(t, p, head, t.offsets.at(batch, h, t.heads), block_at, span_of(head, first, last),
-                c, [&](const Chunk& chunk) {
+                room, [&](const Chunk& chunk, const Chunk*) {
                   back_chunk(t, block, b, chunk, sums, 0, n);
                 });
   groups_of(t, batch, h, first, last,
@@ -223,7 +223,7 @@ void back_of_block(const AttentionTask& t, const AttentionGradients& g, const Pa
                 return back_few<X>(t, head, block, b, sums, batch, kv_head, first, tokens, count,
                                    from, to);
               gathered_chunks<X>(t, w.room, head, batch, kv_head, tokens, count,
-                                 span_of(head, from, to), c, [&](const Chunk& chunk) {
+                                 span_of(head, from, to), room[0], [&](const Chunk& chunk) {
                                    back_chunk(t, block, b, chunk, sums, from - first, to - first);
                                  });
             });
