@@ -28,21 +28,20 @@ struct Parts {
 };
 
 // Heads from..to of one query, which see the same keys alike, over a part of the list.
-template <class X, class F>
+template <class X>
 void decode_heads(const DecodeTask& t, const Parts& p, int64_t unit, int64_t part, int64_t query,
-                  int64_t from, int64_t to, int64_t tokens, F&& token_of) {
+                  int64_t from, int64_t to, Walk walk) {
   const int64_t batch = unit / t.kv_heads, kv_head = unit % t.kv_heads;
   const HeadView head = view(t, batch, kv_head * (t.heads / t.kv_heads) + from);
   const int32_t position = head.query_positions ? head.query_positions[query] : 0;
   Keys<X> room[2];
-  const auto take = [&](int64_t at, Keys<X>& keys) {
-    return at + take_keys<X>(t.key, t.value, batch, kv_head, head, position, tokens - at,
-                             [&](int64_t k) { return token_of(at + k); }, keys);
+  const auto take = [&](Keys<X>& keys) {
+    take_keys(t.key, t.value, batch, kv_head, head, position, walk, keys);
   };
-  int64_t at = take(0, room[0]);
+  take(room[0]);
   for (int now = 0; room[now].count; now = 1 - now) {
     Keys<X>& next = room[1 - now];
-    at = take(at, next);
+    take(next);
     const auto run = [&](auto count, int64_t g) {
       const int64_t row = p.at(unit, part, query * p.group + g);
       attend_few<decltype(count)::value, X>(
@@ -60,12 +59,8 @@ void decode_heads(const DecodeTask& t, const Parts& p, int64_t unit, int64_t par
 template <class X>
 void decode_part(const DecodeTask& t, const Parts& p, int64_t unit, int64_t part,
                  int64_t per_part) {
-  const int32_t* index = t.index + unit * t.count + part * per_part;
-  const int64_t tokens = least(per_part, t.count - part * per_part) * t.page;
-  const auto token_of = [&](int64_t k) {
-    const int64_t page = index[k / t.page], token = page * t.page + k % t.page;
-    return page < 0 || token >= t.keys ? -1 : token;
-  };
+  const Walk walk{t.index + unit * t.count + part * per_part,
+                  least(per_part, t.count - part * per_part), t.page, t.keys, 0};
   // Biases and positions may be given for each head, and then its keys are taken by itself.
   const int64_t together = t.key_bias.heads > t.kv_heads || t.query_positions.heads > t.kv_heads ||
                                    t.key_positions.heads > t.kv_heads
@@ -73,7 +68,7 @@ void decode_part(const DecodeTask& t, const Parts& p, int64_t unit, int64_t part
                                : p.group;
   for (int64_t i = 0; i < t.queries; ++i)
     for (int64_t g = 0; g < p.group; g += together)
-      decode_heads<X>(t, p, unit, part, i, g, g + together, tokens, token_of);
+      decode_heads<X>(t, p, unit, part, i, g, g + together, walk);
 }
 
 // Joins the parts of one row.

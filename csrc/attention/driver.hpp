@@ -193,9 +193,8 @@ void attend_group_few(const AttentionTask& t, const HeadView& head, const Worksp
     const Rows row{query, w.block.sums + (i - first) * w.block.padded,
                    w.block.maxima + (i - first), &total, 0, 0};
     const int32_t position = head.query_positions ? head.query_positions[i] : 0;
-    for (int64_t at = 0; at < count;) {
-      at += take_keys<X>(t.key, t.value, batch, h / (t.heads / t.kv_heads), head, position,
-                         count - at, [&](int64_t k) { return int64_t{tokens[at + k]}; }, keys);
+    for (Walk walk{tokens, count, 1, t.keys, 0}; walk.left;) {
+      take_keys(t.key, t.value, batch, h / (t.heads / t.kv_heads), head, position, walk, keys);
       if (keys.count)
         attend_few<1, X>(row, keys, nullptr, w.block.scale, t.width, t.value_width);
     }

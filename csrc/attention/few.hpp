@@ -30,21 +30,31 @@ void fetch_row(const X* row, int64_t width) {
     __builtin_prefetch(at + b, 0, 2);
 }
 
-// Products of R queries with the 16 / R keys from `k` on: lane i * R + r is that of key k + i.
+// Products of R queries with the first 16 / R of `rows`, of which `count` (at least 1) are there:
+// lane i * R + r is that of row i. Four rows meet a part of the queries at a time.
 template <int R, class X>
 __attribute__((always_inline)) inline Wide dots(const float* queries, int64_t step,
                                                 const X* const* rows, int count, int64_t width) {
+  constexpr int T = 4;
   const int64_t whole = width / 16 * 16;
   Wide v[16];
+#pragma GCC unroll 4
+  for (int i = 0; i < 16 / R; i += T) {
 #pragma GCC unroll 16
-  for (int i = 0; i < 16 / R; ++i) {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) v[i * R + r] = Wide{};
+    for (int k = i * R; k < (i + T) * R; ++k) v[k] = Wide{};
     if (i >= count) continue;
+    const X* some[T];
+    for (int k = 0; k < T; ++k) some[k] = rows[i + k < count ? i + k : 0];
     for (int64_t j = 0; j < whole; j += 16) {
-      const Wide x = load(rows[i] + j);
+      Wide query[R];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) v[i * R + r] += load(queries + r * step + j) * x;
+      for (int r = 0; r < R; ++r) query[r] = load(queries + r * step + j);
+#pragma GCC unroll 4
+      for (int k = 0; k < T; ++k) {
+        const Wide x = load(some[k] + j);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) v[(i + k) * R + r] += query[r] * x;
+      }
     }
   }
   Wide found = sums_of(v);
@@ -55,16 +65,17 @@ __attribute__((always_inline)) inline Wide dots(const float* queries, int64_t st
 }
 
 // The sums of R rows += the weighted values. Values that are not finite reach only those who give
-// them a weight.
+// them a weight. The values of `next` are fetched meanwhile.
 template <int R, class X>
-void add_rows(const float (&weights)[R][kChunk], const Keys<X>& keys, int64_t width, float* sums,
-              int64_t gap) {
+void add_rows(const float (&weights)[R][kChunk], const Keys<X>& keys, const Keys<X>* next,
+              int64_t width, float* sums, int64_t gap) {
   const auto vectors = [&](auto count, int64_t j) {
     constexpr int C = decltype(count)::value;
     Wide s[R][C];
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) s[r][c] = load(sums + r * gap + j + 16 * c);
     for (int k = 0; k < keys.count; ++k) {
+      if (next && j == 0 && k < next->count) fetch_row(next->values[k], width);
       Wide x[C];
       for (int c = 0; c < C; ++c) x[c] = load(keys.values[k] + j + 16 * c);
 #pragma GCC unroll 4
@@ -77,6 +88,8 @@ void add_rows(const float (&weights)[R][kChunk], const Keys<X>& keys, int64_t wi
       for (int c = 0; c < C; ++c) store(s[r][c], sums + r * gap + j + 16 * c);
   };
   int64_t j = 0;
+  if constexpr (R == 1)
+    for (; j + 128 <= width; j += 128) vectors(Constant<8>{}, j);
   for (; j + 64 <= width; j += 64) vectors(Constant<4>{}, j);
   for (; j + 16 <= width; j += 16) vectors(Constant<1>{}, j);
   for (; j < width; ++j)
@@ -85,7 +98,7 @@ void add_rows(const float (&weights)[R][kChunk], const Keys<X>& keys, int64_t wi
         if (weights[r][k] != 0) sums[r * gap + j] += weights[r][k] * widen(keys.values[k][j]);
 }
 
-// The keys of `next` are fetched meanwhile.
+// What `next` holds is fetched meanwhile.
 template <int R, class X>
 void attend_few(const Rows& rows, const Keys<X>& keys, const Keys<X>* next, float scale,
                 int64_t width, int64_t value_width) {
@@ -94,7 +107,7 @@ void attend_few(const Rows& rows, const Keys<X>& keys, const Keys<X>* next, floa
   for (int k = 0; k < keys.count; k += kStep) {
     const int count = static_cast<int>(least(kStep, keys.count - k));
     for (int i = k; next && i < k + kStep && i < next->count; ++i)
-      fetch_row(next->keys[i], width), fetch_row(next->values[i], value_width);
+      fetch_row(next->keys[i], width);
     alignas(64) float found[16];
     store(dots<R>(rows.queries, rows.step, keys.keys + k, count, width) * scale, found);
     for (int i = 0; i < count; ++i)
@@ -119,29 +132,38 @@ void attend_few(const Rows& rows, const Keys<X>& keys, const Keys<X>* next, floa
     }
     rows.totals[r] += sum(total);
   }
-  add_rows<R>(weights, keys, value_width, rows.sums, rows.gap);
+  add_rows<R>(weights, keys, next, value_width, rows.sums, rows.gap);
 }
 
-// The keys of a list that a query at this position may see, up to kChunk of them; returns how many
-// entries of the list were looked at.
-template <class X, class F>
-int64_t take_keys(const Heads& key, const Heads& value, int64_t batch, int64_t kv_head,
-                  const HeadView& head, int32_t position, int64_t count, F&& token_of,
-                  Keys<X>& keys) {
-  int64_t at = 0;
-  keys.count = 0;
-  for (; at < count && keys.count < kChunk; ++at) {
-    const int64_t token = token_of(at);
+// Goes through the keys of a list of pages; -1 where there is none.
+struct Walk {
+  const int32_t* pages;
+  int64_t left, page, keys, inside;
+  int64_t next() {
+    const int64_t first = *pages < 0 ? keys : *pages * page, token = first + inside;
+    if (++inside == page) inside = 0, ++pages, --left;
+    return token < keys ? token : -1;
+  }
+};
+
+// The next keys of a walk that a query at this position may see, up to kChunk of them.
+template <class X>
+void take_keys(const Heads& key, const Heads& value, int64_t batch, int64_t kv_head,
+               const HeadView& head, int32_t position, Walk& walk, Keys<X>& keys) {
+  const X* first_key = row_of<X>(key, batch, kv_head, 0);
+  const X* first_value = row_of<X>(value, batch, kv_head, 0);
+  int count = 0;
+  while (walk.left && count < kChunk) {
+    const int64_t token = walk.next();
     if (token < 0 || (head.key_positions && head.key_positions[token] > position)) continue;
     const float bias = head.key_bias ? head.key_bias[token] : 0.0f;
     if (bias == -INFINITY) continue;
-    const X* k = row_of<X>(key, batch, kv_head, token);
-    const X* v = row_of<X>(value, batch, kv_head, token);
-    keys.keys[keys.count] = k, keys.values[keys.count] = v;
-    keys.bias[keys.count] = bias * kLog2e, keys.token[keys.count] = token;
-    keys.count++;
+    keys.keys[count] = first_key + token * key.row;
+    keys.values[count] = first_value + token * value.row;
+    keys.bias[count] = bias * kLog2e, keys.token[count] = token;
+    ++count;
   }
-  return at;
+  keys.count = count;
 }
 
 }  // namespace
