@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 
 #include "active/bindings.hpp"
+#include "attention/bindings.hpp"
 #include "bitmap/bindings.hpp"
 #include "blocks/bindings.hpp"
 #include "common/isa.hpp"
@@ -21,8 +22,10 @@ using namespace gossamer;
 NB_MODULE(_kernels, m) {
   m.doc() = "Compiled kernels; call them through gossamer.ops.";
   m.def("best_isa", &best_isa);
+  m.def("has_bf16", &has_bf16);
   m.def("has_vnni", &has_vnni);
   bind_active(m);
+  bind_attention(m);
   bind_bitmap(m);
   bind_blocks(m);
   bind_conv(m);

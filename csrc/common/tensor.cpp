@@ -82,7 +82,7 @@ void Tensor::take_shape(int axes, const int64_t* shape, const int64_t* strides) 
   axes_ = axes, count_ = 1, last_ = axes ? shape[axes - 1] : 1;
   contiguous_ = true;
   for (int k = axes; k-- > 0;) {
-    if (k < kAxes) shape_[k] = shape[k];
+    if (k < kAxes) shape_[k] = shape[k], strides_[k] = strides ? strides[k] : count_;
     if (strides && shape[k] != 1 && strides[k] != count_) contiguous_ = false;
     count_ *= shape[k];
   }
@@ -160,6 +160,17 @@ float* Tensor::strided(const char* name, int64_t rows, int64_t cols, int64_t* st
     refuse(name, "float32 (" + std::to_string(rows) + ", " + std::to_string(cols) + ")");
   *stride = stride_;
   return static_cast<float*>(data_);
+}
+
+const void* Tensor::heads(const char* name, std::initializer_list<int64_t> shape,
+                          int64_t (&strides)[3]) const {
+  bool fits = (type_ == Type::float32 || is_bf16()) && on_cpu_ && axes_ == 4 &&
+              (strides_[3] == 1 || shape_[3] <= 1 || !count_);
+  const int64_t* have = shape_.data();
+  for (const int64_t size : shape) fits = fits && size == *have++;
+  if (!fits) refuse(name, "float32 or bfloat16 " + text(shape.begin(), shape.size()));
+  for (int k = 0; k < 3; ++k) strides[k] = strides_[k];
+  return data_;
 }
 
 void* Tensor::floats(const char* name, std::initializer_list<int64_t> shape) const {

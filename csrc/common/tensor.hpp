@@ -57,6 +57,11 @@ class Tensor {
   // A matrix whose rows may lie apart; `stride` is their distance.
   float* strided(const char* name, int64_t rows, int64_t cols, int64_t* stride) const;
 
+  // Four axes of this shape, of float32 or bfloat16, whose last is contiguous and whose others may
+  // lie apart; `strides` are their distances, in numbers.
+  const void* heads(const char* name, std::initializer_list<int64_t> shape,
+                    int64_t (&strides)[3]) const;
+
   // Of float32 or bfloat16, as `is_bf16` says.
   void* floats(const char* name, std::initializer_list<int64_t> shape) const;
   void* float_rows(const char* name, int64_t width) const;
@@ -73,7 +78,7 @@ class Tensor {
 
   nanobind::object owner_;
   void* data_ = nullptr;
-  std::array<int64_t, kAxes> shape_{};
+  std::array<int64_t, kAxes> shape_{}, strides_{};
   int64_t count_ = 0, last_ = 1, stride_ = 0;  // stride: of the first axis, in numbers
   int axes_ = 0;
   Type type_ = Type::other;

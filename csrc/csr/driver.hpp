@@ -40,28 +40,6 @@ void product_tile(const Csr& m, const float* bias, const float* xt, float* yt, i
   }
 }
 
-// One step of adding up 16 vectors at once: lanes without bit S take v[i], lanes with it v[i + S].
-template <int S>
-__attribute__((always_inline)) inline void halve(Wide (&v)[16]) {
-  Words low, high;
-  for (int lane = 0; lane < 16; ++lane) {
-    low[lane] = lane & S ? 16 + lane - S : lane;
-    high[lane] = lane & S ? 16 + lane : lane + S;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < S; ++i)
-    v[i] = __builtin_shuffle(v[i], v[i + S], low) + __builtin_shuffle(v[i], v[i + S], high);
-}
-
-// Lane i of the result is the sum over the lanes of v[i].
-__attribute__((always_inline)) inline Wide sums_of(Wide (&v)[16]) {
-  halve<8>(v);
-  halve<4>(v);
-  halve<2>(v);
-  halve<1>(v);
-  return v[0];
-}
-
 template <int NV>
 __attribute__((always_inline)) inline Wide dots(const int32_t* columns, int count, const float* xt,
                                                 const Wide (&dy)[NV]) {
