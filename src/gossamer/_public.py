@@ -1,6 +1,6 @@
 """Every public name of `gossamer`."""
 
-from gossamer.api import compare, prune
+from gossamer.api import attend, compare, prune, sparse_attention
 from gossamer.compression import CompressionReport, measure_compression
 from gossamer.core.allocation import ER, ERK, OWL, ERKPlus, Uniform, UniformPlus
 from gossamer.core.budget import BatchTopK, Fraction, Threshold, TopK, TopP
@@ -18,6 +18,8 @@ from gossamer.core.pattern import NM, Block, Channel, Unstructured, format_patte
 from gossamer.core.result import CompressResult, Coverage, LayerRecord, LeftOut, PruneResult
 from gossamer.core.support import Support
 from gossamer.core.text import text_batches
+from gossamer.engine.inputs.attention import AttentionRun
+from gossamer.engine.inputs.tally import AttentionResult, LayerAttention
 from gossamer.engine.prune.replace import ReplaceLayersResult, fold_layers, replace_layers
 from gossamer.engine.prune.structure import (
     RemoveChannelsResult,
@@ -48,6 +50,8 @@ __all__ = [
     "LAMP",
     "NM",
     "OWL",
+    "AttentionResult",
+    "AttentionRun",
     "BatchTopK",
     "Block",
     "Card",
@@ -63,6 +67,7 @@ __all__ = [
     "Global",
     "GossamerError",
     "LatencyModel",
+    "LayerAttention",
     "LayerRecord",
     "LearnedRun",
     "LeftOut",
@@ -84,6 +89,7 @@ __all__ = [
     "UniformPlus",
     "Unstructured",
     "UsageError",
+    "attend",
     "calibrate_latency",
     "cards",
     "compare",
@@ -107,6 +113,7 @@ __all__ = [
     "save",
     "select",
     "select_global",
+    "sparse_attention",
     "sparse_layers",
     "sparse_training",
     "text_batches",

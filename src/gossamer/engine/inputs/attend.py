@@ -26,43 +26,7 @@ def attend(
     scale: float | None = None,
     padding: Tensor | None = None,
 ) -> Tensor:
-    """Attention of which a method chooses the pairs, for models of your own.
-
-    Differentiable in query, key and value; the choice has no gradient. The queries are the last of
-    the keys. A batch with padding is served one text after another, as if each came alone.
-
-    Parameters
-    ----------
-    query : Tensor
-        (batch, heads, queries, width), with positions rotated into it where the model does so.
-    key, value : Tensor
-        (batch, kv_heads, keys, width), not repeated for the query heads.
-    method : PairChooser or str
-        Such as `gs.attention.BlockSparse()`, or its name with options.
-    causal : bool
-        Whether a query sees no key behind its own position.
-    scale : float, optional
-        Factor of the products; 1 / sqrt(width) by default.
-    padding : Tensor, optional
-        bool (batch, keys): True for real tokens, False for padding, which is never looked at. The
-        output of padding is 0.
-
-    Returns
-    -------
-    Tensor
-        (batch, heads, queries, value width), of the query's dtype.
-
-    Raises
-    ------
-    UsageError
-        Where the tensors do not fit each other, or the method cannot serve such a call.
-
-    Examples
-    --------
-    >>> query, key = torch.randn(1, 4, 300, 16), torch.randn(1, 2, 300, 16)
-    >>> gs.attend(query, key, key, "streamingllm:window=64", causal=True).shape
-    torch.Size([1, 4, 300, 16])
-    """
+    """See `gossamer.attend`, which also takes a method by its name."""
     check_chooser(method)
     check_shapes(query, key, value, padding)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -87,9 +51,7 @@ def computed(call: AttentionCall, method: PairChooser) -> tuple[Tensor, Tensor, 
 
 def run_layout(call: AttentionCall, layout: Layout) -> tuple[Tensor, Tensor]:
     """The output and the log-sum-exp over a layout's pairs."""
-    return attention(
-        call.query, call.key, call.value, layout, causal=call.causal, scale=call.scale
-    )
+    return attention(call.query, call.key, call.value, layout, causal=call.causal, scale=call.scale)
 
 
 def each_text(

@@ -6,7 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from gossamer.engine.inputs.servable import IMPLEMENTATION, attention_layers, ch
 from gossamer.engine.inputs.tally import AttentionResult, Tally
 
 DENSE_BELOW = 2048
-"""Keys below which choosing costs more than it saves; see `sparse_attention`."""
+"""Keys below which choosing costs more than it saves; see `gossamer.sparse_attention`."""
 
 
 class AttentionRun:
@@ -92,50 +92,7 @@ def sparse_attention(
     dense_below: int = DENSE_BELOW,
     measure: bool = False,
 ) -> Iterator[AttentionRun]:
-    """Attention whose pairs a method chooses, in every layer of a model of transformers.
-
-    For as long as the block is open, prompts of at least `dense_below` tokens are attended
-    sparsely. Shorter ones run as the model runs them, bit for bit, and so does decoding, one token
-    against a cache. Only the name of the attention in the model's configs changes. It is put back
-    at the end, also after an error. Training works where attention has no dropout; the choice has
-    no gradient. A batch with padding is attended one text after another, as if each came alone.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Of transformers, with full attention through its AttentionInterface: Llama, Qwen, Mistral,
-        Gemma, GPT-NeoX, BERT, ViT and many more.
-    method : PairChooser or str
-        Such as `gs.attention.BlockSparse(density=0.3)`, or its name with options.
-    dense_below : int
-        Prompts with fewer keys run dense. The default was measured with SmolLM2-135M on a CPU;
-        0 makes every prompt sparse.
-    measure : bool
-        Compare each call with dense attention, computed in tiles: the share of attention that the
-        chosen pairs hold, and the error of the outputs. It costs a dense call.
-
-    Yields
-    ------
-    AttentionRun
-        Its `result` has the layers reached, calls, measured density, operations and bytes, the
-        choice included.
-
-    Raises
-    ------
-    UsageError
-        Before anything changes: for models with sliding windows, capped logits, sinks among their
-        parameters, biases of positions, cross-attention or dropout in training; for a model that is
-        in such a block already. At a call: for masks of four axes, packed sequences, attention
-        weights as outputs. At the end: where no layer was reached.
-    MissingExtra
-        Without transformers.
-
-    Examples
-    --------
-    >>> with gs.sparse_attention(model, "anchorattention:theta=6") as run:  # doctest: +SKIP
-    ...     logits = model(ids).logits
-    >>> print(run.result)  # doctest: +SKIP
-    """
+    """See `gossamer.sparse_attention`, which also takes a method by its name."""
     model = unwrap(model)
     check_chooser(method)
     if isinstance(dense_below, bool) or not isinstance(dense_below, int) or dense_below < 0:
@@ -163,6 +120,7 @@ def sparse_attention(
         for registry in registries:
             registry._global_mapping.pop(name, None)
     run.result.check_reached()
+
 
 def _registries() -> tuple[Any, Any]:
     """Where transformers keeps attention and mask functions."""

@@ -82,9 +82,7 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.flops = self.bytes = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         found = func(*args, **kwargs)
         counted = flop_registry.get(func._overloadpacket)

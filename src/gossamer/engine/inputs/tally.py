@@ -180,7 +180,10 @@ class Tally:
         sums.short_calls += queries != 1
 
     def chosen(
-        self, call: AttentionCall, method: PairChooser, run: Callable[[AttentionCall, PairChooser], T]
+        self,
+        call: AttentionCall,
+        method: PairChooser,
+        run: Callable[[AttentionCall, PairChooser], T],
     ) -> tuple[T, Work]:
         """`run`'s result, and the work of the choice, which is counted once for each shape."""
         key = (*call.query.shape, *call.key.shape, *call.value.shape, call.query.dtype, call.causal)
@@ -212,7 +215,9 @@ class Tally:
             sums.norm = float(whole.double().square().sum())
         self._layers[call.layer].add(sums)
 
-    def result(self, method: PairChooser, names: Sequence[str], dense_below: int) -> AttentionResult:
+    def result(
+        self, method: PairChooser, names: Sequence[str], dense_below: int
+    ) -> AttentionResult:
         """The figures so far."""
         total, layers = _Sums(), []
         for index, name in enumerate(names):

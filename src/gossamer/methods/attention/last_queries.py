@@ -40,7 +40,9 @@ def by_offset(weights: Tensor) -> Tensor:
     # Reversed, row i begins rows - 1 - i places late. Rows one entry shorter slide by one each.
     padded = torch.nn.functional.pad(weights.flip(1), (0, rows))
     width = keys + rows - 1
-    return padded.flatten()[rows - 1 : rows - 1 + rows * width].unflatten(0, (rows, width))[:, :keys]
+    return padded.flatten()[rows - 1 : rows - 1 + rows * width].unflatten(0, (rows, width))[
+        :, :keys
+    ]
 
 
 def columns_and_slashes(
