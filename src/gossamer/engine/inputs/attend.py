@@ -32,21 +32,30 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     call = AttentionCall(query, key, value, scale, causal)
     if padding is None:
-        return computed(call, method)[0]
-    return each_text(call, padding, lambda part: computed(part, method)[0])
+        return computed(call, method)
+    return each_text(call, padding, lambda part: computed(part, method))
 
 
-def computed(call: AttentionCall, method: PairChooser) -> tuple[Tensor, Tensor, Layout]:
-    """The output, the log-sum-exp and the layout of one call."""
+def computed(call: AttentionCall, method: PairChooser) -> Tensor:
+    """The output over the pairs that the method chooses."""
+    output, lse = run_layout(call, choose(call, method))
+    check_answered(method, call, lse)
+    return output
+
+
+def choose(call: AttentionCall, method: PairChooser) -> Layout:
+    """The method's choice, without gradients."""
     with torch.no_grad():
-        layout = method.layout(call)
-    output, lse = run_layout(call, layout)
+        return method.layout(call)
+
+
+def check_answered(method: PairChooser, call: AttentionCall, lse: Tensor) -> None:
+    """Raise UsageError where a query had no key, and its output is 0."""
     if bool((lse == -torch.inf).any()):
         raise UsageError(
             f"{method.card.name} left a query of layer {call.layer} without keys; every query "
             "needs one, or its output would be 0"
         )
-    return output, lse, layout
 
 
 def run_layout(call: AttentionCall, layout: Layout) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from gossamer.core.attention import AttentionCall
 from gossamer.core.errors import MissingExtra, UsageError
 from gossamer.core.result import unwrap
-from gossamer.engine.inputs.attend import check_chooser, computed, each_text, run_layout
+from gossamer.engine.inputs.attend import (
+    check_answered,
+    check_chooser,
+    choose,
+    each_text,
+    run_layout,
+)
 from gossamer.engine.inputs.counting import full_layout
 from gossamer.engine.inputs.masks import Seen, decode, encode
 from gossamer.engine.inputs.protocols import PairChooser
@@ -77,7 +83,9 @@ class AttentionRun:
         if call.keys < self._dense_below:  # a short text in a batch with longer ones
             self._tally.dense(call.layer, call.queries)
             return run_layout(call, full_layout(call))[0]
-        (output, lse, layout), choosing = self._tally.chosen(call, self._method, computed)
+        layout, choosing = self._tally.chosen(call, lambda: choose(call, self._method))
+        output, lse = run_layout(call, layout)
+        check_answered(self._method, call, lse)
         with torch.no_grad():
             dense = run_layout(call, full_layout(call)) if self._measure else None
             self._tally.sparse(call, layout, choosing, (output, lse), dense)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from gossamer.core.attention import AttentionCall
@@ -22,8 +20,6 @@ from gossamer.engine.inputs.counting import (
 )
 from gossamer.engine.inputs.protocols import PairChooser
 from gossamer.ops.attention import Layout
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -179,18 +175,13 @@ class Tally:
         sums.decode_calls += queries == 1
         sums.short_calls += queries != 1
 
-    def chosen(
-        self,
-        call: AttentionCall,
-        method: PairChooser,
-        run: Callable[[AttentionCall, PairChooser], T],
-    ) -> tuple[T, Work]:
-        """`run`'s result, and the work of the choice, which is counted once for each shape."""
+    def chosen(self, call: AttentionCall, choose: Callable[[], Layout]) -> tuple[Layout, Work]:
+        """The choice, and its work, which is counted in the first call of each shape."""
         key = (*call.query.shape, *call.key.shape, *call.value.shape, call.query.dtype, call.causal)
-        if key not in self._choosing:
-            with torch.no_grad():
-                self._choosing[key] = worked(lambda: method.layout(call))[1]
-        return run(call, method), self._choosing[key]
+        if key in self._choosing:
+            return choose(), self._choosing[key]
+        layout, self._choosing[key] = worked(choose)
+        return layout, self._choosing[key]
 
     def sparse(
         self,

@@ -39,6 +39,7 @@ from gossamer.methods.attention.tiles import (
     check_count,
     from_blocks,
     pooled,
+    products,
     with_lists,
 )
 from gossamer.ops.attention import Layout
@@ -109,9 +110,7 @@ class AnchorAttention:
         for group in range(found.shape[2]):
             inside = slice(group * self.step, (group + 1) * self.step)
             keys = slice(self.block, max(self.block, self._begin(call, group)))
-            key = call.key[:, :, keys].float().unsqueeze(2).transpose(-1, -2)
-            mean = means[:, :, inside].unflatten(1, (-1, call.shared))
-            logits = (mean @ key).flatten(1, 2) * call.scale
+            logits = products(means[:, :, inside], call.key[:, :, keys].float()) * call.scale
             bar = anchors[:, :, inside].unsqueeze(-1) - self.theta
             found[:, :, group, keys] = (logits >= bar).any(2)
         return found
@@ -119,26 +118,22 @@ class AnchorAttention:
     def anchors(self, call: AttentionCall) -> Tensor:
         """float32 (batch, heads, queries): each query's highest logit in the window.
 
-        The exact row maximum of the first pass, one head and block at a time.
+        The exact row maximum of the first pass, one block of queries at a time.
         """
-        found = call.query.new_empty(call.query.shape[:3], dtype=torch.float32)
+        found = []
+        key = call.key.float()
         for row, first in enumerate(range(0, call.queries, self.block)):
             last = min(first + self.block, call.queries)
-            begin = self._begin(call, row // self.step)
-            end = last + call.past
-            parts = [slice(0, min(self.block, begin)), slice(begin, end)]
-            hidden = torch.ones(last - first, last - first, dtype=torch.bool).triu(1)
-            for b in range(found.shape[0]):
-                for h in range(found.shape[1]):
-                    query = call.query[b, h, first:last].float() * call.scale
-                    key = call.key[b, h // call.shared]
-                    near = query @ key[parts[1]].float().T
-                    near[:, first - last :].masked_fill_(hidden.to(near.device), -torch.inf)
-                    highest = near.amax(1)
-                    if parts[0].stop:
-                        highest = highest.maximum((query @ key[parts[0]].float().T).amax(1))
-                    found[b, h, first:last] = highest
-        return found
+            begin, end = self._begin(call, row // self.step), last + call.past
+            query = call.query[:, :, first:last].float() * call.scale
+            hidden = torch.ones(last - first, last - first, dtype=torch.bool, device=key.device)
+            near = products(query, key[:, :, begin:end])
+            near[..., first - last :].masked_fill_(hidden.triu(1), -torch.inf)
+            highest = near.amax(-1)
+            if begin:
+                highest = highest.maximum(products(query, key[:, :, : self.block]).amax(-1))
+            found.append(highest)
+        return torch.cat(found, dim=2)
 
     def _begin(self, call: AttentionCall, group: int) -> int:
         """The first key of a group's window: one block before its first query's."""

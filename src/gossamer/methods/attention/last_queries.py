@@ -22,8 +22,8 @@ def columns_and_offsets(call: AttentionCall, last: int) -> tuple[Tensor, Tensor]
     hidden = torch.ones(last, last, dtype=torch.bool, device=call.query.device).triu(1)
     for b in range(batch):
         for h in range(heads):
-            query = call.query[b, h, queries - last :].float()
-            logits = query @ call.key[b, h // call.shared].float().T * call.scale
+            query = call.query[b, h, queries - last :].float() * call.scale
+            logits = query @ call.key[b, h // call.shared].float().T
             logits[:, call.keys - last :].masked_fill_(hidden, -torch.inf)
             weights = torch.softmax(logits, dim=-1)
             columns[b, h] = weights.sum(0)
@@ -66,4 +66,4 @@ def crossed(call: AttentionCall, offsets: Tensor, block: int) -> Tensor:
     nearest = ((first + call.past).unsqueeze(1) - end).clamp(0, call.keys)
     farthest = ((last + call.past).unsqueeze(1) - edge + 1).clamp(0, call.keys)
     kept = torch.nn.functional.pad(offsets.cumsum(-1), (1, 0))
-    return kept[..., farthest.clamp(min=0)] > kept[..., nearest.minimum(farthest)]
+    return kept[..., farthest] > kept[..., nearest.minimum(farthest)]

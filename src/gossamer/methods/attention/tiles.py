@@ -47,8 +47,9 @@ def pooled(x: Tensor, block: int) -> Tensor:
 
 def products(query: Tensor, key: Tensor) -> Tensor:
     """query . key (batch, heads, queries, keys); neighbouring query heads share one of key's."""
-    grouped = query.unflatten(1, (key.shape[1], -1))
-    return (grouped @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
+    length, shared = query.shape[2], query.shape[1] // key.shape[1]
+    stacked = query.unflatten(1, (-1, shared)).flatten(2, 3)  # one product for each head of keys
+    return (stacked @ key.transpose(-1, -2)).unflatten(2, (shared, length)).flatten(1, 2)
 
 
 def from_blocks(mask: Tensor, call: AttentionCall, rows: int, columns: int | None = None) -> Layout:
