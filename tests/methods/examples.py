@@ -69,6 +69,26 @@ PLANNERS = {
 }
 """Methods that cut neurons and heads out of transformers."""
 
+A = gs.attention
+ATTENTION = {
+    "streamingllm": lambda: A.StreamingLLM(window=40, block=16),
+    "blocksparse": lambda: A.BlockSparse(blocks=3),
+    "blocksparse-density": lambda: A.BlockSparse(block=8, density=0.4),
+    "verticalslash": lambda: A.VerticalSlash(8, 20, last=16, near=12, block=16),
+    "flexprefill": lambda: A.FlexPrefill(0.3, least=6, last=16, near=4, block=16),
+    "anchorattention": lambda: A.AnchorAttention(theta=0.5, step=2, block=16),
+}
+"""Methods that choose pairs of queries and keys; sparse at 100 tokens."""
+
+GENEROUS = {
+    "streamingllm": lambda: A.StreamingLLM(window=10**6),
+    "blocksparse": lambda: A.BlockSparse(blocks=10**6),
+    "verticalslash": lambda: A.VerticalSlash(10**6, 10**6),
+    "flexprefill": lambda: A.FlexPrefill(1.0, least=10**6),
+    "anchorattention": lambda: A.AnchorAttention(theta=1e30),
+}
+"""The same with budgets above any length, which keep every pair."""
+
 PRUNERS = {x.card.name: x for x in methods(roles=("scorer", "solver")).values()}
 """Scorers and solvers; each is valid without arguments."""
 

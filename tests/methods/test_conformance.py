@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from examples import LEARNED, PLANNERS, PRUNERS, REPLACERS, TOPOLOGY
+from examples import ATTENTION, GENEROUS, LEARNED, PLANNERS, PRUNERS, REPLACERS, TOPOLOGY
 
 import gossamer as gs
 from gossamer.core.density import kept_count
@@ -138,6 +138,7 @@ def test_missing_statistics_and_bad_weights_name_the_layer():
 
 
 ROLES = {"scorer", "solver", "topology", "learned_mask", "replacer", "planner", "recipe"}
+ROLES |= {"key_scorer"}
 PATTERN_WORDS = {"unstructured", "nm", "block", "channel"}
 
 
@@ -181,6 +182,8 @@ def test_names_are_found_near_ones_are_told_and_shared_ones_need_their_topic(mon
         ("learned_mask", LEARNED),
         ("replacer", REPLACERS),
         ("planner", PLANNERS),
+        ("key_scorer", ATTENTION),
+        ("key_scorer", GENEROUS),
     ],
 )
 def test_every_method_has_an_example(role, examples):
