@@ -33,7 +33,7 @@ def call_of(query, key, value, causal=True):
 
 def mask_of(layout, call):
     """bool (batch, heads, queries, keys): what the executor really attends."""
-    batch, heads = call.query.shape[:2]
+    batch = call.query.shape[0]
     eye = torch.eye(call.keys).expand(batch, call.key.shape[1], -1, -1)
     flat = call_of(torch.zeros_like(call.query), torch.zeros_like(call.key), eye, call.causal)
     return run_layout(flat, layout)[0] > 0
