@@ -60,10 +60,10 @@ class Plan:
 
     lengths: tuple[int, ...] = (2048, 4096)
     behind: int = 256
-    prompts: int = 2
+    prompts: int = 1
     layers: tuple[int, ...] = (0, 7, 14, 21, 28)
     rounds: int = 3
-    prefills: int = 2
+    prefills: int = 1
 
 
 class Bench:
@@ -221,12 +221,12 @@ def in_turns(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
 
 
 def parts(plan: Plan) -> list[str]:
-    """What is measured, by name: the times first."""
-    names: list[str] = []
-    for length in plan.lengths:
-        names += [f"{length}: attention", f"{length}: prefill"]
-        names += [f"{length}: {name}" for name in ("sdpa", DENSE, *METHODS)]
-    return names
+    """What is measured, by name; attention alone first, and whole prefills last."""
+    quality = [f"{n}: {name}" for n in plan.lengths for name in ("sdpa", DENSE, *METHODS)]
+    return [
+        *(f"{n}: attention" for n in plan.lengths), *quality,
+        *(f"{n}: prefill" for n in plan.lengths),
+    ]  # fmt: skip
 
 
 def measure(bench: Bench, what: str) -> dict[str, Any]:

@@ -19,8 +19,8 @@ class Card:
     topic : str
         What becomes sparse: the folder and the public namespace, such as `weights`.
     role : str
-        How it plugs in: `scorer`, `solver`, `topology`, `learned_mask`, `replacer`, `planner` or
-        `recipe`.
+        How it plugs in: `scorer`, `solver`, `topology`, `learned_mask`, `replacer`, `planner`,
+        `recipe` or `key_scorer`.
     needs : tuple of str
         The statistics it reads: `norm`, `hessian`, `gradients`.
     patterns : tuple of str

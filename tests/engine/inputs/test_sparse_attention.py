@@ -315,9 +315,11 @@ def test_blocks_do_not_nest_and_must_reach_a_layer(llama):
         with pytest.raises(gs.UsageError, match="already"), gs.sparse_attention(llama, SPARSE):
             pass
         output(llama, input_ids=ids)
-    with pytest.raises(gs.UsageError, match="none of 2 attention layers"):
-        with gs.sparse_attention(llama, SPARSE):
-            pass
+    with (
+        pytest.raises(gs.UsageError, match="none of 2 attention layers"),
+        gs.sparse_attention(llama, SPARSE),
+    ):
+        pass
     assert llama.config._attn_implementation == "sdpa"
 
 

@@ -17,8 +17,8 @@ a synthetic map with 40 hot columns a test asserts its density and recall at the
 entry point begins it at the group. The anchor and `theta` are in nats. One of the release's kernels
 compares base-2 logits, where 12 stands for 8.3 nats. The paper goes on from the first pass's
 softmax; ours computes its highest logits apart and then all pairs in one softmax. The output is the
-same, and the logits of the first pass are computed twice. Queries behind the last whole block are
-in a group of their own, not dense. Each query head chooses for itself, and a group by the means of
+same, and the logits of the first pass are computed twice. Leftover queries
+at the end are a shorter block of their group, where the release attends them densely. Each query head chooses for itself, and a group by the means of
 its blocks, so a later token of the group can change which earlier keys a query sees. Theta is an
 absolute difference: where logits vary little, 12 keeps everything.
 """
