@@ -97,6 +97,10 @@ gs.train_rounds(model, gs.{card.topic}.{find(card.name).__name__}(density=0.1), 
 gs.fold_layers(model)"""
     if card.role == "planner":
         return f'gs.prune(model, {name}(), density=0.5).model.save_pretrained("out")'
+    if card.role == "key_scorer" and hasattr(find(card.name), "fitted"):
+        return f"""method = gs.calibrate_attention(model, {name}(), batches)
+with gs.sparse_attention(model, method) as run:
+    ...  # the model as it was"""
     if card.role == "key_scorer":
         return f"""with gs.sparse_attention(model, {name}()) as run:
     ...  # the model as it was

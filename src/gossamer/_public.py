@@ -1,6 +1,7 @@
 """Every public name of `gossamer`."""
 
-from gossamer.api import attend, compare, prune, sparse_attention
+from gossamer.api import compare, prune
+from gossamer.api_attention import attend, calibrate_attention, sparse_attention
 from gossamer.compression import CompressionReport, measure_compression
 from gossamer.core.allocation import ER, ERK, OWL, ERKPlus, Uniform, UniformPlus
 from gossamer.core.budget import BatchTopK, Fraction, Threshold, TopK, TopP
@@ -90,6 +91,7 @@ __all__ = [
     "Unstructured",
     "UsageError",
     "attend",
+    "calibrate_attention",
     "calibrate_latency",
     "cards",
     "compare",

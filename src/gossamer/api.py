@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any, Literal, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import Pattern, parse_pattern
-from gossamer.core.result import CompressResult, PruneResult, unwrap
+from gossamer.core.result import PruneResult, unwrap
 from gossamer.core.words import build
 from gossamer.engine.data import Batch, read_batches
-from gossamer.engine.inputs import attend as attending
-from gossamer.engine.inputs import attention as attention_engine
-from gossamer.engine.inputs.protocols import PairChooser
 from gossamer.engine.measure.evaluate import Measurable
 from gossamer.engine.measure.tasks import Outputs, Subject, Task, is_causal, reads_text, task_of
 from gossamer.engine.protocols import Allocation, Method, Planner
@@ -162,127 +158,6 @@ def _density_of(sparsity: float, density: float | None) -> float:
     if not number or not 0.0 <= sparsity < 1.0:
         raise UsageError(f"sparsity is the fraction removed, in [0, 1), not {sparsity!r}")
     return round(1.0 - sparsity, 12)
-
-
-def sparse_attention(
-    model: nn.Module | PruneResult | CompressResult,
-    method: PairChooser | str,
-    *,
-    dense_below: int = attention_engine.DENSE_BELOW,
-    measure: bool = False,
-) -> AbstractContextManager[attention_engine.AttentionRun]:
-    """Attention whose pairs a method chooses, in every layer of a model of transformers.
-
-    For as long as the block is open, prompts of at least `dense_below` tokens are attended
-    sparsely. Shorter ones run as the model runs them, bit for bit, and so does decoding, one token
-    against a cache. Only the name of the attention in the model's configs changes. It is put back
-    at the end, also after an error. Training works where attention has no dropout; the choice has
-    no gradient. A batch with padding is attended one text after another, as if each came alone.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Of transformers, with full attention through its AttentionInterface: Llama, Qwen, Mistral,
-        Gemma, GPT-NeoX, BERT, ViT and many more.
-    method : PairChooser or str
-        Such as `gs.attention.BlockSparse(density=0.3)`, or its name with options.
-    dense_below : int
-        Prompts with fewer keys run dense. The default was measured with SmolLM2-135M on a CPU;
-        0 makes every prompt sparse.
-    measure : bool
-        Compare each call with dense attention, computed in tiles: the share of attention that the
-        chosen pairs hold, and the error of the outputs. It costs a dense call.
-
-    Yields
-    ------
-    AttentionRun
-        Its `result` has the layers reached, calls, measured density, operations and bytes, the
-        choice included.
-
-    Raises
-    ------
-    UsageError
-        Before anything changes: for models with sliding windows, capped logits, sinks among their
-        parameters, biases of positions, cross-attention or dropout in training; for a model that is
-        in such a block already. At a call: for masks of four axes, packed sequences, attention
-        weights as outputs. At the end: where no layer was reached.
-    MissingExtra
-        Without transformers.
-
-    Examples
-    --------
-    >>> with gs.sparse_attention(model, "anchorattention:theta=6") as run:  # doctest: +SKIP
-    ...     logits = model(ids).logits
-    >>> print(run.result)  # doctest: +SKIP
-    """
-    return attention_engine.sparse_attention(
-        unwrap(model), _chooser(method), dense_below=dense_below, measure=measure
-    )
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    method: PairChooser | str,
-    *,
-    causal: bool,
-    scale: float | None = None,
-    padding: Tensor | None = None,
-) -> Tensor:
-    """Attention of which a method chooses the pairs, for models of your own.
-
-    Differentiable in query, key and value; the choice has no gradient. The queries are the last of
-    the keys. A batch with padding is served one text after another, as if each came alone.
-
-    Parameters
-    ----------
-    query : Tensor
-        (batch, heads, queries, width), with positions rotated into it where the model does so.
-    key, value : Tensor
-        (batch, kv_heads, keys, width), not repeated for the query heads.
-    method : PairChooser or str
-        Such as `gs.attention.BlockSparse()`, or its name with options.
-    causal : bool
-        Whether a query sees no key behind its own position.
-    scale : float, optional
-        Factor of the products; 1 / sqrt(width) by default.
-    padding : Tensor, optional
-        bool (batch, keys): True for real tokens, False for padding, which is never looked at. The
-        output of padding is 0.
-
-    Returns
-    -------
-    Tensor
-        (batch, heads, queries, value width), of the query's dtype.
-
-    Raises
-    ------
-    UsageError
-        Where the tensors do not fit each other, or the method cannot serve such a call.
-
-    Examples
-    --------
-    >>> query, key = torch.randn(1, 4, 300, 16), torch.randn(1, 2, 300, 16)
-    >>> gs.attend(query, key, key, "streamingllm:window=64", causal=True).shape
-    torch.Size([1, 4, 300, 16])
-    """
-    return attending.attend(
-        query, key, value, _chooser(method), causal=causal, scale=scale, padding=padding
-    )
-
-
-def _chooser(method: PairChooser | str) -> PairChooser:
-    """A method by its name, which must be one of attention."""
-    if not isinstance(method, str):
-        return method
-    found = find(method.partition(":")[0]).card
-    if found.topic != "attention":
-        raise UsageError(
-            f"method {method!r} is one of {found.topic}; gossamer methods attention lists those "
-            "that choose pairs of queries and keys"
-        )
-    return cast(PairChooser, build_method(method))
 
 
 def compare(

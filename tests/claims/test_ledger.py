@@ -42,7 +42,10 @@ RECORDS = sorted(ROOT.glob("*/*.json"))
 NOT_TRIED = {f"weights.{name}" for name in ("maskllm", "mdgf", "monarch", "sltrain", "widths")}
 NOT_TRIED |= {
     f"attention.{name}"
-    for name in ("anchorattention", "blocksparse", "flexprefill", "streamingllm", "verticalslash")
+    for name in (
+        "anchorattention", "blocksparse", "flexprefill", "seerattention", "streamingllm",
+        "verticalslash",
+    )
 }
 """Methods whose claims wait for their check; their pages say so."""
 NAMES = sorted({f"{card.topic}.{card.name}" for card in cards()} - NOT_TRIED)

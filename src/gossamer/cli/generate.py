@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from gossamer.api import sparse_attention
+from gossamer.api_attention import sparse_attention
 from gossamer.cli.inputs import BUNDLED, read_model
 from gossamer.cli.output import note, print_json
 from gossamer.core.errors import UsageError

@@ -27,6 +27,9 @@ class AttentionCall:
         Whether a query sees no key behind its own position.
     layer, layers : int
         The layer's number, from 0, and how many the model has.
+    rotation : Tensor or None
+        Radians a position of each pair of entries, (up to width / 2,), where the model rotates
+        positions into queries and keys in halves; None otherwise.
     """
 
     query: Tensor
@@ -36,6 +39,7 @@ class AttentionCall:
     causal: bool
     layer: int = 0
     layers: int = 1
+    rotation: Tensor | None = None
 
     @property
     def queries(self) -> int:

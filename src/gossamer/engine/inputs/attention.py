@@ -25,6 +25,7 @@ from gossamer.engine.inputs.attend import (
 from gossamer.engine.inputs.counting import full_layout
 from gossamer.engine.inputs.masks import Seen, decode, encode
 from gossamer.engine.inputs.protocols import PairChooser
+from gossamer.engine.inputs.rotation import rotation_of
 from gossamer.engine.inputs.servable import IMPLEMENTATION, attention_layers, check_arguments
 from gossamer.engine.inputs.tally import AttentionResult, Tally
 
@@ -36,12 +37,18 @@ class AttentionRun:
     """What a block of `sparse_attention` yields; `result` tells what has happened so far."""
 
     def __init__(
-        self, method: PairChooser, layers: dict[str, nn.Module], dense_below: int, measure: bool
+        self,
+        method: PairChooser,
+        layers: dict[str, nn.Module],
+        rotations: list[Tensor | None],
+        dense_below: int,
+        measure: bool,
     ) -> None:
         self._method, self._dense_below, self._measure = method, dense_below, measure
         self._layers = layers
         self._index = {id(layer): index for index, layer in enumerate(layers.values())}
         self._tally = Tally()
+        self.rotations = rotations
 
     @property
     def result(self) -> AttentionResult:
@@ -106,7 +113,9 @@ def sparse_attention(
     if isinstance(dense_below, bool) or not isinstance(dense_below, int) or dense_below < 0:
         raise UsageError(f"dense_below is a whole number from 0, not {dense_below!r}")
     registries = _registries()
-    run = AttentionRun(method, attention_layers(model), dense_below, measure)
+    layers = attention_layers(model)
+    rotations = [rotation_of(model, layer) for layer in layers.values()]
+    run = AttentionRun(method, layers, rotations, dense_below, measure)
     configs = _configs(model)
     name = f"gossamer_{id(run):x}"
     before = {key: vars(config)[IMPLEMENTATION] for key, config in configs.items()}
@@ -186,7 +195,7 @@ def _functions(run: AttentionRun, name: str) -> tuple[Callable[..., Any], Callab
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         call = AttentionCall(
             query.to(value.dtype), key.to(value.dtype), value, scale, causal, index,
-            run.layers,
+            run.layers, run.rotations[index],
         )  # fmt: skip
         return run.attend(call, seen).transpose(1, 2).contiguous(), None
 

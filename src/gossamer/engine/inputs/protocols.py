@@ -7,6 +7,7 @@ Scores become choices by `gossamer.keep`, whose budgets and protected units are 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -30,6 +31,19 @@ class PairChooser(Protocol):
         one key at least. Called without gradients. Raises UsageError for a call that the method
         cannot serve, such as one that is not causal.
         """
+        ...
+
+
+@runtime_checkable
+class LearnsFromPrompts(PairChooser, Protocol):
+    """A method that is fitted to a model before it chooses."""
+
+    def observe(self, call: AttentionCall) -> Any:
+        """What is learned from one layer's call of one prompt; small, for many are kept."""
+        ...
+
+    def fitted(self, observed: Mapping[int, Sequence[Any]]) -> Any:
+        """A new method, from what was observed in each layer."""
         ...
 
 

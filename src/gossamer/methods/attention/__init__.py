@@ -3,6 +3,7 @@
 from gossamer.methods.attention.anchor import AnchorAttention
 from gossamer.methods.attention.block_sparse import BlockSparse
 from gossamer.methods.attention.flex_prefill import FlexPrefill
+from gossamer.methods.attention.seer import SeerAttention
 from gossamer.methods.attention.streaming import StreamingLLM
 from gossamer.methods.attention.vertical_slash import VerticalSlash
 
@@ -10,6 +11,7 @@ __all__ = [
     "AnchorAttention",
     "BlockSparse",
     "FlexPrefill",
+    "SeerAttention",
     "StreamingLLM",
     "VerticalSlash",
 ]
