@@ -92,7 +92,8 @@ const AttentionKernels Tables<AttentionKernels>::avx2;
 template <>
 const AttentionKernels Tables<AttentionKernels>::avx512;
 
-// The forward pass with AVX-512's dot products of bfloat16, for bfloat16 only.
+// With AVX-512's dot products of bfloat16, for bfloat16 only.
 void attention_bf16(const AttentionTask&, void* output, float* lse, int threads);
+void attention_bf16_backward(const AttentionTask&, const AttentionGradients&, int threads);
 
 }  // namespace gossamer

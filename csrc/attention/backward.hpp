@@ -1,5 +1,5 @@
 // The backward pass: P = exp(S - L) and dS = P (dO V^T - rowsum(dO O) + dL), from which all
-// gradients follow. Everything is float32 here.
+// gradients follow. With units of bfloat16, P and dS are rounded to it for the products.
 #pragma once
 #include "attention/driver.hpp"
 
@@ -12,14 +12,17 @@ struct Sums {
   float *block_bias, *key_bias;   // as in AttentionGradients, or null
 };
 
-// One block of queries: rows padded to 16 numbers.
+// One block of queries: rows padded to 16 numbers. Units are pairs of numbers where kPer is 2.
 struct BackBlock {
   float *grad, *grad_query;       // dO (rows, padded) and the gradient of queries (rows, key_padded)
   float *plain_query;             // (rows, key_padded)
+  float* grad_units;              // dO (rows, grad_step): units along a row
+  float *grad_pairs, *query_pairs;  // (rows / kPer, as above): units of neighbouring rows
   float *shift, *lse;             // dL - rowsum(dO O), and L in powers of 2
   float *weights, *slopes;        // (rows, kChunk): P and dS
+  float *weight_pairs, *slope_pairs;  // (rows / kPer, kChunk)
   float* key_bias;                // of this head in Sums, or null
-  int64_t key_padded;
+  int64_t key_padded, grad_step;
 };
 
 // Weights and slopes of R queries for one chunk, and their share of the queries' gradient.
@@ -28,32 +31,50 @@ void back_strip(const AttentionTask& t, const Block& block, const BackBlock& b, 
                 int64_t row) {
   const int count = c.panels * kParts;
   float *weights = b.weights + row * kChunk, *slopes = b.slopes + row * kChunk;
-  strip_products<R>(block.query + row * block.depth, block.depth, t.width, c.across, c.panels,
-                    weights);
-  strip_products<R>(b.grad + row * block.padded, block.padded, t.value_width, c.value_across,
-                    c.panels, slopes);
+  alignas(64) float rounded_slopes[R * kChunk / kPer];
+  strip_products<R>(block.query + row * block.depth, block.depth, units(t.width), c.across,
+                    c.panels, weights);
+  strip_products<R>(b.grad_units + row * b.grad_step, b.grad_step, units(t.value_width),
+                    c.value_across, c.panels, slopes);
   for (int r = 0; r < R; ++r) {
     float *p = weights + r * kChunk, *d = slopes + r * kChunk;
     const float lse = b.lse[row + r], shift = b.shift[row + r];
+    Lanes x[kVectors];
     for (int v = 0; v < count; ++v) {
-      Lanes x = at(p + v * kLanes) * block.scale;
-      if (c.biased) x += at(c.bias + v * kLanes);
-      Lanes slope = at(d + v * kLanes) + shift;
+      Lanes weight = at(p + v * kLanes) * block.scale;
+      if (c.biased) weight += at(c.bias + v * kLanes);
+      x[v] = at(d + v * kLanes) + shift;
       if (c.masked) {
         const int32_t position = block.positions ? block.positions[row + r] : 0;
         const uint32_t bits =
             seen(c, v / kParts, row + r, block.bit_step, position) >> (v % kParts * kLanes);
-        x = keep(x, bits);
-        slope = only(slope, bits);
+        weight = keep(weight, bits);
+        x[v] = only(x[v], bits);
       }
-      const Lanes weight = power(x - lse);
+      weight = power(weight - lse);
+      x[v] *= weight;
       put(weight, p + v * kLanes);
-      put(weight * slope, d + v * kLanes);
+      put(x[v], d + v * kLanes);
     }
+    store_weights(x, count, rounded_slopes + r * (kChunk / kPer));
   }
   float* grad = b.grad_query + row * b.key_padded;
-  if (c.odd) careful_sums(slopes, R, c.key_along, c.panels, b.key_padded, grad);
-  else strip_sums<R>(slopes, c.key_along, c.panels, b.key_padded, grad);
+  if (c.odd) careful_sums(rounded_slopes, R, c.key_along, c.panels, b.key_padded, grad);
+  else strip_sums<R>(rounded_slopes, c.key_along, c.panels, b.key_padded, grad);
+}
+
+// Rows from..to of `plain`, as units of neighbouring rows, the others as 0.
+inline void pair_rows(const float* plain, int64_t step, int64_t from, int64_t to, int64_t width,
+                      float* pairs) {
+  if (kPer == 1) return;
+  for (int64_t row = from / 2 * 2; row < to; row += 2) {
+    const float *low = plain + row * step, *high = low + step;
+    for (int64_t j = 0; j < width; j += 16) {
+      const Wide first = row < from ? Wide{} : load(low + j);
+      const Wide second = row + 1 < to ? load(high + j) : Wide{};
+      store(paired(first, second), pairs + row / 2 * step + j);
+    }
+  }
 }
 
 // to (R rows, wherever they lie) += the columns of `a` (rows, kChunk) times `rows` rows of b.
@@ -81,25 +102,27 @@ inline void back_chunk(const AttentionTask& t, const Block& block, const BackBlo
   strips(from, to, [&](auto rows, int64_t row) {
     back_strip<decltype(rows)::value>(t, block, b, c, row);
   });
-  const float *weights = b.weights + from * kChunk, *slopes = b.slopes + from * kChunk;
+  pair_rows(b.weights, kChunk, from, to, c.panels * kPanel, b.weight_pairs);
+  pair_rows(b.slopes, kChunk, from, to, c.panels * kPanel, b.slope_pairs);
+  const int64_t first = from / kPer, count = (to + kPer - 1) / kPer - first;
+  const float *weights = b.weight_pairs + first * kChunk, *slopes = b.slope_pairs + first * kChunk;
   for (int p = 0; p < c.panels; ++p) {
-    const int count = c.count[p];
-    strips(p * kPanel, p * kPanel + count, [&](auto rows, int64_t k) {
+    strips(p * kPanel, p * kPanel + c.count[p], [&](auto rows, int64_t k) {
       constexpr int R = decltype(rows)::value;
       float *values[R], *keys[R];
       for (int r = 0; r < R; ++r) {
         values[r] = sums.values + c.token[k + r] * block.padded;
         keys[r] = sums.keys + c.token[k + r] * b.key_padded;
       }
-      add_turned<R>(weights + k, b.grad + from * block.padded, block.padded, to - from, values);
-      add_turned<R>(slopes + k, b.plain_query + from * b.key_padded, b.key_padded, to - from, keys);
+      add_turned<R>(weights + k, b.grad_pairs + first * block.padded, block.padded, count, values);
+      add_turned<R>(slopes + k, b.query_pairs + first * b.key_padded, b.key_padded, count, keys);
     });
     const bool whole = sums.block_bias && c.entry[p] >= 0;
     if (!whole && !b.key_bias) continue;
     float panel = 0;
-    for (int k = p * kPanel; k < p * kPanel + count; ++k) {
+    for (int k = p * kPanel; k < p * kPanel + c.count[p]; ++k) {
       float column = 0;
-      for (int64_t r = 0; r < to - from; ++r) column += slopes[r * kChunk + k];
+      for (int64_t r = from; r < to; ++r) column += b.slopes[r * kChunk + k];
       panel += column;
       if (b.key_bias) b.key_bias[c.token[k]] += column;
     }
@@ -125,13 +148,12 @@ void back_few(const AttentionTask& t, const HeadView& head, const Block& block, 
     const int32_t position = head.query_positions ? head.query_positions[i] : 0;
     Keys<X> keys;
     alignas(64) float weights[kChunk];
-    for (int64_t done = 0; done < count;) {
-      done += take_keys<X>(t.key, t.value, batch, kv_head, head, position, count - done,
-                           [&](int64_t k) { return int64_t{tokens[done + k]}; }, keys);
+    for (Walk walk{tokens, count, 1, t.keys, 0}; walk.left;) {
+      take_keys(t.key, t.value, batch, kv_head, head, position, walk, keys);
       for (int k = 0; k < keys.count; k += 16) {
         const int n = static_cast<int>(least(16, keys.count - k));
-        const Wide s = dots(query, keys.keys + k, n, t.width) * block.scale - b.lse[row];
-        const Wide g = dots(grad, keys.values + k, n, t.value_width) + b.shift[row];
+        const Wide s = dots<1>(query, 0, keys.keys + k, n, t.width) * block.scale - b.lse[row];
+        const Wide g = dots<1>(grad, 0, keys.values + k, n, t.value_width) + b.shift[row];
         for (int j = 0; j < 16; ++j) weights[j] = j < n ? s[j] + keys.bias[k + j] : 0;
         for (int j = 0; j < 16; j += kLanes) put(power(at(weights + j)), weights + j);
         for (int j = 0; j < n; ++j) {
@@ -164,14 +186,19 @@ void begin_back(const AttentionTask& t, const AttentionGradients& g, int64_t bat
     b.shift[i] = empty ? 0 : g.grad_lse[at + i] - inner;
     b.lse[i] = empty ? 0 : g.lse[at + i] * kLog2e;
     for (int64_t j = 0; j < b.key_padded; ++j) b.grad_query[i * b.key_padded + j] = 0;
+    if (kPer == 1) continue;
+    pack_rounded(query, t.width, block.query + i * block.depth);
+    pack_rounded(grad, t.value_width, b.grad_units + i * b.grad_step);
   }
+  pair_rows(b.plain_query, b.key_padded, 0, n, b.key_padded, b.query_pairs);
+  pair_rows(b.grad, block.padded, 0, n, block.padded, b.grad_pairs);
 }
 
 // Memory of one thread for the backward pass, behind that of the forward pass.
 inline int64_t back_size(const AttentionTask& t, int64_t padded, int64_t key_padded) {
   const int64_t rows = rounded(t.rows, 16);
-  return rows * (padded + 2 * key_padded + 2 + 2 * kChunk) +
-         Chunk::kPanels * kPanel * (rounded(t.value_width, 16) + key_padded) + 64;
+  return rows * (3 * padded + 4 * key_padded + 2 + 4 * kChunk) +
+         Chunk::kPanels * kPanel * (padded + key_padded) + 64;
 }
 
 inline BackBlock back_workspace(const AttentionTask& t, Workspace& w, int64_t key_padded,
@@ -188,12 +215,20 @@ inline BackBlock back_workspace(const AttentionTask& t, Workspace& w, int64_t ke
   b.plain_query = take(rows * key_padded);
   b.shift = take(rows), b.lse = take(rows);
   b.weights = take(rows * kChunk), b.slopes = take(rows * kChunk);
-  b.key_padded = key_padded;
-  w.room.value_across = take(Chunk::kPanels * kPanel * t.value_width);
-  w.room.key_along = take(Chunk::kPanels * kPanel * key_padded);
-  w.room.value_depth = t.value_width, w.room.key_padded = key_padded;
-  w.block.query = b.plain_query;
+  b.key_padded = key_padded, b.grad_step = padded;
+  b.grad_units = b.grad_pairs = b.grad;
+  b.query_pairs = w.block.query = b.plain_query;
+  b.weight_pairs = b.weights, b.slope_pairs = b.slopes;
+  if (kPer > 1) {
+    b.grad_units = take(rows * padded), b.grad_pairs = take(rows * padded);
+    b.query_pairs = take(rows * key_padded), w.block.query = take(rows * key_padded);
+    b.weight_pairs = take(rows * kChunk), b.slope_pairs = take(rows * kChunk);
+  }
   w.block.depth = key_padded;
+  w.room.value_across = take(Chunk::kPanels * kPanel * units(t.value_width));
+  w.room.key_along = take(Chunk::kPanels * kPanel / kPer * key_padded);
+  w.room.depth = units(t.width), w.room.value_depth = units(t.value_width);
+  w.room.key_padded = key_padded;
   return b;
 }
 
@@ -212,9 +247,9 @@ void back_of_block(const AttentionTask& t, const AttentionGradients& g, const Pa
     const Shared<float> own{sums.key_bias, t.key_bias.batches, t.key_bias.heads, t.keys};
     b.key_bias = own.at(batch, h, t.heads);
   }
-  Chunk c;
+  Chunk room[2];
   listed_chunks(t, p, head, t.offsets.at(batch, h, t.heads), block_at, span_of(head, first, last),
-                c, [&](const Chunk& chunk) {
+                room, [&](const Chunk& chunk, const Chunk*) {
                   back_chunk(t, block, b, chunk, sums, 0, n);
                 });
   groups_of(t, batch, h, first, last,
@@ -223,7 +258,7 @@ void back_of_block(const AttentionTask& t, const AttentionGradients& g, const Pa
                 return back_few<X>(t, head, block, b, sums, batch, kv_head, first, tokens, count,
                                    from, to);
               gathered_chunks<X>(t, w.room, head, batch, kv_head, tokens, count,
-                                 span_of(head, from, to), c, [&](const Chunk& chunk) {
+                                 span_of(head, from, to), room[0], [&](const Chunk& chunk) {
                                    back_chunk(t, block, b, chunk, sums, from - first, to - first);
                                  });
             });
@@ -261,12 +296,12 @@ inline void add_shares(const float* from, int64_t size, float* to) {
 template <class X>
 void backward_of(const AttentionTask& t, const AttentionGradients& g, int threads) {
   Packed p{};
-  p.depth = t.width, p.padded = rounded(t.value_width, 16);
-  p.value_depth = t.value_width, p.key_padded = rounded(t.width, 16);
+  p.depth = units(t.width), p.padded = rounded(t.value_width, 16);
+  p.value_depth = units(t.value_width), p.key_padded = rounded(t.width, 16);
   const int64_t panels = panels_of(t), size = workspace_size(t, p.key_padded, p.padded);
   const int64_t more = back_size(t, p.padded, p.key_padded), whole = panels * kPanel;
-  const Floats across(whole * p.depth), along(whole * p.padded);
-  const Floats value_across(whole * p.value_depth), key_along(whole * p.key_padded);
+  const Floats across(whole * p.depth), along(whole / kPer * p.padded);
+  const Floats value_across(whole * p.value_depth), key_along(whole / kPer * p.key_padded);
   const Floats flags((t.key_blocks() + panels) / 4 + 2), memory((size + more) * threads);
   const Shares shares(t, g, p.key_padded, p.padded);
   p.across = across.data(), p.along = along.data();
@@ -279,7 +314,6 @@ void backward_of(const AttentionTask& t, const AttentionGradients& g, int thread
   {
     float* own = memory.data() + omp_get_thread_num() * (size + more);
     Workspace w = workspace(t, p.key_padded, p.padded, own);
-    w.room.depth = t.width;
     BackBlock b = back_workspace(t, w, p.key_padded, own + size);
     for (int64_t unit = 0; unit < t.batch * t.kv_heads; ++unit) {
       const int64_t batch = unit / t.kv_heads, kv_head = unit % t.kv_heads;
@@ -316,8 +350,8 @@ void backward_of(const AttentionTask& t, const AttentionGradients& g, int thread
 }
 
 inline void run_backward(const AttentionTask& t, const AttentionGradients& g, int threads) {
-  if (t.bf16) backward_of<uint16_t>(t, g, threads);
-  else backward_of<float>(t, g, threads);
+  if (t.bf16) return backward_of<uint16_t>(t, g, threads);
+  if constexpr (kPer == 1) backward_of<float>(t, g, threads);
 }
 
 }  // namespace

@@ -89,15 +89,14 @@ class Attention {
         shared<const int32_t>("key positions", key_positions.value(), t.keys, t.batch, t.heads);
   }
 
-  // dots: whether to use AVX-512's dot products of bfloat16.
-  void forward(const Tensor& output, const Tensor& lse, bool dots, int threads, int isa) const {
+  void forward(const Tensor& output, const Tensor& lse, int threads, int isa) const {
     const AttentionTask& t = task_;
     void* to = output.floats("output", {t.batch, t.heads, t.queries, t.value_width});
     float* sums = lse.data<float>("lse", {t.batch, t.heads, t.queries});
     if (output.is_bf16() != t.bf16 || threads < 1)
       throw std::invalid_argument("attention: bad output");
 #if defined(__x86_64__)
-    if (dots && t.bf16 && isa == kAvx512 && has_bf16()) return attention_bf16(t, to, sums, threads);
+    if (t.bf16 && isa == kAvx512 && has_bf16()) return attention_bf16(t, to, sums, threads);
 #endif
     kernels<AttentionKernels>(isa).forward(t, to, sums, threads);
   }
@@ -123,6 +122,9 @@ class Attention {
     if (t.key_bias.data)
       g.key_bias = grad_key_bias.value().data<float>(
           "grad of key bias", {t.key_bias.batches, t.key_bias.heads, t.keys});
+#if defined(__x86_64__)
+    if (t.bf16 && isa == kAvx512 && has_bf16()) return attention_bf16_backward(t, g, threads);
+#endif
     kernels<AttentionKernels>(isa).backward(t, g, threads);
   }
 

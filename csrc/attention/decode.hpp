@@ -21,50 +21,54 @@ inline HeadView view(const DecodeTask& t, int64_t batch, int64_t head) {
 // The parts of all rows: maxima and totals, then sums of `padded` numbers.
 struct Parts {
   float *maxima, *totals, *sums, *queries;
-  int64_t rows, count, padded, width;  // rows: queries of all heads that share a head of keys
+  int64_t group, rows, count, padded, width;  // rows: (queries, heads of a group)
   int64_t at(int64_t unit, int64_t part, int64_t row) const {
     return (unit * count + part) * rows + row;
   }
 };
 
+// Heads from..to of one query, which see the same keys alike, over a part of the list.
+template <class X>
+void decode_heads(const DecodeTask& t, const Parts& p, int64_t unit, int64_t part, int64_t query,
+                  int64_t from, int64_t to, Walk walk) {
+  const int64_t batch = unit / t.kv_heads, kv_head = unit % t.kv_heads;
+  const HeadView head = view(t, batch, kv_head * (t.heads / t.kv_heads) + from);
+  const int32_t position = head.query_positions ? head.query_positions[query] : 0;
+  Keys<X> room[2];
+  const auto take = [&](Keys<X>& keys) {
+    take_keys(t.key, t.value, batch, kv_head, head, position, walk, keys);
+  };
+  take(room[0]);
+  for (int now = 0; room[now].count; now = 1 - now) {
+    Keys<X>& next = room[1 - now];
+    take(next);
+    const auto run = [&](auto count, int64_t g) {
+      const int64_t row = p.at(unit, part, query * p.group + g);
+      attend_few<decltype(count)::value, X>(
+          Rows{p.queries + (unit * p.rows + query * p.group + g) * p.width, p.sums + row * p.padded,
+               p.maxima + row, p.totals + row, p.width, p.padded},
+          room[now], g == from ? &next : nullptr, t.scale * kLog2e, t.width, t.value_width);
+    };
+    int64_t g = from;
+    for (; g + 4 <= to; g += 4) run(Constant<4>{}, g);
+    for (; g + 2 <= to; g += 2) run(Constant<2>{}, g);
+    for (; g < to; ++g) run(Constant<1>{}, g);
+  }
+}
+
 template <class X>
 void decode_part(const DecodeTask& t, const Parts& p, int64_t unit, int64_t part,
                  int64_t per_part) {
-  const int64_t batch = unit / t.kv_heads, kv_head = unit % t.kv_heads;
-  const int64_t group = t.heads / t.kv_heads;
-  const int32_t* index = t.index + unit * t.count;
-  const int64_t first = part * per_part * t.page, tokens = least(per_part, t.count - part * per_part) * t.page;
-  const auto token_of = [&](int64_t k) {
-    const int64_t page = index[(first + k) / t.page];
-    const int64_t token = page * t.page + (first + k) % t.page;
-    return page < 0 || token >= t.keys ? -1 : token;
-  };
-  Keys<X> keys;
+  const Walk walk{t.index + unit * t.count + part * per_part,
+                  least(per_part, t.count - part * per_part), t.page, t.keys, 0};
+  // Biases and positions may be given for each head, and then its keys are taken by itself.
+  const int64_t together = t.key_bias.heads > t.kv_heads || t.query_positions.heads > t.kv_heads ||
+                                   t.key_positions.heads > t.kv_heads
+                               ? 1
+                               : p.group;
   for (int64_t i = 0; i < t.queries; ++i)
-    for (int64_t at = 0, next; at < tokens; at = next) {
-      const float* bias = nullptr;
-      const int32_t* positions = nullptr;
-      int32_t position = 0;
-      next = -1;
-      for (int64_t g = 0; g < group; ++g) {
-        const HeadView head = view(t, batch, kv_head * group + g);
-        const int32_t own = head.query_positions ? head.query_positions[i] : 0;
-        // Heads that see the same keys alike take them together.
-        if (next < 0 || bias != head.key_bias || positions != head.key_positions ||
-            position != own) {
-          bias = head.key_bias, positions = head.key_positions, position = own;
-          const int64_t count = least(tokens - at, kChunk);
-          take_keys<X>(t.key, t.value, batch, kv_head, head, position, count,
-                       [&](int64_t k) { return token_of(at + k); }, keys);
-          next = at + count;
-        }
-        if (!keys.count) continue;
-        const int64_t row = p.at(unit, part, g * t.queries + i);
-        attend_few(Row{p.queries + (unit * p.rows + g * t.queries + i) * p.width,
-                       p.sums + row * p.padded, p.maxima + row, p.totals + row},
-                   keys, t.scale * kLog2e, t.width, t.value_width);
-      }
-    }
+    for (int64_t g = 0; g < p.group; g += together)
+      decode_heads<X>(t, p, unit, part, i, g, g + together, walk);
 }
 
 // Joins the parts of one row.
@@ -92,7 +96,7 @@ void decode_of(const DecodeTask& t, X* output, float* lse, int threads) {
   const int64_t units = t.batch * t.kv_heads, group = t.heads / t.kv_heads;
   const int64_t per_part = most(1, kSplit / t.page);
   Parts p{};
-  p.rows = group * t.queries, p.count = most(1, (t.count + per_part - 1) / per_part);
+  p.group = group, p.rows = group * t.queries, p.count = most(1, (t.count + per_part - 1) / per_part);
   p.padded = rounded(t.value_width, 16), p.width = rounded(t.width, 16);
   const int64_t all = units * p.count * p.rows;
   const Floats memory(all * (p.padded + 2) + 32 + units * p.rows * p.width);
@@ -104,8 +108,8 @@ void decode_of(const DecodeTask& t, X* output, float* lse, int threads) {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < units * p.rows; ++row) {
       const int64_t unit = row / p.rows, own = row % p.rows;
-      const int64_t head = unit % t.kv_heads * group + own / t.queries;
-      pack_plain(row_of<X>(t.query, unit / t.kv_heads, head, own % t.queries), t.width, p.width,
+      const int64_t head = unit % t.kv_heads * group + own % group;
+      pack_plain(row_of<X>(t.query, unit / t.kv_heads, head, own / group), t.width, p.width,
                  p.queries + row * p.width);
     }
 #pragma omp for schedule(dynamic)
@@ -116,10 +120,12 @@ void decode_of(const DecodeTask& t, X* output, float* lse, int threads) {
       for (int64_t j = first * p.padded; j < (first + p.rows) * p.padded; ++j) p.sums[j] = 0;
       if (t.count) decode_part<X>(t, p, unit, part, per_part);
     }
-    // Rows lie as the output does: (batch, kv heads, heads of each, queries).
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < units * p.rows; ++row)
-      join(t, p, row / p.rows, row % p.rows, output + row * t.value_width, lse + row);
+    for (int64_t row = 0; row < units * p.rows; ++row) {
+      const int64_t unit = row / p.rows, own = row % p.rows;
+      const int64_t to = (unit * group + own % group) * t.queries + own / group;
+      join(t, p, unit, own, output + to * t.value_width, lse + to);
+    }
   }
 }
 

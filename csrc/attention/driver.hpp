@@ -56,13 +56,21 @@ void pack_block(const AttentionTask& t, const Packed& p, int64_t batch, int64_t 
   }
 }
 
-// Calls with every chunk that the block list holds for this block of queries.
+// Calls with every chunk that the block list holds for this block of queries, and the one after it.
 template <class F>
 void listed_chunks(const AttentionTask& t, const Packed& p, const HeadView& head,
-                   const int64_t* offsets, int64_t block, Span span, Chunk& c, F&& call) {
-  clear(c);
+                   const int64_t* offsets, int64_t block, Span span, Chunk (&room)[2], F&& call) {
+  const int64_t panels = t.block_panels();
+  Chunk *c = &room[0], *before = nullptr;
+  const auto done = [&] {
+    if (before) call(*before, c);
+    before = c;
+    c = &room[c == &room[0]];
+    clear(*c);
+  };
+  clear(*c);
   for (int64_t e = offsets[block]; e < offsets[block + 1]; ++e) {
-    const int64_t column = t.blocks[e], panels = t.block_panels();
+    const int64_t column = t.blocks[e];
     const float bias = t.block_bias ? t.block_bias[e] * kLog2e : 0.0f;
     if (bias == -INFINITY) continue;
     for (int64_t i = 0; i < panels; ++i) {
@@ -71,23 +79,22 @@ void listed_chunks(const AttentionTask& t, const Packed& p, const HeadView& head
       if (count <= 0) break;
       const uint8_t* bits = nullptr;
       if (t.tiles && t.tiles[e] >= 0) bits = t.masks + t.tiles[e] * t.rows * 2 * panels + 2 * i;
-      const int at = c.panels;
-      for (int64_t k = 0; k < kPanel; ++k) c.token[at * kPanel + k] = first + k;
-      c.across[at] = p.across + panel * kPanel * p.depth;
-      c.along[at] = p.along + panel * (kPanel / kPer) * p.padded;
+      const int at = c->panels;
+      for (int64_t k = 0; k < kPanel; ++k) c->token[at * kPanel + k] = first + k;
+      c->across[at] = p.across + panel * kPanel * p.depth;
+      c->along[at] = p.along + panel * (kPanel / kPer) * p.padded;
       if (p.key_along) {
-        c.value_across[at] = p.value_across + panel * kPanel * p.value_depth;
-        c.key_along[at] = p.key_along + panel * (kPanel / kPer) * p.key_padded;
+        c->value_across[at] = p.value_across + panel * kPanel * p.value_depth;
+        c->key_along[at] = p.key_along + panel * (kPanel / kPer) * p.key_padded;
       }
-      c.entry[at] = e;
-      if (!add_panel(head, span, static_cast<int>(count), bias, bits, c)) continue;
-      c.odd |= p.odd[panel] != 0;
-      if (c.panels < Chunk::kPanels) continue;
-      call(c);
-      clear(c);
+      c->entry[at] = e;
+      if (!add_panel(head, span, static_cast<int>(count), bias, bits, *c)) continue;
+      c->odd |= p.odd[panel] != 0;
+      if (c->panels == Chunk::kPanels) done();
     }
   }
-  if (c.panels) call(c);
+  if (c->panels) done();
+  if (before) call(*before, nullptr);
 }
 
 // Calls with chunks of gathered keys, packed into `room`: four panels of each kind in `p`.
@@ -183,13 +190,13 @@ void attend_group_few(const AttentionTask& t, const HeadView& head, const Worksp
     pack_plain(row_of<X>(t.query, batch, h, i), t.width, rounded(t.width, 16), query);
     float total = 0, *totals = w.block.totals + (i - first) * kLanes;
     for (int v = 0; v < kLanes; ++v) total += totals[v], totals[v] = 0;
-    const Row row{query, w.block.sums + (i - first) * w.block.padded,
-                  w.block.maxima + (i - first), &total};
+    const Rows row{query, w.block.sums + (i - first) * w.block.padded,
+                   w.block.maxima + (i - first), &total, 0, 0};
     const int32_t position = head.query_positions ? head.query_positions[i] : 0;
-    for (int64_t at = 0; at < count;) {
-      at += take_keys<X>(t.key, t.value, batch, h / (t.heads / t.kv_heads), head, position,
-                         count - at, [&](int64_t k) { return int64_t{tokens[at + k]}; }, keys);
-      if (keys.count) attend_few(row, keys, w.block.scale, t.width, t.value_width);
+    for (Walk walk{tokens, count, 1, t.keys, 0}; walk.left;) {
+      take_keys(t.key, t.value, batch, h / (t.heads / t.kv_heads), head, position, walk, keys);
+      if (keys.count)
+        attend_few<1, X>(row, keys, nullptr, w.block.scale, t.width, t.value_width);
     }
     totals[0] = total;
   }
@@ -209,16 +216,17 @@ void attend_block(const AttentionTask& t, const Packed& p, Workspace& w, int64_t
   for (int64_t j = 0; j < n * b.padded; ++j) b.sums[j] = 0;
   for (int64_t j = 0; j < n * kLanes; ++j) b.totals[j] = 0;
   b.positions = head.query_positions ? head.query_positions + first : nullptr;
-  Chunk c;
-  listed_chunks(t, p, head, t.offsets.at(batch, h, t.heads), block, span_of(head, first, last), c,
-                [&](const Chunk& chunk) { attend(b, chunk, 0, n); });
+  Chunk room[2];
+  listed_chunks(
+      t, p, head, t.offsets.at(batch, h, t.heads), block, span_of(head, first, last), room,
+      [&](const Chunk& chunk, const Chunk* next) { attend(b, chunk, next, 0, n); });
   groups_of(t, batch, h, first, last,
             [&](const int32_t* tokens, int64_t count, int64_t from, int64_t to) {
               if (to - from <= kFew)
                 return attend_group_few<X>(t, head, w, batch, h, first, tokens, count, from, to);
               gathered_chunks<X>(t, w.room, head, batch, h / (t.heads / t.kv_heads), tokens, count,
-                                 span_of(head, from, to), c, [&](const Chunk& chunk) {
-                                   attend(b, chunk, from - first, to - first);
+                                 span_of(head, from, to), room[0], [&](const Chunk& chunk) {
+                                   attend(b, chunk, nullptr, from - first, to - first);
                                  });
             });
   const int64_t at = (batch * t.heads + h) * t.queries + first;

@@ -145,9 +145,24 @@ void strips(int64_t from, int64_t to, F&& call) {
   }
 }
 
-inline void attend(const Block& block, const Chunk& c, int64_t from, int64_t to) {
-  if (!c.panels) return;
-  strips(from, to, [&](auto rows, int64_t row) { strip<decltype(rows)::value>(block, c, row); });
+// Fetches a part of a chunk into the second-level cache.
+inline void fetch(const Block& block, const Chunk& c, int64_t part, int64_t parts) {
+  const int64_t across = block.depth, along = kPanel / kPer * block.padded / 16;
+  for (int p = 0; p < c.panels; ++p) {
+    for (int64_t i = across * part / parts; i < across * (part + 1) / parts; ++i)
+      __builtin_prefetch(c.across[p] + 16 * i, 0, 2);
+    for (int64_t i = along * part / parts; i < along * (part + 1) / parts; ++i)
+      __builtin_prefetch(c.along[p] + 16 * i, 0, 2);
+  }
+}
+
+inline void attend(const Block& block, const Chunk& c, const Chunk* next, int64_t from,
+                   int64_t to) {
+  const int64_t parts = (to - from + kStrip - 1) / kStrip;
+  strips(from, to, [&](auto rows, int64_t row) {
+    if (next) fetch(block, *next, (row - from) / kStrip, parts);
+    strip<decltype(rows)::value>(block, c, row);
+  });
 }
 
 }  // namespace

@@ -99,6 +99,8 @@ inline void store_weights(const Lanes* x, int count, float* to) {
 // Number k of a row of weights; number k of a column of units, which are one above another.
 inline float weight_at(const float* weights, int k) { return weights[k]; }
 inline float number_at(const float* unit, int) { return *unit; }
+inline Wide paired(Wide first, Wide) { return first; }  // units of two rows
+inline void pack_rounded(const float*, int64_t, float*) {}  // a row of units
 #endif
 
 inline float power_of(float x) { return power(filled(x))[0]; }

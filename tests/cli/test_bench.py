@@ -11,6 +11,7 @@ import torch
 
 from gossamer.bench import (
     active,
+    attention,
     baselines,
     conv,
     decode,
@@ -153,6 +154,38 @@ def test_spgemm_cases(power_law, monkeypatch):
     monkeypatch.setattr(spgemm.spgemm, "multiply", wrong)
     with pytest.raises(GossamerError, match="gossamer is wrong"):
         spgemm.measure(case, LIMITS, rounds=1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_cases(dtype, monkeypatch):
+    monkeypatch.setattr(attention, "_flex", lambda *given: None)  # compiling takes half a minute
+    for more in ({"causal": True}, {"backward": True}, {}):
+        case = attention.Case("small", 192, 16, dtype, 0.3, **more)
+        found = attention.measure(case, LIMITS, rounds=1)
+        assert {"gossamer", "sdpa dense"} <= set(found["milliseconds"])
+        assert found["of_ideal"] == pytest.approx(found["ratio"] * found["density"])
+        assert found["limit"] == "flops" and 0.3 < found["density"] < 0.8
+    one = attention.Case("one", 512, 16, dtype, 1 / 16, 4, 2, page=16)
+    found = attention.measure(one, LIMITS, rounds=1)
+    assert found["limit"] == "bytes" and found["density"] == 1 / 16
+    for name, at in (("attention", case), ("decode", one)):
+        right = getattr(attention, name)
+
+        def wrong(query, *given, right=right, **more):
+            output, lse = right(query, *given, **more)
+            return output * (1.0 if query.dtype == torch.float64 else 1.5), lse
+
+        monkeypatch.setattr(attention, name, wrong)
+        with pytest.raises(GossamerError, match="gossamer is wrong"):
+            attention.measure(at, LIMITS, rounds=1)
+
+
+def test_onnxruntime_computes_the_same_attention(monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(attention, "_flex", lambda *given: None)
+    case = attention.Case("small", 192, 16, "float32", 0.3)
+    found = attention.measure(case, LIMITS, rounds=1)
+    assert "onnxruntime dense" in found["milliseconds"]
 
 
 def test_conv_case(monkeypatch):

@@ -13,7 +13,17 @@ from typing import Any, Literal
 
 import torch
 
-from gossamer.bench import active, conv, decode, kernels, llama_cpp, nm, spgemm, training
+from gossamer.bench import (
+    active,
+    attention,
+    conv,
+    decode,
+    kernels,
+    llama_cpp,
+    nm,
+    spgemm,
+    training,
+)
 from gossamer.bench.measure import Limits, Repeats, measure_limits, when_calm
 from gossamer.cli.output import note, print_json, print_table
 from gossamer.core.errors import UsageError
@@ -25,7 +35,7 @@ from gossamer.ops import _dispatch
 Timed = Callable[[], dict[str, Any]]
 _SUITES: dict[str, Any] = {
     "kernels": kernels, "active": active, "nm": nm, "spgemm": spgemm, "conv": conv,
-    "training": training,
+    "training": training, "attention": attention,
 }  # fmt: skip
 
 
@@ -36,10 +46,12 @@ class Bench:
     Example: gossamer bench --suite kernels --json
     """
 
-    suite: Literal["kernels", "decode", "active", "nm", "spgemm", "conv", "training"] = "kernels"
+    suite: Literal[
+        "kernels", "decode", "active", "nm", "spgemm", "conv", "training", "attention"
+    ] = "kernels"
     """kernels: single layers; decode: a whole model's decoding loop; active: inputs with zeros;
     nm: N:M weights; spgemm: sparse times sparse; conv: MobileNet-v1's geometry and 3x3 layers;
-    training: steps of an MLP"""
+    training: steps of an MLP; attention: chosen tiles of 16k tokens, and decoding over 32k keys"""
     geometry: Literal["llama-1b", "llama-160m"] = "llama-1b"
     """of --suite decode: the shape of the model; its weights are random"""
     work: str = ""

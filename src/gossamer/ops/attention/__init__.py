@@ -111,11 +111,11 @@ def _problem(
     scale: float,
 ) -> Problem:
     sums = torch.float64 if query.dtype == torch.float64 else torch.float32
-    biases = [None if part is None else part.to(sums) for part in (block_bias, key_bias)]
+    block, key = (None if part is None else part.to(sums) for part in (block_bias, key_bias))
+    l = layout  # noqa: E741
     return Problem(
-        layout.offsets, layout.blocks, layout.tiles, layout.masks, layout.token_offsets,
-        layout.tokens, *biases, *positions, layout.rows, layout.columns, layout.group, causal,
-        scale,
+        l.offsets, l.blocks, l.tiles, l.masks, l.token_offsets, l.tokens, block, key,
+        positions[0], positions[1], l.rows, l.columns, l.group, causal, scale,
     )  # fmt: skip
 
 
@@ -231,19 +231,9 @@ def _setup(ctx: object, inputs: tuple[object, ...], output: tuple[Tensor, Tensor
 def _backward(ctx: object, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, output, lse, *tensors = ctx.saved_tensors  # type: ignore[attr-defined]
     plain = ctx.plain  # type: ignore[attr-defined]
-    found = iter(
-        _attention_backward(
-            grad.contiguous(),
-            grad_lse.contiguous(),
-            query,
-            key,
-            value,
-            output,
-            lse,
-            *tensors,
-            *plain,
-        )  # fmt: skip
-    )
+    gradients = (grad.contiguous(), grad_lse.contiguous())
+    given = (query, key, value, output, lse, *tensors, *plain)
+    found = iter(_attention_backward(*gradients, *given))
     grads = [next(found), next(found), next(found)]
     biases = [None if part is None else next(found) for part in tensors[6:8]]
     return (*grads, *([None] * 6), *biases, *([None] * 7))

@@ -26,12 +26,12 @@ def merge(first: State, second: State) -> State:
     total = weights[0] + weights[1]
     empty = total == 0
     total = torch.where(empty, 1.0, total)
-    output = 0
+    parts = []
     for part, weight in zip((one, two), weights, strict=True):
         share = (weight / total).unsqueeze(-1)
-        output = output + share * torch.where(share == 0, 0.0, part.to(share.dtype))
+        parts.append(share * torch.where(share == 0, 0.0, part.to(share.dtype)))
     lse = torch.where(empty, -torch.inf, highest + total.log())
-    return torch.as_tensor(output).to(one.dtype), lse
+    return (parts[0] + parts[1]).to(one.dtype), lse
 
 
 def check_state(name: str, state: State, shape: tuple[int, ...]) -> None:

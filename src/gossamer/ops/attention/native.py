@@ -21,7 +21,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem) -> tupl
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if output.numel():
         threads = _threads(query, problem)
-        _task(query, key, value, problem).forward(output, lse, True, threads, isa_index())
+        _task(query, key, value, problem).forward(output, lse, threads, isa_index())
     return output, lse
 
 
