@@ -48,6 +48,8 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+	$(BIN)/python tools/docstrings.py build/examples
+	$(BIN)/mypy --allow-untyped-defs build/examples/*.py
 
 # The pages made from cards and records, then the site. A warning (a broken link, say) is an error.
 docs: $(READY)

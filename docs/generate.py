@@ -116,7 +116,13 @@ print(run.result)"""
     loop = "    ...  # the loop as it was: loss.backward(); optimizer.step()"
     if "coupled" in needed:
         loop += "\nsmall = gs.remove_channels(model, batch).model"
-    return f"with gs.sparse_training(model, optimizer, {call}, total_steps=n):\n{loop}"
+    open_with = f"model, optimizer, {call}, total_steps=n"
+    if "loss" in card.needs:
+        return f"""with gs.sparse_training(
+    {open_with}, loss=lambda: loss(model, batch)
+):
+{loop}"""
+    return f"with gs.sparse_training({open_with}):\n{loop}"
 
 
 def pages() -> dict[str, str]:

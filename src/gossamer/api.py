@@ -102,8 +102,12 @@ def prune(
 
     Examples
     --------
-    >>> result = gs.prune(model, "sparsegpt", pattern="2:4", data=batches)  # doctest: +SKIP
-    >>> print(result)  # doctest: +SKIP
+    >>> import gossamer as gs, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+    >>> data = [torch.randn(16, 64) for _ in range(4)]
+    >>> result = gs.prune(model, gs.weights.SparseGPT(), pattern="2:4", data=data)
+    >>> result.measured_density
+    0.5
     """
     if isinstance(method, str):
         method = _pruner(method)
@@ -205,9 +209,12 @@ def compare(
 
     Examples
     --------
-    >>> fast = gs.compress(copy.deepcopy(model))  # doctest: +SKIP
-    >>> report = gs.compare(model, fast, held_out, tokenizer=tokenizer)  # doctest: +SKIP
-    >>> report.save("report.html")  # doctest: +SKIP
+    >>> import copy, gossamer as gs, torch
+    >>> dense = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU())
+    >>> fast = gs.compress(gs.prune(copy.deepcopy(dense), "magnitude", density=0.2), latency="rule")
+    >>> report = gs.compare(dense, fast, [torch.randn(8, 256) for _ in range(4)])
+    >>> report.bytes["sparse"] < report.bytes["dense"]
+    True
     """
     first, second = unwrap(dense), unwrap(sparse)
     task = _task(first, second, data, tokenizer, tokens, progress)

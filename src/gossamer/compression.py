@@ -162,6 +162,16 @@ def measure_compression(
     ------
     UsageError, PatternError, NonFiniteError
         As `prune` does, and where the text is too short or tokens exceed the model's positions.
+
+    Examples
+    --------
+    >>> import gossamer as gs, transformers
+    >>> from pathlib import Path
+    >>> model = transformers.AutoModelForCausalLM.from_pretrained("my-model")  # doctest: +SKIP
+    >>> tokenizer = transformers.AutoTokenizer.from_pretrained("my-model")  # doctest: +SKIP
+    >>> texts = Path("mine.txt").read_text(), Path("held-out.txt").read_text()  # doctest: +SKIP
+    >>> report = gs.measure_compression(model, *texts, tokenizer=tokenizer)  # doctest: +SKIP
+    >>> report.save("report.html")  # doctest: +SKIP
     """
     if density is None and pattern in (None, "unstructured"):
         density = 0.5

@@ -29,11 +29,14 @@ W = gs.weights
 TOPOLOGY = {
     "staticrandom": Example(lambda coupled, every: W.StaticRandom(0.2), 0.2),
     "snip": Example(lambda coupled, every: W.SNIP(0.4), 0.4, 0.4),
+    "grasp": Example(lambda coupled, every: W.GraSP(0.4), 0.4, 0.4),
+    "synflow": Example(lambda coupled, every: W.SynFlow(0.4, rounds=10), 0.4, 0.4),
     "gmp": Example(lambda coupled, every: W.GMP(0.2, every=every)),
     "gmp-global": Example(
         lambda coupled, every: W.GMP(0.2, every=every, begin=0.2, scope="global")
     ),
     "set": Example(lambda coupled, every: W.SET(0.2, every=every), 0.2),
+    "set-spread": Example(lambda coupled, every: W.SET(0.2, every=every, spread=0.1), 0.2),
     "rigl": Example(lambda coupled, every: W.RigL(0.2, every=every), 0.2),
     "granet": Example(lambda coupled, every: W.GraNet(0.2, every=every), 0.5),
     "issp": Example(lambda coupled, every: W.ISSP(0.2)),
@@ -69,6 +72,13 @@ PLANNERS = {
     "widths-random": lambda: W.Widths(W.Random(3)),
 }
 """Methods that cut neurons and heads out of transformers."""
+
+RECIPES = {
+    "imp": lambda: W.IMP(0.25, rounds=2),
+    "imp-late": lambda: W.IMP(0.25, rounds=2, rewind=2),
+    "sparsemodelsoups": lambda: W.SparseModelSoups(0.25, rounds=2, members=2),
+}
+"""Methods that train, prune and train again, down to a density of 0.25."""
 
 A = gs.attention
 

@@ -6,7 +6,16 @@ import sys
 
 import pytest
 import torch
-from examples import ATTENTION, GENEROUS, LEARNED, PLANNERS, PRUNERS, REPLACERS, TOPOLOGY
+from examples import (
+    ATTENTION,
+    GENEROUS,
+    LEARNED,
+    PLANNERS,
+    PRUNERS,
+    RECIPES,
+    REPLACERS,
+    TOPOLOGY,
+)
 
 import gossamer as gs
 from gossamer.core.density import kept_count
@@ -148,7 +157,7 @@ def test_cards_hold_facts_and_modules_tell_the_rest(name):
     card = method.card
     assert find(name) is method and getattr(topic(card.topic), method.__name__) is method
     assert card.role in ROLES and set(card.patterns) <= PATTERN_WORDS and card.patterns
-    assert set(card.needs) <= {"norm", "hessian", "gradients"}
+    assert set(card.needs) <= {"norm", "hessian", "gradients", "loss"}
     assert card.link.startswith("https://arxiv.org/") and 1990 < card.year < 2030
     text = sys.modules[method.__module__].__doc__
     assert ": " in summary(method) and len(summary(method)) <= 100
@@ -182,6 +191,7 @@ def test_names_are_found_near_ones_are_told_and_shared_ones_need_their_topic(mon
         ("learned_mask", LEARNED),
         ("replacer", REPLACERS),
         ("planner", PLANNERS),
+        ("recipe", RECIPES),
         ("key_scorer", ATTENTION),
         ("key_scorer", GENEROUS),
     ],

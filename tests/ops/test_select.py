@@ -1,7 +1,5 @@
 """Selection is exact and deterministic, refuses what cannot be ranked, and hides no NaN."""
 
-import doctest
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -315,8 +313,3 @@ def test_selection_is_the_same_with_either(pattern, monkeypatch):
     fast = select(scores, pattern, density)
     monkeypatch.setenv("GOSSAMER_ISA", "reference")
     assert torch.equal(select(scores, pattern, density).mask, fast.mask)
-
-
-def test_examples_of_the_docstrings():
-    result = doctest.testmod(ops, extraglobs={"gs": gs})
-    assert result.attempted >= 6 and not result.failed

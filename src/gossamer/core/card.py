@@ -22,7 +22,8 @@ class Card:
         How it plugs in: `scorer`, `solver`, `topology`, `learned_mask`, `replacer`, `planner`,
         `recipe` or `key_scorer`.
     needs : tuple of str
-        The statistics it reads: `norm`, `hessian`, `gradients`.
+        What it reads: the statistics `norm` and `hessian`, the `gradients` of the steps in which
+        it changes supports, or the `loss` before training.
     patterns : tuple of str
         The patterns it admits: `unstructured`, `nm`, `block`, `channel`.
     year : int

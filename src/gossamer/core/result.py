@@ -24,7 +24,7 @@ class LayerRecord:
         Of the layer, dotted.
     shape : tuple of int
         (out, in) of the weight as a matrix.
-    density, requested : float
+    density, requested_density : float
         The measured and the requested fraction kept. Of integers, density is that after rounding.
     kernel : str or None
         What serves batch sizes up to 8, or images. Behind a `+` stands what a form prepared for
@@ -46,7 +46,7 @@ class LayerRecord:
     name: str
     shape: tuple[int, ...]
     density: float
-    requested: float
+    requested_density: float
     kernel: str | None = None
     reason: str | None = None
     pattern: str = ""

@@ -21,13 +21,13 @@ class Support:
         bool, of the weight's shape. True where kept.
     pattern : Pattern
         Which weights are kept together.
-    requested : float
+    requested_density : float
         The density asked for.
     """
 
     mask: Tensor
     pattern: Pattern
-    requested: float
+    requested_density: float
 
     def __post_init__(self) -> None:
         if self.mask.dtype != torch.bool:
@@ -51,3 +51,25 @@ class Support:
                 f"shape {tuple(weight.shape)}"
             )
         return torch.where(self.mask, weight, torch.zeros((), dtype=weight.dtype))
+
+
+_WORDS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+"""Whole numbers as wide as real ones."""
+
+
+def zero_outside(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Set what lies outside a bool mask of the tensor's shape to +0, in place; returns the tensor.
+
+    What `masked_fill_(~mask, 0)` does, NaN and infinity included. It multiplies the bits, which
+    has no branches and so takes a fraction of the time where masks are random.
+    """
+    words = _WORDS.get(tensor.dtype)
+    if words is None or type(tensor) is not Tensor:
+        return tensor.masked_fill_(~mask, 0)
+    tensor.view(words).mul_(mask.view(torch.int8))
+    return tensor

@@ -58,8 +58,10 @@ def text_batches(
 
     Examples
     --------
-    >>> data = gs.text_batches(tokenizer, Path("notes.txt"), samples=64)  # doctest: +SKIP
-    >>> gs.prune(model, gs.weights.SparseGPT(), density=0.5, data=data)  # doctest: +SKIP
+    >>> import gossamer as gs
+    >>> data = gs.text_batches(None, "All that is gold does not glitter. " * 40, samples=4, length=32)
+    >>> data[0]["input_ids"].shape
+    torch.Size([4, 32])
     """
     if samples < 1 or length < 1 or batch < 1:
         raise UsageError("samples, length and batch are at least 1")

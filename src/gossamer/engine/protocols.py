@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +53,8 @@ class TopologyMethod(Protocol):
 
     Every weight, gradient and mask is a matrix (out, in) laid out as `core.matrix.as_matrix`, by
     layer name. What a method does beside choosing supports is found by the functions it has:
-    `EditsGradient`, `EditsWeights`, `FreezesWeights`, `KeepsState`. `Step.gradients` serves those
-    whose card needs `gradients`.
+    `EditsGradient`, `EditsWeights`, `FreezesWeights`, `KeepsState`, `StartsNewcomers`,
+    `CompressedTopology`. `Step.gradients` serves those whose card needs `gradients`.
     """
 
     keeps_dense_weights: ClassVar[bool]
@@ -78,7 +78,8 @@ class TopologyMethod(Protocol):
 
     def update(self, step: Step) -> list[dict[str, Tensor]]:
         """The supports to pass through, in order. What leaves one and enters the next starts
-        anew from zero; what stays in all of them keeps its value and its optimizer state."""
+        anew from zero, or from `newcomers`; what stays in all of them keeps its value and its
+        optimizer state."""
         ...
 
 
@@ -132,6 +133,35 @@ class LearnsState(KeepsState, Protocol):
 
 
 @runtime_checkable
+class StartsNewcomers(Protocol):
+    """A topology method whose new weights do not start at zero."""
+
+    def newcomers(self, count: int, generator: torch.Generator) -> Tensor:
+        """float (count,): the values of what an update brings into a layer, in row order."""
+        ...
+
+
+@runtime_checkable
+class CompressedTopology(TopologyMethod, Protocol):
+    """A topology method that can also work where no dense matrix exists.
+
+    Its decisions need the kept weights only, and of the others at most where the gradient is
+    largest. `update` follows from `survivors`: as many weights are grown as do not survive. A
+    method whose card needs `gradients` grows by them, and what was just dropped may stay after
+    all. Others grow at random, and what was just dropped returns only where nothing else is free.
+    """
+
+    def counts(self, layers: Sequence[LayerInfo]) -> dict[str, int]:
+        """How many weights each layer keeps; looks at shapes alone."""
+        ...
+
+    def survivors(self, values: Tensor, number: int, total: int) -> Tensor:
+        """bool (nnz,): which of a layer's kept weights, in row order, survive the update after
+        this step."""
+        ...
+
+
+@runtime_checkable
 class Recipe(Protocol):
     """A method that trains, prunes and trains again, in rounds."""
 
@@ -160,32 +190,6 @@ class Recipe(Protocol):
 
     def keep_masks(self, masks: Mapping[str, Tensor]) -> TopologyMethod:
         """The method that trains under these masks."""
-        ...
-
-
-@runtime_checkable
-class CompressedTopology(Protocol):
-    """A topology method whose decisions need the kept weights only, and of the others at most
-    where the gradient is largest: it can work where no dense matrix exists."""
-
-    growth: ClassVar[Literal["random", "gradient"]]
-    """How weights outside are chosen. With "gradient" what was just dropped may stay after all;
-    with "random" it returns only where nothing else is free."""
-
-    @property
-    def card(self) -> Card: ...
-
-    def counts(self, layers: Sequence[LayerInfo]) -> dict[str, int]:
-        """How many weights each layer keeps; looks at shapes alone."""
-        ...
-
-    def due(self, number: int, total: int, /) -> bool:
-        """Whether supports may change after this step."""
-        ...
-
-    def survivors(self, values: Tensor, number: int, total: int, /) -> Tensor:
-        """bool (nnz,): which of a layer's kept weights survive the update after this step. As
-        many as do not are grown."""
         ...
 
 

@@ -65,6 +65,15 @@ def export(
     ------
     FormatError, UsageError
         As `load` and `save`.
+
+    Examples
+    --------
+    >>> import gossamer as gs, tempfile, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU())
+    >>> fast = gs.compress(gs.prune(model, "magnitude", density=0.2), latency="rule")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sorted(path.name for path in gs.export(fast, folder, overwrite=True).iterdir())
+    ['model.safetensors']
     """
     if not dense:
         raise UsageError("only dense=True can be exported")

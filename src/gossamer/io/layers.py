@@ -30,7 +30,7 @@ def packed_layer(name: str, facts: PackedLayer, tensors: dict[str, Tensor]) -> P
     _check_bias(name, bias, out)
     try:
         kind = NMLinear if facts.nm else BitmapLinear
-        return kind(values, places, width, out, bias, facts.pattern, facts.requested)
+        return kind(values, places, width, out, bias, facts.pattern, facts.requested_density)
     except (FormatError, UsageError) as error:
         raise FormatError(f"layer {name}: {_one_line(error)}") from None
 
@@ -62,7 +62,7 @@ def _quantized_layer(name: str, facts: PackedLayer, tensors: dict[str, Tensor]) 
         )
     except (FormatError, UsageError) as error:
         raise FormatError(f"layer {name}: {_one_line(error)}") from None
-    layer = QuantizedLinear(matrix, bias, facts.pattern, facts.requested)
+    layer = QuantizedLinear(matrix, bias, facts.pattern, facts.requested_density)
     found = 0 if outliers is None else outliers[1].numel()
     if layer.kept != facts.nnz or found != facts.outliers:
         raise FormatError(f"layer {name}: it keeps {layer.kept} weights, not {facts.nnz}")

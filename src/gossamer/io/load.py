@@ -79,6 +79,18 @@ def load(
         For anything wrong with the files.
     UsageError
         Where `model` is missing.
+
+    Examples
+    --------
+    >>> import gossamer as gs, tempfile, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU())
+    >>> fast = gs.compress(gs.prune(model, "magnitude", density=0.2), latency="rule")
+    >>> fresh = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU())
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     again = gs.load(gs.save(fast, folder), model=fresh, latency="rule")
+    >>> x = torch.randn(1, 256)
+    >>> torch.equal(again(x), fast.model(x))
+    True
     """
     place = Path(folder)
     if not place.is_dir():

@@ -32,7 +32,7 @@ class PackedLayer:
     shape: tuple[int, int]
     pattern: str
     density: float
-    requested: float | None
+    requested_density: float | None
     dtype: str
     bias: bool
     nnz: int

@@ -88,6 +88,15 @@ def save(
         sharded models, tensors without numbers.
     OSError
         When the disk is full.
+
+    Examples
+    --------
+    >>> import gossamer as gs, tempfile, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU())
+    >>> fast = gs.compress(gs.prune(model, "magnitude", density=0.2), latency="rule")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sorted(path.name for path in gs.save(fast, folder, overwrite=True).iterdir())
+    ['gossamer.json', 'gossamer.safetensors']
     """
     target, root = Path(folder), _root(model)
     check_target(target, overwrite)

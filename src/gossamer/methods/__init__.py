@@ -63,6 +63,12 @@ def cards(topics: str = "") -> tuple[Card, ...]:
     ----------
     topics : str
         One topic. All of them where it is empty.
+
+    Examples
+    --------
+    >>> import gossamer as gs
+    >>> [card.name for card in gs.cards("weights") if "hessian" in card.needs]
+    ['sparsegpt']
     """
     return tuple(x.card for x in methods(topics).values())
 
@@ -96,6 +102,12 @@ def find(name: str) -> type[Any]:
     ------
     UsageError
         For an unknown name, with near ones, and for one that several topics have.
+
+    Examples
+    --------
+    >>> import gossamer as gs
+    >>> gs.find("wanda")()
+    Wanda(scope='row')
     """
     found: type[Any] = chosen_of(name, methods())
     return found

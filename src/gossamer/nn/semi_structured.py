@@ -45,6 +45,13 @@ def to_semi_structured(
     UsageError
         Where a group has more than 2 non-zeros, out is no multiple of 32, in none of 64, or the
         dtype is another.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch
+    >>> weight = torch.tensor([1.0, 0.0, 2.0, 0.0]).repeat(64, 32).to(torch.bfloat16)
+    >>> gs.to_semi_structured(weight).shape
+    torch.Size([64, 128])
     """
     from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
@@ -73,6 +80,13 @@ def from_semi_structured(
     ------
     UsageError
         For any other tensor.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch
+    >>> weight = torch.tensor([1.0, 0.0, 2.0, 0.0]).repeat(64, 32).to(torch.bfloat16)
+    >>> type(gs.from_semi_structured(gs.to_semi_structured(weight))).__name__
+    'NMLinear'
     """
     from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUTLASS
 

@@ -129,7 +129,7 @@ def test_allocations(tiny, allocation):
     assert abs(result.measured_density - 0.5) < 0.02
     for record in result.layers:
         support = result.supports[record.name]
-        wanted = kept_count(support.mask.numel(), record.requested)
+        wanted = kept_count(support.mask.numel(), record.requested_density)
         assert abs(support.count - wanted) <= support.mask.shape[0]
 
 

@@ -59,7 +59,7 @@ def test_pruned_by_us():
     net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     pruned = gs.prune(net, gs.weights.Magnitude(), density=0.5)
     result = gs.compress(pruned)
-    assert [record.requested for record in result.layers] == [0.5, 0.5]
+    assert [record.requested_density for record in result.layers] == [0.5, 0.5]
     assert all(record.pattern == "unstructured" for record in result.layers)
     assert all(record.density == 0.5 for record in result.layers)
 

@@ -18,12 +18,14 @@ TOTAL, STOP, ROWS = 13, 7, 8
 SETS = (gs.Coupled(12, ("4",), (), (), ("6",)),)
 
 
-METHODS = {
+ALL = {
     name: lambda made=x.make: made(SETS, 3)
     for name, x in TOPOLOGY.items()
     # A batch norm sees its own rank's batch only, so two ranks differ from one.
     if "-" not in name and not x.make(SETS, 3).trains_scales
 }
+METHODS = {name: make for name, make in ALL.items() if name not in ("grasp", "synflow")}
+"""Those that any number of ranks may train with, and sharded weights."""
 RESUMED = ("rigl", "srste", "scl")
 
 
@@ -55,7 +57,7 @@ class Job:
         if state is not None:
             self.put(state)
         self.open = gs.sparse_training(
-            self.model, self.optimizer, METHODS[method](), total_steps=TOTAL,
+            self.model, self.optimizer, ALL[method](), total_steps=TOTAL,
             loss=lambda: self.loss(0), state=None if state is None else state["run"], **more,
         )  # fmt: skip
 
@@ -189,6 +191,12 @@ def nan_on_one_rank(rank, world):
         return {"said": said, "step": run.step}
 
 
+def refused(method, rank, world, wrap):
+    """An error at the start, before anything changed."""
+    job = Job(method, rank, world, wrap)
+    return message(lambda: job.open.__enter__())
+
+
 def flattened(rank, world):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -223,6 +231,9 @@ def main(folder):
         out[f"again {name}"] = second_part(name, out[f"part {name}"], rank, world, fsdp)
         out[f"from one {name}"] = second_part(name, ones[name], rank, world, fsdp)
         out[f"to ddp {name}"] = second_part(name, ones[name], rank, world, ddp)
+    out["ddp synflow"] = whole_run("synflow", rank, world, ddp)
+    for name, wrap in (("grasp", ddp), ("synflow", fsdp)):
+        out[f"refused {name}"] = refused(name, rank, world, wrap)
     out["own reduction"] = own_reduction(rank, world)
     out["diverged"] = diverged(rank, world)
     for kind, wrap in (("ddp", ddp), ("fsdp", fsdp)):

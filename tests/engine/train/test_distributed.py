@@ -82,6 +82,16 @@ def test_checkpoints_fit_any_number_of_ranks(two, name):
     assert_same(ranks.second_part(name, part), whole, 1e-9)
 
 
+def test_what_looks_at_the_loss_says_where_ranks_may_not(two):
+    """Synaptic flow is the same on all ranks; second derivatives and sharded weights are not."""
+    first, second = (out["ddp synflow"] for out in two)
+    assert_same(first, second)
+    assert_same(first, ranks.whole_run("synflow"), 1e-9)
+    for out in two:
+        assert "choose the masks on one rank" in out["refused grasp"]
+        assert "these are sharded" in out["refused synflow"]
+
+
 def test_errors_reach_all_ranks(two):
     for out in two:
         assert "no longer equal" in out["diverged"]

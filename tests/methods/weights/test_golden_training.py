@@ -1,6 +1,7 @@
 """Topology methods and soups against the authors' released code, most of them in the real loop."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import golden
@@ -13,7 +14,7 @@ import gossamer as gs
 from gossamer.core.allocation import LayerInfo
 from gossamer.core.schedule import Cosine, Cubic
 from gossamer.methods.weights.gmp import prune_globally
-from gossamer.methods.weights.topology import drop_and_regrow
+from gossamer.methods.weights.topology import drop_and_regrow, without_smallest
 from gossamer.ops.select import select
 
 
@@ -109,7 +110,8 @@ def test_granet_update_after_pruning():
         assert sum(int(m.sum()) for m in ours.values()) == math.floor(n * density + 0.5)
         assert all((ours[name] | ~theirs[name]).all() for name in theirs)
         rate = want["parameters"]["drop_rate"]
-        grown = drop_and_regrow(infos, gradients, theirs, rate, rounded=math.ceil)
+        stay = partial(without_smallest, fraction=rate, rounded=math.ceil)
+        grown = drop_and_regrow(infos, gradients, theirs, stay)
         for x in infos:
             after = want["after"][x.name + ".weight"]
             assert golden.is_mask(grown[x.name], after["mask"])

@@ -29,15 +29,15 @@ def golden():
     logits = drawn(202, (32, 6)) * np.float32(0.01)
     uniform = np.random.default_rng(203).random((32, 6)).astype("float32")
     with torch.no_grad():
-        mask.logits.copy_(logits + prior_shift(logits, mask.candidates, prior, 3.0))
-        mask.noise.copy_(-torch.log(-torch.log(torch.from_numpy(uniform))))
+        mask.logits.copy_(logits.t() + prior_shift(logits.t(), mask.candidates, prior, 3.0))
+        mask.noise.copy_(-torch.log(-torch.log(torch.from_numpy(uniform))).t())
     return mask, weight
 
 
 def test_prior_schedules_and_soft_masks_are_the_authors(golden):
     mask, weight = golden
     want = torch.tensor(GOLDEN["logits_after_prior"]["values"])
-    torch.testing.assert_close(mask.logits.detach(), want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(mask.logits.detach().t(), want, rtol=1e-4, atol=1e-6)
     method = mask.method
     for number in (0, 50, 90, 100):
         temperature, scale = GOLDEN[f"temperature_scale_iter{number}"]["values"]
@@ -53,7 +53,7 @@ def test_prior_schedules_and_soft_masks_are_the_authors(golden):
         if number == 50:
             (soft * drawn(204, (8, 16))).sum().backward()
             want = torch.tensor(GOLDEN["grad_logits_iter50_of_sum_R_mask"]["values"])
-            torch.testing.assert_close(mask.logits.grad, want, rtol=2e-3, atol=1e-3)
+            torch.testing.assert_close(mask.logits.grad.t(), want, rtol=2e-3, atol=1e-3)
     kept = mask.finish(weight).mask
     assert kept.int().tolist() == GOLDEN["export_mask"]["values"]
 

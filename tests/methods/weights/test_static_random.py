@@ -44,8 +44,8 @@ def test_erk_plus_leaves_the_classifier_dense():
 
 
 def test_what_it_refuses():
-    for other in (gs.weights.SNIP(0.2), gs.weights.RigL(0.3), 0.3):
-        with pytest.raises(gs.UsageError, match=r"resample is SNIP\(0\.3\)"):
+    for other in (gs.weights.SNIP(0.2), gs.weights.GraSP(0.2), gs.weights.RigL(0.3), 0.3):
+        with pytest.raises(gs.UsageError, match=r"SNIP\(0\.3\) or GraSP\(0\.3\)"):
             gs.weights.StaticRandom(0.3, resample=other)
     method = gs.weights.StaticRandom(0.3, resample=gs.weights.SNIP(0.3))
     with pytest.raises(gs.UsageError, match="leave it out"):

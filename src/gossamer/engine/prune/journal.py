@@ -74,7 +74,7 @@ class Journal:
         unit: int,
         weights: Mapping[str, Weight],
         pattern: Pattern,
-        requested: Mapping[str, float],
+        densities: Mapping[str, float],
     ) -> dict[str, Support]:
         """Write a finished unit's weights into the model and return its supports.
 
@@ -95,7 +95,7 @@ class Journal:
                 or (mask.shape, mask.dtype) != (shape, torch.uint8)
             ):
                 raise FormatError(f"{path}: no fitting weight and mask for {name}; {_REMEDY}")
-            supports[name] = Support(mask.bool().to(own.device), pattern, requested[name])
+            supports[name] = Support(mask.bool().to(own.device), pattern, densities[name])
             tensors[name] = stored
         if set(tensors) != set(supports):
             raise FormatError(f"{path}: holds layers that this unit does not have; {_REMEDY}")

@@ -105,6 +105,14 @@ def replace_layers(
     UsageError
         Before anything changes: for a density that the method cannot meet in some layer, missing
         data, and a model without a layer to replace.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+    >>> result = gs.replace_layers(model, gs.weights.Monarch(), density=0.5)
+    >>> type(model[0]).__name__
+    'MonarchLinear'
     """
     if isinstance(method, type) or not isinstance(method, Replacer):
         raise UsageError(f"{method!r} is not an instance of a method that replaces layers")
@@ -143,6 +151,14 @@ def fold_layers(model: nn.Module) -> tuple[str, ...]:
     ------
     UsageError
         Where the model itself is such a layer: call its own `fold()`.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU())
+    >>> _ = gs.replace_layers(model, gs.weights.Monarch(), density=0.5)
+    >>> gs.fold_layers(model)
+    ('0',)
     """
     found = {n: m for n, m in model.named_modules() if isinstance(m, Foldable)}
     if "" in found:

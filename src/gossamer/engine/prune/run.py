@@ -198,7 +198,7 @@ def _keeping_zeros(
     if not plan.options.keep_zeros:
         return matrix, support
     mask = support.mask & (weight.matrix() != 0)
-    return matrix, Support(mask, support.pattern, support.requested)
+    return matrix, Support(mask, support.pattern, support.requested_density)
 
 
 def _check_written(plan: Plan, supports: Mapping[str, Support]) -> None:
@@ -223,7 +223,7 @@ def _result(plan: Plan, supports: dict[str, Support], resumed: int) -> PruneResu
                 name=name,
                 shape=tuple(tensor.shape),
                 density=nonzero / tensor.numel() if tensor.numel() else 1.0,
-                requested=plan.densities[name],
+                requested_density=plan.densities[name],
                 pattern=format_pattern(support.pattern),
                 dense_bytes=size,
                 sparse_bytes=size,

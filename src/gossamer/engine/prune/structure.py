@@ -92,6 +92,13 @@ def coupled_channels(
         Without torch-pruning.
     UsageError
         For a name that is none, and for a model that cannot be traced.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 12), torch.nn.ReLU(), torch.nn.Linear(12, 4))
+    >>> gs.coupled_channels(model, torch.randn(2, 16))[0].width
+    12
     """
     unknown = sorted(set(exclude) - {name for name, _ in model.named_modules()})
     if unknown:
@@ -123,6 +130,13 @@ def fixed_channels(model: nn.Module, example: Tensor) -> dict[str, str]:
         Without torch-pruning.
     UsageError
         For a model that cannot be traced.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 12), torch.nn.ReLU(), torch.nn.Linear(12, 4))
+    >>> list(gs.fixed_channels(model, torch.randn(2, 16)))
+    ['2']
     """
     found = _tried(model, example)
     free = {name for x in found if not x.reason for name in x.members}
@@ -174,6 +188,15 @@ def remove_channels(
         Without torch-pruning.
     UsageError
         For a model that cannot be traced, copied or run on the example.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 12), torch.nn.ReLU(), torch.nn.Linear(12, 4))
+    >>> _ = gs.prune(model, "magnitude", pattern="channel:0", density=0.5, include=["0"])
+    >>> smaller = gs.remove_channels(model, torch.randn(2, 16)).model
+    >>> [tuple(p.shape) for p in smaller.parameters()]
+    [(6, 16), (6,), (4, 6), (4,)]
     """
     traced = trace(model, example)
     found, left_out = _wanted(traced, coupled)

@@ -112,8 +112,11 @@ def compress(
 
     Examples
     --------
-    >>> fast = gs.compress(gs.prune(model, "magnitude", sparsity=0.7))  # doctest: +SKIP
-    >>> print(fast.summary)  # doctest: +SKIP
+    >>> import gossamer as gs, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.ReLU())
+    >>> fast = gs.compress(gs.prune(model, "magnitude", sparsity=0.8), latency="rule")
+    >>> type(model[0]).__name__
+    'BitmapLinear'
     """
     root = unwrap(model)
     _check(root, bits, group, head_bits)
@@ -125,9 +128,9 @@ def compress(
         serves_large_batches(root, large_batches), bits, group, head_bits, known_latency(latency), _head(root),
         type(root).__name__ not in FAMILIES, _uses(root),
     )  # fmt: skip
-    requested = {r.name: r for r in model.layers} if isinstance(model, PruneResult) else {}
+    asked = {r.name: r for r in model.layers} if isinstance(model, PruneResult) else {}
     plans = [
-        (module, *_decide(name, module, requested.get(name), call))
+        (module, *_decide(name, module, asked.get(name), call))
         for name, module in layers.items()
         if not _untouched_embedding(module)
     ]
@@ -244,7 +247,7 @@ def _record(name: str, module: nn.Module, asked: LayerRecord | None) -> LayerRec
         name=name,
         shape=(matrix.shape[0], matrix.shape[1]),
         density=nnz / total if total else 1.0,
-        requested=asked.requested if asked else (nnz / total if total else 1.0),
+        requested_density=asked.requested_density if asked else (nnz / total if total else 1.0),
         pattern=asked.pattern if asked else "",
         dense_bytes=total * width,
         sparse_bytes=nnz * width + matrix.shape[0] * bitmap_bytes(matrix.shape[1]),
@@ -306,7 +309,7 @@ def _swap(module: nn.Module, record: LayerRecord, call: _Call) -> LayerRecord:
     exact = not isinstance(module, nn.Conv2d) and pays_as_nm(matrix, record.pattern)
     packed: BitmapLinear | NMLinear
     packed = (NMLinear if exact else BitmapLinear).from_matrix(matrix, bias, record.pattern)
-    packed.requested_density = record.requested
+    packed.requested_density = record.requested_density
     if isinstance(module, nn.Conv2d) and isinstance(packed, BitmapLinear):
         conv = PackedConv2d.from_conv(module, packed)
         put(call.root, module, conv)
@@ -326,7 +329,7 @@ def _swap(module: nn.Module, record: LayerRecord, call: _Call) -> LayerRecord:
 def _quantize(module: nn.Module, record: LayerRecord, bits: int, call: _Call) -> LayerRecord:
     bias, matrix = module._parameters.get("bias"), as_matrix(module)
     packed = QuantizedLinear.from_matrix(matrix, bias, record.pattern, bits=bits, group=call.group)
-    packed.requested_density = record.requested
+    packed.requested_density = record.requested_density
     size, density = packed.matrix.nbytes, packed.density
     choose_form(packed, call.latency, call.large_batches)
     put(call.root, module, packed)

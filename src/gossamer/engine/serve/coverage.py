@@ -56,7 +56,7 @@ def other_records(root: nn.Module) -> list[LayerRecord]:
                 name=owner if name == "weight" else f"{owner}.{name}".lstrip("."),
                 shape=(count // max(1, width), width),
                 density=kept / count if count else 1.0,
-                requested=kept / count if count else 1.0,
+                requested_density=kept / count if count else 1.0,
                 reason="no zeros" if kept == count else _no_kernel(module, name),
                 dense_bytes=parameter.nbytes,
                 sparse_bytes=parameter.nbytes,

@@ -57,6 +57,17 @@ def generate(
         For an empty prompt, a length beyond the model's positions, and a model without a key-value
         cache. For encoder-decoders, whose own `generate` serves packed layers as well. With
         `compiled=True`, where the compiled loop does not serve the model, with the reason.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch, transformers
+    >>> config = transformers.LlamaConfig(
+    ...     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+    ...     num_attention_heads=4, num_key_value_heads=2,
+    ... )
+    >>> model = transformers.LlamaForCausalLM(config)
+    >>> gs.generate(model, torch.tensor([[1, 2, 3]]), 5, eos=()).shape
+    torch.Size([1, 8])
     """
     model = unwrap(model)
     ids, ends = _check(model, ids, max_new_tokens), _ends(model, eos)

@@ -71,6 +71,11 @@ def calibrate_latency(*, store: bool = True, progress: bool = False) -> LatencyM
         Where the kernels are not compiled.
     OSError
         Where the cache folder cannot be written.
+
+    Examples
+    --------
+    >>> import gossamer as gs
+    >>> latency = gs.calibrate_latency(store=False)  # doctest: +SKIP
     """
     if _dispatch.isa_index() < 0:
         raise UsageError("latencies are those of compiled kernels, and none run here")

@@ -28,7 +28,8 @@ def unpack(model: nn.Module | PruneResult | CompressResult) -> nn.Module:
     >>> import gossamer as gs, torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.ReLU())
     >>> fast = gs.compress(gs.prune(net, gs.weights.Magnitude(), density=0.2), latency="rule")
-    >>> gs.unpack(fast)[0]
+    >>> _ = gs.unpack(fast)
+    >>> net[0]
     Linear(in_features=128, out_features=64, bias=True)
     """
     root = unwrap(model)

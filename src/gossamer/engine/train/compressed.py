@@ -19,9 +19,16 @@ from gossamer.core.budget import TopK
 from gossamer.core.errors import NonFiniteError, UsageError
 from gossamer.core.matrix import why_not_plain
 from gossamer.engine.hooks import around_ascents, around_steps, observe_gradients
-from gossamer.engine.protocols import CompressedTopology
+from gossamer.engine.protocols import CompressedTopology, StartsNewcomers
 from gossamer.engine.train.distributed import unwrapped
-from gossamer.engine.train.guard import check_state, check_total, check_unmoved, fingerprint, thawed
+from gossamer.engine.train.guard import (
+    all_finite,
+    check_state,
+    check_total,
+    check_unmoved,
+    fingerprint,
+    thawed,
+)
 from gossamer.engine.train.layers import own_parameter
 from gossamer.engine.train.optimizers import follow, held_by
 from gossamer.models.layers import prunable_layers
@@ -69,6 +76,14 @@ def sparse_layers(
         For a method that needs dense weights, a convolution of another kind, and a layer that does
         more than its class: a weight recomputed at every forward, a forward of its own, hooks.
         Nothing is changed then.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU())
+    >>> _ = gs.sparse_layers(model, gs.weights.RigL(density=0.1))
+    >>> sum(p.numel() for p in model.parameters())  # 205 weights and 32 biases
+    237
     """
     _check_method(method)
     inner, _ = unwrapped(model)
@@ -139,6 +154,18 @@ def true_sparse_training(
         for weights that changed while no step was seen.
     NonFiniteError
         Before a step with NaN or infinite gradients is taken.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch
+    >>> method = gs.weights.SET(density=0.1)
+    >>> model = gs.sparse_layers(torch.nn.Sequential(torch.nn.Linear(64, 32)), method)
+    >>> optimizer = torch.optim.Adam(model.parameters())
+    >>> with gs.true_sparse_training(model, optimizer, method, total_steps=10) as run:
+    ...     for _ in range(10):
+    ...         model(torch.randn(16, 64)).square().mean().backward()
+    ...         optimizer.step()
+    ...         optimizer.zero_grad()
     """
     run = TrueSparseRun(model, optimizer, method, total_steps, seed)
     if state is not None:
@@ -166,6 +193,7 @@ class TrueSparseRun:
         _check_method(method)
         check_total(total_steps)
         self.method, self.total_steps = method, total_steps
+        self._by_gradient = "gradients" in method.card.needs
         model, _ = unwrapped(model)
         every = {n: m for n, m in model.named_modules() if isinstance(m, SparseLayer)}
         self.layers = {n: m for n, m in every.items() if m.values.requires_grad}
@@ -203,7 +231,7 @@ class TrueSparseRun:
 
     def wants_gradients(self) -> bool:
         """Whether the next step's update grows by gradient."""
-        return self.method.growth == "gradient" and self._due(self.step + 1)
+        return self._by_gradient and self._due(self.step + 1)
 
     def see(self, name: str, x: Tensor, gradient: Tensor) -> None:
         """One backward pass through a layer: its input, and the gradient of its output."""
@@ -223,7 +251,7 @@ class TrueSparseRun:
                     "this step; call backward() on a loss that was not computed under no_grad"
                 )
             gradient = layer.values.grad
-            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+            if gradient is not None and not all_finite(gradient):
                 self._seen = {}
                 raise NonFiniteError(
                     f"{name}: its gradient holds NaN or infinity; the step is not taken"
@@ -273,7 +301,7 @@ class TrueSparseRun:
         size = layer.shape[0] * layer.shape[1]
         stay = self.method.survivors(values, self.step, self.total_steps)
         kept, room = old[stay], int((~stay).sum())
-        if self.method.growth == "gradient":
+        if self._by_gradient:
             grown, carried = largest_gradients(seen, layer.shape, room, kept), None
         else:
             free = min(room, size - old.numel())
@@ -286,7 +314,11 @@ class TrueSparseRun:
         origin = layer.rewire(torch.cat([kept, grown]).sort().values, carried)
         for state, key, value in states:
             state[key] = carry(value, origin)
-        self.changed += 2 * int((origin < 0).sum())
+        new = origin < 0
+        if isinstance(self.method, StartsNewcomers):
+            drawn = self.method.newcomers(int(new.sum()), self._generator)
+            layer.values[new] = drawn.to(layer.values)
+        self.changed += 2 * int(new.sum())
 
 
 def largest_gradients(

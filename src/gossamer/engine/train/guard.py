@@ -100,7 +100,7 @@ class Guard:
     def _bad_gradient(self, gradients: Mapping[str, Tensor]) -> UsageError | None:
         for layer in self.layers:
             for gradient in (layer.weight.grad, gradients.get(layer.name)):
-                if gradient is not None and not _all_finite(local(gradient)):
+                if gradient is not None and not all_finite(local(gradient)):
                     return NonFiniteError(
                         f"{layer.name}: its gradient holds NaN or infinity; the step is not taken"
                     )
@@ -115,7 +115,8 @@ def thawed(name: str) -> UsageError:
     )
 
 
-def _all_finite(tensor: Tensor) -> bool:
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite."""
     # NaN and infinity make the sum one of them; a sum that overflows is looked into.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
@@ -147,6 +148,18 @@ def check_total(total_steps: Any) -> None:
     """Raise UsageError unless it is a number of steps."""
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
         raise UsageError(f"total_steps is a whole number of at least 1, not {total_steps!r}")
+
+
+def check_not_empty(
+    layers: Sequence[TrainedLayer], masks: Mapping[str, Tensor], method: str
+) -> None:
+    """Raise UsageError for a layer that would lose every weight."""
+    for layer in layers:
+        if not bool(masks[layer.name].any()):
+            raise UsageError(
+                f"{layer.name}: {method} would leave no weight; keep more weights or exclude this "
+                "layer"
+            )
 
 
 def check_state(

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gossamer.core.errors import NonFiniteError, UsageError
 from gossamer.core.matrix import is_transposed, own_forward, why_not_plain
+from gossamer.core.support import zero_outside
 from gossamer.engine.train.distributed import Ranks, is_sharded, local, local_part, whole
 from gossamer.engine.train.optimizers import held_by
 from gossamer.models.layers import EXPECTED, adapter_prefixes, default_reasons, prunable_layers
@@ -69,7 +70,7 @@ class TrainedLayer:
     @torch.no_grad()
     def clear(self, target: Tensor, mask: Tensor) -> None:
         """Zero a tensor of the weight's shape outside a mask (out, in), each rank its own part."""
-        local(target).masked_fill_(~local_part(self.tensor(mask), target), 0)
+        zero_outside(local(target), local_part(self.tensor(mask), target))
 
 
 def trained_layers(
@@ -291,6 +292,23 @@ def whole_gradients(layers: Sequence[TrainedLayer], method: str, ranks: Ranks) -
         if not is_sharded(gradient):
             ranks.average([found[layer.name]])
     return found
+
+
+def start_newcomers(
+    layers: Sequence[TrainedLayer],
+    passed: Sequence[Mapping[str, Tensor]],
+    draw: Callable[[int], Tensor],
+) -> None:
+    """Set the weights that an update brought in to `draw(their count)`, layer by layer.
+
+    passed: the masks before it and all that it passed through.
+    """
+    for layer in layers:
+        masks = [x[layer.name] for x in passed]
+        new = masks[-1] & ~torch.stack(masks).all(0)
+        weight = layer.matrix(layer.weight).clone()
+        weight[new] = draw(int(new.sum())).to(weight)
+        layer.write(layer.weight, weight)
 
 
 def _gradients(

@@ -22,7 +22,7 @@ from gossamer.core.step import Step
 from gossamer.core.support import Support
 from gossamer.engine.protocols import AddsLoss, LearnedMask, Mask
 from gossamer.engine.train.distributed import is_sharded, unwrapped
-from gossamer.engine.train.guard import check_state, check_total, fingerprint
+from gossamer.engine.train.guard import all_finite, check_state, check_total, fingerprint
 from gossamer.engine.train.layers import (
     TrainedLayer,
     check_held,
@@ -174,7 +174,7 @@ class LearnedRun:
         self._add_losses()
         for layer in self.layers:
             for value in (layer.weight, *self._views[layer.name].parameters()):
-                if value.grad is not None and not bool(torch.isfinite(value.grad).all()):
+                if value.grad is not None and not all_finite(value.grad):
                     raise NonFiniteError(
                         f"{layer.name}: its gradient holds NaN or infinity; the step is not taken"
                     )

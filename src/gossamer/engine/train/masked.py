@@ -51,10 +51,8 @@ def sparse_training(
     total_steps: int,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    loss: Callable[[], Tensor] | None = None,
     seed: int = 0,
     state: Mapping[str, Any] | None = None,
-    group: Any = None,
 ) -> AbstractContextManager[LearnedRun]: ...
 
 
@@ -101,7 +99,8 @@ def sparse_training(
     include, exclude : sequence of str
         As in `prune`. Layers that are frozen are left alone.
     loss : callable, optional
-        Computes the loss of one batch, for a method that looks at gradients before training (SNIP).
+        Computes the loss of one batch by a call of the model, for a method that looks at it before
+        training: SNIP, GraSP, and SynFlow, which takes no more than the shape of the inputs.
     seed : int
         Of what the method draws.
     state : mapping, optional
@@ -123,6 +122,20 @@ def sparse_training(
     NonFiniteError
         Before a step with NaN or infinite gradients. Both are raised before steps on all ranks or
         none.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch
+    >>> model = torch.nn.Linear(64, 10)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> method = gs.weights.RigL(density=0.1)
+    >>> with gs.sparse_training(model, optimizer, method, total_steps=20) as sparsity:
+    ...     for _ in range(20):
+    ...         model(torch.randn(16, 64)).square().mean().backward()
+    ...         optimizer.step()
+    ...         optimizer.zero_grad()
+    >>> int(model.weight.count_nonzero())
+    64
     """
     if isinstance(method, LearnedMask) and not isinstance(method, type):
         if loss is not None or group is not None:

@@ -120,6 +120,20 @@ def train_rounds(
     UsageError
         Where averaging meets a batch norm and there is no data, where `train` moved a weight
         outside the support, and where the folder belongs to another recipe.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch
+    >>> def train(model, method, part):
+    ...     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ...     with gs.sparse_training(model, optimizer, method, total_steps=10):
+    ...         for _ in range(part.steps(10)):
+    ...             model(torch.randn(16, 64)).square().mean().backward()
+    ...             optimizer.step()
+    ...             optimizer.zero_grad()
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 10))
+    >>> gs.train_rounds(model, gs.weights.IMP(density=0.25, rounds=2), train).densities
+    (1.0, 0.5, 0.25)
     """
     inner, _ = unwrapped(model)
     layers = unfrozen_layers(inner, include, exclude)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,28 +14,37 @@ from gossamer.core.allocation import LayerInfo
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import check_pattern, format_pattern
 from gossamer.core.step import Step
-from gossamer.core.support import Support
+from gossamer.core.support import Support, zero_outside
 from gossamer.engine.protocols import (
     EditsGradient,
     EditsWeights,
     FreezesWeights,
     KeepsState,
     LearnsState,
+    StartsNewcomers,
     TopologyMethod,
 )
 from gossamer.engine.train.distributed import unwrapped
-from gossamer.engine.train.guard import Guard, check_state, check_total, mask_copy
+from gossamer.engine.train.guard import (
+    Guard,
+    check_not_empty,
+    check_state,
+    check_total,
+    mask_copy,
+)
 from gossamer.engine.train.layers import (
     check_held,
     check_kept,
     frozen_layers,
     left_dense,
     start_gradients,
+    start_newcomers,
     trained_layers,
     warn_dense,
     whole_gradients,
 )
 from gossamer.engine.train.optimizers import follow
+from gossamer.engine.train.probe import Probe
 from gossamer.engine.train.state import flat, nested, rates_of
 
 VERSION = 1
@@ -86,12 +96,13 @@ class SparseRun:
     def start(self, loss: Callable[[], Tensor] | None = None) -> None:
         """Choose the first supports and apply them; the model is untouched if that fails."""
         self._ranks.agree(self._generator)
-        name = self.method.card.name
-        step = self._step(
-            0, lambda: start_gradients(self.model, self.layers, loss, name, self._ranks)
+        given = (self.model, self.layers, loss, self.method.card.name, self._ranks)
+        probe = Probe(*given)
+        step = replace(
+            self._step(0, lambda: start_gradients(*given)), loss=probe.loss, outputs=probe.outputs
         )
         masks = self.method.start(step)
-        self._check(masks)
+        check_not_empty(self.layers, masks, self.method.card.name)
         self._ranks.check_equal(masks)
         if isinstance(self.method, KeepsState):
             self._state = self.method.first_state(step)
@@ -192,12 +203,15 @@ class SparseRun:
         before = self.masks
         passed = self.method.update(self._step(self.step, lambda: self._needed(gradients)))
         for masks in passed:
-            self._check(masks)
+            check_not_empty(self.layers, masks, self.method.card.name)
             if not self.method.keeps_dense_weights:
                 self._ranks.check_equal(masks)
         for masks in passed:
             self.masks = {name: mask.clone() for name, mask in masks.items()}
             self._apply()
+        if isinstance(self.method, StartsNewcomers):
+            draw = partial(self.method.newcomers, generator=self._generator)
+            start_newcomers(self.layers, [before, *passed], draw)
         self.changed = sum(int((before[n] ^ mask).sum()) for n, mask in self.masks.items())
         for name, mask in self.masks.items():
             self._ever[name] |= mask
@@ -303,7 +317,7 @@ class SparseRun:
     def _step(self, number: int, gradients: Callable[[], Mapping[str, Tensor]] = dict) -> Step:
         return Step(
             number, self.total_steps, rates_of(self.optimizer, self.layers), self._infos(),
-            self.masks, self._generator, functools.cache(gradients),
+            self.masks, self._generator, cache(gradients),
         )  # fmt: skip
 
     def _infos(self) -> list[LayerInfo]:
@@ -317,15 +331,6 @@ class SparseRun:
             )
             for x in self.layers
         ]
-
-    def _check(self, masks: Mapping[str, Tensor]) -> None:
-        for layer in self.layers:
-            mask = masks[layer.name]
-            if not bool(mask.any()):
-                raise UsageError(
-                    f"{layer.name}: {self.method.card.name} would leave no weight; keep more "
-                    "weights or exclude this layer"
-                )
 
     @torch.no_grad()
     def _show_gradients(self) -> None:
@@ -385,7 +390,7 @@ class SparseRun:
             mask = self.masks[layer.name]
             if self.method.keeps_dense_weights:
                 hidden = self._hidden[layer.name]
-                layer.write(layer.weight, hidden.masked_fill(~mask, 0))
+                layer.write(layer.weight, zero_outside(hidden.clone(), mask))
                 continue
             layer.clear(layer.weight, mask)
             for _, _, value in self.followed.states(layer.weight):

@@ -3,6 +3,7 @@
 from gossamer.methods.weights.fixed_masks import FixedMasks
 from gossamer.methods.weights.gmp import GMP
 from gossamer.methods.weights.granet import GraNet
+from gossamer.methods.weights.grasp import GraSP
 from gossamer.methods.weights.imp import IMP
 from gossamer.methods.weights.issp import ISSP
 from gossamer.methods.weights.magnitude import Magnitude
@@ -21,6 +22,7 @@ from gossamer.methods.weights.soups import SparseModelSoups
 from gossamer.methods.weights.sparsegpt import SparseGPT
 from gossamer.methods.weights.srste import SRSTE
 from gossamer.methods.weights.static_random import StaticRandom
+from gossamer.methods.weights.synflow import SynFlow
 from gossamer.methods.weights.wanda import Wanda
 from gossamer.methods.weights.wgsef import WGSEF
 from gossamer.methods.weights.widths import Widths
@@ -36,6 +38,7 @@ __all__ = [
     "WGSEF",
     "FixedMasks",
     "GraNet",
+    "GraSP",
     "Magnitude",
     "MaskLLM",
     "MaskSparsity",
@@ -48,6 +51,7 @@ __all__ = [
     "SparseGPT",
     "SparseModelSoups",
     "StaticRandom",
+    "SynFlow",
     "Wanda",
     "Widths",
 ]

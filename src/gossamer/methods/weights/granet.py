@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
@@ -42,6 +43,7 @@ from gossamer.methods.weights.topology import (
     drop_and_regrow,
     layer_counts,
     random_masks,
+    without_smallest,
 )
 
 
@@ -122,10 +124,8 @@ class GraNet(StaticSupport):
             passed.append(current)
         if self.regrow:
             fraction = Cosine(self.drop, self.drop_end)(step.number / step.total)
-            gradients = step.gradients()
-            passed.append(
-                drop_and_regrow(step.layers, gradients, current, fraction, rounded=math.ceil)
-            )
+            stay = partial(without_smallest, fraction=fraction, rounded=math.ceil)
+            passed.append(drop_and_regrow(step.layers, step.gradients(), current, stay))
         return passed or [current]
 
     def ramp(self, total: int) -> tuple[int, int]:

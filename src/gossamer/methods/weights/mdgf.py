@@ -122,9 +122,9 @@ class DecayingMask(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The effective weight (out, in)."""
-        beta = self.beta.to(weight.dtype) if self.training else torch.zeros_like(self.beta)
-        kept = self.finish(weight.detach()).mask
-        factor = torch.where(kept, torch.ones_like(beta), beta).to(weight.dtype)
+        factor = self.finish(weight.detach()).mask.to(weight.dtype)
+        if self.training:
+            factor = factor.clamp_min(self.beta.to(weight.dtype))
         return _product(weight, factor, self.method.gradient == "straight")
 
     def advance(self, step: Step) -> None:

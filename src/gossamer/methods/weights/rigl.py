@@ -24,9 +24,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from functools import partial
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from gossamer.core.allocation import ERK, LayerInfo
@@ -69,7 +69,6 @@ class RigL(StaticSupport):
     drop: float = 0.3
     until: float = 0.75
 
-    growth: ClassVar[Literal["random", "gradient"]] = "gradient"
     card: ClassVar[Card] = Card(
         name="rigl",
         topic="weights",
@@ -100,13 +99,9 @@ class RigL(StaticSupport):
 
     def update(self, step: Step) -> list[dict[str, Tensor]]:
         """The same count in each layer, rewired."""
-        fraction = self._fraction(step.number, step.total)
-        return [drop_and_regrow(step.layers, step.gradients(), step.masks, fraction)]
+        stay = partial(self.survivors, number=step.number, total=step.total)
+        return [drop_and_regrow(step.layers, step.gradients(), step.masks, stay)]
 
-    def survivors(self, values: Tensor, step: int, total: int) -> Tensor:
+    def survivors(self, values: Tensor, number: int, total: int) -> Tensor:
         """All but the fraction of the smallest |w| that is dropped at this step."""
-        mask = torch.ones_like(values, dtype=torch.bool)
-        return without_smallest(values, mask, self._fraction(step, total))
-
-    def _fraction(self, step: int, total: int) -> float:
-        return Cosine(self.drop)(step / (self.until * total))
+        return without_smallest(values, Cosine(self.drop)(number / (self.until * total)))

@@ -34,6 +34,7 @@ from gossamer.core.allocation import LayerInfo
 from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
 from gossamer.core.step import Step
+from gossamer.core.support import zero_outside
 from gossamer.methods.weights.topology import StaticSupport, check_fraction, every_weight
 
 
@@ -95,7 +96,7 @@ class SCL(StaticSupport):
 
     def edit_gradient(self, step: Step, layer: LayerInfo, gradient: Tensor) -> Tensor:
         """The gradient of the weights that are on."""
-        return gradient.masked_fill(~step.masks[layer.name], 0)
+        return zero_outside(gradient.clone(), step.masks[layer.name])
 
     def frozen(self, step: Step) -> dict[str, Tensor]:
         """The weights that are off."""

@@ -34,6 +34,7 @@ from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import NM, WIDEST, check_pattern
 from gossamer.core.step import Step
+from gossamer.core.support import zero_outside
 from gossamer.methods.weights.topology import StaticSupport, check_phase, every_weight
 from gossamer.ops.select import select
 
@@ -122,11 +123,9 @@ class SdGf(StaticSupport):
 
     def edit_gradient(self, step: Step, layer: LayerInfo, gradient: Tensor) -> Tensor:
         """The gradient, without that of weights outside the mask where it is `masked`."""
-        return (
-            gradient
-            if self.gradient == "straight"
-            else gradient.masked_fill(~step.masks[layer.name], 0)
-        )
+        if self.gradient == "straight":
+            return gradient
+        return zero_outside(gradient.clone(), step.masks[layer.name])
 
     def frame(self, step: int, total: int) -> NM:
         """The pattern in force after a step, once the dense phase is over."""

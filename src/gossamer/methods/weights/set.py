@@ -11,20 +11,24 @@ fewer weights.
 **Defaults.** Drop 0.3 of each sign, Erdos-Renyi allocation; set `every` to an epoch.
 
 **Notes.** What was just dropped grows back only where nothing else is free. Nothing is rewired
-after the last step. New weights start at zero.
+after the last step. New weights start at zero; the released code for sparse matrices draws them,
+as it does all first weights, with a standard deviation of 0.1, which is spread=0.1. QuickSelection
+trains so too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gossamer.core.allocation import ER, LayerInfo
 from gossamer.core.card import Card
+from gossamer.core.errors import UsageError
 from gossamer.core.step import Step
 from gossamer.methods.weights.topology import (
     ShapeAllocation,
@@ -35,6 +39,7 @@ from gossamer.methods.weights.topology import (
     layer_counts,
     random_like,
     random_masks,
+    rewire,
 )
 
 
@@ -52,14 +57,16 @@ class SET(StaticSupport):
         Steps between two updates: an epoch, as published.
     drop : float
         The fraction of the smallest positive, and of the largest negative weights, that moves.
+    spread : float
+        The standard deviation of new weights, which are drawn around zero. 0: they start at zero.
     """
 
     density: float
     allocation: ShapeAllocation = field(default_factory=ER)
     every: int = 100
     drop: float = 0.3
+    spread: float = 0.0
 
-    growth: ClassVar[Literal["random", "gradient"]] = "random"
     card: ClassVar[Card] = Card(
         name="set",
         topic="weights",
@@ -74,6 +81,8 @@ class SET(StaticSupport):
     def __post_init__(self) -> None:
         check_every(self.every, "SET")
         check_fraction(self.drop, "drop")
+        if not 0 <= self.spread < float("inf"):
+            raise UsageError(f"SET: spread is a standard deviation from 0, not {self.spread}")
 
     def counts(self, layers: Sequence[LayerInfo]) -> dict[str, int]:
         """The allocation's exact counts."""
@@ -89,24 +98,24 @@ class SET(StaticSupport):
 
     def update(self, step: Step) -> list[dict[str, Tensor]]:
         """The survivors, then the survivors with as many newcomers as weights dropped."""
-        kept, grown = {}, {}
-        for x in step.layers:
-            mask = step.masks[x.name]
-            stay = self._stay(x.weight, mask, x.name)
-            score = random_like(x.weight, step.generator) + (~mask).double()
-            room = int(mask.sum()) - int(stay.sum())
-            kept[x.name] = stay
-            grown[x.name] = stay | highest(score, ~stay, room, x.name)
+
+        def elsewhere(x: LayerInfo) -> Tensor:
+            return random_like(x.weight, step.generator) + (~step.masks[x.name]).double()
+
+        stay = partial(self.survivors, number=step.number, total=step.total)
+        kept, grown = rewire(step.layers, step.masks, stay, elsewhere)
         return [kept, grown] if all(bool(m.any()) for m in kept.values()) else [grown]
 
-    def _stay(self, weight: Tensor, mask: Tensor, name: str = "weights") -> Tensor:
-        """The mask without the smallest positive and largest negative weights; zero is positive."""
-        stay = torch.zeros_like(mask)
-        for side in (mask & (weight >= 0), mask & (weight < 0)):
+    def survivors(self, values: Tensor, number: int, total: int) -> Tensor:
+        """All but the smallest positive and largest negative weights; zero is positive."""
+        stay = torch.zeros_like(values, dtype=torch.bool)
+        for side in (values >= 0, values < 0):
             count = int(side.sum())
-            stay |= highest(weight.abs(), side, count - int(self.drop * count), name)
+            stay |= highest(values.abs(), side, count - int(self.drop * count))
         return stay
 
-    def survivors(self, values: Tensor, step: int, total: int) -> Tensor:
-        """All but the smallest positive and largest negative weights."""
-        return self._stay(values, torch.ones_like(values, dtype=torch.bool))
+    def newcomers(self, count: int, generator: torch.Generator) -> Tensor:
+        """Normal with the deviation `spread`; nothing is drawn for a spread of 0."""
+        if not self.spread:
+            return torch.zeros(count)
+        return torch.randn(count, generator=generator) * self.spread

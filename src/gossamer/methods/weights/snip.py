@@ -44,7 +44,7 @@ class SNIP(StaticSupport):
         name="snip",
         topic="weights",
         role="topology",
-        needs=("gradients",),
+        needs=("loss",),
         patterns=("unstructured",),
         year=2019,
         link="https://arxiv.org/abs/1810.02340",

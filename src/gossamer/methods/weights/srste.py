@@ -30,6 +30,7 @@ from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import NM
 from gossamer.core.step import Step
+from gossamer.core.support import zero_outside
 from gossamer.methods.weights.topology import StaticSupport
 from gossamer.ops.select import select
 
@@ -89,7 +90,8 @@ class SRSTE(StaticSupport):
         """gradient + decay * (1 - mask) * weight; exactly the gradient where decay is 0."""
         if self.decay == 0:
             return gradient
-        return gradient + self.decay * layer.weight.masked_fill(step.masks[layer.name], 0)
+        outside = zero_outside(layer.weight.detach().clone(), ~step.masks[layer.name])
+        return gradient + self.decay * outside
 
 
 def sad(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, float]:

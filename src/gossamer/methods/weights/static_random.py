@@ -12,15 +12,16 @@ to dense shrinks with width, and ERK beats uniform.
 uses on ImageNet with a dense classifier.
 
 **Notes.** The paper draws each weight independently and so misses the budget in small layers; here
-counts are exact. `resample=SNIP(density)` keeps SNIP's count in each layer and draws the places
-anew, as the released code does with the ratios of GraSP. Weights keep their dense initialisation.
+counts are exact. `resample=GraSP(density)` or SNIP keeps that method's count in each layer and draws
+the places anew, as the released code does with the ratios of GraSP. Weights keep their dense
+initialisation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from gossamer.core.allocation import ERK, LayerInfo
 from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
 from gossamer.core.step import Step
+from gossamer.methods.weights.grasp import GraSP
 from gossamer.methods.weights.snip import SNIP
 from gossamer.methods.weights.topology import (
     ShapeAllocation,
@@ -48,16 +50,15 @@ class StaticRandom(StaticSupport):
         The fraction kept, in (0, 1].
     allocation : Allocation
         How the density becomes one per layer. `ERK()` by default.
-    resample : SNIP, optional
-        A SNIP of the same density, whose counts per layer replace those of `allocation`. Its
+    resample : SNIP or GraSP, optional
+        A method of the same density, whose counts per layer replace those of `allocation`. Its
         places are forgotten.
     """
 
     density: float
     allocation: ShapeAllocation = field(default_factory=ERK)
-    resample: SNIP | None = None
+    resample: SNIP | GraSP | None = None
 
-    growth: ClassVar[Literal["random", "gradient"]] = "random"
     card: ClassVar[Card] = Card(
         name="staticrandom",
         topic="weights",
@@ -72,16 +73,18 @@ class StaticRandom(StaticSupport):
     def __post_init__(self) -> None:
         if self.resample is None:
             return
-        if not isinstance(self.resample, SNIP) or self.resample.density != self.density:
+        fits = isinstance(self.resample, SNIP | GraSP) and self.resample.density == self.density
+        if not fits:
             raise UsageError(
-                f"StaticRandom: resample is SNIP({self.density:g}), not {self.resample!r}"
+                f"StaticRandom: resample is SNIP({self.density:g}) or GraSP({self.density:g}), not "
+                f"{self.resample!r}"
             )
 
     def counts(self, layers: Sequence[LayerInfo]) -> dict[str, int]:
         """The allocation's exact counts. Raises UsageError where they would be another method's."""
         if self.resample is not None:
             raise UsageError(
-                "StaticRandom: the counts of `resample` need gradients, which training without "
+                "StaticRandom: the counts of `resample` need the loss, which training without "
                 "dense weights lacks; leave it out"
             )
         return layer_counts(layers, self.allocation, self.density)
@@ -94,6 +97,6 @@ class StaticRandom(StaticSupport):
             counts = {n: int(mask.sum()) for n, mask in self.resample.start(step).items()}
         return random_masks(step.layers, counts, step.generator)
 
-    def survivors(self, values: Tensor, step: int, total: int) -> Tensor:
+    def survivors(self, values: Tensor, number: int, total: int) -> Tensor:
         """Every weight."""
         return torch.ones_like(values, dtype=torch.bool)

@@ -105,29 +105,65 @@ def highest(scores: Tensor, among: Tensor, count: int, name: str = "weights") ->
     return keep(ranked.reshape(-1), TopK(count)).reshape(scores.shape)
 
 
-def without_smallest(weight: Tensor, mask: Tensor, fraction: float) -> Tensor:
-    """The mask less the fraction `fraction` of its weights with the smallest |w|."""
-    count = int(mask.sum())
-    return highest(weight.abs(), mask, count - int(fraction * count))
+def derivatives(
+    value: Tensor, weights: Mapping[str, Tensor], graph: bool = False
+) -> dict[str, Tensor]:
+    """The derivatives of a scalar by layer; with `graph` they can be differentiated again.
+
+    Raises UsageError, naming the layer, where it does not depend on a weight.
+    """
+    found = torch.autograd.grad(
+        value, list(weights.values()), create_graph=graph, allow_unused=True
+    )
+    slopes = {}
+    for name, slope in zip(weights, found, strict=True):
+        if slope is None:
+            raise UsageError(f"{name}: the loss does not depend on it; exclude it")
+        slopes[name] = slope
+    return slopes
+
+
+def without_smallest(
+    values: Tensor, fraction: float, rounded: Callable[[float], int] = math.floor
+) -> Tensor:
+    """bool (nnz,): kept weights less the fraction, `rounded` to a count, of the smallest |w|."""
+    count = values.numel() - rounded(fraction * values.numel())
+    return highest(values.abs(), torch.ones_like(values, dtype=torch.bool), count)
+
+
+def rewire(
+    layers: Sequence[LayerInfo],
+    masks: Mapping[str, Tensor],
+    survivors: Callable[[Tensor], Tensor],
+    growth: Callable[[LayerInfo], Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What stays in each layer, and that with as many weights grown as did not.
+
+    `survivors` gives bool (nnz,) for a layer's kept weights, in row order. Those grow that have the
+    highest `growth(layer)` (out, in), among all that did not survive.
+    """
+    kept, grown = {}, {}
+    for x in layers:
+        mask = masks[x.name]
+        values = x.weight[mask]
+        check_finite(values, x.name)
+        stay = torch.zeros_like(mask)
+        stay[mask] = survivors(values)
+        room = values.numel() - int(stay.sum())
+        kept[x.name] = stay
+        grown[x.name] = stay | highest(growth(x), ~stay, room, x.name)
+    return kept, grown
 
 
 def drop_and_regrow(
     layers: Sequence[LayerInfo],
     gradients: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
-    fraction: float,
-    rounded: Callable[[float], int] = math.floor,
+    survivors: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """In each layer drop `fraction` of the kept weights, `rounded`, smallest |w| first, and grow
-    as many by the largest |dense gradient| outside. What was just dropped may grow back."""
-    grown = {}
-    for layer in layers:
-        mask = masks[layer.name]
-        count = int(mask.sum())
-        room = rounded(fraction * count)
-        kept = highest(layer.weight.abs(), mask, count - room, layer.name)
-        grown[layer.name] = kept | highest(gradients[layer.name].abs(), ~kept, room, layer.name)
-    return grown
+    """The masks after `rewire` by the largest |dense gradient|. What was just dropped may grow
+    back."""
+    return rewire(layers, masks, survivors, lambda x: gradients[x.name].abs())[1]
 
 
 def check_every(every: int, what: str) -> None:

@@ -96,8 +96,8 @@ def why_dense(
 ) -> str | None:
     """Why the dense product is the faster one for a packed layer here; None where it is not.
 
-    What a file stores does not depend on it. Arguments as in `decide`; costs None: nothing is known
-    and the layer stays as it is.
+    What a file stores does not depend on it. Arguments as in `decide`; latency None: nothing is
+    known and the layer stays as it is.
     """
     if latency is None:
         return None

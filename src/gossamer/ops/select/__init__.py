@@ -64,6 +64,7 @@ def select(scores: Tensor, pattern: Pattern, density: float, name: str = "") -> 
 
     Examples
     --------
+    >>> import gossamer as gs, torch
     >>> scores = torch.tensor([[3.0, 1.0, 2.0, 4.0]])
     >>> gs.select(scores, gs.NM(2, 4), 0.5).mask
     tensor([[ True, False, False,  True]])
@@ -114,6 +115,14 @@ def select_global(
         The pattern is N:M or does not divide a shape.
     UsageError
         The density is outside (0, 1], or the floor is no whole number from 0.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch
+    >>> scores = {"a": torch.tensor([[5.0, 1.0]]), "b": torch.tensor([[4.0, 3.0]])}
+    >>> supports = gs.select_global(scores, gs.Unstructured(), 0.5)
+    >>> supports["b"].mask
+    tensor([[ True, False]])
     """
     density = check_density(density)
     if isinstance(floor, bool) or not isinstance(floor, int) or floor < 0:
@@ -169,6 +178,7 @@ def keep(scores: Tensor, budget: Budget, always: Tensor | None = None) -> Tensor
 
     Examples
     --------
+    >>> import gossamer as gs, torch
     >>> scores = torch.tensor([0.1, 0.4, 0.2, 0.3])
     >>> gs.keep(scores, gs.TopK(2))
     tensor([False,  True, False,  True])
