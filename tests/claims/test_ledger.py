@@ -43,7 +43,11 @@ NOT_TRIED = {f"weights.{name}" for name in ("maskllm", "mdgf", "monarch", "sltra
 NOT_TRIED |= {
     f"attention.{name}"
     for name in (
-        "anchorattention", "blocksparse", "flexprefill", "seerattention", "streamingllm",
+        "anchorattention",
+        "blocksparse",
+        "flexprefill",
+        "seerattention",
+        "streamingllm",
         "verticalslash",
     )
 }
