@@ -239,6 +239,41 @@ def test_the_choice_is_part_of_the_figures(llama):
     assert "2 of 2 layers sparse" in str(result) and "recall" not in str(result)
 
 
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_a_layer_called_without_a_mask_goes_by_what_its_attention_does(kind):
+    """sdpa is causal where the layer says so; eager attends to both sides."""
+    model = make("llama")
+    model.set_attn_implementation(kind)
+    layer, hidden = model.model.layers[0].self_attn, torch.randn(1, 60, 64)
+    places = model.model.rotary_emb(hidden, torch.arange(60).unsqueeze(0))
+    with torch.no_grad():
+        dense = layer(hidden, places, attention_mask=None)[0]
+        with gs.sparse_attention(model, Everything(), dense_below=0):
+            found = layer(hidden, places, attention_mask=None)[0]
+    torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_goes_through(llama):
+    ids = inputs("llama", 60)["input_ids"]
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = output(llama, input_ids=ids)
+        with gs.sparse_attention(llama, Everything(), dense_below=0) as run:
+            found = output(llama, input_ids=ids)
+    assert run.result.calls == 2 and found.dtype == dense.dtype
+    torch.testing.assert_close(found, dense, rtol=0.1, atol=0.05)
+
+
+def test_checkpointed_training_chooses_the_same_again():
+    plain, model = make("llama").train(), make("llama").train()
+    model.gradient_checkpointing_enable()
+    ids = inputs("llama", 80)["input_ids"]
+    for each in (plain, model):
+        with gs.sparse_attention(each, "blocksparse:blocks=2", dense_below=0):
+            each(ids, labels=ids, use_cache=False).loss.backward()
+    for one, other in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad)
+
+
 REFUSED = {
     "gemma2": "caps its logits|sliding",
     "gemma3": "sliding_attention",
