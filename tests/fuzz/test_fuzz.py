@@ -18,8 +18,8 @@ import gossamer as gs
 from gossamer.core.errors import FormatError, UsageError
 from gossamer.core.matrix import as_matrix
 from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d, QuantizedLinear, prepare_large_batches
+from gossamer.ops import attention, nm, quantized
 from gossamer.ops import bitmap as ops
-from gossamer.ops import nm, quantized
 from gossamer.ops.bitmap import reference as bitmap_reference
 from gossamer.ops.nm import reference as nm_reference
 from gossamer.ops.quantized import QuantizedMatrix, reference
@@ -415,4 +415,48 @@ def test_random_nm_is_refused_or_multiplies_right():
         if rng.random() < 0.5:
             prepare_large_batches(layer)
         check_nm(layer, seed)
+    assert refused > 0
+
+
+def random_lists(rng, rows, limit):
+    """Sorted lists, of which one number or one offset may be any."""
+    found = [sorted(rng.sample(range(limit), rng.randrange(limit + 1))) for _ in range(rows)]
+    offsets = torch.tensor([0, *map(len, found)]).cumsum(0)
+    columns = torch.tensor([c for row in found for c in row], dtype=torch.int32)
+    for part in (columns, offsets):
+        if part.numel() and rng.random() < 0.15:
+            part[rng.randrange(part.numel())] = rng.choice([-1, 0, 1, limit, 2**31 - 1])
+    return offsets.reshape(1, 1, -1), columns
+
+
+def test_random_attention_is_refused_or_right():
+    """Any lists, straight into the layout and the decoder that check them."""
+    refused = 0
+    for seed, rng in rounds():
+        generator = torch.Generator().manual_seed(seed)
+        queries, keys = rng.randrange(1, 70), rng.randrange(1, 70)
+        rows, columns, group = (rng.choice([1, 5, 16, 64]) for _ in range(3))
+        tiles = random_lists(rng, -(-queries // rows), -(-keys // columns))
+        tokens = random_lists(rng, -(-queries // group), rng.randrange(1, keys + 1))
+        index = torch.tensor([[[rng.randrange(-1, keys + 1) for _ in range(rng.randrange(4))]]])
+        parts = [torch.randn(1, 2, n, 20, generator=generator) for n in (queries, keys, keys)]
+        try:
+            if rng.random() < 0.2:
+                found = attention.decode(*parts, index.expand(1, 2, -1).long())
+                exact = attention.decode(
+                    *(x.double() for x in parts), index.expand(1, 2, -1).long()
+                )
+            else:
+                layout = attention.Layout(queries, keys, *tiles, rows, columns)
+                if rng.random() < 0.5:
+                    empty = attention.Layout.empty(queries, keys, group)
+                    layout = empty.with_tokens(*tokens, group)
+                causal = rng.random() < 0.5
+                found = attention.attention(*parts, layout, causal=causal)
+                exact = attention.attention(*(x.double() for x in parts), layout, causal=causal)
+        except UsageError:
+            refused += 1
+            continue
+        for a, b in zip(found, exact, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4, msg=f"{seed}")
     assert refused > 0

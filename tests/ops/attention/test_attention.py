@@ -331,5 +331,9 @@ def test_bad_input():
 def test_kernel_name(monkeypatch):
     assert ops.kernel_name() == f"attention/{_dispatch.isa()}"
     assert ops.kernel_name(torch.zeros(1, dtype=torch.float64)) == "attention/reference"
+    if best >= 0:
+        dots = _dispatch.isa() == "avx512" and _dispatch.compiled().has_bf16()
+        name = ops.kernel_name(torch.zeros(1, dtype=torch.bfloat16))
+        assert name == f"attention/{_dispatch.isa()}{'-bf16' if dots else ''}"
     monkeypatch.setenv("GOSSAMER_ISA", "reference")
     assert ops.kernel_name(torch.zeros(1)) == "attention/reference"

@@ -95,10 +95,13 @@ def attention(
 
 
 def kernel_name(query: Tensor | None = None) -> str:
-    """The kernel that serves such a query, such as `attention/avx512`."""
-    served = query is None or compiled(query)
-    isa = _dispatch.isa() if served else "reference"
-    return f"attention/{isa}"
+    """The kernel that serves such a query, such as `attention/avx512`.
+
+    `-bf16` behind it says that products are the processor's dot products of bfloat16.
+    """
+    isa = _dispatch.isa() if query is None or compiled(query) else "reference"
+    dots = query is not None and query.dtype == torch.bfloat16 and isa == "avx512"
+    return f"attention/{isa}{'-bf16' if dots and _dispatch.compiled().has_bf16() else ''}"
 
 
 def _problem(
