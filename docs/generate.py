@@ -103,6 +103,14 @@ for x, y in batches:
     optimizer.zero_grad()
     estimates.backward(lambda: loss(model(x), y))  # in place of loss.backward()
     optimizer.step()"""
+    if card.role == "key_scorer" and hasattr(find(card.name), "fitted"):
+        return f"""method = gs.calibrate_attention(model, {name}(), batches)
+with gs.sparse_attention(model, method) as run:
+    ...  # the model as it was"""
+    if card.role == "key_scorer":
+        return f"""with gs.sparse_attention(model, {name}()) as run:
+    ...  # the model as it was
+print(run.result)"""
     if card.role != "topology":
         return f"gossamer compress --method {card.name} --sparsity 0.5"
     method = find(card.name)

@@ -208,6 +208,21 @@ def test_links_and_commands_exist(path):
         assert operator.attrgetter(name)(gossamer), name
 
 
+def test_the_page_on_attention_says_what_was_measured():
+    text = (ROOT / "docs/guide/attention.md").read_text()
+    record = json.loads((ROOT / "benchmarks/results/attention_prefill.json").read_text())["parts"]
+    rows = re.findall(r"^\| `(\w+:[^`]+)` \| (.+) \|$", text, re.MULTILINE)
+    assert len(rows) == sum(key.startswith("4096: ") and ":" in key[6:] for key in record) > 3
+    for method, cells in rows:
+        found, times = record[f"4096: {method}"], record["4096: attention"][method]
+        wanted = (
+            f"{found['density']:.2f} | {found['recall']:.3f} | {found['bits_per_byte']:.3f} | "
+            f"{times['over_sdpa']:.1f}x | {times['over_dense_layout']:.1f}x"
+        )
+        assert cells == wanted, method
+    assert f"bits per byte of {record['4096: sdpa']['bits_per_byte']:.3f}" in text
+
+
 def slug(heading: str) -> str:
     """The anchor of a heading, as GitHub and Sphinx make it."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")

@@ -1,6 +1,7 @@
 """Every public name of `gossamer`."""
 
 from gossamer.api import compare, prune
+from gossamer.api_attention import attend, calibrate_attention, sparse_attention
 from gossamer.compression import CompressionReport, measure_compression
 from gossamer.core.allocation import (
     ER,
@@ -26,6 +27,8 @@ from gossamer.core.pattern import NM, Block, Channel, Unstructured, format_patte
 from gossamer.core.result import CompressResult, Coverage, LayerRecord, LeftOut, PruneResult
 from gossamer.core.support import Support
 from gossamer.core.text import text_batches
+from gossamer.engine.inputs.attention import AttentionRun
+from gossamer.engine.inputs.tally import AttentionResult, LayerAttention
 from gossamer.engine.measure.problems import ImageProblem, TextProblem
 from gossamer.engine.prune.replace import ReplaceLayersResult, fold_layers, replace_layers
 from gossamer.engine.prune.structure import (
@@ -64,6 +67,8 @@ __all__ = [
     "LAMP",
     "NM",
     "OWL",
+    "AttentionResult",
+    "AttentionRun",
     "BatchTopK",
     "Block",
     "BlockInfluence",
@@ -82,6 +87,7 @@ __all__ = [
     "GossamerError",
     "ImageProblem",
     "LatencyModel",
+    "LayerAttention",
     "LayerRecord",
     "LearnedRun",
     "LeftOut",
@@ -106,6 +112,8 @@ __all__ = [
     "UniformPlus",
     "Unstructured",
     "UsageError",
+    "attend",
+    "calibrate_attention",
     "calibrate_latency",
     "cards",
     "compare",
@@ -131,6 +139,7 @@ __all__ = [
     "save",
     "select",
     "select_global",
+    "sparse_attention",
     "sparse_layers",
     "sparse_training",
     "text_batches",

@@ -340,6 +340,19 @@ def test_damaged_folder_is_exit_2(tiny, tmp_path, capsys):
     assert code == 2 and "JSON" in line
 
 
+def test_generate_attends_sparsely_and_says_so(tiny, capsys):
+    given = ["generate", f"--model={tiny / 'model'}", f"--prompt={TEXT[:120]}", "--tokens=2"]
+    main([*given, "--attention=streamingllm:window=16,block=16", "--dense-below=0", "--json"])
+    found = json.loads(capsys.readouterr().out)["attention"]
+    assert found["calls"] == 2 and found["decode_calls"] == 2 and found["density"] < 0.5
+    main([*given, "--attention=blocksparse"])
+    assert "0 of 2 layers sparse" in capsys.readouterr().err
+    code, line = fails([*given, "--attention=wanda"], capsys)
+    assert code == 2 and "gossamer methods attention" in line
+    code, line = fails([*given, "--attention=blocksparse:bloks=3"], capsys)
+    assert code == 2 and "did you mean 'blocks'" in line
+
+
 def test_the_whole_path(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     main(["compress", *options(tiny, out, sweep="0.3,0.7"), "--json"])
@@ -396,7 +409,11 @@ def test_methods_and_help(capsys, monkeypatch):
     assert all(name in listed for name in TOPICS) and "none yet" in listed
     main(["methods", "Weights"])
     listed = capsys.readouterr().out
-    assert all(name.partition(".")[2] in listed for name in found) and "undecided" in listed
+    weights = [name.partition(".")[2] for name in found if name.startswith("weights.")]
+    assert all(name in listed for name in weights) and "undecided" in listed
+    main(["methods", "attention"])
+    listed = capsys.readouterr().out
+    assert "blocksparse" in listed and "key_scorer" in listed and "--attention" in listed
     main(["methods", "wanda"])
     page = capsys.readouterr().out
     assert (

@@ -12,6 +12,7 @@ import torch
 import gossamer as gs
 from gossamer.core.step import Step
 from gossamer.methods import methods
+from gossamer.nn.attention_gate import BlockGate
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,37 @@ RECIPES = {
     "sparsemodelsoups": lambda: W.SparseModelSoups(0.25, rounds=2, members=2),
 }
 """Methods that train, prune and train again, down to a density of 0.25."""
+
+A = gs.attention
+
+
+def seer(**options):
+    """With a random gate for one layer of 4 heads of width 16, 2 of keys."""
+    gates = {0: BlockGate(4, 2, 16, 8, torch.Generator().manual_seed(0))}
+    return A.SeerAttention(block=16, width=8, gates=gates, **options)
+
+
+ATTENTION = {
+    "streamingllm": lambda: A.StreamingLLM(window=40, block=16),
+    "blocksparse": lambda: A.BlockSparse(blocks=3),
+    "blocksparse-density": lambda: A.BlockSparse(block=8, density=0.4),
+    "verticalslash": lambda: A.VerticalSlash(8, 20, last=16, near=12, block=16),
+    "flexprefill": lambda: A.FlexPrefill(0.3, least=6, last=16, near=4, block=16),
+    "seerattention": lambda: seer(density=0.3),
+    "seerattention-threshold": lambda: seer(threshold=0.2),
+    "anchorattention": lambda: A.AnchorAttention(theta=0.5, step=2, block=16),
+}
+"""Methods that choose pairs of queries and keys; sparse at 100 tokens."""
+
+GENEROUS = {
+    "streamingllm": lambda: A.StreamingLLM(window=10**6),
+    "blocksparse": lambda: A.BlockSparse(blocks=10**6),
+    "verticalslash": lambda: A.VerticalSlash(10**6, 10**6),
+    "flexprefill": lambda: A.FlexPrefill(1.0, least=10**6),
+    "seerattention": lambda: seer(density=1.0),
+    "anchorattention": lambda: A.AnchorAttention(theta=1e30),
+}
+"""The same with budgets above any length, which keep every pair."""
 
 PRUNERS = {x.card.name: x for x in methods(roles=("scorer", "solver")).values()}
 """Scorers and solvers; each is valid without arguments."""

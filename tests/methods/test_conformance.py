@@ -7,7 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from examples import LEARNED, PLANNERS, PRUNERS, RECIPES, REPLACERS, SOURCES, TOPOLOGY
+from examples import (
+    ATTENTION,
+    GENEROUS,
+    LEARNED,
+    PLANNERS,
+    PRUNERS,
+    RECIPES,
+    REPLACERS,
+    SOURCES,
+    TOPOLOGY,
+)
 
 import gossamer as gs
 from gossamer.core.density import kept_count
@@ -151,7 +161,7 @@ def test_missing_statistics_and_bad_weights_name_the_layer():
 
 ROLES = {
     "scorer", "solver", "topology", "learned_mask", "replacer", "planner", "gradient_source",
-    "recipe",
+    "recipe", "key_scorer",
 }  # fmt: skip
 PATTERN_WORDS = {"unstructured", "nm", "block", "channel"}
 
@@ -199,6 +209,8 @@ def test_names_are_found_near_ones_are_told_and_shared_ones_need_their_topic(mon
         ("planner", PLANNERS),
         ("gradient_source", SOURCES),
         ("recipe", RECIPES),
+        ("key_scorer", ATTENTION),
+        ("key_scorer", GENEROUS),
     ],
 )
 def test_every_method_has_an_example(role, examples):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from typing import Literal
 
+from gossamer.api_attention import sparse_attention
 from gossamer.cli.inputs import BUNDLED, read_model
 from gossamer.cli.output import note, print_json
 from gossamer.core.errors import UsageError
@@ -28,6 +30,11 @@ class Generate:
     """text to continue"""
     tokens: int = 64
     """how many tokens to add at most; fewer where the model ends its text"""
+    attention: str | None = None
+    """method that chooses which pairs of the prompt's tokens are attended, such as
+    blocksparse:density=0.3; see gossamer methods attention"""
+    dense_below: int = 2048
+    """tokens below which a prompt is attended densely, with --attention"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype in which the model is read"""
     json: bool = False
@@ -41,8 +48,13 @@ class Generate:
             raise UsageError("--prompt is empty; give at least one character")
         subject = read_model(self.model, self.dtype)
         ids = subject.ids(self.prompt.encode()).unsqueeze(0)
+        block = (
+            nullcontext()
+            if self.attention is None
+            else sparse_attention(subject.model, self.attention, dense_below=self.dense_below)
+        )
         start = time.perf_counter()
-        with track(None, True, "generating"):
+        with track(None, True, "generating"), block as run:
             out = generate(subject.model, ids, self.tokens)[0].tolist()
         made = len(out) - ids.shape[1]
         rate = made / (time.perf_counter() - start)
@@ -51,7 +63,10 @@ class Generate:
         else:
             text = subject.tokenizer.decode(out, skip_special_tokens=True)
         if self.json:
-            print_json({"text": text, "tokens": made, "tokens_per_second": rate})
+            found = {"text": text, "tokens": made, "tokens_per_second": rate}
+            print_json(found if run is None else found | {"attention": asdict(run.result)})
         else:
             print(text)
             note(f"{made} tokens, {rate:.1f} tokens/s with the prompt")
+            if run is not None:
+                note(str(run.result))

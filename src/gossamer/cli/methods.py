@@ -19,8 +19,18 @@ USE = {
     "planner": "gs.prune, from Python",
     "gradient_source": "gossamer train",
     "recipe": "gossamer train",
+    "key_scorer": "gs.sparse_attention, or gossamer generate --attention",
 }
 """What runs a method, by its role."""
+
+NOTES = {
+    "weights": "Scorers and solvers prune a trained model (gossamer compress). Topology methods "
+    "and recipes make a model sparse while it trains, and gradient sources train without a "
+    "backward pass (gossamer train). Learned masks, replacers and planners are used from Python.",
+    "attention": "Key scorers choose which pairs of a prompt's tokens are attended "
+    "(gs.sparse_attention from Python, gossamer generate --attention).",
+}
+"""What runs the methods of a topic."""
 
 
 @dataclass
@@ -80,12 +90,7 @@ def _print_topic(name: str) -> None:
         print_text(f"{name}: no method of this topic is built yet.")
         return
     print_table(f"{name}: {TOPICS[name]}", ("name", "role", "year", "claim", "what"), rows)
-    print_text(
-        "Scorers and solvers prune a trained model (gossamer compress). Topology methods and "
-        "recipes make a model sparse while it trains, and gradient sources train without a "
-        "backward pass (gossamer train). Learned masks, replacers and planners are used from "
-        "Python."
-    )
+    print_text(NOTES.get(name, "The methods of this topic are used from Python."))
     print_text(
         "claim: what became of the paper's claim on small tasks here; open means undecided. "
         "gossamer methods NAME has the details."

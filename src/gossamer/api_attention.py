@@ -1,0 +1,175 @@
+"""The front door of sparse attention, where a method may be given by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from gossamer.core.errors import UsageError
+from gossamer.core.result import CompressResult, PruneResult, unwrap
+from gossamer.engine.data import Batch
+from gossamer.engine.inputs import attend as attending
+from gossamer.engine.inputs import attention as engine
+from gossamer.engine.inputs import calibrate
+from gossamer.engine.inputs.protocols import LearnsFromPrompts, PairChooser
+from gossamer.methods import build, find
+
+
+def sparse_attention(
+    model: nn.Module | PruneResult | CompressResult,
+    method: PairChooser | str,
+    *,
+    dense_below: int = engine.DENSE_BELOW,
+    measure: bool = False,
+) -> AbstractContextManager[engine.AttentionRun]:
+    """Attention whose pairs a method chooses, in every layer of a model of transformers.
+
+    For as long as the block is open, prompts of at least `dense_below` tokens are attended
+    sparsely. Shorter ones run as the model runs them, bit for bit, and so does decoding, one token
+    against a cache. Only the name of the attention in the model's configs changes. It is put back
+    at the end, also after an error. Training works where attention has no dropout; the choice has
+    no gradient. A batch with padding is attended one text after another, as if each came alone.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Of transformers, with full attention through its AttentionInterface: Llama, Qwen, Mistral,
+        Gemma, GPT-NeoX, BERT, ViT and many more.
+    method : PairChooser or str
+        Such as `gs.attention.BlockSparse(density=0.3)`, or its name with options.
+    dense_below : int
+        Prompts with fewer keys run dense. The default was measured with SmolLM2-135M on a CPU;
+        0 makes every prompt sparse.
+    measure : bool
+        Compare each call with dense attention, computed in tiles: the share of attention that the
+        chosen pairs hold, and the error of the outputs. It costs a dense call.
+
+    Yields
+    ------
+    AttentionRun
+        Its `result` has the layers reached, calls, measured density, operations and bytes, the
+        choice included.
+
+    Raises
+    ------
+    UsageError
+        Before anything changes: for models with sliding windows, capped logits, sinks among their
+        parameters, biases of positions, cross-attention or dropout in training; for a model that is
+        in such a block already. At a call: for masks of four axes, packed sequences, attention
+        weights as outputs. At the end: where no layer was reached.
+    MissingExtra
+        Without transformers.
+
+    Examples
+    --------
+    >>> with gs.sparse_attention(model, "anchorattention:theta=6") as run:  # doctest: +SKIP
+    ...     logits = model(ids).logits
+    >>> print(run.result)  # doctest: +SKIP
+    """
+    return engine.sparse_attention(
+        unwrap(model), _chooser(method), dense_below=dense_below, measure=measure
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    method: PairChooser | str,
+    *,
+    causal: bool,
+    scale: float | None = None,
+    padding: Tensor | None = None,
+) -> Tensor:
+    """Attention of which a method chooses the pairs, for models of your own.
+
+    Differentiable in query, key and value; the choice has no gradient. The queries are the last of
+    the keys. A batch with padding is served one text after another, as if each came alone.
+
+    Parameters
+    ----------
+    query : Tensor
+        (batch, heads, queries, width), with positions rotated into it where the model does so.
+    key, value : Tensor
+        (batch, kv_heads, keys, width), not repeated for the query heads.
+    method : PairChooser or str
+        Such as `gs.attention.BlockSparse()`, or its name with options.
+    causal : bool
+        Whether a query sees no key behind its own position.
+    scale : float, optional
+        Factor of the products; 1 / sqrt(width) by default.
+    padding : Tensor, optional
+        bool (batch, keys): True for real tokens, False for padding, which is never looked at. The
+        output of padding is 0.
+
+    Returns
+    -------
+    Tensor
+        (batch, heads, queries, value width), of the query's dtype.
+
+    Raises
+    ------
+    UsageError
+        Where the tensors do not fit each other, or the method cannot serve such a call.
+
+    Examples
+    --------
+    >>> query, key = torch.randn(1, 4, 300, 16), torch.randn(1, 2, 300, 16)
+    >>> gs.attend(query, key, key, "streamingllm:window=64", causal=True).shape
+    torch.Size([1, 4, 300, 16])
+    """
+    return attending.attend(
+        query, key, value, _chooser(method), causal=causal, scale=scale, padding=padding
+    )
+
+
+def calibrate_attention(
+    model: nn.Module | PruneResult | CompressResult,
+    method: LearnsFromPrompts | str,
+    data: Iterable[Batch],
+) -> Any:
+    """Fit a method of attention that learns, such as SeerAttention, to a model.
+
+    The model runs densely on the data and stays as it was.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Of transformers, as for `sparse_attention`.
+    method : LearnsFromPrompts or str
+        Such as `gs.attention.SeerAttention()`, or its name with options.
+    data : iterable of Tensor or dict
+        Batches of prompts, as for `prune`; long ones teach most.
+
+    Returns
+    -------
+    method
+        A new method for `sparse_attention`.
+
+    Raises
+    ------
+    UsageError
+        Where the method learns nothing, or the model cannot be served.
+
+    Examples
+    --------
+    >>> method = gs.calibrate_attention(model, "seerattention", data)  # doctest: +SKIP
+    """
+    found: Any = _chooser(cast(PairChooser, method))
+    return calibrate.calibrate_attention(unwrap(model), found, data)
+
+
+def _chooser(method: PairChooser | str) -> PairChooser:
+    """A method by its name, which must be one of attention."""
+    if not isinstance(method, str):
+        return method
+    found = find(method.partition(":")[0]).card
+    if found.topic != "attention":
+        raise UsageError(
+            f"method {method!r} is one of {found.topic}; gossamer methods attention lists those "
+            "that choose pairs of queries and keys"
+        )
+    return cast(PairChooser, build(method))

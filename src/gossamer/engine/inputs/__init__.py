@@ -1,0 +1,1 @@
+"""What becomes sparse per input: attention, and later activations."""

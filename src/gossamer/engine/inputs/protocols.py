@@ -1,0 +1,87 @@
+"""What the engine asks of methods that choose keys. Each is found by the functions it has.
+
+Methods of the topic `attention` have the role `key_scorer`. One method may play in several phases:
+choose pairs for a prompt, drop keys from the cache behind it, choose keys for each new token.
+Scores become choices by `gossamer.keep`, whose budgets and protected units are shared by all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from gossamer.core.attention import AttentionCall
+from gossamer.core.card import Card
+from gossamer.ops.attention import Layout
+
+
+@runtime_checkable
+class PairChooser(Protocol):
+    """A method that chooses which pairs of queries and keys of a prompt are computed."""
+
+    @property
+    def card(self) -> Card: ...
+
+    def layout(self, call: AttentionCall) -> Layout:
+        """The pairs, for `call.queries` and `call.keys`; looks, and changes nothing.
+
+        What lies behind a query's position may be listed and is not computed. Every query keeps
+        one key at least. Called without gradients. Raises UsageError for a call that the method
+        cannot serve, such as one that is not causal.
+        """
+        ...
+
+
+@runtime_checkable
+class LearnsFromPrompts(PairChooser, Protocol):
+    """A method that is fitted to a model before it chooses."""
+
+    def observe(self, call: AttentionCall) -> Any:
+        """What is learned from one layer's call of one prompt; small, for many are kept."""
+        ...
+
+    def fitted(self, observed: Mapping[int, Sequence[Any]]) -> Any:
+        """A new method, from what was observed in each layer."""
+        ...
+
+
+@runtime_checkable
+class KeyEvictor(Protocol):
+    """A method that says which keys of a prompt stay in the cache, once for all that follows."""
+
+    @property
+    def card(self) -> Card: ...
+
+    def kept_keys(self, call: AttentionCall) -> Tensor:
+        """bool (batch, kv_heads, keys): the keys that stay, at least one of each head.
+
+        `call` is the whole prompt of one layer. Heads may keep different numbers.
+        """
+        ...
+
+
+@runtime_checkable
+class KeySelector(Protocol):
+    """A method that chooses, for each new token, which keys of a growing cache are read.
+
+    The state is the method's own tensors, kept by the cache and grown with it. It is given back
+    changed rather than changed in place, so that a cache can be copied and reordered.
+    """
+
+    page: int
+    """How many keys are chosen together."""
+
+    @property
+    def card(self) -> Card: ...
+
+    def extend(self, state: Any, key: Tensor, past: int) -> Any:
+        """The state with new keys (batch, kv_heads, new, width) behind `past` others; None is
+        the state of no key."""
+        ...
+
+    def choose(self, query: Tensor, state: Any, keys: int) -> Tensor:
+        """int64 (batch, kv_heads, count): pages of `keys` keys for queries (batch, heads, new,
+        width); -1 stands for none. As `gossamer.ops.attention.decode` takes it."""
+        ...
