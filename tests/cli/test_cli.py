@@ -78,6 +78,8 @@ BAD = [
     ({"exclude": "nothing*"}, "nothing*"),
     ({"samples": "few"}, "whole number"),
     ({"method": "rigl"}, "gossamer train"),
+    ({"method": "deepzero"}, "gossamer train"),
+    ({"method": "dsnot:start=monarch"}, "scorer or solver"),
     ({"tokens": 500}, "at most 480"),
     ({"length": 600}, "512 positions"),
 ]

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import gossamer as gs
 from gossamer.cli import main
 from gossamer.engine.train.fit import Fit
+from gossamer.testbed import Text
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
@@ -77,6 +79,21 @@ def test_digits_end_to_end(tmp_path, capsys, stored_tensors, monkeypatch):
     assert "<script" not in page and "ITOP" in page and "http" not in page
     assert next(log.glob("events*")).stat().st_size > 1000
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "out"]
+
+
+def test_a_gradient_source_trains_a_dense_model_and_is_charged_its_passes(tmp_path, capsys):
+    small = {"data": "digits", "model": "mlp", "width": 8, "steps": 3, "lr": 0.02}
+    name = "deepzero:active=0.05"
+    main(flags(**small, method=name, out=tmp_path / "one"))
+    assert "forward passes in a step" in capsys.readouterr().out
+    found = result(tmp_path / "one")
+    weights, biases = 64 * 8 + 8 * 8 + 8 * 10, 8 + 8 + 10
+    assert found["queries"] == 1 + round(0.05 * weights) + biases
+    assert found["measured_density"] == 1.0 and found["requested_density"] is None
+    assert found["flops"]["ratio"] == pytest.approx(found["queries"] / 3)
+    main(flags(**small, sweep_methods=f"dense,{name}", out=tmp_path / "both"))
+    dense, source = result(tmp_path / "both")["variants"]
+    assert source["steps"] == 3 and dense["steps"] == found["queries"]
 
 
 def test_a_killed_run_resumes_bitwise(tmp_path, kill_at, over_threads):
@@ -151,11 +168,26 @@ def test_language_models(place, tmp_path, scratch):
     found = result(tmp_path / "out")
     assert found["measured_density"] == 0.5 and found["quality"]["metric"] == "bits per byte"
     assert 2 < found["quality"]["value"] < 9
-    import gossamer as gs
-
     model = gs.load(tmp_path / "out")
     groups = model.model.layers[0].mlp.up_proj.weight.reshape(-1, 4)
     assert int((groups != 0).sum(1).max()) <= 2
+
+
+def test_a_small_llama_learns_any_text(place, tmp_path):
+    def train(data, name):
+        main(flags(data=data, model="llama", width=32, method="set", density=0.3, steps=4, batch=4,
+                   length=32, out=tmp_path / name))  # fmt: skip
+        return result(tmp_path / name)
+
+    found = train("testbed:text", "bundled")
+    shared = gs.measure_training(
+        Text(32, 88, context=32, batch_size=4), gs.weights.SET(0.3), steps=4
+    )
+    for key in ("quality", "loss", "layers", "flops"):
+        assert found[key] == json.loads(json.dumps(shared.facts))[key], key
+    own = train(place / "text.txt", "own")
+    assert own["quality"]["metric"] == "bits per byte" and own["measured_density"] < 0.31
+    assert (tmp_path / "own" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("kind", ["fashion-mnist:{}/idx", "images:{}/photos"])
@@ -187,6 +219,8 @@ BAD = [
     ({"method": "imp:rewind=3"}, "rewinds"),
     ({"method": "wgsef"}, "coupled"),
     ({"pattern": "2:4"}, "leave it out"),
+    ({"method": "deepzero", "density": 0.1}, "no density to ask for"),
+    ({"method": "deepzero", "model": "mlp", "exclude": '["*"]'}, "leave include and exclude out"),
     ({"method": "rigl:speed=3"}, "unknown option of rigl 'speed'"),
     ({"method": "rigl:every=0"}, "every"),
     ({"method": "rigl:density=0.3"}, "give --density"),

@@ -73,6 +73,12 @@ PLANNERS = {
 }
 """Methods that cut neurons and heads out of transformers."""
 
+SOURCES = {
+    "deepzero": lambda: W.DeepZero(0.3),
+    "deepzero-random": lambda: W.DeepZero(0.5, estimator="random", directions=6),
+}
+"""Methods that estimate gradients from values of the loss."""
+
 RECIPES = {
     "imp": lambda: W.IMP(0.25, rounds=2),
     "imp-late": lambda: W.IMP(0.25, rounds=2, rewind=2),

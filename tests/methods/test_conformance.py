@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,12 +15,20 @@ from examples import (
     PRUNERS,
     RECIPES,
     REPLACERS,
+    SOURCES,
     TOPOLOGY,
 )
 
 import gossamer as gs
 from gossamer.core.density import kept_count
-from gossamer.core.stats import ColumnNorm, Hessian, LayerStats
+from gossamer.core.stats import (
+    ColumnNorm,
+    ColumnSum,
+    ColumnVariance,
+    Hessian,
+    LayerStats,
+    together,
+)
 from gossamer.methods import TOPICS, cards, find, methods, summary, topic
 from gossamer.methods.listing import listed
 from gossamer.ops.select import select
@@ -32,18 +41,22 @@ PATTERNS = {
     "block": [gs.Block(4, 1), gs.Block(1, 8), gs.Block(2, 4)],
     "channel": [gs.Channel(1)],
 }
-CASES = [(c.name, p) for c in CARDS for kind in c.patterns for p in PATTERNS[kind]]
+REFUSED = {("dsnot", gs.Unstructured("column"))}
+"""Scopes that a method refuses, as its own tests see."""
+CASES = [
+    (c.name, p)
+    for c in CARDS
+    for kind in c.patterns
+    for p in PATTERNS[kind]
+    if (c.name, p) not in REFUSED
+]
 IDS = [f"{name}-{gs.format_pattern(p)}" for name, p in CASES]
 
 
 def stats_of(x, name="layer"):
-    norm, hessian = ColumnNorm(), Hessian(torch.float64)
-    return LayerStats(
-        name,
-        len(x),
-        norm.finalize(norm.update(norm.init(x.shape[1]), x), name).norm,
-        hessian.finalize(hessian.update(hessian.init(x.shape[1]), x), name).hessian,
-    )
+    kinds = (ColumnNorm(), Hessian(torch.float64), ColumnSum(), ColumnVariance())
+    parts = [kind.finalize(kind.update(kind.init(x.shape[1]), x), name) for kind in kinds]
+    return replace(together(parts), sequences=1)
 
 
 def problem(rows=24, cols=48, seed=0):
@@ -146,8 +159,10 @@ def test_missing_statistics_and_bad_weights_name_the_layer():
         gs.weights.SparseGPT().solve(torch.ones(24, 48), stats_of(x), gs.Channel(0), 0.5)
 
 
-ROLES = {"scorer", "solver", "topology", "learned_mask", "replacer", "planner", "recipe"}
-ROLES |= {"key_scorer"}
+ROLES = {
+    "scorer", "solver", "topology", "learned_mask", "replacer", "planner", "gradient_source",
+    "recipe", "key_scorer",
+}  # fmt: skip
 PATTERN_WORDS = {"unstructured", "nm", "block", "channel"}
 
 
@@ -157,7 +172,8 @@ def test_cards_hold_facts_and_modules_tell_the_rest(name):
     card = method.card
     assert find(name) is method and getattr(topic(card.topic), method.__name__) is method
     assert card.role in ROLES and set(card.patterns) <= PATTERN_WORDS and card.patterns
-    assert set(card.needs) <= {"norm", "hessian", "gradients", "loss"}
+    known = {"norm", "hessian", "sum", "variance", "gradients", "loss"}
+    assert set(card.needs) <= known
     assert card.link.startswith("https://arxiv.org/") and 1990 < card.year < 2030
     text = sys.modules[method.__module__].__doc__
     assert ": " in summary(method) and len(summary(method)) <= 100
@@ -191,6 +207,7 @@ def test_names_are_found_near_ones_are_told_and_shared_ones_need_their_topic(mon
         ("learned_mask", LEARNED),
         ("replacer", REPLACERS),
         ("planner", PLANNERS),
+        ("gradient_source", SOURCES),
         ("recipe", RECIPES),
         ("key_scorer", ATTENTION),
         ("key_scorer", GENEROUS),

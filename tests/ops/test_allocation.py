@@ -1,5 +1,7 @@
 """Allocations meet the budget and follow their definitions."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +20,7 @@ def layers(seed=0):
     for index, shape in enumerate(SHAPES):
         weight = torch.randn(shape, generator=generator).flatten(1) * (index + 1)
         norm = torch.rand(weight.shape[1], generator=generator).mul(4).exp()
-        infos.append(LayerInfo(f"l{index}", shape, index, weight, norm))
+        infos.append(LayerInfo(f"l{index}", shape, index, weight, norm, 0.1 * index))
     return infos
 
 
@@ -133,3 +135,54 @@ def test_owl_meets_the_budget_with_unequal_blocks_at_every_density(density, lam,
     shares = {info.name: gs.OWL().outlier_share([info]) for info in infos}
     order = sorted(shares, key=lambda name: shares[name])
     assert [result[n] for n in order] == sorted(result[n] for n in order)
+
+
+def block(index, size, angle):
+    return LayerInfo(f"b{index}", (size, 512), index, torch.ones(size, 512), None, angle)
+
+
+def released(sums, removed, a=1.0):
+    """CFSP's released densities from sums of angles, but for its further factor of 1.05."""
+    mean = sum(sums) / len(sums)
+    raw = [1 / (1 + math.exp(-a * (x - mean) / 1e4)) for x in sums]
+    average = sum(raw) / len(raw)
+    if max(raw) / average * (1 - removed) >= 1:
+        scale = average * (1 / (1 - removed) - 1) / (max(raw) - average)
+        raw = [average + (x - average) * scale for x in raw]
+    return [x / average * (1 - removed) for x in raw]
+
+
+@pytest.mark.parametrize("removed", [0.2, 0.5, 0.7])
+@pytest.mark.parametrize("a", [0.5, 1.0, 2.0])
+def test_block_influence_has_the_released_densities_at_the_released_count_of_tokens(removed, a):
+    angles = [0.31, 0.12, 0.05, 0.06, 0.05, 0.22]
+    infos = [block(index, 8, angle) for index, angle in enumerate(angles)]
+    found = gs.BlockInfluence(a).allocate(infos, 1 - removed)
+    want = released([x * 128 * 2048 for x in angles], removed, a)
+    assert [found[f"b{index}"] for index in range(6)] == pytest.approx(want, rel=1e-9)
+    assert (removed < 0.6 and max(found.values()) == 1.0) or max(found.values()) < 1.0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0.3, 0.99), st.lists(st.floats(0, 0.4), min_size=2, max_size=5))
+def test_block_influence_meets_the_budget_with_unequal_blocks_and_keeps_the_order(density, angles):
+    infos = [block(index, 8 * (index + 1), angle) for index, angle in enumerate(angles)]
+    outside = LayerInfo("head", (24, 16), None, torch.ones(24, 16))
+    found = gs.BlockInfluence().allocate([*infos, outside], density)
+    total = sum(x.size for x in infos)
+    assert sum(found[x.name] * x.size for x in infos) == pytest.approx(density * total, rel=1e-9)
+    assert found["head"] == density
+    order = sorted(range(len(angles)), key=lambda k: angles[k])
+    ranked = [found[f"b{k}"] for k in order]
+    assert ranked == pytest.approx(sorted(ranked), rel=1e-9)
+
+
+def test_block_influence_refuses_what_has_no_blocks_or_would_empty_one():
+    with pytest.raises(gs.UsageError, match="with blocks"):
+        gs.BlockInfluence().allocate([LayerInfo("x", (2, 2), None, torch.ones(2, 2))], 0.5)
+    with pytest.raises(gs.UsageError, match=r"block 3: .*angle"):
+        gs.BlockInfluence().allocate([block(3, 8, None)], 0.5)
+    with pytest.raises(gs.UsageError, match="b0: would lose every weight"):
+        gs.BlockInfluence(40.0).allocate([block(0, 8, 0.0), block(1, 8, 0.4)], 0.3)
+    with pytest.raises(gs.UsageError, match="sharpness"):
+        gs.BlockInfluence(float("nan"))

@@ -10,24 +10,21 @@ from gossamer.engine.measure.evaluate import bits_per_byte
 from gossamer.engine.measure.tasks import Subject
 from gossamer.engine.serve.generate import generate
 from gossamer.testbed import calibration_text, heldout_text
+from gossamer.testbed.conversions import causal
 
 pytestmark = pytest.mark.models
 
 
 @pytest.fixture(scope="module")
-def tokenizer(smollm2_folder):
+def tokenizer(packaged_folder):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(smollm2_folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(packaged_folder("smollm2"), local_files_only=True)
 
 
 @pytest.fixture(scope="module")
-def dense(smollm2_folder):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        smollm2_folder, dtype=torch.float32, local_files_only=True
-    ).eval()
+def dense(packaged_folder):
+    return causal(packaged_folder("smollm2")).eval()
 
 
 def prompt(tokenizer, text):

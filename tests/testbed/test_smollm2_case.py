@@ -15,7 +15,7 @@ def case(monkeypatch, tmp_path):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(__import__("sys").modules, "smollm2_case", module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "smollm2", lambda: tmp_path)
+    monkeypatch.setattr(module, "folder", lambda name: tmp_path)
     return module
 
 

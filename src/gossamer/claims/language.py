@@ -11,7 +11,7 @@ import gossamer as gs
 from gossamer.engine.measure.evaluate import bits_per_byte
 from gossamer.engine.measure.tasks import Language, Subject
 from gossamer.testbed import calibration_text, heldout_text, language_model
-from gossamer.testbed.packaged import smollm2
+from gossamer.testbed.packaged import folder
 
 WINDOW, SAMPLES, HELD_OUT = 512, 32, 40_000
 """Tokens per window, calibration windows, and bytes of held-out text."""
@@ -27,9 +27,9 @@ def subject(dtype: torch.dtype = torch.float32) -> Subject:
     """SmolLM2 with its tokenizer; raises UsageError where it was never fetched."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = smollm2()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return Subject(model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    place = folder("smollm2")
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, local_files_only=True)
+    return Subject(model.eval(), AutoTokenizer.from_pretrained(place, local_files_only=True))
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
@@ -39,20 +39,29 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def bits(method: Any, seed: int, short: bool) -> float:
-    """Bits per byte of held-out text at 50%; method None is dense.
+    """Bits per byte of held-out text at 50%; method None is dense."""
+    return pruned(method, 0.5, seed, short)[0]
+
+
+def pruned(
+    method: Any, density: float, seed: int, short: bool
+) -> tuple[float, gs.PruneResult | None]:
+    """Bits per byte of held-out text, and what pruning told; method None is dense.
 
     The short form takes the bundled byte-level model, 2 kB of text, and prunes its last block.
     """
+    result = None
     on = Subject(language_model(), None) if short else subject()
     text = heldout_text()[: 2_000 if short else HELD_OUT]
     if method is not None:
         window, samples = (256, 4) if short else (WINDOW, SAMPLES)
         data = Language(on, text).calibration(calibration_text(), samples, window, seed)
         left = [f"model.layers.{block}.*" for block in range(4)] if short else []
-        gs.prune(on.model, method, density=0.5, data=data, exclude=left)
+        result = gs.prune(on.model, method, density=density, data=data, exclude=left)
         cast(on.model, torch.bfloat16)
         cast(on.model, torch.float32)
-    return bits_per_byte(on.model, text, window=256 if short else WINDOW, encode=on.encode)
+    found = bits_per_byte(on.model, text, window=256 if short else WINDOW, encode=on.encode)
+    return found, result
 
 
 def one(seed: int, short: bool) -> dict[str, float]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import gossamer as gs
 from gossamer.testbed.vision import Digits
 
-Watch = Callable[[gs.SparseRun], None]
+Watch = Callable[[Any], None]
 
 
 def train(
@@ -55,10 +55,11 @@ def train(
     if method is None:
         loop(None)
         return None
-    include = () if method.trains_scales else ("*",)
+    include = () if getattr(method, "trains_scales", False) else ("*",)
+    learned = method.card.role == "learned_mask"  # needs no gradient before it begins
     with gs.sparse_training(
         model, optimizer, method, total_steps=steps, include=include, seed=seed,
-        loss=lambda: loss(steps),
+        loss=None if learned else lambda: loss(steps),
     ) as run:  # fmt: skip
         loop(run)
     return run

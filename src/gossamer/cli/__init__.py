@@ -27,6 +27,7 @@ COMMANDS = {
     "train": "Train a sparse network, with checkpoints, and write model and report.",
     "methods": "List the methods, or show what is known of one.",
     "check": "Try what a method's paper claims on a small task, and print the verdict.",
+    "testbed": "List small problems, models and data to try methods on, or fetch one.",
     "calibrate": "Measure how fast every kernel is on this machine.",
     "bench": "Check the kernels, then time them against other engines.",
 }

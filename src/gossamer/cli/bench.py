@@ -27,8 +27,8 @@ from gossamer.bench import (
 from gossamer.bench.measure import Limits, Repeats, measure_limits, when_calm
 from gossamer.cli.output import note, print_json, print_table
 from gossamer.core.errors import UsageError
-from gossamer.core.files import write_whole
-from gossamer.nn.kernel_choice.machine import cache_folder, machine
+from gossamer.core.files import cache_folder, write_whole
+from gossamer.nn.kernel_choice.machine import machine
 from gossamer.nn.kernel_choice.timing import CALM
 from gossamer.ops import _dispatch
 

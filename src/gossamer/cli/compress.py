@@ -51,17 +51,17 @@ class Compress:
     """language model or text encoder: a Hugging Face folder, a hub name such as
     HuggingFaceTB/SmolLM2-135M (from the local cache first), or testbed:lm"""
     method: str = "sparsegpt"
-    """scorer or solver, with its options, such as wanda or sparsegpt:block=64; `gossamer methods
-    weights` lists them"""
+    """scorer or solver, with its options, such as wanda, sparsegpt:block=64 or
+    dsnot:start=sparsegpt,start.block=64; `gossamer methods weights` lists them"""
     pattern: str = "unstructured"
     """where zeros may lie: unstructured, unstructured:row, 2:4, 4:8, block:4x1, channel:1"""
     sparsity: Share | None = None
     """fraction of weights to remove, such as 0.7 or 70%; 0.5 unless the pattern says otherwise"""
     density: Share | None = None
     """fraction of weights to keep, such as 0.3 or 30%, instead of --sparsity"""
-    allocation: Literal["uniform", "uniform+", "er", "erk", "erk+", "global", "lamp", "owl"] = (
-        "uniform"
-    )
+    allocation: Literal[
+        "uniform", "uniform+", "er", "erk", "erk+", "global", "lamp", "owl", "influence"
+    ] = "uniform"
     """how the density is shared among layers"""
     include: list[str] = field(default_factory=list)
     """further layers to prune, by name patterns such as '*embed*'; repeatable, or comma separated"""

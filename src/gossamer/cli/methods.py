@@ -17,6 +17,7 @@ USE = {
     "learned_mask": "gs.sparse_training, from Python",
     "replacer": "gs.replace_layers, from Python",
     "planner": "gs.prune, from Python",
+    "gradient_source": "gossamer train",
     "recipe": "gossamer train",
     "key_scorer": "gs.sparse_attention, or gossamer generate --attention",
 }
@@ -24,8 +25,8 @@ USE = {
 
 NOTES = {
     "weights": "Scorers and solvers prune a trained model (gossamer compress). Topology methods "
-    "and recipes make a model sparse while it trains (gossamer train). Learned masks, replacers "
-    "and planners are used from Python.",
+    "and recipes make a model sparse while it trains, and gradient sources train without a "
+    "backward pass (gossamer train). Learned masks, replacers and planners are used from Python.",
     "attention": "Key scorers choose which pairs of a prompt's tokens are attended "
     "(gs.sparse_attention from Python, gossamer generate --attention).",
 }

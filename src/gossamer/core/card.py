@@ -20,10 +20,10 @@ class Card:
         What becomes sparse: the folder and the public namespace, such as `weights`.
     role : str
         How it plugs in: `scorer`, `solver`, `topology`, `learned_mask`, `replacer`, `planner`,
-        `recipe` or `key_scorer`.
+        `gradient_source`, `recipe` or `key_scorer`.
     needs : tuple of str
-        What it reads: the statistics `norm` and `hessian`, the `gradients` of the steps in which
-        it changes supports, or the `loss` before training.
+        What it reads: the statistics `norm`, `hessian`, `sum` and `variance`, the `gradients` of
+        the steps in which it changes supports, or the `loss` before training.
     patterns : tuple of str
         The patterns it admits: `unstructured`, `nm`, `block`, `channel`.
     year : int

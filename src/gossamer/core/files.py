@@ -6,8 +6,16 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def cache_folder() -> Path:
+    """This user's cache folder: gossamer in XDG_CACHE_HOME."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(named) if Path(named).is_absolute() else Path.home() / ".cache") / "gossamer"
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -145,6 +145,8 @@ class PruneResult:
         Of the whole model.
     notes : tuple of str
         What else a reader should know, such as where a mask could not be applied.
+    figures : mapping of str to mapping
+        By layer, what the method reports of its work, such as how many weights it swapped.
     """
 
     model: nn.Module
@@ -157,6 +159,7 @@ class PruneResult:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     coverage: Coverage = field(default_factory=Coverage)
     notes: tuple[str, ...] = ()
+    figures: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """A few lines: what was done, how much of the model it reached, and what was left out."""

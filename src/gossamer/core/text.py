@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gossamer.core.errors import UsageError
 
@@ -77,11 +77,20 @@ def text_batches(
     return [{"input_ids": part} for part in windows(ids, samples, length, seed).split(batch)]
 
 
-def windows(ids: Tensor, n: int, length: int, seed: int) -> Tensor:
-    """`n` random windows of `length` ids, int64 (n, length)."""
+def windows(ids: Tensor, n: int, length: int, seed: int, ahead: int = 0) -> Tensor:
+    """`n` random windows of `length` ids, each with `ahead` further ones (0 or 1) to predict.
+
+    int64 (n, length + ahead), drawn with replacement; every window is followed by one id at least.
+    """
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, ids.numel() - length, (n,), generator=generator).tolist()
-    return torch.stack([ids[start : start + length] for start in starts])
+    starts = torch.randint(0, ids.numel() - length, (n, 1), generator=generator)
+    return ids[starts + torch.arange(length + ahead)].long()
+
+
+def next_token_loss(model: nn.Module, rows: Tensor) -> Tensor:
+    """Mean cross-entropy (nats) of every id of windows (n, length) after those before it."""
+    logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
 
 
 def token_ids(tokenizer: Any, data: bytes | str) -> Tensor:

@@ -1,42 +1,78 @@
-"""Methods and allocations as text, `name:option=value,...`, as files and the command line have them."""
+"""Methods and allocations as text, `name:option=value,...`, as files and the command line have them.
+
+The value of an option may be a method itself. Its own options follow behind a dot:
+`dsnot:start=sparsegpt,start.block=64`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
 
+Build = Callable[[str], Any]
+"""Makes a method from such a text."""
 
-def build(text: str, kinds: Mapping[str, type[Any]], what: str) -> Any:
+
+def build(text: str, kinds: Mapping[str, type[Any]], what: str, method: Build | None = None) -> Any:
     """An instance of one of the dataclasses `kinds`: `owl`, `sparsegpt:block=64,damping=0.02`.
 
-    Raises UsageError for an unknown name or option, naming near ones, or a value that is refused.
+    method: builds options that are methods. Raises UsageError for an unknown name or option, naming
+    near ones, or a value that is refused.
     """
-    kind, options = parts(text, kinds, what)
+    kind, options = parts(text, kinds, what, method)
     try:
         return kind(**options)
     except TypeError as error:
         raise UsageError(f"{text!r}: {error}") from None
 
 
-def parts(text: str, kinds: Mapping[str, type[Any]], what: str) -> tuple[type[Any], dict[str, Any]]:
+def parts(
+    text: str, kinds: Mapping[str, type[Any]], what: str, method: Build | None = None
+) -> tuple[type[Any], dict[str, Any]]:
     """The dataclass that a text names, and its options; raises UsageError as `build` does."""
     name, _, rest = text.partition(":")
     kind = known(name, kinds, what)
     fields = {each.name: each for each in dataclasses.fields(kind) if each.init}
-    options = {}
+    inner = _methods(fields) if method is not None else {}
+    options: dict[str, Any] = {}
+    nested: dict[str, list[str]] = {}
     for word in filter(None, (word.strip() for word in rest.split(","))):
         option, equals, value = (part.strip() for part in word.partition("="))
         if not equals:
             raise UsageError(
                 f"{word!r} in {text!r} is not option=value, such as {_example(fields, option)}"
             )
+        option, dot, deeper = option.partition(".")
         known(option, fields, f"option of {name.strip()}")
-        options[option] = _value(value)
+        if dot and option not in inner:
+            raise UsageError(f"{word!r} in {text!r}: {option} is no method, so it has no options")
+        if option not in inner:
+            options[option] = _value(value)
+        elif dot:
+            nested.setdefault(option, []).append(f"{deeper}={value}")
+        else:
+            if ":" in value:
+                raise UsageError(
+                    f"{word!r} in {text!r}: options of {option} follow behind a dot, such as "
+                    f"{option}={value.partition(':')[0]},{option}.{value.partition(':')[2]}"
+                )
+            inner[option] = value
+            nested.setdefault(option, [])
+    for option, given in nested.items():
+        assert method is not None
+        options[option] = method(":".join(filter(None, (inner[option], ",".join(given)))))
     return kind, options
+
+
+def _methods(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The names of the options that are methods, with their default."""
+    cards = {name: getattr(each.default_factory, "card", None) for name, each in fields.items()}
+    return {name: card.name for name, card in cards.items() if isinstance(card, Card)}
 
 
 def listed(text: str) -> list[str]:

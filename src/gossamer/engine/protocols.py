@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from gossamer.core.allocation import LayerInfo
 from gossamer.core.card import Card
-from gossamer.core.errors import UsageError
 from gossamer.core.pattern import Pattern
 from gossamer.core.stats import LayerStats
 from gossamer.core.step import Step
@@ -44,6 +43,31 @@ class Solver(Protocol):
         self, weight: Tensor, stats: LayerStats, pattern: Pattern, density: float
     ) -> tuple[Tensor, Support]:
         """The new weight (out, in) and its support."""
+        ...
+
+
+@runtime_checkable
+class Wraps(Solver, Protocol):
+    """A solver that goes on from what another scorer or solver chose.
+
+    The engine gathers what both need, and admits the patterns that both admit. The solver hands
+    pattern and density on.
+    """
+
+    @property
+    def start(self) -> Any:
+        """The method to start from."""
+        ...
+
+
+@runtime_checkable
+class Reports(Solver, Protocol):
+    """A solver that tells what it did in each layer; the figures become part of the result."""
+
+    def solve_and_report(
+        self, weight: Tensor, stats: LayerStats, pattern: Pattern, density: float
+    ) -> tuple[Tensor, Support, Mapping[str, float]]:
+        """What `solve` gives, and figures by name."""
         ...
 
 
@@ -250,6 +274,46 @@ class AddsLoss(Protocol):
 
 
 @runtime_checkable
+class GradientSource(Protocol):
+    """A method that estimates gradients from values of the loss, without a backward pass.
+
+    The engine holds what it chose and drew, and sees to it that every query of a step sees the same
+    batch, random numbers and buffers.
+    """
+
+    @property
+    def card(self) -> Card: ...
+
+    def due(self, number: int, total: int, /) -> bool:
+        """Whether coordinates are chosen anew after so many steps; before the first they are."""
+        ...
+
+    def coordinates(
+        self, parameters: Mapping[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """bool, of each parameter's shape: what is estimated until the next choice."""
+        ...
+
+    def queries(self, coordinates: Mapping[str, Tensor], /) -> int:
+        """How many times `estimate` asks for the loss."""
+        ...
+
+    def estimate(
+        self,
+        loss: Callable[[], float],
+        parameters: Mapping[str, Tensor],
+        coordinates: Mapping[str, Tensor],
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """The gradient of each parameter, zero outside the coordinates.
+
+        The first call of `loss` is with the parameters as they are. They may be changed in place,
+        and are left as they were, bit for bit.
+        """
+        ...
+
+
+@runtime_checkable
 class Replacer(Protocol):
     """A method that puts a cheaper layer in the place of an ordinary one."""
 
@@ -288,29 +352,8 @@ class Allocation(Protocol):
     """How one density becomes one per layer."""
 
     @property
-    def needs_norm(self) -> bool: ...
+    def needs(self) -> Sequence[str]:
+        """What the dense model must be asked: `norm`, `angle`."""
+        ...
+
     def allocate(self, layers: Sequence[LayerInfo], density: float) -> dict[str, float]: ...
-
-
-def check_method(method: Any, statistics: Sequence[str]) -> None:
-    """Raise UsageError unless `method` is a method that needs no more than `statistics`."""
-    if isinstance(method, type):
-        raise UsageError(f"method is the class {method.__name__}; pass an instance of it")
-    card = getattr(method, "card", None)
-    if not isinstance(card, Card) or not isinstance(method, (Scorer, Solver)):
-        raise UsageError(
-            f"{type(method).__name__} is not a pruning method: it needs a card and either "
-            "score(weight, stats) or solve(weight, stats, pattern, density)"
-        )
-    for need in card.needs:
-        if need not in statistics:
-            raise UsageError(f"{card.name} needs {need}, which calibration does not gather")
-
-
-def check_no_mask(method: Any, who: str) -> None:
-    """Raise UsageError for a method that learns masks where only topology methods are followed."""
-    if isinstance(method, LearnedMask) and not isinstance(method, type):
-        raise UsageError(
-            f"{who} follows topology methods alone; {method.card.name} learns masks: use it in a "
-            "loop of your own, inside gs.sparse_training"
-        )

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from gossamer.core.errors import MissingExtra, UsageError
-from gossamer.engine.protocols import TopologyMethod, check_no_mask
+from gossamer.engine.checks import check_no_mask
+from gossamer.engine.protocols import TopologyMethod
 from gossamer.engine.train.masked import sparse_training
 from gossamer.engine.train.run import SparseRun
 

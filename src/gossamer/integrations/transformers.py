@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import MissingExtra, UsageError
-from gossamer.engine.protocols import TopologyMethod, check_no_mask
+from gossamer.engine.checks import check_no_mask
+from gossamer.engine.protocols import TopologyMethod
 from gossamer.engine.train.checkpoint import read_state, write_state
 from gossamer.engine.train.masked import sparse_training
 from gossamer.engine.train.run import SparseRun

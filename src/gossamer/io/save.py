@@ -135,6 +135,17 @@ def save(
     return target
 
 
+def save_inside(
+    model: nn.Module | PruneResult | CompressResult, place: Path, **options: Any
+) -> None:
+    """`save` into a folder that is being filled, such as `new_folder` gives."""
+    inner = place / "model"
+    save(model, inner, **options)
+    for path in list(inner.iterdir()):
+        path.rename(place / path.name)
+    inner.rmdir()
+
+
 def _check_folded(modules: Mapping[str, nn.Module]) -> None:
     for name, module in modules.items():
         if isinstance(module, Foldable):

@@ -124,14 +124,17 @@ def chosen_of(name: str, every: Mapping[str, Any]) -> Any:
 def build(text: str) -> Any:
     """A method from its name and options: `sparsegpt`, `sparsegpt:block=64,damping=0.02`.
 
+    A method that starts from another names it as an option, whose own options follow behind a dot:
+    `dsnot:start=sparsegpt,start.block=64`.
+
     Raises UsageError for an unknown name or option, naming near ones, or a value that is refused.
     """
-    return words.build(text, _by_name(text.partition(":")[0], methods()), "method")
+    return words.build(text, _by_name(text.partition(":")[0], methods()), "method", build)
 
 
 def parts(text: str) -> tuple[type[Any], dict[str, Any]]:
     """A method's class and its options from such a text; raises UsageError as `build` does."""
-    return words.parts(text, _by_name(text.partition(":")[0], methods()), "method")
+    return words.parts(text, _by_name(text.partition(":")[0], methods()), "method", build)
 
 
 def _by_name(wanted: str, every: Mapping[str, Any]) -> dict[str, Any]:

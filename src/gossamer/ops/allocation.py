@@ -9,7 +9,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gossamer.core.allocation import ER, ERK, OWL, ERKPlus, LayerInfo, Uniform, UniformPlus
+from gossamer.core.allocation import (
+    ER,
+    ERK,
+    OWL,
+    BlockInfluence,
+    ERKPlus,
+    LayerInfo,
+    Uniform,
+    UniformPlus,
+)
 from gossamer.core.density import check_finite
 from gossamer.core.errors import UsageError
 from gossamer.core.pattern import Unstructured
@@ -20,7 +29,7 @@ from gossamer.ops.select import select_global
 class Global:
     """The densities that one magnitude threshold over all layers leaves."""
 
-    needs_norm: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def allocate(self, layers: Sequence[LayerInfo], density: float) -> dict[str, float]:
         """Density by layer name; raises UsageError when a layer would lose every weight."""
@@ -38,7 +47,7 @@ class LAMP:
     Layer-adaptive Sparsity for the Magnitude-based Pruning (2021).
     """
 
-    needs_norm: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
 
     def allocate(self, layers: Sequence[LayerInfo], density: float) -> dict[str, float]:
         """Density by layer name."""
@@ -54,6 +63,7 @@ ALLOCATIONS: dict[str, type] = {
     "global": Global,
     "lamp": LAMP,
     "owl": OWL,
+    "influence": BlockInfluence,
 }
 
 

@@ -19,12 +19,15 @@ Rows = list[tuple[str, ...]]
 def headline(result: Mapping[str, Any]) -> Rows:
     """Rows (what, value) of one run."""
     quality, topology, flops = result["quality"], result["topology"], result["flops"]
+    queries = result.get("queries")
+    passes = [("forward passes in a step, without a backward", str(queries))] if queries else []
     return [
         (f"{quality['metric']} ({quality['better']} is better)", f"{quality['value']:.4f}"),
         ("loss, mean of the last tenth", f"{result['loss']['last']:.4f}"),
         ("density, first to last support", f"{topology['start_density']:.4f} to "
                                            f"{result['measured_density']:.4f}"),
         ("training FLOPs", f"{human(flops['spent'])}, {flops['ratio']:.3f}x of a dense run"),
+        *passes,
         ("updates of the support", str(topology["updates"])),
         ("SAD: entries flipped by an update", f"{topology['sad_per_update']:.2%}"),
         ("SAD: first support to last", f"{topology['sad_start_to_end']:.2%}"),
@@ -102,10 +105,10 @@ def render_sweep(result: Mapping[str, Any]) -> str:
 
 def _foot(result: Mapping[str, Any]) -> list[str]:
     facts = [[escape(str(k)), escape(str(v))] for k, v in result["machine"].items()]
-    return [
-        "<h2>Machine</h2>", table(("", ""), facts),
-        "<h2>Command</h2>", f"<pre>{escape(str(result['command']))}</pre>",
-    ]  # fmt: skip
+    parts = ["<h2>Machine</h2>", table(("", ""), facts)]
+    if "command" in result:
+        parts += ["<h2>Command</h2>", f"<pre>{escape(str(result['command']))}</pre>"]
+    return parts
 
 
 def chart(lines: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str) -> str:

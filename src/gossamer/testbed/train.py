@@ -1,8 +1,9 @@
 """Trains the bundled byte-level model; run as `python -m gossamer.testbed.train --help`.
 
 A Llama architecture of 3.8 million parameters on Python's documentation and standard library, by
-AdamW. Reproducible from `--seed` on the same machine and versions. A checkpoint is kept in
-`--out` while it trains: a run that was killed goes on from there when started again.
+AdamW. Reproducible from `--seed` on the same machine and versions; the bundled weights come from
+the same recipe on other random windows. A checkpoint is kept in `--out` while it trains: a run that
+was killed goes on from there when started again.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gossamer.core.errors import MissingExtra
 from gossamer.core.files import write_whole
+from gossamer.core.text import next_token_loss, windows
 from gossamer.testbed import corpus
+from gossamer.testbed.language import llama
 
 CONTEXT, BATCH = 256, 16
 PEAK_RATE, WARM_UP, SAVE_EVERY = 2e-3, 100, 200
@@ -31,23 +32,7 @@ DOCS = "/usr/share/doc/python3.11/html/_sources"
 
 def build() -> nn.Module:
     """The untrained model, float32."""
-    try:
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError:
-        raise MissingExtra("transformers", "hf") from None
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config)
+    return llama(width=256, neurons=704, blocks=5, heads=4, groups=2, positions=512)
 
 
 def optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -63,28 +48,21 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP) * min(1.0, (steps - step) / (0.5 * steps))
 
 
-def windows(text: np.ndarray, generator: np.random.Generator) -> Tensor:
-    """int64 (BATCH, CONTEXT + 1) random windows of the text."""
-    starts = generator.integers(0, len(text) - CONTEXT - 1, BATCH)
-    return torch.from_numpy(np.stack([text[s : s + CONTEXT + 1] for s in starts]).astype(np.int64))
-
-
 def train(
     text: bytes, steps: int, seed: int, device: str, checkpoint: Path, compiled: bool
 ) -> nn.Module:
     """The trained model on the CPU; progress goes to stderr."""
     torch.manual_seed(seed)
-    data, generator = np.frombuffer(text, dtype=np.uint8), np.random.default_rng(seed)
+    ids = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     model = build().to(device)
     adam = optimizer(model)
-    first = _resume(checkpoint, model, adam, generator, (steps, seed))
+    first = _resume(checkpoint, model, adam, (steps, seed))
     forward: Any = torch.compile(model) if compiled else model
     for step in range(first, steps):
         for group in adam.param_groups:
             group["lr"] = PEAK_RATE * rate(step, steps)
-        rows = windows(data, generator).to(device)
-        logits = forward(input_ids=rows[:, :-1], use_cache=False).logits
-        loss = nn.functional.cross_entropy(logits.reshape(-1, 256), rows[:, 1:].reshape(-1))
+        rows = windows(ids, BATCH, CONTEXT, seed * 1_000_003 + step, ahead=1).to(device)
+        loss = next_token_loss(forward, rows)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
@@ -93,31 +71,19 @@ def train(
             bits = loss.item() / math.log(2)
             print(f"step {step + 1} of {steps}: {bits:.3f} bits per byte", file=sys.stderr)
         if (step + 1) % SAVE_EVERY == 0:
-            _save(checkpoint, step + 1, model, adam, generator, (steps, seed))
+            _save(checkpoint, step + 1, model, adam, (steps, seed))
     return model.cpu()
 
 
 def _save(
-    path: Path,
-    step: int,
-    model: nn.Module,
-    adam: torch.optim.Optimizer,
-    generator: np.random.Generator,
-    run: tuple[int, int],
+    path: Path, step: int, model: nn.Module, adam: torch.optim.Optimizer, run: tuple[int, int]
 ) -> None:
     """Everything that the next step depends on."""
     state = {"step": step, "model": model.state_dict(), "adam": adam.state_dict(), "run": run}
-    state["generator"] = json.dumps(generator.bit_generator.state)
     write_whole(path, lambda place: torch.save(state, place))
 
 
-def _resume(
-    path: Path,
-    model: nn.Module,
-    adam: torch.optim.Optimizer,
-    generator: np.random.Generator,
-    run: tuple[int, int],
-) -> int:
+def _resume(path: Path, model: nn.Module, adam: torch.optim.Optimizer, run: tuple[int, int]) -> int:
     """Steps already done by the same run (steps, seed); 0 when there is no checkpoint."""
     if not path.exists():
         return 0
@@ -126,7 +92,6 @@ def _resume(
         raise SystemExit(f"{path} belongs to a run with other --steps or --seed: remove it")
     model.load_state_dict(state["model"])
     adam.load_state_dict(state["adam"])
-    generator.bit_generator.state = json.loads(state["generator"])
     return int(state["step"])
 
 

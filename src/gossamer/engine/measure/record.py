@@ -42,6 +42,7 @@ def record(
             "packed": dataclasses.asdict(packed.coverage),
         },
         "layers": [dataclasses.asdict(layer) for layer in packed.layers],
+        "figures": {name: dict(told) for name, told in pruned.figures.items()},
         "quality": {"metric": task.metric, "better": task.better, "text_bytes": len(task.text),
                     **quality},
         "bytes": {

@@ -19,23 +19,36 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import GossamerError, NonFiniteError, UsageError
 from gossamer.core.matrix import Weight, inputs_of, windows_of
-from gossamer.core.stats import ColumnNorm, Hessian, LayerStats, Moment
+from gossamer.core.stats import (
+    ColumnNorm,
+    ColumnSum,
+    ColumnVariance,
+    Hessian,
+    LayerStats,
+    together,
+)
 from gossamer.engine import hooks
-from gossamer.engine.data import Batch, call
+from gossamer.engine.data import Batch, call, rows_of
 from gossamer.engine.prune.padding import Padding, is_two_sided, padding_of, real_rows
 from gossamer.engine.prune.products import observe_products, unfused
 from gossamer.engine.prune.replay import Trace, replays, run_block
 from gossamer.ops.statistics import add_gram
 
-STATISTICS = ("norm", "hessian")
+STATISTICS: dict[str, Any] = {
+    "norm": ColumnNorm(),
+    "hessian": Hessian(add=add_gram),
+    "sum": ColumnSum(),
+    "variance": ColumnVariance(),
+}
 """What calibration can gather; a method that needs anything else cannot be served."""
 
 
 class Gatherer:
     """Accumulates statistics of several weights from their inputs, in float32.
 
-    needs: of `STATISTICS`. padding: of the batch that runs. served: ids of the mixtures of experts
-    that see real tokens alone. unmasked: names of the weights whose padding could not be told.
+    needs: of `STATISTICS`. padding: of the batch that runs. sequences: how many inputs the model
+    was given. served: ids of the mixtures of experts that see real tokens alone. unmasked: names of
+    the weights whose padding could not be told.
     """
 
     def __init__(self, weights: Mapping[str, Weight], needs: Sequence[str]) -> None:
@@ -43,10 +56,9 @@ class Gatherer:
         self.padding: Padding | None = None
         self.served: set[int] = set()
         self.unmasked: set[str] = set()
-        kinds: dict[str, ColumnNorm | Hessian]
-        kinds = {"norm": ColumnNorm(), "hessian": Hessian(add=add_gram)}
-        self._accumulators = {need: kinds[need] for need in needs}
-        self._states: dict[tuple[str, str], Moment] = {}
+        self.sequences = 0
+        self._accumulators = {need: STATISTICS[need] for need in needs}
+        self._states: dict[tuple[str, str], Any] = {}
 
     def add(self, name: str, x: Tensor) -> None:
         """Add one input of a layer; raises NonFiniteError naming the layer."""
@@ -70,20 +82,14 @@ class Gatherer:
         """The statistics by name, of the weights that saw any input."""
         done = {}
         for name in self.weights:
-            parts = {}
-            for need, accumulator in self._accumulators.items():
-                state = self._states.pop((name, need), None)
-                parts[need] = None if state is None else accumulator.finalize(state, name)
-            seen = [part for part in parts.values() if part is not None and part.count]
-            if not seen:
-                continue
-            norm, hessian = parts.get("norm"), parts.get("hessian")
-            done[name] = LayerStats(
-                name=name,
-                count=seen[0].count,
-                norm=norm.norm if norm else None,
-                hessian=hessian.hessian if hessian else None,
-            )
+            states = {need: self._states.pop((name, need), None) for need in self._accumulators}
+            parts = [
+                self._accumulators[need].finalize(state, name)
+                for need, state in states.items()
+                if state is not None
+            ]
+            if parts and parts[0].count:
+                done[name] = replace(together(parts), sequences=self.sequences)
         return done
 
     def _rows_of(self, name: str, x: Tensor) -> Tensor:
@@ -111,8 +117,7 @@ class Gatherer:
         for need, accumulator in self._accumulators.items():
             state = self._states.get((name, need))
             if state is None:
-                state = accumulator.init(rows.shape[-1])
-                state = replace(state, total=state.total.to(rows.device))
+                state = accumulator.init(rows.shape[-1], rows.device)
             self._states[name, need] = accumulator.update(state, rows)
 
 
@@ -215,6 +220,7 @@ class Calibrator:
         ):
             for index in range(len(self.batches)):
                 gatherer.padding = self.paddings[index]
+                gatherer.sequences += rows_of(self.batches[index])
                 if chained:
                     self._run(index)
                 else:

@@ -2,7 +2,8 @@
 
 A folder with `journal.json`, the fingerprint of the run, and one `unit-00012.safetensors` per
 finished unit holding the pruned weights (`<layer>.weight`, in the module's own layout) and masks
-(`<layer>.mask`, (out, in) as uint8); neither of a weight that the run left dense. Every file is written under a temporary name, flushed to disk
+(`<layer>.mask`, (out, in) as uint8); neither of a weight that the run left dense. What the method
+reports of its work stands as JSON in the metadata. Every file is written under a temporary name, flushed to disk
 and renamed, so a file that exists is whole. Nothing is unpickled.
 """
 
@@ -26,6 +27,8 @@ from gossamer.core.support import Support
 from gossamer.engine.data import check_same_run
 
 VERSION = 1
+Figures = dict[str, Mapping[str, float]]
+"""By layer, what a method reports of its work."""
 
 
 class Journal:
@@ -59,14 +62,18 @@ class Journal:
         return self._path(unit).exists()
 
     def write(
-        self, unit: int, weights: Mapping[str, Weight], supports: Mapping[str, Support]
+        self,
+        unit: int,
+        weights: Mapping[str, Weight],
+        supports: Mapping[str, Support],
+        figures: Figures,
     ) -> None:
-        """Record one finished unit: its weights as they are now, and its supports."""
+        """Record one finished unit: its weights as they are now, its supports and figures."""
         tensors: dict[str, Tensor] = {}
         for name, support in supports.items():
             tensors[f"{name}.weight"] = weights[name].tensor.cpu().contiguous()
             tensors[f"{name}.mask"] = support.mask.cpu().to(torch.uint8).contiguous()
-        metadata = {"run": self._digest, "unit": str(unit)}
+        metadata = {"run": self._digest, "unit": str(unit), "figures": json.dumps(figures)}
         write_whole(self._path(unit), lambda path: write_safetensors(tensors, path, metadata))
 
     def restore(
@@ -75,13 +82,13 @@ class Journal:
         weights: Mapping[str, Weight],
         pattern: Pattern,
         densities: Mapping[str, float],
-    ) -> dict[str, Support]:
-        """Write a finished unit's weights into the model and return its supports.
+    ) -> tuple[dict[str, Support], Figures]:
+        """Write a finished unit's weights into the model and return its supports and figures.
 
         Raises FormatError, before any weight changes, when the file is damaged or foreign.
         """
         path = self._path(unit)
-        tensors = self._read(path, unit)
+        tensors, figures = self._read(path, unit)
         supports: dict[str, Support] = {}
         for name, weight in weights.items():
             stored, mask = tensors.pop(f"{name}.weight", None), tensors.pop(f"{name}.mask", None)
@@ -102,20 +109,21 @@ class Journal:
         with torch.no_grad():
             for name in supports:
                 weights[name].tensor.copy_(tensors[name])
-        return supports
+        return supports, figures
 
-    def _read(self, path: Path, unit: int) -> dict[str, Tensor]:
+    def _read(self, path: Path, unit: int) -> tuple[dict[str, Tensor], Figures]:
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as error:
+            figures = dict(json.loads(metadata.pop("figures", "{}")))
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise FormatError(f"{path}: damaged ({error}); {_REMEDY}") from None
         if metadata != {"run": self._digest, "unit": str(unit)}:
             raise FormatError(f"{path}: belongs to another run or unit; {_REMEDY}")
-        return tensors
+        return tensors, figures
 
     def _check_same_run(self) -> None:
         path = self.folder / "journal.json"

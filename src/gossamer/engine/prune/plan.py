@@ -17,8 +17,10 @@ from gossamer.core.errors import NonFiniteError, PatternError, UsageError
 from gossamer.core.matrix import Weight, own_forward
 from gossamer.core.pattern import NM, Pattern, check_pattern, format_pattern, pattern_kind
 from gossamer.core.stats import LayerStats
+from gossamer.engine.checks import check_method, needs_of, patterns_of
 from gossamer.engine.data import Batch, read_batches
-from gossamer.engine.protocols import Allocation, Method, Solver, check_method
+from gossamer.engine.protocols import Allocation, Method, Solver
+from gossamer.engine.prune.around import gather_angles
 from gossamer.engine.prune.calibrate import STATISTICS, Calibrator
 from gossamer.engine.prune.padding import hides_padding
 from gossamer.models import Choice, choose_weights, find_blocks, find_weights
@@ -79,16 +81,21 @@ def options_of(
     allocation = Uniform() if allocation is None else allocation
     if isinstance(allocation, type) or not callable(getattr(allocation, "allocate", None)):
         raise UsageError(f"allocation is one such as Uniform() or ERK(), not {allocation!r}")
+    if unknown := set(allocation.needs) - {"norm", "angle"}:
+        raise UsageError(
+            f"allocation {type(allocation).__name__} needs {', '.join(sorted(unknown))}, which "
+            "calibration does not gather"
+        )
     pattern = method.default_pattern if pattern is None else pattern
     if not isinstance(pattern, Pattern):
         raise UsageError(f"pattern is one such as NM(2, 4) or Unstructured(), not {pattern!r}")
     if others.get("uncalled", "dense") not in ("dense", "error"):
         raise UsageError(f"uncalled is 'dense' or 'error', not {others['uncalled']!r}")
     density = _density(pattern, density, allocation)
-    if pattern_kind(pattern) not in method.card.patterns:
+    if pattern_kind(pattern) not in patterns_of(method):
         raise PatternError(
             f"{method.card.name} does not admit {format_pattern(pattern)}; it admits "
-            f"{', '.join(method.card.patterns)}"
+            f"{', '.join(patterns_of(method))}"
         )
     return Options(method, pattern, density, allocation, **others)
 
@@ -109,9 +116,10 @@ def plan_of(
     if not weights:
         raise UsageError(nothing_to_prune(model, left))
     together = _ranked_together(options)
-    needs_data = bool(method.card.needs) or allocation.needs_norm
+    needs = needs_of(method)
+    needs_data = bool(needs) or bool(allocation.needs)
     if needs_data and data is None:
-        who = method if method.card.needs else allocation
+        who = method if needs else allocation
         raise UsageError(f"{type(who).__name__} needs calibration data: pass data=batches")
     batches = None if data is None or not needs_data else read_batches(data)
     calibrator = None
@@ -124,7 +132,7 @@ def plan_of(
     units = _units(weights, choice.blocks, find_blocks(model), order)
     return Plan(
         model, options, weights, units, densities, batches,
-        calibrator if method.card.needs else None, together, left, _notes(model, weights, batches or []),
+        calibrator if needs else None, together, left, _notes(model, weights, batches or []),
     )  # fmt: skip
 
 
@@ -187,14 +195,15 @@ def _why_unreadable(weight: Tensor) -> str | None:
 def check_weights(choice: Choice, options: Options) -> None:
     """Raise, naming the layer, for weights that the method cannot prune."""
     method, pattern = options.method, options.pattern
+    needs = needs_of(method)
     for name, weight in choice.weights.items():
-        if isinstance(weight.module, nn.Embedding) and method.card.needs:
+        if isinstance(weight.module, nn.Embedding) and needs:
             raise UsageError(
                 f"{name}: an embedding looks rows up and multiplies nothing, so {method.card.name} "
                 "has no statistics of its inputs; prune it in a call of its own by Magnitude or "
                 "Random"
             )
-        if method.card.needs and (reason := _own_forward(weight)):
+        if needs and (reason := _own_forward(weight)):
             raise UsageError(
                 f"{name}: {reason}, and so is what its weight multiplies; prune it by Magnitude or "
                 "Random, or leave it out"
@@ -214,7 +223,7 @@ def _without_misfits(choice: Choice, options: Options) -> tuple[dict[str, Weight
     """The weights that pattern and method suit, and why others stay dense: of kinds that no kernel
     serves, nobody has to exclude them by hand."""
     weights, left = dict(choice.weights), dict(choice.left)
-    needs = bool(options.method.card.needs) or options.allocation.needs_norm
+    needs = bool(needs_of(options.method)) or bool(options.allocation.needs)
     for name, weight in choice.weights.items():
         reason = None
         if needs and isinstance(weight.module, _ConvNd) and weight.module.groups > 1:
@@ -273,7 +282,7 @@ def _ranked_together(options: Options) -> bool:
     method, pattern = options.method, options.pattern
     if getattr(pattern, "scope", "tensor") != "global":
         return False
-    if isinstance(method, Solver) or method.card.needs:
+    if isinstance(method, Solver) or needs_of(method):
         raise PatternError(
             f"{method.card.name} works on one layer at a time, so it cannot rank weights of all "
             "layers together; for a density per layer that follows the whole model pass "
@@ -294,8 +303,12 @@ def _densities(
     calibrator: Calibrator | None,
 ) -> dict[str, float]:
     norms: dict[str, LayerStats] = {}
-    if options.allocation.needs_norm and calibrator is not None:
+    angles: dict[int, float] = {}
+    if "norm" in options.allocation.needs and calibrator is not None:
         norms = calibrator.gather(weights, None, ("norm",))
+    if "angle" in options.allocation.needs and calibrator is not None:
+        found = gather_angles(calibrator, find_blocks(calibrator.model))
+        angles = {index: block.angle for index, block in enumerate(found) if block.count}
     infos = [
         LayerInfo(
             name=name,
@@ -303,6 +316,7 @@ def _densities(
             block=blocks[name],
             weight=weight.matrix(),
             norm=norms[name].norm if name in norms else None,
+            angle=None if (block := blocks[name]) is None else angles.get(block),
         )
         for name, weight in weights.items()
     ]

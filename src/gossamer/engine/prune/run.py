@@ -16,11 +16,12 @@ from gossamer.core.result import LayerRecord, PruneResult, unwrap
 from gossamer.core.stats import LayerStats
 from gossamer.core.support import Support
 from gossamer.engine import hooks
+from gossamer.engine.checks import needs_of
 from gossamer.engine.coverage import coverage_of, nonzeros, warn
 from gossamer.engine.data import Batch, digest_batches, digest_model
 from gossamer.engine.progress import Step, track
-from gossamer.engine.protocols import Allocation, Method, Solver
-from gossamer.engine.prune.journal import Journal
+from gossamer.engine.protocols import Allocation, Method, Reports, Solver
+from gossamer.engine.prune.journal import Figures, Journal
 from gossamer.engine.prune.plan import LOST, Plan, Uncalled, Unit, options_of, plan_of
 from gossamer.models import find_weights
 from gossamer.ops.select import select, select_global
@@ -57,9 +58,9 @@ def prune(
         with track(None, progress, "reading the data") as tick:
             plan = plan_of(model, options, data, tick)
         book = _open(journal, plan)
-        supports, resumed = _run(plan, book, progress)
+        supports, figures, resumed = _run(plan, book, progress)
         _check_written(plan, supports)
-    result = _result(plan, supports, resumed)
+    result = _result(plan, supports, figures, resumed)
     warn(result.coverage)
     return result
 
@@ -85,9 +86,13 @@ def _open(folder: str | os.PathLike[str] | None, plan: Plan) -> Journal | None:
     )
 
 
-def _run(plan: Plan, journal: Journal | None, progress: bool) -> tuple[dict[str, Support], int]:
-    """Prune or restore unit after unit; returns the supports and how many were restored."""
+def _run(
+    plan: Plan, journal: Journal | None, progress: bool
+) -> tuple[dict[str, Support], Figures, int]:
+    """Prune or restore unit after unit; returns supports, what the method reports of its work, and
+    how many units were restored."""
     supports: dict[str, Support] = {}
+    figures: Figures = {}
     resumed = 0
     chosen = _select_together(plan) if plan.together else {}
     with track(len(plan.units), progress) as step:
@@ -96,17 +101,21 @@ def _run(plan: Plan, journal: Journal | None, progress: bool) -> tuple[dict[str,
                 plan.calibrator.tick = _inside(step, unit.label)
             # Units are done in order, so a gap cannot be trusted: only a prefix is restored.
             if journal and resumed == index and journal.has(index):
-                done = journal.restore(index, unit.weights, plan.options.pattern, plan.densities)
+                done, told = journal.restore(
+                    index, unit.weights, plan.options.pattern, plan.densities
+                )
                 resumed += 1
             else:
-                done = _prune_unit(plan, unit, chosen)
+                done, told = _prune_unit(plan, unit, chosen)
                 if journal:
-                    journal.write(index, unit.weights, done)
+                    journal.write(index, unit.weights, done, told)
             if plan.calibrator is not None and unit.block is None:
                 plan.calibrator.changed_outside()
             supports.update(done)
+            figures.update(told)
             step(unit.label)
-    return {name: supports[name] for name in plan.weights if name in supports}, resumed
+    kept = {name: supports[name] for name in plan.weights if name in supports}
+    return kept, {name: figures[name] for name in kept if name in figures}, resumed
 
 
 def _inside(step: Step, label: str) -> Callable[[str], None]:
@@ -122,32 +131,39 @@ def _select_together(plan: Plan) -> dict[str, Support]:
     return select_global(scores, plan.options.pattern, plan.options.density)
 
 
-def _prune_unit(plan: Plan, unit: Unit, chosen: Mapping[str, Support]) -> dict[str, Support]:
+def _prune_unit(
+    plan: Plan, unit: Unit, chosen: Mapping[str, Support]
+) -> tuple[dict[str, Support], Figures]:
     """Prune one unit; all of its weights are solved before the first of them is written.
 
     One that its statistics no longer reach has no support and stays as it is.
     """
     matrices: dict[str, Tensor] = {}
     supports: dict[str, Support] = {}
+    figures: Figures = {}
     for weights in _in_turns(plan, unit):
         stats: dict[str, LayerStats] = {}
         if plan.calibrator is not None:
-            stats = plan.calibrator.gather(weights, unit.block, plan.options.method.card.needs)
+            stats = plan.calibrator.gather(weights, unit.block, needs_of(plan.options.method))
         for name, weight in weights.items():
             own = stats.pop(name, None)
             if own is None and plan.calibrator is not None:
                 continue
+            told: Mapping[str, float] = {}
             if name in chosen:
-                solved = weight.matrix(), chosen[name]
+                matrix, support = weight.matrix(), chosen[name]
             else:
-                solved = _solve(plan, name, weight.matrix(), own or LayerStats(name, 0))
-            matrices[name], supports[name] = _keeping_zeros(plan, weight, *solved)
+                stat = own or LayerStats(name, 0)
+                matrix, support, told = _solve(plan, name, weight.matrix(), stat)
+            if told:
+                figures[name] = told
+            matrices[name], supports[name] = _keeping_zeros(plan, weight, matrix, support)
     for name, support in supports.items():
         try:
             unit.weights[name].write(support.apply(matrices.pop(name)))
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
-    return supports
+    return supports, figures
 
 
 def _in_turns(plan: Plan, unit: Unit) -> list[dict[str, Weight]]:
@@ -157,7 +173,7 @@ def _in_turns(plan: Plan, unit: Unit) -> list[dict[str, Weight]]:
     held = 0
     for name, weight in unit.weights.items():
         size = 8 * weight.matrix().shape[1] ** 2  # a sum in float32 and what rounding took from it
-        if parts[-1] and held + size > HESSIANS and "hessian" in plan.options.method.card.needs:
+        if parts[-1] and held + size > HESSIANS and "hessian" in needs_of(plan.options.method):
             parts.append({})
             held = 0
         parts[-1][name] = weight
@@ -165,21 +181,27 @@ def _in_turns(plan: Plan, unit: Unit) -> list[dict[str, Weight]]:
     return parts
 
 
-def _solve(plan: Plan, name: str, weight: Tensor, stats: LayerStats) -> tuple[Tensor, Support]:
+def _solve(
+    plan: Plan, name: str, weight: Tensor, stats: LayerStats
+) -> tuple[Tensor, Support, Mapping[str, float]]:
     method: Any = plan.options.method
     pattern, density = plan.options.pattern, plan.densities[name]
     if not isinstance(method, Solver):
         score = method.score(weight, stats)
         if plan.options.keep_zeros:
             score = _zeros_last(score, weight)
-        return weight, select(score, pattern, density, name)
-    repaired, support = method.solve(weight, stats, pattern, density)
+        return weight, select(score, pattern, density, name), {}
+    told: Mapping[str, float] = {}
+    if isinstance(method, Reports):
+        repaired, support, told = method.solve_and_report(weight, stats, pattern, density)
+    else:
+        repaired, support = method.solve(weight, stats, pattern, density)
     repaired = repaired.to(weight.dtype)
     if not bool(torch.isfinite(repaired).all()):
         raise NonFiniteError(
             f"{name}: {plan.options.method.card.name} gave NaN or inf; raise its damping or give more data"
         )
-    return repaired, support
+    return repaired, support, told
 
 
 def _zeros_last(score: Tensor, weight: Tensor) -> Tensor:
@@ -211,7 +233,9 @@ def _check_written(plan: Plan, supports: Mapping[str, Support]) -> None:
             )
 
 
-def _result(plan: Plan, supports: dict[str, Support], resumed: int) -> PruneResult:
+def _result(
+    plan: Plan, supports: dict[str, Support], figures: Figures, resumed: int
+) -> PruneResult:
     options, calibrator = plan.options, plan.calibrator
     pattern = format_pattern(options.pattern)
     records, kept, total = [], 0, 0
@@ -250,7 +274,23 @@ def _result(plan: Plan, supports: dict[str, Support], resumed: int) -> PruneResu
         measured_density=kept / total if total else 1.0,
         provenance=provenance,
         coverage=coverage_of(plan.model, find_weights(plan.model), supports, left),
-        notes=plan.notes + _padding_note(calibrator.unmasked if calibrator else ()),
+        notes=plan.notes
+        + _padding_note(calibrator.unmasked if calibrator else ())
+        + _counts(options.method.card.name, figures),
+        figures=figures,
+    )
+
+
+def _counts(method: str, figures: Figures) -> tuple[str, ...]:
+    """What the method counted, over all layers."""
+    counts: dict[str, list[int]] = {}
+    for told in figures.values():
+        for what, value in told.items():
+            if isinstance(value, int) and value:
+                counts.setdefault(what, []).append(value)
+    return tuple(
+        f"{method}: {sum(values):,} {what} in {len(values)} of {len(figures)} layers"
+        for what, values in counts.items()
     )
 
 

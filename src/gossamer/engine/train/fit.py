@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import FormatError, NonFiniteError, UsageError
+from gossamer.engine.checks import check_no_mask
 from gossamer.engine.data import check_same_run, digest_model
 from gossamer.engine.flops import forward_flops
-from gossamer.engine.protocols import TopologyMethod, check_no_mask
+from gossamer.engine.protocols import GradientSource, TopologyMethod
 from gossamer.engine.train.checkpoint import random_state, read_state, set_random_state, write_state
+from gossamer.engine.train.estimate import EstimatedGradients
 from gossamer.engine.train.flops import Meter
 from gossamer.engine.train.masked import sparse_training
 from gossamer.engine.train.run import SparseRun
@@ -73,6 +75,7 @@ class Fit:
     """A model in training. `loss(model, step)` is the loss of the batch of that step, from 0.
 
     first, last: the steps of the recipe to begin with and to stop before; all of them if left out.
+    source: estimates gradients in place of a backward pass, and goes with no method.
     """
 
     def __init__(
@@ -87,14 +90,27 @@ class Fit:
         seed: int = 0,
         first: int = 0,
         last: int | None = None,
+        source: GradientSource | None = None,
     ) -> None:
         check_no_mask(method, "Fit")
+        if source is not None and method is not None:
+            raise UsageError(
+                f"{source.card.name} estimates the gradients of dense weights, most of them as "
+                "zero, so no method can choose supports by them; leave one of them out"
+            )
+        if source is not None and (include or exclude):
+            raise UsageError(
+                f"{source.card.name} makes no layer sparse; leave include and exclude out"
+            )
         self.model, self.method, self.loss, self.recipe = model, method, loss, recipe
         self.include, self.exclude, self.seed = include, exclude, seed
         self.optimizer = recipe.build(model)
         self.step, self.last = first, recipe.steps if last is None else last
         self.losses: list[float] = []
         self.run: SparseRun | None = None
+        self.estimates = None
+        if source is not None:
+            self.estimates = EstimatedGradients(model, source, recipe.steps, seed)
         self._model = digest_model(model)
         self.work = forward_flops(model, lambda: loss(model, 0))
         self.meter = Meter(self.work, None)
@@ -156,6 +172,8 @@ class Fit:
     def _restore(self, state: dict[str, Any] | None) -> None:
         if state is not None:
             self.meter.load_state_dict(state["meter"])
+            if self.estimates is not None:
+                self.estimates.load_state_dict(state["estimates"])
             set_random_state(state["random"])
 
     def _advance(self) -> None:
@@ -163,23 +181,30 @@ class Fit:
             group["lr"] = self.recipe.rate(self.step)
         self.model.train()
         self.optimizer.zero_grad()
-        loss = self.loss(self.model, self.step)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NonFiniteError(
-                f"the loss is {value} in step {self.step + 1}; lower --lr or set --clip, the last "
-                "checkpoint is unharmed"
-            )
-        loss.backward()
+        value = self._backward()
         if self.recipe.clip:
             if self.run is not None:
                 self.run.mask_gradients()
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
-        self.meter.before_step()
+        self.meter.before_step(None if self.estimates is None else self.estimates.queries)
         self.optimizer.step()
         self.meter.after_step()
         self.step += 1
         self.losses.append(value)
+
+    def _backward(self) -> float:
+        """Set the gradients of this step, and return its loss."""
+        if self.estimates is not None:
+            return self.estimates.backward(lambda: self.loss(self.model, self.step))
+        loss = self.loss(self.model, self.step)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the loss is {value} in step {self.step + 1}; lower lr or set clip; the last "
+                "checkpoint is unharmed"
+            )
+        loss.backward()
+        return value
 
     def _state(self, fingerprint: str) -> dict[str, Any]:
         return {
@@ -189,6 +214,7 @@ class Fit:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "run": None if self.run is None else self.run.state_dict(),
+            "estimates": None if self.estimates is None else self.estimates.state_dict(),
             "meter": self.meter.state_dict(),
             "random": random_state(),
         }
@@ -201,6 +227,6 @@ class Fit:
             old = dict(json.loads(state["fingerprint"]))
         except (KeyError, TypeError, ValueError):
             raise FormatError(f"{checkpoint}: damaged; delete it and start again") from None
-        remedy = "repeat that run's command, delete the file, or choose another --out"
+        remedy = "repeat that run, delete the file, or choose another place"
         check_same_run(str(checkpoint), old, json.loads(fingerprint), remedy)
         return state

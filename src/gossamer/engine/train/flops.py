@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.engine.flops import forward_flops
-from gossamer.engine.protocols import TopologyMethod
+from gossamer.engine.protocols import GradientSource, TopologyMethod
+from gossamer.engine.train.estimate import EstimatedGradients
 from gossamer.engine.train.run import SparseRun
 
 
@@ -39,8 +40,11 @@ class Meter:
             self.start_density = run.density
             self._look()
 
-    def before_step(self) -> None:
-        """Add the step that is about to be taken."""
+    def before_step(self, forwards: int | None = None) -> None:
+        """Add the step that is about to be taken; forwards: its passes where it has no backward."""
+        if forwards is not None:
+            self.spent += self.dense_step / 3 * forwards
+            return
         forward = backward = self._rest
         if self.run is not None:
             method, step = self.run.method, self.run.step + 1
@@ -129,6 +133,18 @@ def expected_flops(
         run.after_step()
         meter.after_step()
     return meter.spent
+
+
+def expected_query_flops(
+    model: nn.Module, source: GradientSource, total: int, forward: Callable[[nn.Module], Tensor]
+) -> float:
+    """What a run of `total` steps costs whose gradients are estimated: forward passes alone."""
+    model = copy.deepcopy(model)
+    meter = Meter(forward_flops(model, lambda: forward(model)), None)
+    estimates = EstimatedGradients(model, source, total)
+    estimates.choose()
+    meter.before_step(estimates.queries)
+    return meter.spent * total
 
 
 def steps_for(budget: float, first: int, cost: Callable[[int], float]) -> int:

@@ -1,5 +1,7 @@
 """Weights: scores, solvers, topology, penalties and recipes, after or during training."""
 
+from gossamer.methods.weights.deepzero import DeepZero
+from gossamer.methods.weights.dsnot import DSnoT
 from gossamer.methods.weights.fixed_masks import FixedMasks
 from gossamer.methods.weights.gmp import GMP
 from gossamer.methods.weights.granet import GraNet
@@ -36,6 +38,8 @@ __all__ = [
     "SNIP",
     "SRSTE",
     "WGSEF",
+    "DSnoT",
+    "DeepZero",
     "FixedMasks",
     "GraNet",
     "GraSP",

@@ -16,8 +16,7 @@ and the dense model 5.12.
 mask; the paper draws at every forward. In evaluation mode the mask is the likeliest pattern, which
 is what remains. The prior is by magnitude; the paper's is a mask by SparseGPT, which `prior=` takes
 as the supports of a pruned copy. All parameters of the model rest, also biases and norms. Logits
-are not decayed. Patterns with more than 70 choices a group are refused. This claim was not tried
-here yet.
+are not decayed. Patterns with more than 70 choices a group are refused.
 """
 
 from __future__ import annotations

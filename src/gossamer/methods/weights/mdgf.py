@@ -19,7 +19,6 @@ released code counts nearly from the start. Masked gradients are what the paper 
 The released code passes the whole gradient on, which is gradient='straight'. In evaluation mode the
 mask is hard, so that no figure is taken with beta above zero. An exponential decay ends at 0.01 of
 the weight by default, and is cut to zero there. Decay of the structure (SdGf) is another method.
-This claim was not tried here yet.
 """
 
 from __future__ import annotations

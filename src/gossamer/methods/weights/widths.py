@@ -13,7 +13,7 @@ at its accuracy after retraining.
 **Notes.** The paper cuts filters of convolutions; here the units are those of transformers, and a
 unit is scored by everything that would go with it, readers included. Each layer keeps the same
 number, for the config of a model has one number for all. Widths(Random()) is the baseline. Without
-training afterwards the loss is large. This claim was not tried here yet.
+training afterwards the loss is large.
 """
 
 from __future__ import annotations

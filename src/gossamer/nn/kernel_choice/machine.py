@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from gossamer.core.errors import FormatError
-from gossamer.core.files import write_whole
+from gossamer.core.files import cache_folder, write_whole
 from gossamer.core.version import VERSION
 from gossamer.nn.kernel_choice.latency import LatencyModel, Predictor, ProductShape
 from gossamer.nn.kernel_choice.quick import QuickLatency
@@ -34,12 +33,6 @@ def machine() -> dict[str, str | int]:
         "gossamer": VERSION,
         "torch": torch.__version__,
     }
-
-
-def cache_folder() -> Path:
-    """This user's cache folder: gossamer in XDG_CACHE_HOME."""
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(named) if Path(named).is_absolute() else Path.home() / ".cache") / "gossamer"
 
 
 def cache_file(what: str = "latency") -> Path:
