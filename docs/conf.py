@@ -57,8 +57,8 @@ html_sidebars = {"index": [], "contributing": [], "glossary": []}
 
 GUIDE = [
     "own-model", "weights", "attention", "training", "train-command", "ranks-and-trainers",
-    "command-line", "kernels", "file-format", "lm-eval", "model-families", "results", "benchmarks", "claims",
-    "testbeds", "limits",
+    "command-line", "kernels", "file-format", "lm-eval", "model-families", "results", "benchmarks",
+    "claims", "testbeds", "limits",
 ]  # fmt: skip
 METHODS = DOCS / "methods"
 TOCTREES = {

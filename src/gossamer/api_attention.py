@@ -65,9 +65,17 @@ def sparse_attention(
 
     Examples
     --------
-    >>> with gs.sparse_attention(model, "anchorattention:theta=6") as run:  # doctest: +SKIP
+    >>> import gossamer as gs, torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(LlamaConfig(
+    ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+    ...     num_attention_heads=2,
+    ... )).eval()
+    >>> ids = torch.arange(60).unsqueeze(0)
+    >>> with gs.sparse_attention(model, "streamingllm:window=16", dense_below=0) as run:
     ...     logits = model(ids).logits
-    >>> print(run.result)  # doctest: +SKIP
+    >>> print(run.result.calls, run.result.density)
+    1 0.5519125683060109
     """
     return engine.sparse_attention(
         unwrap(model), _chooser(method), dense_below=dense_below, measure=measure
@@ -117,6 +125,7 @@ def attend(
 
     Examples
     --------
+    >>> import gossamer as gs, torch
     >>> query, key = torch.randn(1, 4, 300, 16), torch.randn(1, 2, 300, 16)
     >>> gs.attend(query, key, key, "streamingllm:window=64", causal=True).shape
     torch.Size([1, 4, 300, 16])
@@ -156,7 +165,16 @@ def calibrate_attention(
 
     Examples
     --------
-    >>> method = gs.calibrate_attention(model, "seerattention", data)  # doctest: +SKIP
+    >>> import gossamer as gs, torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(LlamaConfig(
+    ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+    ...     num_attention_heads=2,
+    ... )).eval()
+    >>> data = [torch.randint(64, (1, 60)) for _ in range(2)]
+    >>> method = gs.attention.SeerAttention(density=0.3, block=8, width=8, steps=10)
+    >>> sorted(gs.calibrate_attention(model, method, data).gates)
+    [0]
     """
     found: Any = _chooser(cast(PairChooser, method))
     return calibrate.calibrate_attention(unwrap(model), found, data)

@@ -61,11 +61,6 @@ class AnchorAttention:
     References
     ----------
     AnchorAttention: Difference-Aware Sparse Attention with Stripe Granularity (2025).
-
-    Examples
-    --------
-    >>> with gs.sparse_attention(model, gs.attention.AnchorAttention(theta=6, step=4)):
-    ...     model(ids)  # doctest: +SKIP
     """
 
     theta: float = 12.0

@@ -59,11 +59,6 @@ class BlockSparse:
     References
     ----------
     The Sparse Frontier: Sparse Attention Trade-offs in Transformer LLMs (2025).
-
-    Examples
-    --------
-    >>> with gs.sparse_attention(model, gs.attention.BlockSparse(density=0.3)) as run:
-    ...     model(ids)  # doctest: +SKIP
     """
 
     blocks: int = 64

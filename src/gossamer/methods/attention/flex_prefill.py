@@ -59,11 +59,6 @@ class FlexPrefill:
     ----------
     FlexPrefill: A Context-Aware Sparse Attention Mechanism for Efficient Long-Sequence Inference
     (2025).
-
-    Examples
-    --------
-    >>> with gs.sparse_attention(model, gs.attention.FlexPrefill(share=0.9, least=64)):
-    ...     model(ids)  # doctest: +SKIP
     """
 
     share: float = 0.65

@@ -81,13 +81,6 @@ class SeerAttention:
     References
     ----------
     SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs (2024).
-
-    Examples
-    --------
-    >>> method = gs.attention.SeerAttention(density=0.2)  # doctest: +SKIP
-    >>> method = gs.calibrate_attention(model, method, batches)  # doctest: +SKIP
-    >>> with gs.sparse_attention(model, method):  # doctest: +SKIP
-    ...     model(ids)
     """
 
     threshold: float = 2e-3

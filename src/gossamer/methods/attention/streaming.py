@@ -46,11 +46,6 @@ class StreamingLLM:
     References
     ----------
     Efficient Streaming Language Models with Attention Sinks (2023).
-
-    Examples
-    --------
-    >>> with gs.sparse_attention(model, gs.attention.StreamingLLM(window=512)):
-    ...     model(ids)  # doctest: +SKIP
     """
 
     window: int = 1024

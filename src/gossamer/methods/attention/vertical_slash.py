@@ -54,11 +54,6 @@ class VerticalSlash:
     ----------
     MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention
     (2024).
-
-    Examples
-    --------
-    >>> with gs.sparse_attention(model, gs.attention.VerticalSlash(verticals=128, slashes=128)):
-    ...     model(ids)  # doctest: +SKIP
     """
 
     verticals: int = 512
