@@ -113,8 +113,9 @@ def test_matvec_reads_nothing_past_the_end(isa, dtype, density, shape, by_column
     for batch in (1, 2, 3, 4, 8):
         x = torch.randn(batch, shape[1])
         found = ops.linear(x, *ends)
+        # A sum of 1283 products in float32, in one order or another.
         torch.testing.assert_close(
-            found.double(), x.double() @ matrix.double().t(), rtol=1e-5, atol=5e-5
+            found.double(), x.double() @ matrix.double().t(), rtol=1e-5, atol=3e-4
         )
         x[0, 70], x[0, -1] = float("nan"), float("inf")
         strange = ops.linear(x, *ends)
