@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gossamer.claims.ledger import outcome
 from gossamer.core.card import Card
-from gossamer.methods import cards, find, summary
+from gossamer.methods import TOPICS, cards, find, summary
 
 OUT = Path(__file__).parent / "methods"
 BENCHMARKS = Path(__file__).parent / "guide" / "benchmarks.md"
@@ -133,9 +133,12 @@ print(run.result)"""
 
 def pages() -> dict[str, str]:
     """File name to content, the index included."""
-    lines = [f"- [{card.name}]({card.name}.md): {summary(find(card.name))}" for card in cards()]
-    index = "# Methods\n\nWritten from the cards by `make docs`.\n\n" + "\n".join(lines) + "\n"
-    return {"index.md": index, **{f"{card.name}.md": page(card) for card in cards()}}
+    parts = ["# Methods\n\nWritten from the cards by `make docs`.\n"]
+    for name, what in TOPICS.items():
+        lines = [f"- [{x.name}]({x.name}.md): {summary(find(x.name))}\n" for x in cards(name)]
+        if lines:
+            parts += [f"\n## {name.capitalize()}\n\nWhat becomes sparse: {what}.\n\n", *lines]
+    return {"index.md": "".join(parts), **{f"{card.name}.md": page(card) for card in cards()}}
 
 
 def benchmarks() -> str:
