@@ -174,3 +174,18 @@ def test_what_was_timed_is_remembered_between_processes(timed, tmp_path, monkeyp
     path.unlink()
     gs.compress(net(), latency=QuickLatency(AMPLE, store=keep), large_batches=False)
     assert not path.exists()  # of a busy machine nothing is kept
+
+
+def test_calls_that_read_longer_than_products_leave_it_to_the_rule(monkeypatch):
+    """On a busy machine: a difference of nothing would choose the kernel at random."""
+    shape = ProductShape(256, 256, 0.5)
+
+    def measured(kind, dtype, rows, shape):
+        tiny = shape.out == 16
+        return {"dense": 3e-6 if tiny else 2e-6, "bitmap-matvec": 1e-6 if tiny else 4e-6}
+
+    monkeypatch.setattr("gossamer.nn.kernel_choice.quick._measure", measured)
+    known = QuickLatency(AMPLE)
+    assert known.seconds("dense", "float32", 1, shape) == 2e-6
+    assert known.seconds("dense", "float32", 1, shape, calls=False) is None
+    assert known.seconds("bitmap-matvec", "float32", 1, shape, calls=False) is None

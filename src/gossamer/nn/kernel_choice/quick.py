@@ -49,11 +49,13 @@ class QuickLatency:
         self, kernel: str, dtype: str, rows: int, shape: ProductShape, calls: bool = True
     ) -> float | None:
         """Time of one product, as `LatencyModel.seconds`."""
-        taken = self._times(kernel, dtype, rows, shape).get(kernel)
-        if taken is None or calls:
-            return taken
-        call = self._times(kernel, dtype, rows, _TINY).get(kernel, 0.0)
-        return max(1e-9, taken - call)
+        times = self._times(kernel, dtype, rows, shape)
+        if calls or kernel not in times:
+            return times.get(kernel)
+        empty = self._times(kernel, dtype, rows, _TINY)
+        if any(empty.get(name, 0.0) >= taken for name, taken in times.items()):
+            return None  # others used the machine while calls were timed: the rule decides
+        return times[kernel] - empty.get(kernel, 0.0)
 
     def unpack_from(self, dtype: str, shape: ProductShape) -> int | None:
         """As `LatencyModel.unpack_from`, of two numbers of rows."""
