@@ -78,9 +78,9 @@ class Text:
 
 def llama(
     width: int, neurons: int, blocks: int, heads: int, groups: int, positions: int,
-    spread: float = 0.02,
+    spread: float = 0.02, symbols: int = 256,
 ) -> nn.Module:  # fmt: skip
-    """An untrained Llama of bytes, float32.
+    """An untrained Llama, of bytes unless it has other symbols, float32.
 
     groups: key-value heads. spread: standard deviation of the first weights, which come from torch's
     global generator. Raises MissingExtra without transformers.
@@ -90,7 +90,7 @@ def llama(
     except ImportError:
         raise MissingExtra("transformers", "hf") from None
     config = LlamaConfig(
-        vocab_size=256,
+        vocab_size=symbols,
         hidden_size=width,
         intermediate_size=neurons,
         num_hidden_layers=blocks,
