@@ -2,6 +2,7 @@
 
 from gossamer.api import compare, prune
 from gossamer.api_attention import attend, calibrate_attention, sparse_attention
+from gossamer.attention_comparison import AttentionComparison, compare_attention
 from gossamer.compression import CompressionReport, measure_compression
 from gossamer.core.allocation import (
     ER,
@@ -67,6 +68,7 @@ __all__ = [
     "LAMP",
     "NM",
     "OWL",
+    "AttentionComparison",
     "AttentionResult",
     "AttentionRun",
     "BatchTopK",
@@ -117,6 +119,7 @@ __all__ = [
     "calibrate_latency",
     "cards",
     "compare",
+    "compare_attention",
     "compare_training",
     "compress",
     "coupled_channels",

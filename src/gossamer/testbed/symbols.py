@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -170,6 +171,16 @@ class SymbolTask:
         """Ids and answers, int64 (prompts, length)."""
         made = self.made(seed)
         return torch.tensor([x.ids for x in made]), torch.tensor([x.answers for x in made])
+
+
+    def score(self, reader: Any, seed: int) -> float:
+        """Share of right answers; all of them are read with the prompt, none is written."""
+        ids, answers = self.batch(seed)
+        good = count = 0
+        for one, asked in zip(ids.split(1), answers.split(1), strict=True):
+            found = right(reader.read(one, every=True), asked)
+            good, count = good + found[0], count + found[1]
+        return good / count
 
 
 def right(logits: Tensor, answers: Tensor) -> tuple[int, int]:

@@ -6,13 +6,12 @@ question-answering sets (SQuAD, QuALITY and TOEFL), which are not bundled.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from gossamer.core.errors import UsageError
-from gossamer.testbed.long_context.base import Count, Question, Sample
+from gossamer.testbed.long_context.base import Question, Sample
 from gossamer.testbed.long_context.documents import DocumentAnswer, DocumentChoice
 from gossamer.testbed.long_context.retrieval import CommonWords, Needles, VariableTracking
 from gossamer.testbed.long_context.story import StoryFiltering, StoryMultiHop, StoryRetrieval
+from gossamer.testbed.long_context.tasks import Family, HeldOutText, Reader, TextTask
 
 __all__ = [
     "FAMILIES",
@@ -20,30 +19,18 @@ __all__ = [
     "DocumentAnswer",
     "DocumentChoice",
     "Family",
+    "HeldOutText",
     "Needles",
     "Question",
+    "Reader",
     "Sample",
     "StoryFiltering",
     "StoryMultiHop",
     "StoryRetrieval",
+    "TextTask",
     "VariableTracking",
     "family",
 ]
-
-
-class Family(Protocol):
-    """A family of tasks."""
-
-    @property
-    def name(self) -> str: ...
-
-    def sample(self, length: int, seed: int, count: Count) -> Sample:
-        """One prompt of 95% to 100% of `length` tokens, the same for the same seed.
-
-        count: the tokens of a text. Raises UsageError for lengths that the task cannot have.
-        """
-        ...
-
 
 FAMILIES: tuple[Family, ...] = (
     Needles(), VariableTracking(), CommonWords(), StoryRetrieval(), StoryMultiHop(),

@@ -86,8 +86,11 @@ def exact_match(written: str, answer: str) -> float:
 
 
 def intersection_over_union(written: str, answers: Iterable[str]) -> float:
-    """Of the items in the text, which commas, `and` or spaces separate, and the answers."""
-    cleaned = re.sub(r"\band\b", " ", written.lower())
+    """Of the items in the text, which commas, `and` or spaces separate, and the answers.
+
+    Numbers of a numbered list are no items.
+    """
+    cleaned = re.sub(r"\band\b|(?:^|(?<=\s))\d+\.(?=\s)", " ", written.lower())
     found = set(re.findall(r"[\w-]+", cleaned))
     wanted = {answer.lower() for answer in answers}
     return len(found & wanted) / len(found | wanted) if found | wanted else 1.0

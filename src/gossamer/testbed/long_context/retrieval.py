@@ -9,6 +9,12 @@ from gossamer.core.errors import UsageError
 from gossamer.testbed.long_context.base import Count, Question, Sample, filled
 from gossamer.testbed.long_context.words import cycled, lines, words
 
+_KEYS = (
+    "lantern compass violin kettle saddle telescope blanket hammer mirror basket candle anchor "
+    "flute ladder barrel ribbon needle goblet pillow shovel whistle saucer bucket lute garden "
+    "harbour castle forest island desert valley bridge market temple tavern tower river mountain "
+    "falcon beaver otter badger spider turtle pigeon salmon lizard donkey rabbit parrot"
+).split()
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -22,10 +28,13 @@ class Needles:
 
     def sample(self, length: int, seed: int, count: Count) -> Sample:
         """One prompt of 95% to 100% of `length` tokens."""
-        if not 1 <= self.queries <= self.needles:
-            raise UsageError(f"{self.queries} questions need as many needles, not {self.needles}")
+        if not 1 <= self.queries <= self.needles <= len(_KEYS):
+            raise UsageError(
+                f"{self.queries} questions need as many needles, and at most {len(_KEYS)}, not "
+                f"{self.needles}"
+            )
         rng = random.Random(f"{self.name} {seed}")
-        keys = rng.sample(words(), self.needles)
+        keys = rng.sample(_KEYS, self.needles)
         numbers = rng.sample(range(10_000, 100_000), self.needles)
         start, places = rng.randrange(len(lines())), [rng.random() for _ in keys]
         asked = rng.sample(range(self.needles), self.queries)
