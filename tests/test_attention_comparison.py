@@ -16,11 +16,11 @@ pytest.importorskip("transformers")
 
 
 def point(density=0.5, score=0.5, **other):
-    facts = dict(
-        model="m", method="blocksparse", setting=f"s{density}", task="needle", length=64, seed=0,
-        parameters=1000, linear=100.0, attention=100 * density, indexing=0.0, decode_bytes=1.0,
-        seconds=1.0,
-    )  # fmt: skip
+    facts = {
+        "model": "m", "method": "blocksparse", "setting": f"s{density}", "task": "needle", "length": 64, "seed": 0,
+        "parameters": 1000, "linear": 100.0, "attention": 100 * density, "indexing": 0.0, "decode_bytes": 1.0,
+        "seconds": 1.0,
+    }  # fmt: skip
     return Point(**{**facts, "density": density, "score": score, **other})
 
 
@@ -117,9 +117,7 @@ def test_scores_at_a_density_lie_between_neighbours():
 
 def test_the_front_has_no_point_that_another_beats():
     generator = torch.Generator().manual_seed(0)
-    points = [
-        point(float(d), float(s)) for d, s in torch.rand(40, 2, generator=generator).tolist()
-    ]
+    points = [point(float(d), float(s)) for d, s in torch.rand(40, 2, generator=generator).tolist()]
     for better, sign in (("higher", 1), ("lower", -1)):
         front = pareto(points, lambda p: p.flops, better)
         for one in points:

@@ -74,9 +74,7 @@ class Reader:
     @torch.no_grad()
     def go_on(self, ids: Tensor) -> Tensor:
         """Logits of the last place behind further tokens (batch, tokens), attended densely."""
-        output = self._model(
-            ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-        )
+        output = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._cache = output.past_key_values
         logits: Tensor = output.logits
         return logits

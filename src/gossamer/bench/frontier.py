@@ -17,7 +17,13 @@ from gossamer.attention_comparison import AttentionComparison, LongTask, compare
 from gossamer.core.errors import UsageError
 from gossamer.engine.measure.frontier import DENSE, Point, fit, means
 from gossamer.testbed import symbol_model
-from gossamer.testbed.long_context import CommonWords, HeldOutText, Needles, TextTask, VariableTracking
+from gossamer.testbed.long_context import (
+    CommonWords,
+    HeldOutText,
+    Needles,
+    TextTask,
+    VariableTracking,
+)
 from gossamer.testbed.packaged import folder
 from gossamer.testbed.symbols import SymbolTask
 
@@ -71,7 +77,9 @@ def smollm2() -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = folder("smollm2")
-    model: Any = AutoModelForCausalLM.from_pretrained(place, dtype="bfloat16", local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        place, dtype="bfloat16", local_files_only=True
+    )
     return model.eval(), AutoTokenizer.from_pretrained(place, local_files_only=True)
 
 

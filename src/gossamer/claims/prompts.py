@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,20 +15,21 @@ import gossamer as gs
 from gossamer.attention_comparison import Everything
 from gossamer.claims.language import subject
 from gossamer.core.attention import AttentionCall
-from gossamer.core.text import windows
+from gossamer.core.text import token_ids, windows
 from gossamer.engine.inputs.attend import run_layout
 from gossamer.engine.inputs.counting import full_layout, pairs, possible_pairs
 from gossamer.engine.measure.frontier import DENSE, at_density, means
 from gossamer.methods import build
 from gossamer.testbed import heldout_text, language_model, symbol_model
+from gossamer.testbed.packaged import folder
 from gossamer.testbed.symbols import SymbolTask
 
 LENGTH = 1024
-LAYERS = (1, 8, 15, 22, 29)
+LAYERS = (2, 11, 20, 29)
 """Of SmolLM2's 30, for recall."""
 WHERE = (
-    "SmolLM2-135M in float32, windows of 1024 tokens of held-out documentation, one for each seed; "
-    "recall is the mean over layers 1, 8, 15, 22 and 29 on the dense run's queries and keys."
+    "SmolLM2-135M in bfloat16, windows of 1024 tokens of held-out documentation, one for each seed; "
+    "recall is the mean over layers 2, 11, 20 and 29 on the dense run's queries and keys."
 )
 SYMBOLS = (
     "The bundled model of symbols (0.9 million parameters, prompts of 512 symbols, 32 questions of "
@@ -71,7 +73,7 @@ class _Keeper:
 @cache
 def language(short: bool) -> Any:
     """SmolLM2; the bundled byte-level model for the short form."""
-    return language_model() if short else subject().model
+    return language_model() if short else subject(torch.bfloat16).model
 
 
 def window(seed: int, short: bool, length: int = LENGTH) -> Tensor:
@@ -84,11 +86,16 @@ def window(seed: int, short: bool, length: int = LENGTH) -> Tensor:
 
 @cache
 def _held_out() -> Tensor:
-    return subject().ids(heldout_text())
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder("smollm2"), local_files_only=True)
+    return token_ids(tokenizer, heldout_text())
 
 
 @torch.no_grad()
-def calls(model: nn.Module, ids: Tensor, layers: Sequence[int] | None = None) -> list[AttentionCall]:
+def calls(
+    model: nn.Module, ids: Tensor, layers: Sequence[int] | None = None
+) -> list[AttentionCall]:
     """What some layers, or all, are called with in a dense run."""
     keeper = _Keeper(layers)
     with gs.sparse_attention(model, keeper, dense_below=0):
@@ -96,6 +103,7 @@ def calls(model: nn.Module, ids: Tensor, layers: Sequence[int] | None = None) ->
     return keeper.calls
 
 
+@cache
 def language_calls(seed: int, short: bool) -> list[AttentionCall]:
     """Of the language model on a seed's window."""
     return calls(language(short), window(seed, short)[:, :-1], (0, 2) if short else LAYERS)
@@ -120,8 +128,10 @@ def _dense(called: tuple[AttentionCall, ...]) -> list[Tensor]:
     return [run_layout(call, full_layout(call))[1] for call in called]
 
 
-def curve(called: Sequence[AttentionCall], name: str) -> list[tuple[float, float]]:
-    """Density and recall at each of a method's settings."""
+@cache
+def curve(seed: int, short: bool, name: str) -> list[tuple[float, float]]:
+    """Density and recall at each of a method's settings, on a seed's calls."""
+    called = language_calls(seed, short)
     return [figures(called, setting) for setting in CURVES[name]]
 
 
@@ -134,7 +144,7 @@ def at(found: Sequence[tuple[float, float]], density: float) -> float:
     known = sorted([*found, (1.0, 1.0)])
     if density <= known[0][0]:
         return known[0][1]
-    for (low, before), (high, after) in zip(known, known[1:], strict=False):
+    for (low, before), (high, after) in pairwise(known):
         if low <= density <= high:
             share = math.log(density / low) / math.log(high / low) if high > low else 1.0
             return before + share * (after - before)

@@ -22,6 +22,8 @@ from gossamer.core.errors import UsageError
 BOS, SET, ASK, TALLY = range(4)
 NUMBERS = range(4, 13)
 """The symbol of n is NUMBERS[n], n from 0 to 8."""
+COUNTS = (1, 2, 4, 8)
+"""How often a counted word occurs, in tasks and in training."""
 VALUES = range(16, 40)
 NAMES = range(40, 88)
 WORDS = range(88, 104)
@@ -141,8 +143,8 @@ def _body(
 class SymbolTask:
     """Questions of one kind, for models of the language of symbols; the score is exact match.
 
-    name: `needle` (8 needles), `multi-hop` (4 chains of 2 hops) or `counting` (10 words, each 1 to
-    8 times); four of them are asked. length: symbols of a prompt. prompts: read for each seed.
+    name: `needle` (8 needles), `multi-hop` (4 chains of 2 hops) or `counting` (10 words, each 1, 2,
+    4 or 8 times); four of them are asked. length: symbols of a prompt. prompts: read for each seed.
     """
 
     name: str
@@ -165,13 +167,12 @@ class SymbolTask:
             return Content(hops=(0,) * 8)
         if self.name == "multi-hop":
             return Content(hops=(2,) * 4)
-        return Content(counts=tuple(rng.randint(1, len(NUMBERS) - 1) for _ in range(10)))
+        return Content(counts=tuple(rng.choice(COUNTS) for _ in range(10)))
 
     def batch(self, seed: int) -> tuple[Tensor, Tensor]:
         """Ids and answers, int64 (prompts, length)."""
         made = self.made(seed)
         return torch.tensor([x.ids for x in made]), torch.tensor([x.answers for x in made])
-
 
     def score(self, reader: Any, seed: int) -> float:
         """Share of right answers; all of them are read with the prompt, none is written."""

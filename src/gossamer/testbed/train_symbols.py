@@ -99,7 +99,7 @@ def content(length: int, rng: random.Random) -> Content:
     hops: list[int] = []
     counts: list[int] = []
     while len(counts) < len(symbols.WORDS):
-        chain, count = rng.choice((0, 0, 1, 2)), rng.randint(1, len(symbols.NUMBERS) - 1)
+        chain, count = rng.choice((0, 0, 1, 2)), rng.choice(symbols.COUNTS)
         cost = 3 * (chain + 2) + count + 3
         names = sum(hops) + len(hops) + chain + 1
         if cost > room or names > len(symbols.NAMES):

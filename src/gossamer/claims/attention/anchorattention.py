@@ -16,7 +16,7 @@ def one(seed: int, short: bool) -> dict[str, float]:
     called = language_calls(seed, short)
     density, recall = figures(called, SETTING)
     found = {"density": density, "recall": recall}
-    found |= {f"recall, {name}": at(curve(called, name), density) for name in RIVALS}
+    found |= {f"recall, {name}": at(curve(seed, short, name), density) for name in RIVALS}
     hot = [hot_call(512 if short else 2048, seed=seed)[0]]
     anchor = gs.attention.AnchorAttention(6, step=4, block=64)
     density, recall = figures(hot, anchor)

@@ -25,7 +25,9 @@ def promises(found: Figures) -> list[Promise]:
     """Needles outlast counting and multi-hop, and density is at most what was asked."""
 
     def kept(task: str, density: float) -> list[float]:
-        both = zip(found[f"{task}, blocksparse at {density:g}"], found[f"{task}, dense"], strict=True)
+        both = zip(
+            found[f"{task}, blocksparse at {density:g}"], found[f"{task}, dense"], strict=True
+        )
         return [sparse / max(dense, 1e-9) for sparse, dense in both]
 
     lines = [

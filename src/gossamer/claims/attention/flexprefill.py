@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gossamer as gs
 from gossamer.claims.ledger import Claim, Figures, Promise, promise
-from gossamer.claims.prompts import SYMBOLS, WHERE, at, curve, language_calls, symbol_scores
+from gossamer.claims.prompts import SYMBOLS, WHERE, at, curve, symbol_scores
 
 FIXED = ("verticalslash", "streamingllm")
 DENSITY = 0.3
@@ -12,9 +12,8 @@ DENSITY = 0.3
 
 def one(seed: int, short: bool) -> dict[str, float]:
     """Recall beside fixed budgets, and two tasks on symbols."""
-    called = language_calls(seed, short)
     names = ("flexprefill", *FIXED)
-    found = {f"recall, {name}": at(curve(called, name), DENSITY) for name in names}
+    found = {f"recall, {name}": at(curve(seed, short, name), DENSITY) for name in names}
     tasks = ("needle", "counting")
     return found | symbol_scores(("flexprefill", "verticalslash"), seed, short, tasks, (DENSITY,))
 

@@ -68,7 +68,7 @@ CLAIM = Claim(
     gs.attention.StreamingLLM,
     "With 4 first keys kept, windowed attention stays stable over millions of tokens; without them "
     "quality collapses.",
-    f"SmolLM2-135M in float32 on windows of 1024 tokens of held-out documentation, one for each "
+    f"SmolLM2-135M in bfloat16 on windows of 1024 tokens of held-out documentation, one for each "
     f"seed, attended within {WINDOW} tokens. Bits per token, lower is better.",
     one,
     promises,

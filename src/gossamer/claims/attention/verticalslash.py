@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import gossamer as gs
 from gossamer.claims.ledger import Claim, Figures, Promise, promise
-from gossamer.claims.prompts import SYMBOLS, WHERE, at, curve, language_calls, symbol_scores
+from gossamer.claims.prompts import SYMBOLS, WHERE, at, curve, symbol_scores
 
 DENSITIES = (0.15, 0.3)
 
 
 def one(seed: int, short: bool) -> dict[str, float]:
     """Recall beside a fixed window, and needles on symbols."""
-    called = language_calls(seed, short)
     found: dict[str, float] = {}
     for name in ("verticalslash", "streamingllm"):
-        known = curve(called, name)
+        known = curve(seed, short, name)
         found |= {f"recall, {name} at {density:g}": at(known, density) for density in DENSITIES}
     names = ("verticalslash", "streamingllm")
     return found | symbol_scores(names, seed, short, ("needle",), (0.3,))

@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from statistics import fmean
 
 import torch
@@ -94,7 +95,7 @@ def at_density(
     known = sorted(((point.density, value(point)) for point in points), key=lambda one: one[0])
     if not known or not known[0][0] <= density <= known[-1][0]:
         return None
-    for (low, before), (high, after) in zip(known, known[1:], strict=False):
+    for (low, before), (high, after) in pairwise(known):
         if low <= density <= high and high > low:
             share = math.log(density / low) / math.log(high / low)
             return before + share * (after - before)
@@ -161,10 +162,10 @@ def fit(points: Sequence[Point], least: float = 0.5, ridge: float = 1e-3) -> Law
     weights = torch.linalg.solve(a, x[mask].T @ y[mask])
     rest = (score - torch.sigmoid(x @ weights)).square()
     out = score[~mask]
-    constant = float(weights[0] - weights[1:] @ centre)
+    size, length, sparsity = weights[1:].tolist()
     return Law(
-        constant, *weights[1:].tolist(), int(mask.sum()), len(out), float(rest[mask].mean().sqrt()),
-        float(rest[~mask].mean().sqrt()) if len(out) else 0.0,
+        float(weights[0] - weights[1:] @ centre), size, length, sparsity, int(mask.sum()), len(out),
+        float(rest[mask].mean().sqrt()), float(rest[~mask].mean().sqrt()) if len(out) else 0.0,
         float(out.std(correction=0)) if len(out) else 0.0,
     )  # fmt: skip
 

@@ -9,12 +9,58 @@ from gossamer.core.errors import UsageError
 from gossamer.testbed.long_context.base import Count, Question, Sample, filled
 from gossamer.testbed.long_context.words import cycled, lines, words
 
-_KEYS = (
-    "lantern compass violin kettle saddle telescope blanket hammer mirror basket candle anchor "
-    "flute ladder barrel ribbon needle goblet pillow shovel whistle saucer bucket lute garden "
-    "harbour castle forest island desert valley bridge market temple tavern tower river mountain "
-    "falcon beaver otter badger spider turtle pigeon salmon lizard donkey rabbit parrot"
-).split()
+_KEYS = [
+    "lantern",
+    "compass",
+    "violin",
+    "kettle",
+    "saddle",
+    "telescope",
+    "blanket",
+    "hammer",
+    "mirror",
+    "basket",
+    "candle",
+    "anchor",
+    "flute",
+    "ladder",
+    "barrel",
+    "ribbon",
+    "needle",
+    "goblet",
+    "pillow",
+    "shovel",
+    "whistle",
+    "saucer",
+    "bucket",
+    "lute",
+    "garden",
+    "harbour",
+    "castle",
+    "forest",
+    "island",
+    "desert",
+    "valley",
+    "bridge",
+    "market",
+    "temple",
+    "tavern",
+    "tower",
+    "river",
+    "mountain",
+    "falcon",
+    "beaver",
+    "otter",
+    "badger",
+    "spider",
+    "turtle",
+    "pigeon",
+    "salmon",
+    "lizard",
+    "donkey",
+    "rabbit",
+    "parrot",
+]
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -83,7 +129,9 @@ class VariableTracking:
         start, asked = rng.randrange(len(lines())), rng.randrange(self.chains)
         answer = tuple(drawn[asked * size : (asked + 1) * size])
         question = Question(
-            f"\nThe {size} variables that are assigned the value {values[asked]} are:", answer, "IoU"
+            f"\nThe {size} variables that are assigned the value {values[asked]} are:",
+            answer,
+            "IoU",
         )
 
         def make(amount: int) -> Sample:

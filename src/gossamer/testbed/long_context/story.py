@@ -8,20 +8,86 @@ from dataclasses import dataclass
 
 from gossamer.testbed.long_context.base import Count, Question, Sample, filled
 
-_PLACES = (
-    "Arlen Bodmin Calder Dunmore Eastry Falkirk Garrow Helmsley Ilkley Jarrow Kelso Langport "
-    "Malvern Norwell Oakham Penrith Quarley Romsey Selkirk Thirsk Ulverton Ventnor Whitby Yarrow"
-).split()
-_PEOPLE = (
-    "Agnes Bruno Clara Dorian Edith Felix Greta Hugo Irene Jonas Karla Leopold Magda Nestor Olga "
-    "Pascal Rosa Simon Thea Ulrich Vera Walter Xenia Yves"
-).split()
-_THINGS = (
-    "lantern compass violin kettle saddle telescope blanket hammer mirror basket candle anchor "
-    "flute ladder barrel ribbon needle goblet pillow shovel whistle saucer bucket lute"
-).split()
-_COLOURS = "red green blue black white brown yellow grey".split()
-_KINDS = "small large worn new plain heavy broken costly".split()
+_PLACES = [
+    "Arlen",
+    "Bodmin",
+    "Calder",
+    "Dunmore",
+    "Eastry",
+    "Falkirk",
+    "Garrow",
+    "Helmsley",
+    "Ilkley",
+    "Jarrow",
+    "Kelso",
+    "Langport",
+    "Malvern",
+    "Norwell",
+    "Oakham",
+    "Penrith",
+    "Quarley",
+    "Romsey",
+    "Selkirk",
+    "Thirsk",
+    "Ulverton",
+    "Ventnor",
+    "Whitby",
+    "Yarrow",
+]
+_PEOPLE = [
+    "Agnes",
+    "Bruno",
+    "Clara",
+    "Dorian",
+    "Edith",
+    "Felix",
+    "Greta",
+    "Hugo",
+    "Irene",
+    "Jonas",
+    "Karla",
+    "Leopold",
+    "Magda",
+    "Nestor",
+    "Olga",
+    "Pascal",
+    "Rosa",
+    "Simon",
+    "Thea",
+    "Ulrich",
+    "Vera",
+    "Walter",
+    "Xenia",
+    "Yves",
+]
+_THINGS = [
+    "lantern",
+    "compass",
+    "violin",
+    "kettle",
+    "saddle",
+    "telescope",
+    "blanket",
+    "hammer",
+    "mirror",
+    "basket",
+    "candle",
+    "anchor",
+    "flute",
+    "ladder",
+    "barrel",
+    "ribbon",
+    "needle",
+    "goblet",
+    "pillow",
+    "shovel",
+    "whistle",
+    "saucer",
+    "bucket",
+    "lute",
+]
+_COLOURS = ["red", "green", "blue", "black", "white", "brown", "yellow", "grey"]
+_KINDS = ["small", "large", "worn", "new", "plain", "heavy", "broken", "costly"]
 _ITEMS = [f"{kind} {colour} {thing}" for kind in _KINDS for colour in _COLOURS for thing in _THINGS]
 _WEATHER = (
     "It had rained since the morning", "A cold wind came from the hills", "The sun was low",
