@@ -119,7 +119,6 @@ GENEROUS = {
 """The same with budgets above any length, which keep every pair."""
 
 
-
 @dataclass(frozen=True)
 class Layer:
     """make(): the layer, sparse on its inputs; full(): the same with a budget that keeps all.
