@@ -2,6 +2,7 @@
 
 from gossamer.methods.attention.anchor import AnchorAttention
 from gossamer.methods.attention.block_sparse import BlockSparse
+from gossamer.methods.attention.drsformer import DRSformer
 from gossamer.methods.attention.flex_prefill import FlexPrefill
 from gossamer.methods.attention.seer import SeerAttention
 from gossamer.methods.attention.streaming import StreamingLLM
@@ -10,6 +11,7 @@ from gossamer.methods.attention.vertical_slash import VerticalSlash
 __all__ = [
     "AnchorAttention",
     "BlockSparse",
+    "DRSformer",
     "FlexPrefill",
     "SeerAttention",
     "StreamingLLM",
