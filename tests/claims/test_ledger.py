@@ -43,10 +43,13 @@ NOT_TRIED = {"weights.dsnot", "weights.monarch"} | {
     f"attention.{name}"
     for name in (
         "anchorattention",
+        "biformer",
         "blocksparse",
         "drsformer",
         "flexprefill",
+        "paraformer",
         "seerattention",
+        "sparsifiner",
         "streamingllm",
         "verticalslash",
     )

@@ -6,6 +6,7 @@ at hand; supports are updated every `every` steps. Variants follow a dash.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import dense_layers
 import torch
@@ -147,7 +148,29 @@ def normal(*shape):
     return lambda generator: (torch.randn(*shape, generator=generator),)
 
 
+def documents(generator):
+    """Queries, sentences, and which of them are no padding."""
+    query, sentences = (
+        torch.randn(3, 8, generator=generator),
+        torch.randn(3, 7, 8, generator=generator),
+    )
+    return query, sentences, torch.arange(7) < torch.tensor([[7], [4], [2]])
+
+
 LAYERS = {
+    "biformer": Layer(
+        make=lambda: A.BiFormer(8, 2, regions=3, routes=2, local=3),
+        full=lambda: A.BiFormer(8, 2, regions=3, routes=9, local=3),
+        inputs=normal(2, 8, 7, 9),
+        shape=lambda x: x.shape,
+        masked=dense_layers.biformer,
+        dense=partial(dense_layers.biformer, whole=True),
+        bad=(lambda x: (x[0],), lambda x: (x[:, :7],), lambda x: (x[:, :, :0],)),
+        refused=(
+            {"channels": 8, "heads": 3}, {"channels": 8, "regions": 0}, {"channels": 8, "routes": 0},
+            {"channels": 8, "local": 4},
+        ),
+    ),
     "drsformer": Layer(
         make=lambda: A.DRSformer(12, 2),
         full=lambda: A.DRSformer(12, 2, shares=(1.0,) * 4),
@@ -160,6 +183,36 @@ LAYERS = {
             {"channels": 12, "heads": 5}, {"channels": 0}, {"channels": 4, "heads": 4},
             {"channels": 12, "shares": ()}, {"channels": 12, "shares": (1.5,)},
         ),
+    ),
+    "paraformer": Layer(
+        make=lambda: A.Paraformer(8),
+        full=lambda: A.Paraformer(8, weights="softmax"),
+        inputs=documents,
+        shape=lambda query, sentences, real: (len(query), 2),
+        masked=dense_layers.paraformer,
+        dense=partial(dense_layers.paraformer, whole=True),
+        bad=(
+            lambda query, sentences, real: (query[:2], sentences, real),
+            lambda query, sentences, real: (query, sentences[..., :7], real),
+            lambda query, sentences, real: (query, sentences, real[:, :6]),
+            lambda query, sentences, real: (query, sentences, real.float()),
+        ),
+        refused=({"width": 0}, {"classes": 0}, {"weights": "entmax"}),
+    ),
+    "sparsifiner": Layer(
+        make=lambda: A.Sparsifiner(16, 13, 2),
+        full=lambda: A.Sparsifiner(16, 13, 2, density=1.0),
+        inputs=normal(2, 13, 16),
+        shape=lambda x: x.shape,
+        masked=dense_layers.sparsifiner,
+        dense=partial(dense_layers.sparsifiner, whole=True),
+        bad=(lambda x: (x[:, :12],), lambda x: (x[..., :15],), lambda x: (x[0],)),
+        refused=(
+            {"width": 16, "tokens": 13, "heads": 3}, {"width": 16, "tokens": 0, "heads": 2},
+            {"width": 16, "tokens": 13, "heads": 2, "density": 0.0},
+            {"width": 16, "tokens": 13, "heads": 2, "rank": 0},
+        ),
+        silent=("predictor", "compress", "basis"),
     ),
 }  # fmt: skip
 """Methods that are modules, used directly."""

@@ -33,3 +33,68 @@ def restormer(layer, x):
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     shares = (torch.einsum("bhcp,bhdp->bhcd", q, k) * layer.temperature).softmax(-1)
     return layer.project((layer.weights.sum() * shares @ v).reshape(x.shape))
+
+
+def regions_of(layer, height, width):
+    """int64 (pixels,): the region of each pixel, cut with the last ones short."""
+    rows, columns = (-(-side // layer.regions) for side in (height, width))
+    row = torch.arange(height) // rows
+    return (row.unsqueeze(1) * layer.regions + torch.arange(width) // columns).flatten()
+
+
+def biformer(layer, x, whole=False):
+    """Pixels in their own order, each with the pixels of its region's routes."""
+    batch, channels, height, width = x.shape
+    q, k, v = layer.qkv(x).flatten(2).chunk(3, dim=1)
+    region = regions_of(layer, height, width)
+    kinds = region.unique()
+    means = [torch.stack([p[:, :, region == r].mean(-1) for r in kinds], 1) for p in (q, k)]
+    routes = top(means[0] @ means[1].transpose(1, 2), layer.routes)
+    place = torch.searchsorted(kinds, region)
+    mask = routes[:, place][:, :, place].unsqueeze(1)
+    q, k, seen = (p.reshape(batch, layer.heads, -1, height * width).mT for p in (q, k, v))
+    logits = q @ k.mT / channels**0.5
+    if not whole:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    out = (logits.softmax(-1) @ seen).mT.reshape(x.shape)
+    return layer.project(out + layer.local(v.reshape(x.shape)))
+
+
+def sparsifiner(layer, x, whole=False):
+    """Masked by the largest entries of |basis| times the largest coefficients."""
+    batch, count, _ = x.shape
+    q, k, v = (
+        part.reshape(batch, count, layer.heads, -1).transpose(1, 2)
+        for part in layer.qkv(x).chunk(3, dim=-1)
+    )
+    short = torch.einsum("bhnc,nr->bhcr", layer.predictor["key"](k), layer.compress)
+    weights = (layer.predictor["query"](q) @ short / layer.heads**0.5).softmax(-1)
+    weights = weights * top(weights, layer.coefficients)
+    basis = torch.where(layer.basis.abs() > layer.threshold, layer.basis.abs(), 0.0)
+    mask = top(weights @ basis.T, layer.budget)
+    mask[:, :, 0] = True
+    logits = q @ k.mT * q.shape[-1] ** -0.5
+    if not whole:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    return layer.project((logits.softmax(-1) @ v).transpose(1, 2).reshape(x.shape))
+
+
+def simplex(logits):
+    """Sparsemax by bisection of its threshold."""
+    low, high = logits.amin(-1, keepdim=True) - 1, logits.amax(-1, keepdim=True)
+    for _ in range(100):
+        middle = (low + high) / 2
+        above = (logits - middle).clamp(min=0).sum(-1, keepdim=True) > 1
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return (logits - low).clamp(min=0)
+
+
+def paraformer(layer, query, sentences, real, whole=False):
+    """One document after another, without its padding."""
+    found = []
+    for asked, rows, there in zip(query @ layer.ask.weight.T, sentences, real):
+        scores = rows[there] @ asked
+        shares = scores.softmax(-1) if whole else simplex(scores)
+        seen = layer.mix.weight @ torch.cat([shares @ rows[there], asked])
+        found.append(layer.classify(seen.tanh()))
+    return torch.stack(found)
