@@ -14,7 +14,9 @@ import torch
 import gossamer as gs
 from gossamer.core.step import Step
 from gossamer.methods import methods
+from gossamer.methods.attention.adjacency import both_ways, layout_of
 from gossamer.nn.attention_gate import BlockGate
+from gossamer.ops.attention import Layout
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ class Layer:
     output. masked(layer, *inputs): the output by dense maps under the layer's own choice; dense:
     without any choice. bad: each makes inputs that are refused, from good ones; refused: options.
     silent: how names of parameters begin that the output gives no gradient. batched: whether the
-    first axis of the inputs is a batch of independent ones.
+    first axis of the inputs is a batch of independent ones. generous(*inputs): the inputs that give
+    a full budget, where it is not the layer that has it.
     """
 
     make: Callable
@@ -141,11 +144,24 @@ class Layer:
     refused: tuple = ()
     silent: tuple = ()
     batched: bool = True
+    generous: Callable = lambda *inputs: inputs
 
 
 def normal(*shape):
     """A function that draws one such tensor."""
     return lambda generator: (torch.randn(*shape, generator=generator),)
+
+
+def ring(generator):
+    """A batch of fields on a ring of 10 nodes, with an eleventh that has no edge."""
+    node = torch.arange(10)
+    edges = both_ways(torch.stack([node, (node + 1) % 10]))
+    return torch.randn(2, 11, 5, generator=generator), layout_of(edges, 11)
+
+
+def complete(nodes):
+    """Every pair, a node with itself included."""
+    return Layout.from_mask(torch.ones(nodes, nodes, dtype=torch.bool))
 
 
 def documents(generator):
@@ -182,6 +198,23 @@ LAYERS = {
         refused=(
             {"channels": 12, "heads": 5}, {"channels": 0}, {"channels": 4, "heads": 4},
             {"channels": 12, "shares": ()}, {"channels": 12, "shares": (1.5,)},
+        ),
+    ),
+    "meshtransformer": Layer(
+        make=lambda: A.MeshTransformer(5, 2, width=8, layers=2, heads=2),
+        full=lambda: A.MeshTransformer(5, 2, width=8, layers=2, heads=2),
+        inputs=ring,
+        generous=lambda x, edges: (x, complete(11)),
+        shape=lambda x, edges: (*x.shape[:2], 2),
+        masked=dense_layers.mesh_transformer,
+        dense=partial(dense_layers.mesh_transformer, whole=True),
+        bad=(
+            lambda x, edges: (x[..., :4], edges), lambda x, edges: (x[0], edges),
+            lambda x, edges: (x[:, :10], edges),
+        ),
+        refused=(
+            {"features": 5, "outputs": 6}, {"features": 5, "outputs": 2, "heads": 3},
+            {"features": 5, "outputs": 2, "layers": 0},
         ),
     ),
     "paraformer": Layer(

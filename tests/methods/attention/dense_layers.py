@@ -98,3 +98,26 @@ def paraformer(layer, query, sentences, real, whole=False):
         seen = layer.mix.weight @ torch.cat([shares @ rows[there], asked])
         found.append(layer.classify(seen.tanh()))
     return torch.stack(found)
+
+
+def adjacency(layout):
+    """bool (queries, keys) of single keys of single queries."""
+    mask = torch.zeros(layout.queries, layout.keys, dtype=torch.bool)
+    row = torch.repeat_interleave(layout.token_offsets.flatten().diff())
+    mask[row, layout.tokens.long()] = True
+    return mask
+
+
+def mesh_transformer(layer, x, edges, whole=False):
+    """Every pair of nodes, with minus infinity where no edge is; a row without edges is 0."""
+    mask = adjacency(edges) | whole
+    hidden = layer.encode(x)
+    for block in layer.blocks:
+        parts = block.qkv(block.before(hidden)).unflatten(-1, (3, block.heads, -1))
+        q, k, v = (part.transpose(1, 2) for part in parts.unbind(2))
+        shares = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf).softmax(-1)
+        seen = (shares.nan_to_num() @ v).transpose(1, 2).flatten(2)
+        hidden = hidden + block.project(seen)
+        normal = block.between(hidden)
+        hidden = hidden + block.down(F.gelu(block.gate(normal)) * block.up(normal))
+    return layer.decode(hidden)

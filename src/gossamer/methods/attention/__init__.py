@@ -5,6 +5,7 @@ from gossamer.methods.attention.biformer import BiFormer
 from gossamer.methods.attention.block_sparse import BlockSparse
 from gossamer.methods.attention.drsformer import DRSformer
 from gossamer.methods.attention.flex_prefill import FlexPrefill
+from gossamer.methods.attention.mesh_transformer import MeshTransformer
 from gossamer.methods.attention.paraformer import Paraformer
 from gossamer.methods.attention.seer import SeerAttention
 from gossamer.methods.attention.sparsifiner import Sparsifiner
@@ -17,6 +18,7 @@ __all__ = [
     "BlockSparse",
     "DRSformer",
     "FlexPrefill",
+    "MeshTransformer",
     "Paraformer",
     "SeerAttention",
     "Sparsifiner",
