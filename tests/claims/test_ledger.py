@@ -50,6 +50,7 @@ NOT_TRIED = {"weights.dsnot", "weights.monarch"} | {
         "meshtransformer",
         "paraformer",
         "seerattention",
+        "sparsegraphtracker",
         "sparsifiner",
         "streamingllm",
         "verticalslash",

@@ -159,6 +159,20 @@ def ring(generator):
     return torch.randn(2, 11, 5, generator=generator), layout_of(edges, 11)
 
 
+def two_frames(generator):
+    """Appearances of 5 and 6 detections, of which the last has no pair."""
+    pairs = (torch.rand(5, 5, generator=generator) < 0.5).nonzero().t()
+    shapes = ((5, 8), (6, 8), (pairs.shape[1], 6))
+    return *(torch.randn(*shape, generator=generator) for shape in shapes), pairs
+
+
+def every_pair(previous, current, relations, pairs):
+    """The same relations, and those of all other pairs are 0."""
+    whole = relations.new_zeros(len(previous), len(current), 6)
+    whole[pairs[0], pairs[1]] = relations
+    return previous, current, whole.flatten(0, 1), torch.ones(whole.shape[:2]).nonzero().t()
+
+
 def complete(nodes):
     """Every pair, a node with itself included."""
     return Layout.from_mask(torch.ones(nodes, nodes, dtype=torch.bool))
@@ -231,6 +245,23 @@ LAYERS = {
             lambda query, sentences, real: (query, sentences, real.float()),
         ),
         refused=({"width": 0}, {"classes": 0}, {"weights": "entmax"}),
+    ),
+    "sparsegraphtracker": Layer(
+        make=lambda: A.SparseGraphTracker(8, 4, 2),
+        full=lambda: A.SparseGraphTracker(8, 4, 2),
+        inputs=two_frames,
+        generous=every_pair,
+        shape=lambda previous, current, relations, pairs: (pairs.shape[1] + len(current),),
+        masked=dense_layers.sparse_graph_tracker,
+        dense=lambda layer, *inputs: dense_layers.sparse_graph_tracker(layer, *every_pair(*inputs)),
+        bad=(
+            lambda a, b, relations, pairs: (a[:, :7], b, relations, pairs),
+            lambda a, b, relations, pairs: (a, b, relations[:, :5], pairs),
+            lambda a, b, relations, pairs: (a, b, relations, pairs + 1),
+            lambda a, b, relations, pairs: (a, b, relations, pairs.float()),
+        ),
+        refused=({"width": 0}, {"width": 8, "rounds": 0}, {"width": 8, "edge_width": 0}),
+        batched=False,
     ),
     "sparsifiner": Layer(
         make=lambda: A.Sparsifiner(16, 13, 2),

@@ -121,3 +121,24 @@ def mesh_transformer(layer, x, edges, whole=False):
         normal = block.between(hidden)
         hidden = hidden + block.down(F.gelu(block.gate(normal)) * block.up(normal))
     return layer.decode(hidden)
+
+
+def sparse_graph_tracker(layer, previous, current, relations, pairs):
+    """Edges as a matrix of previous by current nodes; means over those that exist."""
+    there = torch.zeros(len(previous), len(current), 1)
+    there[pairs[0], pairs[1]] = 1
+    related = relations.new_zeros(len(previous), len(current), 6)
+    related[pairs[0], pairs[1]] = relations
+    start = layer.encode(related), layer.encode(related * related.new_tensor([-1] * 4 + [1] * 2))
+    onward, back = start
+    for _ in range(layer.rounds):
+        old = previous.unsqueeze(1).expand(-1, len(current), -1)
+        new = current.unsqueeze(0).expand(len(previous), -1, -1)
+        onward = layer.edge(torch.cat([new, old, start[0], onward], -1))
+        back = layer.edge(torch.cat([old, new, start[1], back], -1))
+        ahead = layer.forward_message(torch.cat([old, onward], -1)) * there
+        behind = layer.backward_message(torch.cat([new, back], -1)) * there
+        current = layer.node(ahead.sum(0) / there.sum(0).clamp(min=1))
+        previous = layer.node(behind.sum(1) / there.sum(1).clamp(min=1))
+    edges = layer.score_edge((onward + back) / 2)[pairs[0], pairs[1], 0]
+    return torch.cat([edges, layer.score_node(current)[:, 0]])

@@ -8,6 +8,7 @@ from gossamer.methods.attention.flex_prefill import FlexPrefill
 from gossamer.methods.attention.mesh_transformer import MeshTransformer
 from gossamer.methods.attention.paraformer import Paraformer
 from gossamer.methods.attention.seer import SeerAttention
+from gossamer.methods.attention.sparse_graph_tracker import SparseGraphTracker
 from gossamer.methods.attention.sparsifiner import Sparsifiner
 from gossamer.methods.attention.streaming import StreamingLLM
 from gossamer.methods.attention.vertical_slash import VerticalSlash
@@ -21,6 +22,7 @@ __all__ = [
     "MeshTransformer",
     "Paraformer",
     "SeerAttention",
+    "SparseGraphTracker",
     "Sparsifiner",
     "StreamingLLM",
     "VerticalSlash",
