@@ -47,6 +47,7 @@ NOT_TRIED = {"weights.dsnot", "weights.monarch"} | {
         "blocksparse",
         "drsformer",
         "flexprefill",
+        "gtsp",
         "meshtransformer",
         "paraformer",
         "seerattention",

@@ -214,6 +214,25 @@ LAYERS = {
             {"channels": 12, "shares": ()}, {"channels": 12, "shares": (1.5,)},
         ),
     ),
+    "gtsp": Layer(
+        make=lambda: A.GTSP(8, 4, tokens=0.5, active=0.75),
+        full=lambda: A.GTSP(8, 4),
+        inputs=lambda generator: (
+            torch.randn(3, 7, 8, generator=generator),
+            torch.arange(7) < torch.tensor([[7], [4], [1]]),
+        ),
+        shape=lambda x, real: x.shape,
+        masked=dense_layers.gtsp,
+        dense=partial(dense_layers.gtsp, whole=True),
+        bad=(
+            lambda x, real: (x[..., :7], real), lambda x, real: (x[:, :0], real[:, :0]),
+            lambda x, real: (x, real[:, :6]), lambda x, real: (x, real.float()),
+        ),
+        refused=(
+            {"width": 8, "heads": 3}, {"width": 8, "tokens": 0.0}, {"width": 8, "active": 1.5},
+            {"width": 8, "drop": -0.1},
+        ),
+    ),
     "meshtransformer": Layer(
         make=lambda: A.MeshTransformer(5, 2, width=8, layers=2, heads=2),
         full=lambda: A.MeshTransformer(5, 2, width=8, layers=2, heads=2),

@@ -142,3 +142,23 @@ def sparse_graph_tracker(layer, previous, current, relations, pairs):
         previous = layer.node(behind.sum(1) / there.sum(1).clamp(min=1))
     edges = layer.score_edge((onward + back) / 2)[pairs[0], pairs[1], 0]
     return torch.cat([edges, layer.score_node(current)[:, 0]])
+
+
+def gtsp(layer, x, real, whole=False):
+    """One graph after another: all of its pairs, with minus infinity at dropped nodes."""
+    found = x.clone()
+    for i, (nodes, there) in enumerate(zip(x, real)):
+        scores = layer.score(nodes)[:, 0].masked_fill(~there, -torch.inf)
+        count = max(1, int(layer.tokens * there.sum() + 1e-9))
+        kept = top(scores, count) & there
+        kept[there.nonzero().max()] = True
+        kept = there if whole else kept
+        parts = (
+            p(nodes).unflatten(-1, (layer.heads, -1)) for p in (layer.query, layer.key, layer.value)
+        )
+        q, k, v = (part.transpose(0, 1) for part in parts)
+        logits = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~kept, -torch.inf)
+        seen = logits.softmax(-1) @ v * layer.active[:, None, None]
+        change = layer.project(seen.transpose(0, 1).flatten(1))
+        found[i] = nodes + change * kept.unsqueeze(1)
+    return found

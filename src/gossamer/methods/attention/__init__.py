@@ -5,6 +5,7 @@ from gossamer.methods.attention.biformer import BiFormer
 from gossamer.methods.attention.block_sparse import BlockSparse
 from gossamer.methods.attention.drsformer import DRSformer
 from gossamer.methods.attention.flex_prefill import FlexPrefill
+from gossamer.methods.attention.gtsp import GTSP
 from gossamer.methods.attention.mesh_transformer import MeshTransformer
 from gossamer.methods.attention.paraformer import Paraformer
 from gossamer.methods.attention.seer import SeerAttention
@@ -14,6 +15,7 @@ from gossamer.methods.attention.streaming import StreamingLLM
 from gossamer.methods.attention.vertical_slash import VerticalSlash
 
 __all__ = [
+    "GTSP",
     "AnchorAttention",
     "BiFormer",
     "BlockSparse",

@@ -249,12 +249,11 @@ class Tracker:
             missing = (self.identity >= 0) & ~torch.isin(self.identity, identity)
             missing &= self.lost < self.options.patience
             old = self.nodes[missing]
-            nodes = Detections(
-                *(
-                    torch.cat([getattr(part, name) for part in (current, old)])
-                    for name in ("boxes", "scores", "appearance")
-                ),
-                current.image,
+            nodes = replace(
+                current,
+                boxes=torch.cat([current.boxes, old.boxes]),
+                scores=torch.cat([current.scores, old.scores]),
+                appearance=torch.cat([current.appearance, old.appearance]),
             )
             identity = torch.cat([identity, self.identity[missing]])
             lost = torch.cat([lost, self.lost[missing] + 1])
