@@ -43,10 +43,16 @@ NOT_TRIED = {"weights.dsnot", "weights.monarch"} | {
     f"attention.{name}"
     for name in (
         "anchorattention",
+        "biformer",
         "blocksparse",
         "drsformer",
         "flexprefill",
+        "gtsp",
+        "meshtransformer",
+        "paraformer",
         "seerattention",
+        "sparsegraphtracker",
+        "sparsifiner",
         "streamingllm",
         "verticalslash",
     )
