@@ -1,17 +1,27 @@
 """Attention: which pairs of queries and keys are computed, and which keys a cache keeps."""
 
+from gossamer.methods.attention.adaspa import AdaSpa
 from gossamer.methods.attention.anchor import AnchorAttention
 from gossamer.methods.attention.block_sparse import BlockSparse
 from gossamer.methods.attention.flex_prefill import FlexPrefill
+from gossamer.methods.attention.psa import PSA
+from gossamer.methods.attention.rettention import Rettention
 from gossamer.methods.attention.seer import SeerAttention
+from gossamer.methods.attention.sparse_vdit import SparseVDiT
 from gossamer.methods.attention.streaming import StreamingLLM
+from gossamer.methods.attention.svg2 import SVG2
 from gossamer.methods.attention.vertical_slash import VerticalSlash
 
 __all__ = [
+    "PSA",
+    "SVG2",
+    "AdaSpa",
     "AnchorAttention",
     "BlockSparse",
     "FlexPrefill",
+    "Rettention",
     "SeerAttention",
+    "SparseVDiT",
     "StreamingLLM",
     "VerticalSlash",
 ]
