@@ -108,7 +108,7 @@ class AdaSpa:
         check_count("AdaSpa", "block", self.block)
         check_number("AdaSpa", "first", self.first, 0, 1)
         check_number("AdaSpa", "good", self.good, 0, 1)
-        if not isinstance(self.again, int | float) or not 0 < self.again:
+        if not isinstance(self.again, int | float) or not self.again > 0:
             raise UsageError(f"AdaSpa: again is a share of the steps above 0, not {self.again!r}")
 
     def attend(self, call: AttentionCall, step: DenoisingStep, state: Found | None) -> Attended:
