@@ -135,6 +135,9 @@ STEPS = {
     "svg2": lambda: A.SVG2(8, 12, share=0.5, layers=0, start=4, block=16),
     "rettention": lambda: A.Rettention(share=0.1, every=3, block=16),
     "psa": lambda: A.PSA(rows=16, block=16, tile=16),
+    "videoblade": lambda: A.VideoBLADE(most=0.3, pool=5, block=16),
+    "videoblade-disjoint": lambda: A.VideoBLADE(most=0.3, pool=4, block=16, disjoint=True),
+    "lightforcing": lambda: A.LightForcing(0.4, 0.2, chunks=3, frames=1, block=16),
     "psa-mass": lambda: A.PSA("mass", (0.2, 0.4, 0.6, 0.8), 16, 16, 8, order="none"),
 }
 """Methods that follow denoising steps; sparse at some of 10 steps of GRID."""
@@ -145,6 +148,8 @@ GENEROUS_STEPS = {
     "svg2": lambda: A.SVG2(8, 12, share=1.0, least=1.0, layers=0, start=4),
     "rettention": lambda: A.Rettention(share=1.0, growth=0.0),
     "psa": lambda: A.PSA(shares=(1.0, 1.0, 1.0, 1.0)),
+    "videoblade": lambda: A.VideoBLADE(1.0, most=1.0, pool=16, disjoint=True),
+    "lightforcing": lambda: A.LightForcing(1.0, 1.0, chunks=3, frames=99),
 }
 """The same with budgets that keep every pair."""
 

@@ -2,8 +2,10 @@
 
 from gossamer.methods.attention.adaspa import AdaSpa
 from gossamer.methods.attention.anchor import AnchorAttention
+from gossamer.methods.attention.blade import VideoBLADE
 from gossamer.methods.attention.block_sparse import BlockSparse
 from gossamer.methods.attention.flex_prefill import FlexPrefill
+from gossamer.methods.attention.light_forcing import LightForcing
 from gossamer.methods.attention.psa import PSA
 from gossamer.methods.attention.rettention import Rettention
 from gossamer.methods.attention.seer import SeerAttention
@@ -19,9 +21,11 @@ __all__ = [
     "AnchorAttention",
     "BlockSparse",
     "FlexPrefill",
+    "LightForcing",
     "Rettention",
     "SeerAttention",
     "SparseVDiT",
     "StreamingLLM",
     "VerticalSlash",
+    "VideoBLADE",
 ]

@@ -118,14 +118,15 @@ class AdaSpa:
         if state is None:
             output, lse = dense(call)
             with torch.no_grad():
-                layout = self.layout(call, step, tile_mass(call, lse, self.block, self.block))
-            found = Found(lse.detach(), layout, step.number)
+                kept = self.choose(call, step, tile_mass(call, lse, self.block, self.block))
+            found = Found(lse.detach(), from_blocks(kept, call, self.block), step.number)
             return Attended(output, all_pairs(call), found, "dense", all_pairs(call))
         searching = self._searches(step, state.number)
         if searching:
             with torch.no_grad():
                 mass = tile_mass(call, state.lse, self.block, self.block)
-                state = Found(state.lse, self.layout(call, step, mass), step.number)
+                layout = from_blocks(self.choose(call, step, mass), call, self.block)
+                state = Found(state.lse, layout, step.number)
         output, _ = run(call, state.layout)
         pairs = count_pairs(state.layout, lists_of(call))
         if searching:
@@ -139,10 +140,6 @@ class AdaSpa:
             return int((number - self.first * step.total) / (self.again * step.total) + 1e-9)
 
         return done(step.number) > done(last)
-
-    def layout(self, call: AttentionCall, step: DenoisingStep, mass: Tensor) -> Layout:
-        """The tiles that are kept for a mass of each, (batch, heads, query blocks, key blocks)."""
-        return from_blocks(self.choose(call, step, mass), call, self.block)
 
     def choose(self, call: AttentionCall, step: DenoisingStep, mass: Tensor) -> Tensor:
         """bool, the shape of the masses."""
