@@ -1,7 +1,9 @@
 """Attention: which pairs of queries and keys are computed, and which keys a cache keeps."""
 
+from gossamer.methods.attention.adaspa import AdaSpa
 from gossamer.methods.attention.anchor import AnchorAttention
 from gossamer.methods.attention.biformer import BiFormer
+from gossamer.methods.attention.blade import VideoBLADE
 from gossamer.methods.attention.block_sparse import BlockSparse
 from gossamer.methods.attention.drsformer import DRSformer
 from gossamer.methods.attention.flex_prefill import FlexPrefill
@@ -11,11 +13,20 @@ from gossamer.methods.attention.paraformer import Paraformer
 from gossamer.methods.attention.seer import SeerAttention
 from gossamer.methods.attention.sparse_graph_tracker import SparseGraphTracker
 from gossamer.methods.attention.sparsifiner import Sparsifiner
+from gossamer.methods.attention.light_forcing import LightForcing
+from gossamer.methods.attention.psa import PSA
+from gossamer.methods.attention.rettention import Rettention
+from gossamer.methods.attention.seer import SeerAttention
+from gossamer.methods.attention.sparse_vdit import SparseVDiT
 from gossamer.methods.attention.streaming import StreamingLLM
+from gossamer.methods.attention.svg2 import SVG2
 from gossamer.methods.attention.vertical_slash import VerticalSlash
 
 __all__ = [
     "GTSP",
+    "PSA",
+    "SVG2",
+    "AdaSpa",
     "AnchorAttention",
     "BiFormer",
     "BlockSparse",
@@ -26,6 +37,11 @@ __all__ = [
     "SeerAttention",
     "SparseGraphTracker",
     "Sparsifiner",
+    "LightForcing",
+    "Rettention",
+    "SeerAttention",
+    "SparseVDiT",
     "StreamingLLM",
     "VerticalSlash",
+    "VideoBLADE",
 ]
