@@ -10,8 +10,8 @@ import torch
 from examples import (
     ATTENTION,
     GENEROUS,
-    LAYERS,
     GENEROUS_STEPS,
+    LAYERS,
     LEARNED,
     PLANNERS,
     PRUNERS,
@@ -165,7 +165,7 @@ def test_missing_statistics_and_bad_weights_name_the_layer():
 ROLES = {
     "scorer", "solver", "topology", "learned_mask", "replacer", "planner", "gradient_source",
     "recipe", "key_scorer", "layer",
-    "recipe", "key_scorer", "step_attention",
+    "step_attention",
 }  # fmt: skip
 PATTERN_WORDS = {"unstructured", "nm", "block", "channel"}
 

@@ -8,16 +8,15 @@ from gossamer.methods.attention.block_sparse import BlockSparse
 from gossamer.methods.attention.drsformer import DRSformer
 from gossamer.methods.attention.flex_prefill import FlexPrefill
 from gossamer.methods.attention.gtsp import GTSP
+from gossamer.methods.attention.light_forcing import LightForcing
 from gossamer.methods.attention.mesh_transformer import MeshTransformer
 from gossamer.methods.attention.paraformer import Paraformer
-from gossamer.methods.attention.seer import SeerAttention
-from gossamer.methods.attention.sparse_graph_tracker import SparseGraphTracker
-from gossamer.methods.attention.sparsifiner import Sparsifiner
-from gossamer.methods.attention.light_forcing import LightForcing
 from gossamer.methods.attention.psa import PSA
 from gossamer.methods.attention.rettention import Rettention
 from gossamer.methods.attention.seer import SeerAttention
+from gossamer.methods.attention.sparse_graph_tracker import SparseGraphTracker
 from gossamer.methods.attention.sparse_vdit import SparseVDiT
+from gossamer.methods.attention.sparsifiner import Sparsifiner
 from gossamer.methods.attention.streaming import StreamingLLM
 from gossamer.methods.attention.svg2 import SVG2
 from gossamer.methods.attention.vertical_slash import VerticalSlash
@@ -32,15 +31,14 @@ __all__ = [
     "BlockSparse",
     "DRSformer",
     "FlexPrefill",
+    "LightForcing",
     "MeshTransformer",
     "Paraformer",
-    "SeerAttention",
-    "SparseGraphTracker",
-    "Sparsifiner",
-    "LightForcing",
     "Rettention",
     "SeerAttention",
+    "SparseGraphTracker",
     "SparseVDiT",
+    "Sparsifiner",
     "StreamingLLM",
     "VerticalSlash",
     "VideoBLADE",
