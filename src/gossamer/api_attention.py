@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,8 @@ def sparse_attention(
 def attention_cache(
     model: nn.Module | PruneResult | CompressResult,
     method: KeyEvictor | KeySelector | str,
+    *,
+    saved: str | os.PathLike[str] | None = None,
 ) -> SparseCache:
     """A key-value cache of which a method keeps a part, or reads a part for each new token.
 
@@ -108,6 +111,8 @@ def attention_cache(
     method : KeyEvictor, KeySelector or str
         Such as `gs.attention.SnapKV(tokens=1024)` or `gs.attention.Quest(density=0.1)`, or its name
         with options.
+    saved : path, optional
+        A file that `save` of such a cache wrote, to go on from. Model and method are the same.
 
     Returns
     -------
@@ -118,7 +123,10 @@ def attention_cache(
     ------
     UsageError
         For models that `sparse_attention` does not serve, encoders, methods that keep no cache or
-        are not calibrated. At a call: for a cache of another model.
+        are not calibrated; for a file of another model or method. At a call: for a cache of another
+        model.
+    FormatError
+        For a damaged file.
     MissingExtra
         Without transformers.
 
@@ -139,7 +147,7 @@ def attention_cache(
         from gossamer.engine.inputs.caches.cache import SparseCache
     except ImportError:
         raise MissingExtra("transformers", "hf") from None
-    return SparseCache(unwrap(model), _chooser(method))
+    return SparseCache(unwrap(model), _chooser(method), saved)
 
 
 def attend(
@@ -237,6 +245,11 @@ def calibrate_attention(
     [0]
     """
     return calibrate.calibrate_attention(unwrap(model), _chooser(method), data)
+
+
+def serves_prompts(method: str) -> bool:
+    """Whether a method of attention chooses pairs of prompts; others keep or read caches."""
+    return hasattr(type(_chooser(method)), "layout")
 
 
 def _chooser(method: Any) -> Any:

@@ -164,8 +164,8 @@ class DoubleSparsity:
 
 def statistic(observed: Sequence[Mapping[str, Any]]) -> Tensor:
     """The mean of |q k| over all tokens observed, float64 (heads, width)."""
-    total: Tensor = sum(seen["sums"] for seen in observed)  # type: ignore[assignment]
-    return total / sum(seen["tokens"] for seen in observed)
+    sums = torch.stack([seen["sums"] for seen in observed])
+    return sums.sum(0) / sum(seen["tokens"] for seen in observed)
 
 
 def packed(label: Tensor) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ positions of the text.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -94,16 +94,7 @@ class SnapKV:
         return smoothed(sums, self.kernel).masked_fill(~cached.exists, -torch.inf)
 
 
-class _Options(Protocol):
-    tokens: int
-    density: float | None
-    last: int
-    sinks: int
-    window: int
-    kernel: int
-
-
-def check_evictor(name: str, method: _Options) -> None:
+def check_evictor(name: str, method: Any) -> None:
     """Raise UsageError for options that fit no text."""
     for option in ("last", "window", "kernel"):
         check_count(name, option, getattr(method, option))

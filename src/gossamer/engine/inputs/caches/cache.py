@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from gossamer.core.errors import UsageError
 from gossamer.engine.inputs.attention import own_attention
+from gossamer.engine.inputs.caches import files
 from gossamer.engine.inputs.caches.binding import Binding
 from gossamer.engine.inputs.caches.calls import real_tokens
 from gossamer.engine.inputs.caches.evicted import EvictingKeeper
@@ -23,18 +25,22 @@ from gossamer.engine.inputs.protocols import KeyEvictor, KeySelector
 from gossamer.engine.inputs.servable import check_arguments
 
 
-class SparseCache(Cache):  # type: ignore[misc]
+class SparseCache(Cache):
     """A cache whose keys a method evicts, or of which it chooses what each token reads.
 
     Made by `gossamer.attention_cache` for one model. Prompts run as the model runs them; the prompt
     is over when the first single token comes.
     """
 
-    def __init__(self, model: nn.Module, method: Any) -> None:
+    def __init__(
+        self, model: nn.Module, method: Any, saved: str | os.PathLike[str] | None = None
+    ) -> None:
         self.method, self.binding = method, Binding(model)
         check_model(method, model, len(self.binding.names))
         count = len(self.binding.names)
         super().__init__(layers=[SparseLayer(keeper_of(method, i, count)) for i in range(count)])
+        if saved is not None:
+            files.restore(saved, self.layers, self.binding.digest, method)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -65,6 +71,14 @@ class SparseCache(Cache):  # type: ignore[misc]
         """Forget everything, also after a forward that was interrupted."""
         self.binding.close()
         super().reset()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all that is held into one safetensors file, and end an open prompt before.
+
+        `gossamer.attention_cache(model, method, saved=path)` goes on from it.
+        """
+        self.end_prompt()
+        files.save(path, self.layers, self.binding.digest, self.method)
 
     @property
     def result(self) -> CacheResult:

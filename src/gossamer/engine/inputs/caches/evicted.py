@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gossamer.core.attention import CachedKeys
 from gossamer.core.errors import FormatError, UsageError
-from gossamer.engine.inputs.caches.rows import Keeper, Prompt, Read, Rows, every_pair
+from gossamer.engine.inputs.caches.rows import Keeper, Prompt, Read, Rows, Shape, every_pair
 from gossamer.engine.inputs.protocols import KeyEvictor, RollingEvictor
 from gossamer.ops.attention import State, attention, decode
 
@@ -56,32 +56,32 @@ class EvictingKeeper(Keeper):
             raise UsageError(f"{name} left a head of layer {self.layer} without keys")
         return kept
 
-    def restore(self, tensors: Mapping[str, Tensor], texts: int) -> Rows:
+    def restore(self, tensors: Mapping[str, Tensor], texts: int, length: int) -> Rows:
         """The rows of a file."""
-        rows = EvictedRows(self)
         key, value, positions, counts = (
             tensors[name] for name in ("key", "value", "positions", "counts")
         )
-        total = int(counts.sum())
+        total = len(positions) if positions.dim() == 1 else -1
         if (
-            counts.dtype != torch.int64 or counts.dim() != 2 or counts.shape[0] != texts
-            or positions.dtype != torch.int32 or positions.shape != (total,)
-            or bool((counts < 0).any()) or bool((positions < 0).any())
+            len(tensors) != 4 or counts.dtype != torch.int64 or positions.dtype != torch.int32
+            or counts.dim() != 2 or counts.shape[0] != texts or bool((counts < 0).any())
+            or bool((counts > length).any()) or int(counts.sum()) != total
             or key.dim() != 2 or value.dim() != 2 or len(key) != total or len(value) != total
+            or key.dtype != value.dtype or not key.is_floating_point()
         ):  # fmt: skip
             raise FormatError("a cache's rows do not fit their counts: the file is damaged")
         most = int(counts.max()) if counts.numel() else 0
         exists = torch.arange(most) < counts.unsqueeze(-1)
-        padded = [x.new_zeros(*counts.shape, most, *x.shape[1:]) for x in (key, value)]
-        places = torch.full((*counts.shape, most), -1, dtype=torch.int64)
+        padded = [x.new_zeros(*counts.shape, most, x.shape[1]) for x in (key, value)]
+        places = torch.full(exists.shape, -1)
         for whole, part in zip((*padded, places), (key, value, positions.long()), strict=True):
             whole[exists] = part
-        rows._length = int(tensors["length"])
-        if bool((places >= rows.length).any()) or bool(
-            (places.diff(dim=-1) == 0)[exists[..., 1:]].any()
-        ):
-            raise FormatError("a cache's positions do not fit its length: the file is damaged")
-        rows.pack(*padded, places, exists)
+        falls = (places.diff(dim=-1) <= 0) & exists[..., 1:]
+        if bool(falls.any()) or bool((positions < 0).any()) or bool((positions >= length).any()):
+            raise FormatError("a cache's positions do not rise within its text: damaged file")
+        rows = EvictedRows(self)
+        rows._length = length
+        rows.pack(padded[0], padded[1], places, exists)
         return rows
 
 
@@ -106,6 +106,12 @@ class EvictedRows(Rows):
         return self._length
 
     @property
+    def shape(self) -> Shape:
+        """Of what it was given."""
+        widths = self._key.shape[-1], self._value.shape[-1]
+        return Shape(self._counts.shape[1], *widths, self._key.dtype)
+
+    @property
     def nbytes(self) -> int:
         """Bytes held."""
         parts = (self._key, self._value, self._positions, self._index, self._counts, self._starts)
@@ -124,7 +130,7 @@ class EvictedRows(Rows):
     @property
     def positions(self) -> list[list[Tensor]]:
         """By text and head, the places in the text of the keys held, ascending."""
-        key, value, places, exists = self._padded()
+        _, _, places, exists = self._padded()
         return [
             [places[t, h][exists[t, h]] for h in range(places.shape[1])]
             for t in range(places.shape[0])
@@ -235,7 +241,8 @@ class EvictedRows(Rows):
         """A copy that holds these texts."""
         found = EvictedRows(self.keeper)
         found._length, found.since = self._length, self.since
-        found.pack(*(x.index_select(0, texts) for x in self._padded()))
+        key, value, positions, exists = (x.index_select(0, texts) for x in self._padded())
+        found.pack(key, value, positions, exists)
         return found
 
     def check_crop(self, tokens: int) -> None:
@@ -262,7 +269,7 @@ class EvictedRows(Rows):
         key, value, positions, exists = self._padded()
         return {
             "key": key[exists], "value": value[exists], "counts": self._counts,
-            "positions": positions[exists].to(torch.int32), "length": torch.tensor(self.length),
+            "positions": positions[exists].to(torch.int32),
         }  # fmt: skip
 
     def _padded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

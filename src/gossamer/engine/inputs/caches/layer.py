@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from gossamer.core.errors import UsageError
 from gossamer.engine.inputs.caches.grown import Grown
-from gossamer.engine.inputs.caches.rows import Keeper, Prompt, Read, Rows, causal_state
+from gossamer.engine.inputs.caches.rows import Keeper, Prompt, Read, Rows, Shape, causal_state
 from gossamer.ops.attention import merge
 
 
@@ -64,7 +64,7 @@ class _OpenPrompt:
         self.real = self.real.index_select(0, texts)
 
 
-class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
+class SparseLayer(CacheLayerMixin):
     """A layer of `SparseCache`."""
 
     is_sliding = False
@@ -81,7 +81,8 @@ class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen = self.tokens = 0
         self.read = self.possible = Read()
         self.scale = 1.0
-        self.texts = self.solid = self.kv_heads = self.token_bytes = 0
+        self.texts = self.solid = 0
+        self.shape: Shape | None = None
         self._open: _OpenPrompt | None = None
         self._rows: list[Rows] = []
         """One for the batch, or one for each text."""
@@ -89,7 +90,7 @@ class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
         """By text, the last queries of a prompt that has not been settled."""
 
     @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
+    def is_croppable(self) -> bool:
         """Whether any number of tokens can be taken back."""
         return self.keeper.croppable
 
@@ -123,8 +124,8 @@ class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
     def attend(self, call: Arrival) -> Tensor:
         """Take new tokens in: their output (batch, new, heads, value width)."""
         new = call.query.shape[2]
+        self._check(call)
         self.texts, self.scale, self.is_initialized = call.query.shape[0], call.scale, True
-        self._shape(call.key, call.value)
         if new == 1:
             self.end_prompt(call)
             output = self._one(call)
@@ -167,21 +168,24 @@ class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
         return sum(rows.rows for rows in self._rows)
 
     @property
+    def heads(self) -> int:
+        """Lists of keys: heads of keys times texts."""
+        return self.texts * (0 if self.shape is None else self.shape.kv_heads)
+
+    @property
     def dense_bytes(self) -> int:
         """What a dense cache would hold."""
-        return self.texts * self.seen * self.token_bytes
+        return self.texts * self.seen * (0 if self.shape is None else self.shape.nbytes)
 
     @property
     def stored(self) -> list[Rows]:
         """What is held of prompts that are over: of the batch, or of each text."""
         return self._rows
 
-    def restored(
-        self, rows: list[Rows], like: tuple[Tensor, Tensor], seen: int, solid: int, texts: int
-    ) -> None:
-        """Take what was read from a file; `like` has the shapes of a key and a value."""
+    def restored(self, rows: list[Rows], seen: int, solid: int, texts: int) -> None:
+        """Take what was read from a file."""
         self.reset()
-        self._shape(*like)
+        self.shape = rows[0].shape
         self._rows, self.texts, self.is_initialized = rows, texts, True
         self.seen, self.solid = seen, solid
 
@@ -291,15 +295,22 @@ class SparseLayer(CacheLayerMixin):  # type: ignore[misc]
         rows.append(key, value)
         output, read = rows.attend(query, scale)
         self.read += read
-        tokens = key.shape[0] * rows.length
-        self.possible += Read(tokens * self.kv_heads, tokens * self.token_bytes)
+        tokens, shape = key.shape[0] * rows.length, Shape.of(key, value)
+        self.possible += Read(tokens * shape.kv_heads, tokens * shape.nbytes)
         return output.transpose(1, 2)
 
-    def _shape(self, key: Tensor, value: Tensor) -> None:
-        """Take note of what one token takes in a dense cache."""
-        self.kv_heads = key.shape[1]
-        width = key.shape[-1] + value.shape[-1]
-        self.token_bytes = self.kv_heads * width * key.element_size()
+    def _check(self, call: Arrival) -> None:
+        """Raise UsageError unless these tokens go on from those before."""
+        found = Shape.of(call.key, call.value)
+        if self.shape is not None and self.seen:
+            if found != self.shape:
+                raise UsageError(f"a cache of {self.shape} was given {found}: of another model?")
+            if call.query.shape[0] != self.texts:
+                raise UsageError(
+                    f"a cache of {self.texts} texts was given {call.query.shape[0]}; repeat its "
+                    "texts with batch_repeat_interleave, or reset it"
+                )
+        self.shape = found
 
     def _parts(self, call: Arrival) -> list[tuple[slice, Rows, Tensor | slice]]:
         """Each text, or all of them, with its rows and its real new tokens."""

@@ -34,6 +34,26 @@ class Read:
         )
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What one token gives to a layer: heads of keys, widths of key and value, and their dtype."""
+
+    kv_heads: int
+    key: int
+    value: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, key: Tensor, value: Tensor) -> Shape:
+        """Of (texts, kv_heads, tokens, width)."""
+        return cls(key.shape[1], key.shape[3], value.shape[3], key.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one token."""
+        return self.kv_heads * (self.key + self.value) * self.dtype.itemsize
+
+
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """What a layer holds when a prompt is over.
@@ -75,6 +95,11 @@ class Rows(ABC):
     @abstractmethod
     def append(self, key: Tensor, value: Tensor) -> None:
         """Add tokens behind the last: (texts, kv_heads, new, width)."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> Shape:
+        """Of what it was given."""
 
     @abstractmethod
     def attend(self, query: Tensor, scale: float) -> tuple[Tensor, Read]:
@@ -122,7 +147,7 @@ class Keeper(ABC):
         """The rows of texts whose first prompt is over; it may have no token."""
 
     @abstractmethod
-    def restore(self, tensors: Mapping[str, Tensor], texts: int) -> Rows:
+    def restore(self, tensors: Mapping[str, Tensor], texts: int, length: int) -> Rows:
         """From `Rows.tensors`, read from a file; raises FormatError where they do not fit."""
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from gossamer.core.budget import TopK
 from gossamer.core.errors import FormatError
 from gossamer.engine.inputs.caches.grown import Grown
-from gossamer.engine.inputs.caches.rows import Keeper, Prompt, Read, Rows, every_pair
+from gossamer.engine.inputs.caches.rows import Keeper, Prompt, Read, Rows, Shape, every_pair
 from gossamer.engine.inputs.protocols import KeySelector
 from gossamer.ops.attention import State, attention, decode
 from gossamer.ops.select import keep
@@ -28,12 +28,13 @@ class SelectingKeeper(Keeper):
         """All of the first prompt."""
         return SelectedRows(self, prompt.key, prompt.value)
 
-    def restore(self, tensors: Mapping[str, Tensor], texts: int) -> Rows:
+    def restore(self, tensors: Mapping[str, Tensor], texts: int, length: int) -> Rows:
         """The rows of a file; the method's notes are made anew."""
         key, value = tensors["key"], tensors["value"]
         if (
             key.dim() != 4 or value.dim() != 4 or key.shape[:3] != value.shape[:3]
-            or key.shape[0] != texts
+            or key.shape[0] != texts or key.shape[2] != length
+            or key.dtype != value.dtype or not key.is_floating_point()
         ):  # fmt: skip
             raise FormatError("a cache's keys and values do not fit each other: damaged file")
         return SelectedRows(self, key, value)
@@ -57,6 +58,11 @@ class SelectedRows(Rows):
     def length(self) -> int:
         """Tokens of each text."""
         return self._key.length
+
+    @property
+    def shape(self) -> Shape:
+        """Of what it was given."""
+        return Shape.of(self._key.used, self._value.used)
 
     @property
     def nbytes(self) -> int:

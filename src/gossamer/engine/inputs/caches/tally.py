@@ -99,11 +99,7 @@ def tallied(method: Any, names: Sequence[str], layers: Sequence[Any]) -> CacheRe
     for name, layer in zip(names, layers, strict=True):
         read, possible = read + layer.read, possible + layer.possible
         density = layer.read.keys / layer.possible.keys if layer.possible.keys else None
-        parts.append(
-            LayerCache(
-                name, layer.rows / max(1, layer.texts * layer.kv_heads), density, layer.nbytes
-            )
-        )
+        parts.append(LayerCache(name, layer.rows / max(1, layer.heads), density, layer.nbytes))
     tokens = max(layer.tokens for layer in layers)
     return CacheResult(
         repr(method), tuple(parts), layers[0].seen, tokens,
