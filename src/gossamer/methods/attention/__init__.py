@@ -1,6 +1,7 @@
 """Attention: which pairs of queries and keys are computed, and which keys a cache keeps."""
 
 from gossamer.methods.attention.adaspa import AdaSpa
+from gossamer.methods.attention.ada_snapkv import AdaSnapKV
 from gossamer.methods.attention.anchor import AnchorAttention
 from gossamer.methods.attention.biformer import BiFormer
 from gossamer.methods.attention.blade import VideoBLADE
@@ -17,6 +18,11 @@ from gossamer.methods.attention.seer import SeerAttention
 from gossamer.methods.attention.sparse_graph_tracker import SparseGraphTracker
 from gossamer.methods.attention.sparse_vdit import SparseVDiT
 from gossamer.methods.attention.sparsifiner import Sparsifiner
+from gossamer.methods.attention.double_sparsity import DoubleSparsity
+from gossamer.methods.attention.flex_prefill import FlexPrefill
+from gossamer.methods.attention.quest import Quest
+from gossamer.methods.attention.seer import SeerAttention
+from gossamer.methods.attention.snapkv import SnapKV
 from gossamer.methods.attention.streaming import StreamingLLM
 from gossamer.methods.attention.svg2 import SVG2
 from gossamer.methods.attention.vertical_slash import VerticalSlash
@@ -26,6 +32,7 @@ __all__ = [
     "PSA",
     "SVG2",
     "AdaSpa",
+    "AdaSnapKV",
     "AnchorAttention",
     "BiFormer",
     "BlockSparse",
@@ -39,6 +46,11 @@ __all__ = [
     "SparseGraphTracker",
     "SparseVDiT",
     "Sparsifiner",
+    "DoubleSparsity",
+    "FlexPrefill",
+    "Quest",
+    "SeerAttention",
+    "SnapKV",
     "StreamingLLM",
     "VerticalSlash",
     "VideoBLADE",
