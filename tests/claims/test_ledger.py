@@ -45,6 +45,8 @@ NOT_TRIED = {"weights.dsnot", "weights.monarch"} | {
         "anchorattention",
         "blocksparse",
         "flexprefill",
+        "moa",
+        "s2attention",
         "seerattention",
         "streamingllm",
         "verticalslash",

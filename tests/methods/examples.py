@@ -12,6 +12,7 @@ import torch
 import gossamer as gs
 from gossamer.core.step import Step
 from gossamer.methods import methods
+from gossamer.methods.attention.moa_plan import Plan
 from gossamer.nn.attention_gate import BlockGate
 
 
@@ -95,6 +96,14 @@ def seer(**options):
     return A.SeerAttention(block=16, width=8, gates=gates, **options)
 
 
+def moa(*rules):
+    """With a plan for one layer of 2 heads of keys."""
+    return A.MoA(plan=Plan(16, (rules,)))
+
+
+BY_HEADS_OF_KEYS = ("seer", "moa", "s2")
+"""Methods that go by the number of heads of keys, by the start of their names."""
+
 ATTENTION = {
     "streamingllm": lambda: A.StreamingLLM(window=40, block=16),
     "blocksparse": lambda: A.BlockSparse(blocks=3),
@@ -104,6 +113,9 @@ ATTENTION = {
     "seerattention": lambda: seer(density=0.3),
     "seerattention-threshold": lambda: seer(threshold=0.2),
     "anchorattention": lambda: A.AnchorAttention(theta=0.5, step=2, block=16),
+    "moa": lambda: moa((-32, 0.5), (16, 0.25)),
+    "s2attention": lambda: A.S2Attention(local=2, stride=2, block=8),
+    "s2attention-hybrid": lambda: A.S2Attention(2, 4, 8, offset=1, dense_heads=1, dense_every=2),
 }
 """Methods that choose pairs of queries and keys; sparse at 100 tokens."""
 
@@ -114,6 +126,8 @@ GENEROUS = {
     "flexprefill": lambda: A.FlexPrefill(1.0, least=10**6),
     "seerattention": lambda: seer(density=1.0),
     "anchorattention": lambda: A.AnchorAttention(theta=1e30),
+    "moa": lambda: moa((10**6, 1.0), (10**6, 1.0)),
+    "s2attention": lambda: A.S2Attention(local=10**6, stride=1),
 }
 """The same with budgets above any length, which keep every pair."""
 

@@ -16,7 +16,8 @@ from gossamer.engine.hooks import evaluating
 from gossamer.engine.inputs.attend import check_chooser
 from gossamer.engine.inputs.attention import sparse_attention
 from gossamer.engine.inputs.counting import full_layout
-from gossamer.engine.inputs.protocols import LearnsFromPrompts
+from gossamer.engine.inputs.own_answers import observe_answers
+from gossamer.engine.inputs.protocols import LearnsFromAnswers, LearnsFromPrompts
 from gossamer.ops.attention import Layout
 
 
@@ -33,10 +34,14 @@ class _Watcher:
         return full_layout(call)
 
 
-def calibrate_attention(model: nn.Module, method: LearnsFromPrompts, data: Iterable[Batch]) -> Any:
+def calibrate_attention(
+    model: nn.Module, method: LearnsFromPrompts | LearnsFromAnswers, data: Iterable[Batch]
+) -> Any:
     """See `gossamer.calibrate_attention`, which also takes a method by its name."""
     model = unwrap(model)
     check_chooser(method)
+    if isinstance(method, LearnsFromAnswers):
+        return method.fitted(observe_answers(model, method, read_batches(data)))
     if not isinstance(method, LearnsFromPrompts):
         raise UsageError(f"{method.card.name} learns nothing from data: use it as it is")
     watcher = _Watcher(method)

@@ -3,6 +3,8 @@
 from gossamer.methods.attention.anchor import AnchorAttention
 from gossamer.methods.attention.block_sparse import BlockSparse
 from gossamer.methods.attention.flex_prefill import FlexPrefill
+from gossamer.methods.attention.moa import MoA
+from gossamer.methods.attention.s2 import S2Attention
 from gossamer.methods.attention.seer import SeerAttention
 from gossamer.methods.attention.streaming import StreamingLLM
 from gossamer.methods.attention.vertical_slash import VerticalSlash
@@ -11,6 +13,8 @@ __all__ = [
     "AnchorAttention",
     "BlockSparse",
     "FlexPrefill",
+    "MoA",
+    "S2Attention",
     "SeerAttention",
     "StreamingLLM",
     "VerticalSlash",
