@@ -44,6 +44,7 @@ NOT_TRIED = {"weights.dsnot", "weights.monarch"} | {
     for name in (
         "anchorattention",
         "blocksparse",
+        "drsformer",
         "flexprefill",
         "moa",
         "s2attention",

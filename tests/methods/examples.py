@@ -7,6 +7,7 @@ at hand; supports are updated every `every` steps. Variants follow a dash.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import dense_layers
 import torch
 
 import gossamer as gs
@@ -130,6 +131,53 @@ GENEROUS = {
     "s2attention": lambda: A.S2Attention(local=10**6, stride=1),
 }
 """The same with budgets above any length, which keep every pair."""
+
+
+
+@dataclass(frozen=True)
+class Layer:
+    """make(): the layer, sparse on its inputs; full(): the same with a budget that keeps all.
+
+    inputs(generator): a batch of float32 and whatever else the layer takes. shape(*inputs): of the
+    output. masked(layer, *inputs): the output by dense maps under the layer's own choice; dense:
+    without any choice. bad: each makes inputs that are refused, from good ones; refused: options.
+    silent: how names of parameters begin that the output gives no gradient. batched: whether the
+    first axis of the inputs is a batch of independent ones.
+    """
+
+    make: Callable
+    full: Callable
+    inputs: Callable
+    shape: Callable
+    masked: Callable
+    dense: Callable
+    bad: tuple = ()
+    refused: tuple = ()
+    silent: tuple = ()
+    batched: bool = True
+
+
+def normal(*shape):
+    """A function that draws one such tensor."""
+    return lambda generator: (torch.randn(*shape, generator=generator),)
+
+
+LAYERS = {
+    "drsformer": Layer(
+        make=lambda: A.DRSformer(12, 2),
+        full=lambda: A.DRSformer(12, 2, shares=(1.0,) * 4),
+        inputs=normal(2, 12, 5, 6),
+        shape=lambda x: x.shape,
+        masked=dense_layers.drsformer,
+        dense=dense_layers.restormer,
+        bad=(lambda x: (x[0],), lambda x: (x[:, :11],)),
+        refused=(
+            {"channels": 12, "heads": 5}, {"channels": 0}, {"channels": 4, "heads": 4},
+            {"channels": 12, "shares": ()}, {"channels": 12, "shares": (1.5,)},
+        ),
+    ),
+}  # fmt: skip
+"""Methods that are modules, used directly."""
 
 PRUNERS = {x.card.name: x for x in methods(roles=("scorer", "solver")).values()}
 """Scorers and solvers; each is valid without arguments."""

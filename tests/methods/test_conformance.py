@@ -10,6 +10,7 @@ import torch
 from examples import (
     ATTENTION,
     GENEROUS,
+    LAYERS,
     LEARNED,
     PLANNERS,
     PRUNERS,
@@ -161,7 +162,7 @@ def test_missing_statistics_and_bad_weights_name_the_layer():
 
 ROLES = {
     "scorer", "solver", "topology", "learned_mask", "replacer", "planner", "gradient_source",
-    "recipe", "key_scorer",
+    "recipe", "key_scorer", "layer",
 }  # fmt: skip
 PATTERN_WORDS = {"unstructured", "nm", "block", "channel"}
 
@@ -211,6 +212,7 @@ def test_names_are_found_near_ones_are_told_and_shared_ones_need_their_topic(mon
         ("recipe", RECIPES),
         ("key_scorer", ATTENTION),
         ("key_scorer", GENEROUS),
+        ("layer", LAYERS),
     ],
 )
 def test_every_method_has_an_example(role, examples):

@@ -37,6 +37,12 @@ def parts(
     """The dataclass that a text names, and its options; raises UsageError as `build` does."""
     name, _, rest = text.partition(":")
     kind = known(name, kinds, what)
+    if not dataclasses.is_dataclass(kind):
+        card: Card = kind.card  # type: ignore[attr-defined]
+        raise UsageError(
+            f"{card.name} is a layer: make it in Python with gs.{card.topic}.{kind.__name__}(...) "
+            "and put it into a model"
+        )
     fields = {each.name: each for each in dataclasses.fields(kind) if each.init}
     inner = _methods(fields) if method is not None else {}
     options: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from gossamer.methods.attention.anchor import AnchorAttention
 from gossamer.methods.attention.block_sparse import BlockSparse
+from gossamer.methods.attention.drsformer import DRSformer
 from gossamer.methods.attention.flex_prefill import FlexPrefill
 from gossamer.methods.attention.moa import MoA
 from gossamer.methods.attention.s2 import S2Attention
@@ -12,6 +13,7 @@ from gossamer.methods.attention.vertical_slash import VerticalSlash
 __all__ = [
     "AnchorAttention",
     "BlockSparse",
+    "DRSformer",
     "FlexPrefill",
     "MoA",
     "S2Attention",
