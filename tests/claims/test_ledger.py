@@ -44,9 +44,11 @@ NOT_TRIED = {"weights.dsnot", "weights.monarch"} | {
     for name in (
         "anchorattention",
         "blocksparse",
+        "dma",
         "drsformer",
         "flexprefill",
         "moa",
+        "routingtransformer",
         "s2attention",
         "seerattention",
         "streamingllm",

@@ -133,7 +133,6 @@ GENEROUS = {
 """The same with budgets above any length, which keep every pair."""
 
 
-
 @dataclass(frozen=True)
 class Layer:
     """make(): the layer, sparse on its inputs; full(): the same with a budget that keeps all.
@@ -162,7 +161,51 @@ def normal(*shape):
     return lambda generator: (torch.randn(*shape, generator=generator),)
 
 
+def dma(keys):
+    """With slopes that differ from head to head."""
+    layer = A.DMA(16, 4, kv_heads=2, keys=keys)
+    with torch.no_grad():
+        layer.slope.copy_(torch.tensor([1.5, -1.0]))
+    return layer
+
+
 LAYERS = {
+    "dma": Layer(
+        make=lambda: dma(5),
+        full=lambda: dma(100),
+        inputs=normal(2, 21, 16),
+        shape=lambda x: x.shape,
+        masked=dense_layers.dma,
+        dense=dense_layers.dma_dense,
+        bad=(lambda x: (x[0],), lambda x: (x[:, :, :15],), lambda x: (x[:, :0],)),
+        refused=(
+            {"channels": 16, "heads": 3}, {"channels": 16, "heads": 4, "kv_heads": 3},
+            {"channels": 16, "heads": 4, "keys": 0}, {"channels": 12, "heads": 4},
+        ),
+    ),
+    "routingtransformer": Layer(
+        make=lambda: A.RoutingTransformer(16, 4, clusters=3, window=6),
+        full=lambda: A.RoutingTransformer(16, 4, clusters=3, window=100),
+        inputs=normal(2, 21, 16),
+        shape=lambda x: x.shape,
+        masked=dense_layers.routing,
+        dense=lambda layer, x: dense_layers.routing(layer, x, everything=True),
+        bad=(lambda x: (x[0],), lambda x: (x[:, :, :15],), lambda x: (x[:, :0],)),
+        refused=(
+            {"channels": 16, "heads": 3, "clusters": 2, "window": 4},
+            {"channels": 16, "heads": 4, "clusters": 0, "window": 4},
+            {"channels": 16, "heads": 4, "clusters": 2, "window": 4, "local": 4},
+            {"channels": 16, "heads": 4, "clusters": 2, "window": 4, "decay": 1.5},
+        ),
+    ),
+    "routingtransformer-whole": Layer(
+        make=lambda: A.RoutingTransformer(16, 4, clusters=3, window=6, local=1, whole=True),
+        full=lambda: A.RoutingTransformer(16, 4, clusters=3, window=100, local=1, whole=True),
+        inputs=normal(2, 21, 16),
+        shape=lambda x: x.shape,
+        masked=dense_layers.routing,
+        dense=lambda layer, x: dense_layers.routing(layer, x, everything=True),
+    ),
     "drsformer": Layer(
         make=lambda: A.DRSformer(12, 2),
         full=lambda: A.DRSformer(12, 2, shares=(1.0,) * 4),
