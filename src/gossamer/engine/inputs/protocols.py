@@ -1,7 +1,8 @@
 """What the engine asks of methods that choose keys. Each is found by the functions it has.
 
 Methods of the topic `attention` have the role `key_scorer`. One method may play in several phases:
-choose pairs for a prompt, drop keys from the cache behind it, choose keys for each new token.
+choose pairs for a prompt, drop keys from the cache behind it, choose keys for each new token. Those
+for diffusion models have the role `step_attention`.
 Scores become choices by `gossamer.keep`, whose budgets and protected units are shared by all.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from gossamer.core.attention import AttentionCall
 from gossamer.core.card import Card
+from gossamer.core.denoising import Attended, DenoisingStep
 from gossamer.ops.attention import Layout
 
 
@@ -101,4 +103,39 @@ class KeySelector(Protocol):
     def choose(self, query: Tensor, state: Any, keys: int) -> Tensor:
         """int64 (batch, kv_heads, count): pages of `keys` keys for queries (batch, heads, new,
         width); -1 stands for none. As `gossamer.ops.attention.decode` takes it."""
+        ...
+
+
+@runtime_checkable
+class StepAttention(Protocol):
+    """A method of attention inside diffusion models, which goes on from its own earlier steps.
+
+    Its role is `step_attention`. A frozen value: the engine holds the state, one for each layer and
+    branch, and forgets it when a new run begins.
+    """
+
+    @property
+    def card(self) -> Card: ...
+
+    def attend(self, call: AttentionCall, step: DenoisingStep, state: Any) -> Attended:
+        """The output of one layer's call at one step, and the state for the next.
+
+        `call` is not causal. Its keys are its queries' own tokens; only a method that says
+        `autoregressive` is given keys of earlier frames before them. `call.layers` counts the
+        layers seen so far. `state` is None in the first call of a run. Differentiable in query, key
+        and value; the choice is not. Raises UsageError for a call that it cannot serve.
+        """
+        ...
+
+
+@runtime_checkable
+class LearnsFromSteps(StepAttention, Protocol):
+    """A method of attention that is fitted to a diffusion model before it serves."""
+
+    def observe_step(self, call: AttentionCall, step: DenoisingStep) -> Any:
+        """What is learned from one call; small, for many are kept. The call itself runs dense."""
+        ...
+
+    def fitted(self, observed: Mapping[int, Sequence[Any]]) -> Any:
+        """A new method, from what was observed in each layer."""
         ...
