@@ -51,6 +51,7 @@ NOT_TRIED = {"weights.dsnot", "weights.monarch"} | {
         "routingtransformer",
         "s2attention",
         "seerattention",
+        "sparsed",
         "streamingllm",
         "verticalslash",
     )

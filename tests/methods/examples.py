@@ -222,6 +222,40 @@ LAYERS = {
 }  # fmt: skip
 """Methods that are modules, used directly."""
 
+GRID = gs.TokenGrid(4, 6, 6, text=5)
+"""149 tokens, for the methods below."""
+
+
+def patterns(*modes):
+    """A calibrated SparseVDiT of one pattern for each of 4 heads of one layer."""
+    columns = torch.arange(10).expand(4, -1) < 3
+    return A.SparseVDiT(block=16, modes={0: modes}, columns={0: columns})
+
+
+STEPS = {
+    "adaspa": lambda: A.AdaSpa(density=0.4, block=16, first=0.2, again=0.4),
+    "adaspa-plain": lambda: A.AdaSpa(density=0.4, block=16, adaptive=False),
+    "sparsevdit": lambda: patterns("diagonal", "frames", "columns", "dense"),
+    "sparsevdit-skip": lambda: patterns("skip", "frames", "columns", "columns"),
+    "svg2": lambda: A.SVG2(8, 12, share=0.5, layers=0, start=4, block=16),
+    "rettention": lambda: A.Rettention(share=0.1, every=3, block=16),
+    "sparsed": lambda: A.SparseD(share=0.3, block=16),
+    "sparsed-prompt": lambda: A.SparseD(share=0.3, block=16, prompt=40),
+    "psa": lambda: A.PSA(rows=16, block=16, tile=16),
+    "psa-mass": lambda: A.PSA("mass", (0.2, 0.4, 0.6, 0.8), 16, 16, 8, order="none"),
+}
+"""Methods that follow denoising steps; sparse at some of 10 steps of GRID."""
+
+GENEROUS_STEPS = {
+    "adaspa": lambda: A.AdaSpa(density=1.0),
+    "sparsevdit": lambda: patterns(*["dense"] * 4),
+    "svg2": lambda: A.SVG2(8, 12, share=1.0, least=1.0, layers=0, start=4),
+    "rettention": lambda: A.Rettention(share=1.0, growth=0.0),
+    "sparsed": lambda: A.SparseD(share=1.0),
+    "psa": lambda: A.PSA(shares=(1.0, 1.0, 1.0, 1.0)),
+}
+"""The same with budgets that keep every pair."""
+
 PRUNERS = {x.card.name: x for x in methods(roles=("scorer", "solver")).values()}
 """Scorers and solvers; each is valid without arguments."""
 

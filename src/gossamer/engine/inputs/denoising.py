@@ -62,7 +62,9 @@ class DenoisingRun:
         if isinstance(number, bool) or not isinstance(number, int):
             raise UsageError(f"a step is a whole number, not {number!r}")
         if not 0 <= number < self._steps:
-            raise UsageError(f"a run of {self._steps} steps has 0 to {self._steps - 1}, not {number}")
+            raise UsageError(
+                f"a run of {self._steps} steps has 0 to {self._steps - 1}, not {number}"
+            )
         last = None if self._step is None else self._step.number
         again = last == number and branch in self._given
         if again and number:

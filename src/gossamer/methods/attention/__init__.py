@@ -1,27 +1,39 @@
 """Attention: which pairs of queries and keys are computed, and which keys a cache keeps."""
 
+from gossamer.methods.attention.adaspa import AdaSpa
 from gossamer.methods.attention.anchor import AnchorAttention
 from gossamer.methods.attention.block_sparse import BlockSparse
 from gossamer.methods.attention.dma import DMA
 from gossamer.methods.attention.drsformer import DRSformer
 from gossamer.methods.attention.flex_prefill import FlexPrefill
 from gossamer.methods.attention.moa import MoA
+from gossamer.methods.attention.psa import PSA
+from gossamer.methods.attention.rettention import Rettention
 from gossamer.methods.attention.routing import RoutingTransformer
 from gossamer.methods.attention.s2 import S2Attention
 from gossamer.methods.attention.seer import SeerAttention
+from gossamer.methods.attention.sparse_vdit import SparseVDiT
+from gossamer.methods.attention.sparsed import SparseD
 from gossamer.methods.attention.streaming import StreamingLLM
+from gossamer.methods.attention.svg2 import SVG2
 from gossamer.methods.attention.vertical_slash import VerticalSlash
 
 __all__ = [
     "DMA",
+    "PSA",
+    "SVG2",
+    "AdaSpa",
     "AnchorAttention",
     "BlockSparse",
     "DRSformer",
     "FlexPrefill",
     "MoA",
+    "Rettention",
     "RoutingTransformer",
     "S2Attention",
     "SeerAttention",
+    "SparseD",
+    "SparseVDiT",
     "StreamingLLM",
     "VerticalSlash",
 ]
