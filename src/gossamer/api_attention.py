@@ -19,6 +19,7 @@ from gossamer.engine.inputs import calibrate, denoising
 from gossamer.engine.inputs.protocols import (
     KeyEvictor,
     KeySelector,
+    LearnsFromAnswers,
     LearnsFromPrompts,
     LearnsFromSteps,
     PairChooser,
@@ -208,18 +209,19 @@ def attend(
 
 def calibrate_attention(
     model: nn.Module | PruneResult | CompressResult,
-    method: LearnsFromPrompts | str,
+    method: LearnsFromPrompts | LearnsFromAnswers | str,
     data: Iterable[Batch],
 ) -> Any:
-    """Fit a method of attention that learns, such as SeerAttention, to a model.
+    """Fit a method of attention that learns, such as SeerAttention or MoA, to a model.
 
-    The model runs densely on the data and stays as it was.
+    The model runs densely on the data and stays as it was. For a method that learns from answers,
+    such as MoA, it writes an answer to each prompt and the gradients of its loss are taken.
 
     Parameters
     ----------
     model : nn.Module
         Of transformers, as for `sparse_attention`.
-    method : LearnsFromPrompts or str
+    method : LearnsFromPrompts, LearnsFromAnswers or str
         Such as `gs.attention.SeerAttention()`, or its name with options.
     data : iterable of Tensor or dict
         Batches of prompts, as for `prune`; long ones teach most.
@@ -232,7 +234,8 @@ def calibrate_attention(
     Raises
     ------
     UsageError
-        Where the method learns nothing, or the model cannot be served.
+        Where the method learns nothing, the model cannot be served, or it cannot write answers
+        where those are needed.
 
     Examples
     --------

@@ -53,6 +53,23 @@ class LearnsFromPrompts(Protocol):
 
 
 @runtime_checkable
+class LearnsFromAnswers(PairChooser, Protocol):
+    """A method that is fitted by what a model's own answers lose, before it chooses."""
+
+    answer: int
+    """Tokens of each answer, on which the loss is taken."""
+
+    def observe_gradient(self, call: AttentionCall, gradient: Tensor) -> Any:
+        """What is learned from one layer's call of one prompt with its answer, and the loss's
+        gradient of the call's output (batch, heads, queries, width); small, for many are kept."""
+        ...
+
+    def fitted(self, observed: Mapping[int, Sequence[Any]]) -> Any:
+        """A new method, from what was observed in each layer."""
+        ...
+
+
+@runtime_checkable
 class KeyEvictor(Protocol):
     """A method that says which keys stay in the cache when a prompt is over."""
 
