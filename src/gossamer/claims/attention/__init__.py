@@ -1,1 +1,1 @@
-"""Claims about attention."""
+"""Claims of methods of attention."""
