@@ -42,25 +42,18 @@ RECORDS = sorted(ROOT.glob("*/*.json"))
 NOT_TRIED = {"weights.dsnot", "weights.monarch"} | {
     f"attention.{name}"
     for name in (
-        "anchorattention",
         "biformer",
-        "blocksparse",
         "dma",
         "drsformer",
-        "flexprefill",
         "gtsp",
         "meshtransformer",
         "paraformer",
-        "seerattention",
         "sparsegraphtracker",
         "sparsifiner",
         "moa",
         "routingtransformer",
         "s2attention",
-        "seerattention",
         "sparsed",
-        "streamingllm",
-        "verticalslash",
     )
 }
 """Methods whose claims wait for their check or its record; their pages say so."""

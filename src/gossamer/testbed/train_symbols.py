@@ -27,7 +27,7 @@ from gossamer.testbed import symbols
 from gossamer.testbed.language import llama
 from gossamer.testbed.symbols import IGNORED, Content, SymbolTask
 
-PEAK_RATE, WARM_UP, SAVE_EVERY, WINDOW, ENOUGH = 2e-3, 50, 50, 30, 0.96
+PEAK_RATE, WARM_UP, SAVE_EVERY, WINDOW, ENOUGH = 2e-3, 50, 25, 25, 0.94
 THETA = 1e6
 """Of the rotation: half of each head turns so slowly that it compares symbols across a prompt."""
 SIZES = {"base": 128, "half": 64}
@@ -45,9 +45,11 @@ class Stage:
 
 
 STAGES = (
-    Stage(48, 32, 2000), Stage(96, 24, 600), Stage(192, 12, 400), Stage(384, 6, 300),
-    Stage(768, 3, 200), Stage(1024, 2, 300, 300),
-)  # fmt: skip
+    Stage(48, 32, 2000),
+    Stage(128, 12, 300),
+    Stage(320, 6, 200),
+    Stage(1024, 2, 240, 240),
+)
 """The learning rate falls to nothing in the last one."""
 
 
