@@ -1,5 +1,5 @@
-"""The page docs/guide/attention-frontier.md, from attention_frontier.json and the bundled models'
-records; `generate.py` writes it."""
+"""The page docs/guide/attention-frontier.md, from attention_frontier.json and the record of the bundled
+model of symbols; `generate.py` writes it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,12 @@ def page() -> str:
 
 
 def _models() -> str:
-    lines = ["| model | parameters | task | 512 symbols | 1024 symbols |", "|---|---|---|---|---|"]
-    for size in ("base", "half"):
-        path = SYMBOLS / size / "train.json"
-        if not path.exists():
-            continue
-        facts = json.loads(path.read_text())
-        lines += [
-            f"| {size} | {facts['parameters']} | {task} | {facts['quality'][f'{task} 512']:.3f} | "
-            f"{facts['quality'][f'{task} 1024']:.3f} |"
-            for task in ("needle", "multi-hop", "counting")
-        ]
+    quality = json.loads((SYMBOLS / "train.json").read_text())["quality"]
+    lines = ["| task | 512 symbols | 1024 symbols |", "|---|---|---|"]
+    lines += [
+        f"| {task} | {quality[f'{task} 512']:.3f} | {quality[f'{task} 1024']:.3f} |"
+        for task in ("needle", "multi-hop", "counting")
+    ]
     return "\n".join(lines)
 
 
@@ -88,12 +83,12 @@ def _costs(record: Row) -> str:
 
 def _laws(record: Row) -> str:
     lines = [
-        "| task | method | log N | log n | log 1/(1 - s) | residual | held-out residual | "
+        "| task | method | log n | log 1/(1 - s) | residual | held-out residual | "
         "spread of held-out |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {law['task']} | {law['method']} | {law['size']:+.2f} | {law['length']:+.2f} | "
+        f"| {law['task']} | {law['method']} | {law['length']:+.2f} | "
         f"{law['sparsity']:+.2f} | {law['residual']:.3f} | {law['held_out_residual']:.3f} | "
         f"{law['spread']:.3f} |"
         for law in record["laws"]
@@ -119,9 +114,9 @@ found.save("frontier.html")
 
 `gossamer.testbed.long_context` makes eight of the study's nine families at any length, for any tokenizer, filled to 95 to 100%. Three follow RULER: needles, variable tracking and common words. Three are about a story: retrieval, multi-hop and filtering. The study's three question sets, SQuAD, QuALITY and TOEFL, are not bundled. Two families on Python's documentation stand in for them, an answer in a passage and a choice among four; the third is absent. Scores are exact match, intersection over union, and F1.
 
-## The models of symbols
+## The model of symbols
 
-A real small model cannot count or follow chains even with dense attention. So the library carries two small Llamas with grouped queries, trained on a language of symbols. A prompt is noise with statements `SET name value`, links `SET name other` and counted words; questions stand at its end. `python -m gossamer.testbed.train_symbols` makes them anew. The shares of right answers, dense:
+A real small model hardly counts or follows chains even with dense attention. So the library carries a Llama of 0.9 million parameters with grouped queries, trained on a language of symbols. A prompt is noise with statements `SET name value`, links `SET name other` and counted words; questions stand at its end. `python -m gossamer.testbed.train_symbols` makes the model anew. The shares of right answers, dense:
 
 {models}
 
@@ -139,9 +134,9 @@ Operations of one prompt: linear layers, chosen pairs and the choice. Bytes are 
 
 {costs}
 
-## A fit over sizes, lengths and densities
+## A fit over lengths and densities
 
-logit(score) = constant + a log N + b log n + c log 1/(1 - s), for each task and method, over both models of symbols and three lengths. The longest prompts and the lowest tenth of densities are held out. The form is ours: the paper's abstract speaks of scaling laws, whose form was not confirmed. With two models the slope in log N is a difference, not a law. A held-out residual near the spread means that the fit predicts no better than a constant.
+logit(score) = constant + a log N + b log n + c log 1/(1 - s), for each task and method, over three lengths of prompts of the model of symbols. N does not vary with one model, so a is not fitted here. The longest prompts and the lowest tenth of densities are held out. The form is ours: the paper's abstract speaks of scaling laws, whose form was not confirmed. A held-out residual near the spread means that the fit predicts no better than a constant.
 
 {laws}
 """

@@ -183,8 +183,7 @@ def compare_attention(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     name: str = "model",
-    known: Sequence[Point] = (),
-    keep: Path | None = None,
+    keep: Path | str | None = None,
     progress: bool = False,
 ) -> AttentionComparison:
     """Compare methods of attention on long prompts, at measured densities and costs.
@@ -204,11 +203,9 @@ def compare_attention(
         Of the tasks' prompts.
     name : str
         Of the model, in the points.
-    known : sequence of Point
-        Of an earlier run, which are not measured again.
-    keep : Path, optional
+    keep : path, optional
         A .json file that is written after every prompt, so that a stopped run goes on: what it
-        holds is known.
+        holds is not measured again.
     progress : bool
         Show on stderr how far it is.
 
@@ -228,7 +225,7 @@ def compare_attention(
     >>> from gossamer.testbed import symbol_model
     >>> from gossamer.testbed.symbols import SymbolTask
     >>> found = gs.compare_attention(
-    ...     symbol_model("half"), {"window": ["streamingllm:window=32,block=16"]},
+    ...     symbol_model(), {"window": ["streamingllm:window=32,block=16"]},
     ...     [SymbolTask("needle", 128, prompts=2)], seeds=[0],
     ... )
     >>> [point.setting for point in found.points]
@@ -238,7 +235,8 @@ def compare_attention(
         raise UsageError("give one task, one seed and one setting of a method at least")
     settings: list[tuple[str, str, PairChooser | str]] = [(DENSE, DENSE, Everything())]
     settings += [(method, str(one), one) for method, many in methods.items() for one in many]
-    points = [*known, *_kept(keep)]
+    kept = None if keep is None else Path(keep)
+    points = _kept(kept)
     done = {_key(point) for point in points}
     wanted = [
         (task, seed, method, setting, chooser)
@@ -249,8 +247,8 @@ def compare_attention(
         for task, seed, method, setting, chooser in wanted:
             step(f"{task.name}, {task.length} tokens, {setting}", 0)
             points.append(_measured(model, name, (method, setting, chooser), task, seed))
-            if keep is not None:
-                _write(keep, points)
+            if kept is not None:
+                _write(kept, points)
             step(f"{task.name}, {task.length} tokens, {setting}")
     return AttentionComparison(tuple(points), {task.name: task.better for task in tasks})
 
@@ -263,13 +261,11 @@ def _measured(
     reader = Reader(model, chooser)
     score = task.score(reader, seed)
     weights, head = _weights(model)
-    layers = sum(result.calls for result in reader.results)
     choosing = sum(result.choosing_flops for result in reader.results)
     densities = [float(result.density or 0) * result.dense_flops for result in reader.results]
     dense = sum(result.dense_flops for result in reader.results)
     linear = 2 * (weights * reader.tokens + head * reader.prompts)
     total = sum(result.flops for result in reader.results)
-    assert layers
     return Point(
         name, method, setting, task.name, task.length, seed, weights + head, score,
         sum(densities) / dense, linear / reader.prompts, (total - choosing) / reader.prompts,

@@ -64,8 +64,6 @@ def test_what_does_not_fit_is_refused():
         Content(hops=(0,), asked=2)
     with pytest.raises(UsageError, match="tasks are"):
         SymbolTask("needles")
-    with pytest.raises(UsageError, match="base and half"):
-        symbol_model("double")
 
 
 def test_a_task_is_the_same_for_the_same_seed():
@@ -76,10 +74,10 @@ def test_a_task_is_the_same_for_the_same_seed():
 
 
 def test_a_killed_run_ends_with_the_same_bits(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_symbols, "SIZES", {"tiny": 16})
+    monkeypatch.setattr(train_symbols, "WIDTH", 16)
     monkeypatch.setattr(train_symbols, "SAVE_EVERY", 4)
     stages = (Stage(48, 2, 6), Stage(64, 2, 4))
-    whole = train_symbols.train("tiny", 3, tmp_path / "whole.pt", stages)[0].state_dict()
+    whole = train_symbols.train(3, tmp_path / "whole.pt", stages)[0].state_dict()
     made, seen = train_symbols.batch, []
 
     def stop(stage, seed):
@@ -90,21 +88,18 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(train_symbols, "batch", stop)
     with pytest.raises(KeyboardInterrupt):
-        train_symbols.train("tiny", 3, tmp_path / "cut.pt", stages)
+        train_symbols.train(3, tmp_path / "cut.pt", stages)
     monkeypatch.setattr(train_symbols, "batch", made)
-    rest, run = train_symbols.train("tiny", 3, tmp_path / "cut.pt", stages)
+    rest, run = train_symbols.train(3, tmp_path / "cut.pt", stages)
     assert run.total == 10 and len(set(seen)) == 5
     assert all(torch.equal(rest.state_dict()[name], value) for name, value in whole.items())
 
 
-@pytest.mark.parametrize("size", ["base", "half"])
-def test_the_bundled_models_solve_what_their_record_says(size):
-    place = resources.files("gossamer.testbed") / "data" / "symbols" / size / "train.json"
+def test_the_bundled_model_solves_what_its_record_says():
+    place = resources.files("gossamer.testbed") / "data" / "symbols" / "train.json"
     said = json.loads(place.read_text())["quality"]
-    model = symbol_model(size)
+    model = symbol_model()
     for name in ("needle", "multi-hop", "counting"):
         found = symbols.accuracy(model, SymbolTask(name, 512, 8), 77)
         assert abs(found - said[f"{name} 512"]) < 0.15, (name, found)
-        assert size == "half" or found > 0.8
-    if size == "base":
-        assert said["needle 512"] > 0.95 and said["needle 1024"] > 0.95
+    assert said["needle 512"] > 0.95 and said["needle 1024"] > 0.95

@@ -1,6 +1,6 @@
 """Suite `frontier`: quality on long prompts against what attention costs, after The Sparse Frontier.
 
-The bundled models of symbols read needles, chains and counts. SmolLM2-135M, where it was fetched,
+The bundled model of symbols reads needles, chains and counts. SmolLM2-135M, where it was fetched,
 reads the same kinds of task in English, and held-out text.
 """
 
@@ -67,9 +67,7 @@ class Part:
 
     def load(self) -> nn.Module:
         """The model."""
-        if self.model.startswith("symbols"):
-            return symbol_model(self.model.partition(" ")[2])
-        return smollm2()[0]
+        return symbol_model() if self.model == "symbols" else smollm2()[0]
 
 
 def smollm2() -> tuple[nn.Module, Any]:
@@ -85,7 +83,7 @@ def smollm2() -> tuple[nn.Module, Any]:
 
 def parts(only: str) -> list[Part]:
     """What is measured, of which `only` leaves labels that hold this text, such as `smollm2 needles`."""
-    found = [Part(f"symbols {size}", SYMBOL_SETTINGS, _symbol_tasks()) for size in ("base", "half")]
+    found = [Part("symbols", SYMBOL_SETTINGS, _symbol_tasks())]
     try:
         found.append(Part("smollm2", TEXT_SETTINGS, _text_tasks(smollm2()[1])))
     except (UsageError, ImportError):
@@ -158,8 +156,8 @@ def record(found: AttentionComparison) -> dict[str, Any]:
 
 
 def laws(points: Iterable[Point]) -> list[dict[str, Any]]:
-    """A fit of each task and method over both models of symbols, their lengths and densities."""
-    averaged = [p for p in means(points) if p.model.startswith("symbols")]
+    """A fit of each task and method over lengths and densities of the model of symbols."""
+    averaged = [p for p in means(points) if p.model == "symbols"]
     found = []
     for task in dict.fromkeys(p.task for p in averaged):
         for method in dict.fromkeys(p.method for p in averaged if p.method != DENSE):
@@ -167,15 +165,6 @@ def laws(points: Iterable[Point]) -> list[dict[str, Any]]:
             if len(own) >= 8:
                 found.append({"task": task, "method": method, **asdict(fit(own))})
     return found
-
-
-def restored(record: dict[str, Any]) -> AttentionComparison:
-    """The comparison behind a record, with means in place of seeds."""
-    points = []
-    for row in record["points"]:
-        facts = {name: value for name, value in row.items() if name != "scores"}
-        points.append(Point(**facts, seed=-1))
-    return AttentionComparison(tuple(points), record["better"])
 
 
 def table(found: AttentionComparison) -> Sequence[tuple[str, ...]]:

@@ -24,25 +24,25 @@ from gossamer.testbed import heldout_text, language_model, symbol_model
 from gossamer.testbed.packaged import folder
 from gossamer.testbed.symbols import SymbolTask
 
-LENGTH = 1024
+LENGTH = 512
 LAYERS = (2, 11, 20, 29)
 """Of SmolLM2's 30, for recall."""
 WHERE = (
-    "SmolLM2-135M in bfloat16, windows of 1024 tokens of held-out documentation, one for each seed; "
+    "SmolLM2-135M in bfloat16, windows of 512 tokens of held-out documentation, one for each seed; "
     "recall is the mean over layers 2, 11, 20 and 29 on the dense run's queries and keys."
 )
 SYMBOLS = (
-    "The bundled model of symbols (0.9 million parameters, prompts of 512 symbols, 32 questions of "
+    "The bundled model of symbols (0.9 million parameters, prompts of 512 symbols, 16 questions of "
     "each kind for each seed)."
 )
 CURVES: dict[str, tuple[str, ...]] = {
-    "streamingllm": tuple(f"streamingllm:window={w},block=16" for w in (16, 48, 112, 240, 480, 900)),
+    "streamingllm": tuple(f"streamingllm:window={w},block=16" for w in (16, 40, 80, 150, 260, 420)),
     "blocksparse": tuple(
         f"blocksparse:block=16,density={d}" for d in (0.06, 0.12, 0.25, 0.5, 0.75)
     ),
     "verticalslash": tuple(
         f"verticalslash:verticals={n},slashes={n},near=16,last=64,block=16"
-        for n in (18, 36, 80, 200, 480)
+        for n in (18, 30, 60, 120, 260)
     ),
     "flexprefill": tuple(
         f"flexprefill:share={s},least=16,near=16,last=64,block=16"
@@ -155,7 +155,7 @@ def symbol_scores(
     names: Sequence[str], seed: int, short: bool, tasks: Sequence[str], densities: Sequence[float]
 ) -> dict[str, float]:
     """Exact match of methods on the model of symbols at densities, and of dense attention."""
-    size, prompts = (192, 2) if short else (512, 8)
+    size, prompts = (192, 2) if short else (512, 4)
     model = symbol_model()
     wanted: Mapping[str, Sequence[str]] = {name: CURVES[name] for name in names}
     found = gs.compare_attention(

@@ -33,6 +33,8 @@ from gossamer.nn.kernel_choice.machine import machine
 from gossamer.nn.kernel_choice.timing import CALM
 from gossamer.ops import _dispatch
 
+_POINTS = ".points.json"
+"""The ending of the file beside --out that keeps the prompts of --suite frontier."""
 Timed = Callable[[], dict[str, Any]]
 _SUITES: dict[str, Any] = {
     "kernels": kernels, "active": active, "nm": nm, "spgemm": spgemm, "conv": conv,
@@ -113,7 +115,7 @@ class Bench:
     def _frontier(self) -> None:
         """Prompts that were read are kept beside --out until all are; a picture lies there too."""
         out = Path(self.out) if self.out else None
-        keep = None if out is None else out.with_suffix(".points.json")
+        keep = None if out is None else out.with_suffix(_POINTS)
         if keep is not None and not self.resume:
             keep.unlink(missing_ok=True)
         found = frontier.measure(self.only, keep)
@@ -130,7 +132,8 @@ class Bench:
 
     def again(self) -> str:
         """What a second call makes of an interrupted one."""
-        kept = self.out and Path(self.out).is_file()
+        places = [Path(self.out), Path(self.out).with_suffix(_POINTS)] if self.out else []
+        kept = any(place.is_file() for place in places)
         return "; finished cases are kept: --resume goes on after them" if kept else ""
 
     def _start(self, limits: Limits) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Trains the bundled models of symbols; run as `python -m gossamer.testbed.train_symbols --help`.
+"""Trains the bundled model of symbols; run as `python -m gossamer.testbed.train_symbols --help`.
 
-Small Llamas with grouped queries on the language of `gossamer.testbed.symbols`. Prompts grow from
+A small Llama with grouped queries on the language of `gossamer.testbed.symbols`. Prompts grow from
 48 to 1024 symbols. A stage ends when the answers of its last steps are right, or at its limit.
 Reproducible from `--seed` on the same machine and versions. A checkpoint is kept while it trains:
 a run that was killed goes on from there when started again.
@@ -27,11 +27,10 @@ from gossamer.testbed import symbols
 from gossamer.testbed.language import llama
 from gossamer.testbed.symbols import IGNORED, Content, SymbolTask
 
-PEAK_RATE, WARM_UP, SAVE_EVERY, WINDOW, ENOUGH = 2e-3, 50, 25, 25, 0.94
+PEAK_RATE, WARM_UP, SAVE_EVERY, WINDOW, ENOUGH = 2e-3, 50, 10, 25, 0.94
 THETA = 1e6
 """Of the rotation: half of each head turns so slowly that it compares symbols across a prompt."""
-SIZES = {"base": 128, "half": 64}
-"""Widths of the two models."""
+WIDTH = 128
 
 
 @dataclass(frozen=True)
@@ -44,20 +43,14 @@ class Stage:
     least: int = 60
 
 
-STAGES = (
-    Stage(48, 32, 2000),
-    Stage(128, 12, 300),
-    Stage(320, 6, 200),
-    Stage(1024, 2, 240, 240),
-)
+STAGES = (Stage(48, 32, 2000), Stage(128, 12, 80), Stage(320, 5, 80), Stage(1024, 1, 200, 200))
 """The learning rate falls to nothing in the last one."""
 
 
-def build(size: str, seed: int) -> nn.Module:
+def build(seed: int) -> nn.Module:
     """The untrained model, float32."""
     torch.manual_seed(seed)
-    width = SIZES[size]
-    model = llama(width, 5 * width // 2, 5, 4, 2, 2048, 0.05, symbols.SYMBOLS, THETA)
+    model = llama(WIDTH, 5 * WIDTH // 2, 5, 4, 2, 2048, 0.05, symbols.SYMBOLS, THETA)
     look_back(model)
     return model
 
@@ -134,11 +127,9 @@ class Run:
     seconds: float = 0.0
 
 
-def train(
-    size: str, seed: int, checkpoint: Path, stages: tuple[Stage, ...] = STAGES
-) -> tuple[nn.Module, Run]:
+def train(seed: int, checkpoint: Path, stages: tuple[Stage, ...] = STAGES) -> tuple[nn.Module, Run]:
     """The trained model, and what it took; progress goes to stderr."""
-    model = build(size, seed)
+    model = build(seed)
     adam = torch.optim.AdamW(model.parameters(), PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     run = _resume(checkpoint, model, adam)
     while run.stage < len(stages):
@@ -154,7 +145,7 @@ def train(
             run.seconds += time.monotonic() - start
             if run.total % SAVE_EVERY == 0:
                 share = sum(recent) / len(recent)
-                print(f"{size}, {stage.length} symbols, step {run.step} of {stage.most}: "
+                print(f"{stage.length} symbols, step {run.step} of {stage.most}: "
                       f"{share:.3f} right, {run.seconds:.0f} s", file=sys.stderr)  # fmt: skip
                 _save(checkpoint, model, adam, run)
             full = len(recent) == WINDOW and run.step >= stage.least
@@ -206,22 +197,20 @@ def quality(model: nn.Module) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train one size, then write the model (bfloat16) and what it can do."""
+    """Train, then write the model (bfloat16) and what it can do."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=tuple(SIZES), default="base")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    folder = args.out / args.size
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = args.out / f"{args.size}.pt"
-    model, run = train(args.size, args.seed, checkpoint)
+    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = args.out / "checkpoint.pt"
+    model, run = train(args.seed, checkpoint)
     save: Any = model.to(torch.bfloat16).save_pretrained
-    save(folder)
+    save(args.out)
     record = {"seed": args.seed, "parameters": sum(p.numel() for p in model.parameters()),
               "steps": run.total, "seconds": round(run.seconds),
               "threads": torch.get_num_threads(), "quality": quality(model.float())}  # fmt: skip
-    (folder / "train.json").write_text(json.dumps(record, indent=1) + os.linesep)
+    (args.out / "train.json").write_text(json.dumps(record, indent=1) + os.linesep)
     checkpoint.unlink(missing_ok=True)
 
 

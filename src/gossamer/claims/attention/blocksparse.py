@@ -47,8 +47,8 @@ def promises(found: Figures) -> list[Promise]:
     return [
         *lines,
         Promise("a large sparse model beats a small dense one at equal operations", "quality",
-                reason="the two models of symbols read at most 1024 symbols, where the larger one's "
-                "linear layers alone take more operations than the whole smaller one"),
+                reason="it takes two models of one family that solve such tasks, and prompts at "
+                "which attention outweighs their linear layers; one model here solves them"),
         Promise("at 128k tokens densities of 0.07 to 0.2 lie on the Pareto front", "quality",
                 reason="no model here reads more than 8192 tokens"),
     ]  # fmt: skip

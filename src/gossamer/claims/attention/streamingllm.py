@@ -17,7 +17,7 @@ WINDOW = 128
 @torch.no_grad()
 def one(seed: int, short: bool) -> dict[str, float]:
     """Bits per token of one text, dense and within a window, with 4 first keys and with none."""
-    ids = window(seed, short)
+    ids = window(seed, short, 1024)
     found: dict[str, float] = {}
     for name, sinks in (("dense", None), ("with sinks", 4), ("without sinks", 0)):
         loss = _bits(ids, sinks, short)
