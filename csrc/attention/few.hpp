@@ -98,6 +98,31 @@ void add_rows(const float (&weights)[R][kChunk], const Keys<X>& keys, const Keys
         if (weights[r][k] != 0) sums[r * gap + j] += weights[r][k] * widen(keys.values[k][j]);
 }
 
+// Logits of `count` keys to weights, relative to each row's maximum so far; sums and totals are
+// rescaled where that moved. Logits past `count` are overwritten.
+template <int R>
+void to_weights(const Rows& rows, float (&weights)[R][kChunk], int count, int64_t value_width) {
+  for (int r = 0; r < R; ++r) {
+    for (int k = count; k < kChunk; ++k) weights[r][k] = -INFINITY;
+    Lanes top = at(weights[r]);
+    for (int k = kLanes; k < count; k += kLanes) top = greater(top, at(weights[r] + k));
+    float& highest = rows.maxima[r];
+    if (any_above(top, filled(highest))) {
+      const float now = greatest(top), factor = power_of(highest - now);
+      for (int64_t j = 0; j < value_width; ++j) rows.sums[r * rows.gap + j] *= factor;
+      rows.totals[r] *= factor;
+      highest = now;
+    }
+    Lanes total{};
+    for (int k = 0; k < count; k += kLanes) {
+      const Lanes weight = power(at(weights[r] + k) - highest);
+      put(weight, weights[r] + k);
+      total += weight;
+    }
+    rows.totals[r] += sum(total);
+  }
+}
+
 // What `next` holds is fetched meanwhile.
 template <int R, class X>
 void attend_few(const Rows& rows, const Keys<X>& keys, const Keys<X>* next, float scale,
@@ -113,25 +138,7 @@ void attend_few(const Rows& rows, const Keys<X>& keys, const Keys<X>* next, floa
     for (int i = 0; i < count; ++i)
       for (int r = 0; r < R; ++r) weights[r][k + i] = found[i * R + r] + keys.bias[k + i];
   }
-  for (int r = 0; r < R; ++r) {
-    for (int k = keys.count; k < kChunk; ++k) weights[r][k] = -INFINITY;
-    Lanes top = at(weights[r]);
-    for (int k = kLanes; k < keys.count; k += kLanes) top = greater(top, at(weights[r] + k));
-    float& highest = rows.maxima[r];
-    if (any_above(top, filled(highest))) {
-      const float now = greatest(top), factor = power_of(highest - now);
-      for (int64_t j = 0; j < value_width; ++j) rows.sums[r * rows.gap + j] *= factor;
-      rows.totals[r] *= factor;
-      highest = now;
-    }
-    Lanes total{};
-    for (int k = 0; k < keys.count; k += kLanes) {
-      const Lanes weight = power(at(weights[r] + k) - highest);
-      put(weight, weights[r] + k);
-      total += weight;
-    }
-    rows.totals[r] += sum(total);
-  }
+  to_weights(rows, weights, keys.count, value_width);
   add_rows<R>(weights, keys, next, value_width, rows.sums, rows.gap);
 }
 
