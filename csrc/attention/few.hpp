@@ -30,7 +30,11 @@ void fetch_row(const X* row, int64_t width) {
     __builtin_prefetch(at + b, 0, 2);
 }
 
-// Products of R queries with the first 16 / R of `rows`, of which `count` (at least 1) are there:
+// Rows that R queries meet at once, so that a vector holds the products.
+template <int R>
+constexpr int kTogether = R == 3 ? 4 : 16 / R;
+
+// Products of R queries with the first kTogether of `rows`, of which `count` (at least 1) are there:
 // lane i * R + r is that of row i. Four rows meet a part of the queries at a time.
 template <int R, class X>
 __attribute__((always_inline)) inline Wide dots(const float* queries, int64_t step,
@@ -38,8 +42,10 @@ __attribute__((always_inline)) inline Wide dots(const float* queries, int64_t st
   constexpr int T = 4;
   const int64_t whole = width / 16 * 16;
   Wide v[16];
+#pragma GCC unroll 16
+  for (int k = R * kTogether<R>; k < 16; ++k) v[k] = Wide{};
 #pragma GCC unroll 4
-  for (int i = 0; i < 16 / R; i += T) {
+  for (int i = 0; i < kTogether<R>; i += T) {
 #pragma GCC unroll 16
     for (int k = i * R; k < (i + T) * R; ++k) v[k] = Wide{};
     if (i >= count) continue;
@@ -128,7 +134,7 @@ template <int R, class X>
 void attend_few(const Rows& rows, const Keys<X>& keys, const Keys<X>* next, float scale,
                 int64_t width, int64_t value_width) {
   alignas(64) float weights[R][kChunk];
-  constexpr int kStep = 16 / R;
+  constexpr int kStep = kTogether<R>;
   for (int k = 0; k < keys.count; k += kStep) {
     const int count = static_cast<int>(least(kStep, keys.count - k));
     for (int i = k; next && i < k + kStep && i < next->count; ++i)

@@ -80,12 +80,15 @@ void in_parts(const Task& t, int64_t count, int64_t multiple, X* output, float* 
   }
 }
 
-// Calls with the number of rows, 4, 2 or 1, as a constant, and the first of them.
+// Calls with the number of rows, up to 4, as a constant, and the first of them.
 template <class F>
 void few_rows(int64_t from, int64_t to, F&& call) {
   for (; from + 4 <= to; from += 4) call(Constant<4>{}, from);
-  for (; from + 2 <= to; from += 2) call(Constant<2>{}, from);
-  for (; from < to; ++from) call(Constant<1>{}, from);
+  switch (to - from) {
+    case 3: return call(Constant<3>{}, from);
+    case 2: return call(Constant<2>{}, from);
+    case 1: return call(Constant<1>{}, from);
+  }
 }
 
 }  // namespace

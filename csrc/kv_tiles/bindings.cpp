@@ -107,8 +107,11 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value,
   t.key_bias = shared<const float>("key bias", key_bias, all, t.batch, t.heads);
   void* to = output.floats("output", {t.batch, t.heads, t.queries, t.value_width});
   if (output.is_bf16() != t.bf16) throw std::invalid_argument("kv_tiles: bad output");
-  kernels<KvTilesKernels>(isa).decode(t, to, lse.data<float>("lse", {t.batch, t.heads, t.queries}),
-                                      threads);
+  float* sums = lse.data<float>("lse", {t.batch, t.heads, t.queries});
+#if defined(__x86_64__)
+  if (t.bf16 && isa == kAvx512 && has_vbmi2()) return decode_tiles_bf16(t, to, sums, threads);
+#endif
+  kernels<KvTilesKernels>(isa).decode(t, to, sums, threads);
 }
 
 }  // namespace

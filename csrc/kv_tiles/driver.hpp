@@ -1,7 +1,8 @@
 // Attention over tiles, compiled once per instruction set. The including file defines kLanes (see
-// attention/math.hpp), kWides (parts of a tile at a time), and
-//   Wide expanded(uint64_t word, int part, const X* values)
-// the 16 entries of a part of a tile, 0 where none is kept; it may read 16 values past the tile's.
+// attention/math.hpp), kWides, kBeyond, and
+//   expand(uint64_t word, int part, const X* entries, Wide (&x)[kWides])
+// which takes 16 * kWides places of a tile apart, from part * 16 on, 0 where none is kept. It may
+// read kBeyond entries past the tile's, and put places into lanes as take_sums and put_sums do.
 #pragma once
 #include <vector>
 
@@ -12,41 +13,34 @@ namespace gossamer {
 namespace {
 
 constexpr int64_t kBlocks = 8;  // of 64 tokens; a part, so that threads change nothing
-constexpr int64_t kBeyond = 16;  // values that may be read past a block's
 
 inline int64_t padded_count(uint64_t word) { return rounded(__builtin_popcountll(word), kStep); }
 
 // Sums (R, 64), rows `gap` apart, += the factors (R, count), `step` apart, times `count` tiles.
 // Where `careful`, a factor of 0 meets nothing, whatever the tile holds.
 template <int R, bool careful, class X>
-void add_tiles(const Word* bits, const X* values, int64_t count, const float* factors, int64_t step,
-               float* sums, int64_t gap) {
-  constexpr int C = kWides;
-  for (int part = 0; part < 4; part += C) {
-    Wide s[R][C];
+void add_tiles(const Word* bits, const X* entries, int64_t count, const float* factors,
+               int64_t step, float* sums, int64_t gap) {
+  for (int part = 0; part < 4; part += kWides) {
+    Wide s[R][kWides];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) s[r][c] = load(sums + r * gap + (part + c) * 16);
-    const X* from = values;
+    for (int r = 0; r < R; ++r) take_sums<X>(sums + r * gap + part * 16, s[r]);
+    const X* from = entries;
     for (int64_t i = 0; i < count; ++i) {
       const uint64_t word = bits[i];
       __builtin_prefetch(reinterpret_cast<const char*>(from) + 2048);
       if (!careful || factors[i] != 0) {
-        Wide x[C];
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) x[c] = expanded(word, part + c, from);
+        Wide x[kWides];
+        expand(word, part, from, x);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-          for (int c = 0; c < C; ++c) s[r][c] += factors[r * step + i] * x[c];
+          for (int c = 0; c < kWides; ++c) s[r][c] += factors[r * step + i] * x[c];
       }
       from += padded_count(word);
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) store(s[r][c], sums + r * gap + (part + c) * 16);
+    for (int r = 0; r < R; ++r) put_sums<X>(s[r], sums + r * gap + part * 16);
   }
 }
 
@@ -186,11 +180,6 @@ void decode_tiles(const TiledTask& t, X* output, float* lse, int threads) {
                }
              }
            });
-}
-
-inline void run_decode_tiles(const TiledTask& t, void* output, float* lse, int threads) {
-  if (t.bf16) return decode_tiles(t, static_cast<uint16_t*>(output), lse, threads);
-  decode_tiles(t, static_cast<float*>(output), lse, threads);
 }
 
 }  // namespace

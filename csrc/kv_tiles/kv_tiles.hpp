@@ -74,4 +74,7 @@ const KvTilesKernels Tables<KvTilesKernels>::avx2;
 template <>
 const KvTilesKernels Tables<KvTilesKernels>::avx512;
 
+// With AVX-512's expansion of 16-bit numbers, for bfloat16 only.
+void decode_tiles_bf16(const TiledTask&, void* output, float* lse, int threads);
+
 }  // namespace gossamer

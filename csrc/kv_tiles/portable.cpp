@@ -5,20 +5,20 @@ namespace {
 
 constexpr int kLanes = 4;
 constexpr int kWides = 1;
+constexpr int kBeyond = 16;
 
 template <class X>
-Wide expanded(uint64_t word, int part, const X* values) {
-  const X* from = values + __builtin_popcountll(word & ((uint64_t{1} << (16 * part)) - 1));
-  Wide found{};
+void expand(uint64_t word, int part, const X* entries, Wide (&x)[kWides]) {
+  const X* from = entries + __builtin_popcountll(word & ((uint64_t{1} << (16 * part)) - 1));
+  x[0] = Wide{};
   for (uint32_t bits = word >> (16 * part) & 0xffff; bits; bits &= bits - 1)
-    found[__builtin_ctz(bits)] = widen(*from++);
-  return found;
+    x[0][__builtin_ctz(bits)] = widen(*from++);
 }
 
 }  // namespace
 }  // namespace gossamer
 
-#include "kv_tiles/driver.hpp"
+#include "kv_tiles/plain.hpp"
 
 namespace gossamer {
 
