@@ -1,7 +1,12 @@
 """Every public name of `gossamer`."""
 
 from gossamer.api import compare, prune
-from gossamer.api_attention import attend, calibrate_attention, sparse_attention
+from gossamer.api_attention import (
+    attend,
+    attention_cache,
+    calibrate_attention,
+    sparse_attention,
+)
 from gossamer.compression import CompressionReport, measure_compression
 from gossamer.core.allocation import (
     ER,
@@ -113,6 +118,7 @@ __all__ = [
     "Unstructured",
     "UsageError",
     "attend",
+    "attention_cache",
     "calibrate_attention",
     "calibrate_latency",
     "cards",
