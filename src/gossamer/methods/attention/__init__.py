@@ -5,6 +5,7 @@ from gossamer.methods.attention.anchor import AnchorAttention
 from gossamer.methods.attention.block_sparse import BlockSparse
 from gossamer.methods.attention.double_sparsity import DoubleSparsity
 from gossamer.methods.attention.flex_prefill import FlexPrefill
+from gossamer.methods.attention.mustafar import Mustafar
 from gossamer.methods.attention.quest import Quest
 from gossamer.methods.attention.seer import SeerAttention
 from gossamer.methods.attention.snapkv import SnapKV
@@ -17,6 +18,7 @@ __all__ = [
     "BlockSparse",
     "DoubleSparsity",
     "FlexPrefill",
+    "Mustafar",
     "Quest",
     "SeerAttention",
     "SnapKV",

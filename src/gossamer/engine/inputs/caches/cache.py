@@ -16,6 +16,7 @@ from gossamer.engine.inputs.attention import own_attention
 from gossamer.engine.inputs.caches import files
 from gossamer.engine.inputs.caches.binding import Binding
 from gossamer.engine.inputs.caches.calls import real_tokens
+from gossamer.engine.inputs.caches.compressed import CompressingKeeper, KeyCompressor
 from gossamer.engine.inputs.caches.evicted import EvictingKeeper
 from gossamer.engine.inputs.caches.layer import Arrival, SparseLayer
 from gossamer.engine.inputs.caches.rows import Keeper
@@ -158,14 +159,15 @@ def keeper_of(method: Any, layer: int, layers: int) -> Keeper:
         if isinstance(method, kind):
             return keeper(method, layer, layers)
     raise UsageError(
-        f"{type(method).__name__} keeps no cache: such a method evicts (kept_keys) or chooses "
-        "(summarise and score); see gossamer methods attention"
+        f"{type(method).__name__} keeps no cache: such a method evicts (kept_keys), chooses "
+        "(summarise and score) or compresses (kept_entries); see gossamer methods attention"
     )
 
 
 _KEEPERS: tuple[tuple[Any, Callable[..., Keeper]], ...] = (
     (KeyEvictor, EvictingKeeper),
     (KeySelector, SelectingKeeper),
+    (KeyCompressor, CompressingKeeper),
 )
 
 
