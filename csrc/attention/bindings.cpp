@@ -4,6 +4,7 @@
 
 #include <nanobind/stl/optional.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -98,25 +99,32 @@ class Attention {
   std::vector<nb::object> owners_;
 };
 
-// Raises where a page is out of range or named twice for one head.
-void check_index(const DecodeTask& t) {
-  const int64_t pages = (t.keys + t.page - 1) / t.page;
-  std::vector<bool> seen(pages);
-  for (int64_t unit = 0; unit < t.batch * t.kv_heads; ++unit) {
-    const int32_t* index = t.index + unit * t.count;
-    seen.assign(pages, false);
-    for (int64_t i = 0; i < t.count; ++i) {
-      const int64_t page = index[i];
-      if (page == -1) continue;
-      const std::string number = std::to_string(page);
-      if (page < 0 || page >= pages)
-        throw std::invalid_argument("index " + number + " is none of 0 to " +
-                                    std::to_string(pages - 1) + ", nor -1 for no page");
-      if (seen[page])
-        throw std::invalid_argument("index " + number + " occurs twice for one head of keys");
-      seen[page] = true;
+// The index as 32 bits. Raises where a page is out of range or named twice for one head.
+std::vector<int32_t> checked_index(const int64_t* index, int64_t units, int64_t count,
+                                   int64_t pages, int threads) {
+  std::vector<int32_t> found(units * count);
+  int64_t wrong = -1;  // the place of one
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::vector<uint8_t> seen(pages);
+#pragma omp for schedule(static) reduction(max : wrong)
+    for (int64_t unit = 0; unit < units; ++unit) {
+      std::fill(seen.begin(), seen.end(), 0);
+      for (int64_t i = unit * count; i < (unit + 1) * count; ++i) {
+        const int64_t page = index[i];
+        found[i] = static_cast<int32_t>(page);
+        if (page == -1) continue;
+        if (page < 0 || page >= pages || seen[page]) wrong = i;
+        else seen[page] = 1;
+      }
     }
   }
+  if (wrong < 0) return found;
+  const std::string number = "index " + std::to_string(index[wrong]);
+  if (index[wrong] >= 0 && index[wrong] < pages)
+    throw std::invalid_argument(number + " occurs twice for one head of keys");
+  throw std::invalid_argument(number + " is none of 0 to " + std::to_string(pages - 1) +
+                              ", nor -1 for no page");
 }
 
 void decode(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& index,
@@ -127,7 +135,7 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const T
   take_inputs(query, key, value, t);
   if (page < 1 || threads < 1) throw std::invalid_argument("attention: bad page");
   t.causal = causal, t.scale = scale, t.page = page, t.count = index.size(2);
-  t.index = index.data<const int32_t>("index", {t.batch, t.kv_heads, t.count});
+  const auto* list = index.data<const int64_t>("index", {t.batch, t.kv_heads, t.count});
   t.key_bias = shared<const float>("key bias", key_bias, t.keys, t.batch, t.heads);
   if (causal) {
     t.query_positions = shared<const int32_t>("query positions", query_positions.value(), t.queries,
@@ -135,11 +143,16 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const T
     t.key_positions =
         shared<const int32_t>("key positions", key_positions.value(), t.keys, t.batch, t.heads);
   }
-  check_index(t);
+  const std::vector<int32_t> checked = checked_index(
+      list, t.batch * t.kv_heads, t.count, (t.keys + page - 1) / page, threads);
+  t.index = checked.data();
   void* to = output.floats("output", {t.batch, t.heads, t.queries, t.value_width});
   if (output.is_bf16() != t.bf16) throw std::invalid_argument("attention: bad output");
-  kernels<AttentionKernels>(isa).decode(t, to, lse.data<float>("lse", {t.batch, t.heads, t.queries}),
-                                        threads);
+  float* sums = lse.data<float>("lse", {t.batch, t.heads, t.queries});
+#if defined(__x86_64__)
+  if (t.bf16 && isa == kAvx512 && has_bf16()) return attention_bf16_decode(t, to, sums, threads);
+#endif
+  kernels<AttentionKernels>(isa).decode(t, to, sums, threads);
 }
 
 }  // namespace

@@ -28,6 +28,7 @@ void decode_heads(const DecodeTask& t, const Parts& p, int64_t unit, int64_t par
     take_keys(t.key, t.value, batch, kv_head, head, position, walk, keys);
   };
   take(room[0]);
+  Ahead<X>{&room[0], t.width, t.value_width}(0, kChunk);
   for (int now = 0; room[now].count; now = 1 - now) {
     Keys<X>& next = room[1 - now];
     take(next);
@@ -62,10 +63,12 @@ void decode_of(const DecodeTask& t, X* output, float* lse, int threads) {
   });
 }
 
+#ifndef GOSSAMER_ATTENTION_PAIRS
 inline void run_decode(const DecodeTask& t, void* output, float* lse, int threads) {
   if (t.bf16) return decode_of(t, static_cast<uint16_t*>(output), lse, threads);
   if constexpr (kPer == 1) decode_of(t, static_cast<float*>(output), lse, threads);
 }
+#endif
 
 }  // namespace
 }  // namespace gossamer

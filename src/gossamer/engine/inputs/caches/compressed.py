@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from gossamer.core.card import Card
@@ -56,7 +55,9 @@ class CompressingKeeper(Keeper):
         held = key.shape[2] + sum(part.tokens for part, _ in parts) if key.dim() == 4 else -1
         if held != length or key.shape[0] != texts or key.shape[:3] != value.shape[:3]:
             raise FormatError(f"a cache of {texts} texts and {length} tokens: damaged file")
-        for tiles, dense in [pair for part in parts for pair in zip(part, (key, value), strict=True)]:
+        for tiles, dense in [
+            pair for part in parts for pair in zip(part, (key, value), strict=True)
+        ]:
             fits = tiles.shape[:2] == dense.shape[:2] and tiles.entries.dtype == dense.dtype
             if not fits or len(tensors) != 2 + 6 * count:
                 raise FormatError("a cache's tiles do not fit its dense tokens: damaged file")
@@ -67,7 +68,11 @@ class CompressedRows(Rows):
     """Tiles of the older tokens, in parts, and the dense tokens behind them."""
 
     def __init__(
-        self, keeper: CompressingKeeper, key: Tensor, value: Tensor, parts: list[tuple[Tiles, Tiles]]
+        self,
+        keeper: CompressingKeeper,
+        key: Tensor,
+        value: Tensor,
+        parts: list[tuple[Tiles, Tiles]],
     ) -> None:
         self.keeper = keeper
         self._key, self._value = Grown(key), Grown(value)
