@@ -185,7 +185,11 @@ def run(method, seed, steps=14):
             real = torch.ones(texts, new, dtype=torch.bool)
             if kind == "prompt" and texts > 1 and draw.random() < 0.6:
                 for text in range(texts - 1):
-                    side = slice(0, draw.randint(0, new - 2)) if draw.random() < 0.7 else slice(-1, None)
+                    side = (
+                        slice(0, draw.randint(0, new - 2))
+                        if draw.random() < 0.7
+                        else slice(-1, None)
+                    )
                     real[text, side] = False
             mask = torch.cat([mask, real], 1)
             given = None if bool(real.all()) else real
@@ -219,7 +223,9 @@ def run(method, seed, steps=14):
             else:
                 for t, text in enumerate(plain.texts):
                     gone = int(mask[t, -count:].sum())
-                    text.rows = [[r for r in rows if r[0] < text.length - gone] for rows in text.rows]
+                    text.rows = [
+                        [r for r in rows if r[0] < text.length - gone] for rows in text.rows
+                    ]
                     text.length -= gone
                     text.since -= gone
                 mask = mask[:, :-count]
