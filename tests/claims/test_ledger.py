@@ -43,9 +43,22 @@ NOT_TRIED = {"weights.dsnot", "weights.monarch"} | {
     f"attention.{name}"
     for name in (
         "anchorattention",
+        "biformer",
         "blocksparse",
+        "dma",
+        "drsformer",
         "flexprefill",
+        "gtsp",
+        "meshtransformer",
+        "paraformer",
         "seerattention",
+        "sparsegraphtracker",
+        "sparsifiner",
+        "moa",
+        "routingtransformer",
+        "s2attention",
+        "seerattention",
+        "sparsed",
         "streamingllm",
         "verticalslash",
     )
