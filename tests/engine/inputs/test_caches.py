@@ -10,7 +10,7 @@ import gossamer as gs
 
 transformers = pytest.importorskip("transformers")
 
-from test_sparse_attention import inputs, make
+from small_models import inputs, make
 
 FAMILIES = ("llama", "qwen3", "mistral", "gemma", "neox")
 SPARSE = {
@@ -472,17 +472,18 @@ def test_an_interrupted_forward_is_found_out(llama):
     ids = inputs("llama", 40)["input_ids"]
     cache = gs.attention_cache(llama, SPARSE["quest"])
     call(llama, ids, cache)
-    late = llama.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
-    early = llama.model.layers[0].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
-    for hook in (early, late):
-        with pytest.raises(ZeroDivisionError):
-            call(llama, ids[:, :1], cache)
-        hook.remove()
-        if hook is early:
-            with pytest.raises(gs.UsageError, match="reset the cache"):
-                call(llama, ids[:, :1], cache)
-            cache.reset()
-            call(llama, ids, cache)
+    hook = llama.model.layers[0].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(llama, ids[:, :1], cache)
+    hook.remove()
+    with pytest.raises(gs.UsageError, match="reset the cache"):
+        call(llama, ids[:, :1], cache)
+    cache.reset()
+    call(llama, ids, cache)
+    cache.binding.open(0, lambda: 1 / 0)  # as if it stopped between update and attention
+    with pytest.raises(gs.UsageError, match="reset the cache"):
+        call(llama, ids[:, :1], cache)
+    assert llama.config._attn_implementation == "sdpa"
     assert call(llama, ids, None).isfinite().all()
 
 
@@ -498,7 +499,8 @@ def test_bad_input(llama):
         (lambda: gs.attention_cache(llama, "blocksparse"), "keeps no cache"),
         (lambda: gs.attention_cache(llama, "wanda"), "one of weights"),
         (lambda: gs.attention_cache(llama, A.Quest), "pass an instance"),
-        (lambda: gs.attention_cache(llama, A.DoubleSparsity()), "calibrate_attention"),
+        (lambda: gs.attention_cache(llama, A.DoubleSparsity()), "leaves none of 2 layers"),
+        (lambda: gs.attention_cache(llama, "doublesparsity:dense=1"), "calibrate_attention"),
         (lambda: gs.attention_cache(llama, "quest:density=0.3,dense=1"), "fewer dense layers"),
         (lambda: gs.attention_cache(torch.nn.Linear(2, 2), "quest"), "no attention"),
         (lambda: gs.generate(llama, ids, 2, cache=3), "Cache of transformers"),
