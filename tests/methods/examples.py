@@ -201,6 +201,14 @@ def documents(generator):
     return query, sentences, torch.arange(7) < torch.tensor([[7], [4], [2]])
 
 
+def dma(keys):
+    """With slopes that differ from head to head."""
+    layer = A.DMA(16, 4, kv_heads=2, keys=keys)
+    with torch.no_grad():
+        layer.slope.copy_(torch.tensor([1.5, -1.0]))
+    return layer
+
+
 LAYERS = {
     "biformer": Layer(
         make=lambda: A.BiFormer(8, 2, regions=3, routes=2, local=3),
@@ -215,15 +223,6 @@ LAYERS = {
             {"channels": 8, "local": 4},
         ),
     ),
-def dma(keys):
-    """With slopes that differ from head to head."""
-    layer = A.DMA(16, 4, kv_heads=2, keys=keys)
-    with torch.no_grad():
-        layer.slope.copy_(torch.tensor([1.5, -1.0]))
-    return layer
-
-
-LAYERS = {
     "dma": Layer(
         make=lambda: dma(5),
         full=lambda: dma(100),

@@ -216,7 +216,7 @@ def run(method, seed, steps=14):
             except gs.UsageError:
                 first = plain.texts[0]
                 last = mask[:, -count:]
-                held_back = method.card.name in map(lambda n: METHODS[n].card.name, EVICTING) and (
+                held_back = method.card.name in {METHODS[n].card.name for n in EVICTING} and (
                     first.pending or min(t.since for t in plain.texts) < count
                 )
                 assert held_back or count > plain.seen or not bool(last.all()), done
