@@ -113,6 +113,12 @@ with gs.sparse_attention(model, method) as run:
         return f"""with gs.sparse_attention(model, {name}()) as run:
     ...  # the model as it was
 print(run.result)"""
+    if card.role == "cache":
+        fitted = hasattr(find(card.name), "fitted")
+        learn = f"method = gs.calibrate_attention(model, {name}(), batches)\n" if fitted else ""
+        return f"""{learn}cache = gs.attention_cache(model, {"method" if fitted else f"{name}()"})
+ids = model.generate(ids, past_key_values=cache)
+print(cache.result)"""
     if card.role == "step_attention":
         fitted = hasattr(find(card.name), "fitted")
         learn = f"method = gs.calibrate_denoising(model, {name}(), sample, steps=n, grid=grid)\n"

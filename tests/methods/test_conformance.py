@@ -9,6 +9,7 @@ import pytest
 import torch
 from examples import (
     ATTENTION,
+    CACHES,
     GENEROUS,
     GENEROUS_STEPS,
     LAYERS,
@@ -165,7 +166,7 @@ def test_missing_statistics_and_bad_weights_name_the_layer():
 ROLES = {
     "scorer", "solver", "topology", "learned_mask", "replacer", "planner", "gradient_source",
     "recipe", "key_scorer", "layer",
-    "step_attention",
+    "step_attention", "cache",
 }  # fmt: skip
 PATTERN_WORDS = {"unstructured", "nm", "block", "channel"}
 
@@ -215,6 +216,7 @@ def test_names_are_found_near_ones_are_told_and_shared_ones_need_their_topic(mon
         ("recipe", RECIPES),
         ("key_scorer", ATTENTION),
         ("key_scorer", GENEROUS),
+        ("cache", CACHES),
         ("layer", LAYERS),
         ("step_attention", STEPS),
         ("step_attention", GENEROUS_STEPS),

@@ -1,7 +1,9 @@
 """Small models of transformers with random weights, one of each family, and inputs for them."""
 
+import pytest
 import torch
-import transformers
+
+transformers = pytest.importorskip("transformers")
 
 SMALL = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

@@ -5,12 +5,11 @@ import json
 
 import pytest
 import torch
+from small_models import inputs, make
 
 import gossamer as gs
 
 transformers = pytest.importorskip("transformers")
-
-from small_models import inputs, make
 
 FAMILIES = ("llama", "qwen3", "mistral", "gemma", "neox")
 SPARSE = {

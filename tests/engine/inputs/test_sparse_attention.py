@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
+from small_models import inputs, make
 
 import gossamer as gs
 from gossamer.engine.inputs.counting import full_layout
 
 transformers = pytest.importorskip("transformers")
-
-from small_models import inputs, make
 
 
 def output(model, **given):

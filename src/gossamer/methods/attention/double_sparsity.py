@@ -19,7 +19,7 @@ over all tokens of all prompts; the release keeps the last prompt's only. Query 
 head of keys share its labels and what is read: channels by their mean statistic, keys by the sum of
 their estimated attention, which is a softmax over the labels' products. With one query head for each
 head of keys this is the paper's order. 4-bit labels have one scale and one least value for each key.
-The newest key is read if its label says so. `tokens` is a budget of the layers that choose, and
+The newest key is always read, within the budget. `tokens` is a budget of the layers that choose, and
 dense layers are outside; with `density` they are inside, and the others read less.
 """
 
@@ -78,7 +78,7 @@ class DoubleSparsity:
     card: ClassVar[Card] = Card(
         name="doublesparsity",
         topic="attention",
-        role="key_scorer",
+        role="cache",
         needs=(),
         patterns=("unstructured",),
         year=2024,

@@ -66,7 +66,7 @@ class Quest:
     card: ClassVar[Card] = Card(
         name="quest",
         topic="attention",
-        role="key_scorer",
+        role="cache",
         needs=(),
         patterns=("block",),
         year=2024,
