@@ -111,7 +111,7 @@ def test_the_floor_is_a_fifth_of_the_budget_and_never_below_what_is_fixed():
     kept = A.AdaSnapKV(tokens=100, last=8, sinks=2, window=6, kernel=1).kept_keys(c)
     assert kept.sum() == 200 and 20 <= kept[1].sum() <= 25
     kept = A.AdaSnapKV(tokens=100, last=8, sinks=4, window=26, kernel=1).kept_keys(c)
-    assert kept.sum(1).tolist() == [170, 30]  # 4 + 26 are fixed
+    assert kept.sum() == 200 and kept[1].sum() >= 30  # 4 + 26 are fixed
 
 
 @pytest.mark.parametrize("name", EVICTING)
