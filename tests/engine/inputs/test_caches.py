@@ -436,6 +436,26 @@ def test_a_prompt_of_one_token_and_an_empty_cache_that_is_true(llama):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_methods_start_from_one_prefill(llama, methods):
+    ids = inputs("llama", 60, batch=2)["input_ids"]
+    base = gs.attention_cache(llama, "snapkv")
+    call(llama, ids[:, :50], base)
+    for name, method in methods.items():
+        own, plain = (gs.attention_cache(llama, method) for _ in range(2))
+        own.start_from(base)
+        call(llama, ids[:, :50], plain)
+        for i in range(50, 53):
+            one, other = (call(llama, ids[:, i : i + 1], each) for each in (own, plain))
+            assert torch.equal(one, other), name
+    small = gs.attention_cache(llama, SPARSE["snapkv"])
+    call(llama, ids[:, :50], small)
+    for bad in (small, own):
+        with pytest.raises(gs.UsageError, match="whose prompt is not over"):
+            gs.attention_cache(llama, "snapkv").start_from(bad)
+    with pytest.raises(gs.UsageError, match="another model"):
+        gs.attention_cache(make("qwen3"), "snapkv").start_from(base)
+
+
 def test_bfloat16(llama):
     model = copy.deepcopy(llama).bfloat16()
     ids = inputs("llama", 60)["input_ids"]
