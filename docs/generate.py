@@ -103,6 +103,8 @@ for x, y in batches:
     optimizer.zero_grad()
     estimates.backward(lambda: loss(model(x), y))  # in place of loss.backward()
     optimizer.step()"""
+    if card.role == "layer":
+        return f"layer = {name}(...)  # a torch module; its parameters are in the API reference"
     if card.role == "key_scorer" and hasattr(find(card.name), "fitted"):
         return f"""method = gs.calibrate_attention(model, {name}(), batches)
 with gs.sparse_attention(model, method) as run:
@@ -110,6 +112,21 @@ with gs.sparse_attention(model, method) as run:
     if card.role == "key_scorer":
         return f"""with gs.sparse_attention(model, {name}()) as run:
     ...  # the model as it was
+print(run.result)"""
+    if card.role == "cache":
+        fitted = hasattr(find(card.name), "fitted")
+        learn = f"method = gs.calibrate_attention(model, {name}(), batches)\n" if fitted else ""
+        return f"""{learn}cache = gs.attention_cache(model, {"method" if fitted else f"{name}()"})
+ids = model.generate(ids, past_key_values=cache)
+print(cache.result)"""
+    if card.role == "step_attention":
+        fitted = hasattr(find(card.name), "fitted")
+        learn = f"method = gs.calibrate_denoising(model, {name}(), sample, steps=n, grid=grid)\n"
+        return f"""grid = gs.TokenGrid(frames, height, width, text=tokens)
+{learn if fitted else ""}with gs.sparse_denoising(model, {"method" if fitted else f"{name}()"}, steps=n, grid=grid) as run:
+    for number in range(n):
+        run.step(number)
+        ...  # the step of the sampler as it was
 print(run.result)"""
     if card.role != "topology":
         return f"gossamer compress --method {card.name} --sparsity 0.5"

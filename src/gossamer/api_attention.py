@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from gossamer.core.denoising import TokenGrid
 from gossamer.core.errors import MissingExtra, UsageError
 from gossamer.core.result import CompressResult, PruneResult, unwrap
 from gossamer.engine.data import Batch
 from gossamer.engine.inputs import attend as attending
 from gossamer.engine.inputs import attention as engine
-from gossamer.engine.inputs import calibrate
+from gossamer.engine.inputs import calibrate, denoising
 from gossamer.engine.inputs.protocols import (
     KeyEvictor,
     KeySelector,
+    LearnsFromAnswers,
     LearnsFromPrompts,
+    LearnsFromSteps,
     PairChooser,
+    StepAttention,
 )
 from gossamer.methods import build, find
 
@@ -205,18 +209,19 @@ def attend(
 
 def calibrate_attention(
     model: nn.Module | PruneResult | CompressResult,
-    method: LearnsFromPrompts | str,
+    method: LearnsFromPrompts | LearnsFromAnswers | str,
     data: Iterable[Batch],
 ) -> Any:
-    """Fit a method of attention that learns, such as SeerAttention, to a model.
+    """Fit a method of attention that learns, such as SeerAttention or MoA, to a model.
 
-    The model runs densely on the data and stays as it was.
+    The model runs densely on the data and stays as it was. For a method that learns from answers,
+    such as MoA, it writes an answer to each prompt and the gradients of its loss are taken.
 
     Parameters
     ----------
     model : nn.Module
         Of transformers, as for `sparse_attention`.
-    method : LearnsFromPrompts or str
+    method : LearnsFromPrompts, LearnsFromAnswers or str
         Such as `gs.attention.SeerAttention()`, or its name with options.
     data : iterable of Tensor or dict
         Batches of prompts, as for `prune`; long ones teach most.
@@ -229,7 +234,8 @@ def calibrate_attention(
     Raises
     ------
     UsageError
-        Where the method learns nothing, or the model cannot be served.
+        Where the method learns nothing, the model cannot be served, or it cannot write answers
+        where those are needed.
 
     Examples
     --------
@@ -245,6 +251,120 @@ def calibrate_attention(
     [0]
     """
     return calibrate.calibrate_attention(unwrap(model), _chooser(method), data)
+
+
+def sparse_denoising(
+    model: nn.Module | PruneResult | CompressResult | None,
+    method: StepAttention | PairChooser | str,
+    *,
+    steps: int,
+    grid: TokenGrid | None = None,
+    measure: bool = False,
+) -> AbstractContextManager[denoising.DenoisingRun]:
+    """Sparse self-attention inside a diffusion model, which follows its denoising steps.
+
+    For as long as the block is open, calls of torch's `scaled_dot_product_attention` inside the
+    model's forward go to the method; nothing of the model is changed. So models of diffusers, of
+    transformers with sdpa, and your own are served. Cross-attention is left as it is. Attention that
+    a forward does not run itself, such as gradient checkpointing in the backward, is not reached.
+    States are kept for each layer and branch; a new run begins without any.
+
+    Parameters
+    ----------
+    model : nn.Module or None
+        The denoiser. None for code that calls `run.attend` itself.
+    method : StepAttention, PairChooser or str
+        Such as `gs.attention.AdaSpa()`, or its name with options. A chooser of prompts that serves
+        attention to both sides, such as BlockSparse, chooses anew in each call.
+    steps : int
+        How many denoising steps a run has.
+    grid : TokenGrid, optional
+        How the tokens lie, for methods that go by frames or text. Only calls with so many queries
+        are then the method's.
+    measure : bool
+        Compare each call with dense attention on the same inputs and count the operations of the
+        choice. It costs a dense call.
+
+    Yields
+    ------
+    DenoisingRun
+        Call `run.step(number)` before the model in every step; `run.result` has layers, calls,
+        densities, states and reuse.
+
+    Raises
+    ------
+    UsageError
+        At a call: without a named step, and for causal or masked self-attention. At the end: where
+        no layer was reached, or every call of a whole run was dense.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch
+    >>> method = gs.attention.BlockSparse(block=8, density=0.5)
+    >>> with gs.sparse_denoising(None, method, steps=2) as run:
+    ...     for number in range(2):
+    ...         run.step(number)
+    ...         x = torch.randn(1, 2, 64, 8)
+    ...         output = run.attend(x, x, x, layer=0)
+    >>> print(run.result.calls, run.result.density)
+    2 0.5
+    """
+    return denoising.sparse_denoising(
+        None if model is None else unwrap(model),
+        _chooser(method), steps=steps, grid=grid, measure=measure,
+    )  # fmt: skip
+
+
+def calibrate_denoising(
+    model: nn.Module | PruneResult | CompressResult | None,
+    method: LearnsFromSteps | str,
+    sample: Callable[[denoising.DenoisingRun], object],
+    *,
+    steps: int,
+    grid: TokenGrid | None = None,
+) -> Any:
+    """Fit a method of attention that learns from samples, such as SparseVDiT, to a diffusion model.
+
+    The model runs densely and stays as it was.
+
+    Parameters
+    ----------
+    model : nn.Module or None
+        As for `sparse_denoising`.
+    method : LearnsFromSteps or str
+        Such as `gs.attention.SparseVDiT()`, or its name with options.
+    sample : callable
+        Given a run, draws a few samples, with `run.step(number)` before the model in every step.
+    steps : int
+        How many denoising steps a run has.
+    grid : TokenGrid, optional
+        How the tokens lie.
+
+    Returns
+    -------
+    method
+        A new method for `sparse_denoising`.
+
+    Raises
+    ------
+    UsageError
+        Where the method learns nothing, or no layer was reached.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch
+    >>> def sample(run):
+    ...     for number in range(2):
+    ...         run.step(number)
+    ...         x = torch.randn(1, 2, 64, 8)
+    ...         run.attend(x, x, x, layer=0)
+    >>> grid = gs.TokenGrid(4, 4, 4)
+    >>> method = gs.calibrate_denoising(None, "sparsevdit", sample, steps=2, grid=grid)
+    >>> len(method.modes[0])
+    2
+    """
+    found = None if model is None else unwrap(model)
+    return denoising.calibrate_denoising(found, _chooser(method), sample, steps=steps, grid=grid)
 
 
 def serves_prompts(method: str) -> bool:

@@ -9,13 +9,17 @@ import pytest
 import torch
 from examples import (
     ATTENTION,
+    CACHES,
     GENEROUS,
+    GENEROUS_STEPS,
+    LAYERS,
     LEARNED,
     PLANNERS,
     PRUNERS,
     RECIPES,
     REPLACERS,
     SOURCES,
+    STEPS,
     TOPOLOGY,
 )
 
@@ -161,7 +165,8 @@ def test_missing_statistics_and_bad_weights_name_the_layer():
 
 ROLES = {
     "scorer", "solver", "topology", "learned_mask", "replacer", "planner", "gradient_source",
-    "recipe", "key_scorer",
+    "recipe", "key_scorer", "layer",
+    "step_attention", "cache",
 }  # fmt: skip
 PATTERN_WORDS = {"unstructured", "nm", "block", "channel"}
 
@@ -211,6 +216,10 @@ def test_names_are_found_near_ones_are_told_and_shared_ones_need_their_topic(mon
         ("recipe", RECIPES),
         ("key_scorer", ATTENTION),
         ("key_scorer", GENEROUS),
+        ("cache", CACHES),
+        ("layer", LAYERS),
+        ("step_attention", STEPS),
+        ("step_attention", GENEROUS_STEPS),
     ],
 )
 def test_every_method_has_an_example(role, examples):

@@ -20,6 +20,8 @@ USE = {
     "gradient_source": "gossamer train",
     "recipe": "gossamer train",
     "key_scorer": "gs.sparse_attention, or gossamer generate --attention",
+    "cache": "gs.attention_cache, or gossamer generate --cache",
+    "layer": "a torch module, from Python",
 }
 """What runs a method, by its role."""
 
@@ -28,7 +30,9 @@ NOTES = {
     "and recipes make a model sparse while it trains, and gradient sources train without a "
     "backward pass (gossamer train). Learned masks, replacers and planners are used from Python.",
     "attention": "Key scorers choose which pairs of a prompt's tokens are attended "
-    "(gs.sparse_attention from Python, gossamer generate --attention).",
+    "(gs.sparse_attention from Python, gossamer generate --attention). Caches keep keys and values of "
+    "past tokens, or read a part of them (gs.attention_cache, gossamer generate --cache). Layers are modules of torch, "
+    "used from Python.",
 }
 """What runs the methods of a topic."""
 

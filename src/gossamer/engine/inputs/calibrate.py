@@ -15,7 +15,8 @@ from gossamer.engine.data import Batch, read_batches
 from gossamer.engine.hooks import evaluating
 from gossamer.engine.inputs.attention import sparse_attention
 from gossamer.engine.inputs.counting import full_layout
-from gossamer.engine.inputs.protocols import LearnsFromPrompts
+from gossamer.engine.inputs.own_answers import observe_answers
+from gossamer.engine.inputs.protocols import LearnsFromAnswers, LearnsFromPrompts
 from gossamer.ops.attention import Layout
 
 
@@ -32,11 +33,15 @@ class _Watcher:
         return full_layout(call)
 
 
-def calibrate_attention(model: nn.Module, method: LearnsFromPrompts, data: Iterable[Batch]) -> Any:
+def calibrate_attention(
+    model: nn.Module, method: LearnsFromPrompts | LearnsFromAnswers, data: Iterable[Batch]
+) -> Any:
     """See `gossamer.calibrate_attention`, which also takes a method by its name."""
     model = unwrap(model)
     if isinstance(method, type):
         raise UsageError(f"method is the class {method.__name__}; pass an instance of it")
+    if isinstance(method, LearnsFromAnswers):
+        return method.fitted(observe_answers(model, method, read_batches(data)))
     if not isinstance(method, LearnsFromPrompts):
         raise UsageError(f"{type(method).__name__} learns nothing from data: use it as it is")
     watcher = _Watcher(method)

@@ -1,7 +1,8 @@
 """What the engine asks of methods that choose keys. Each is found by the functions it has.
 
-Methods of the topic `attention` have the role `key_scorer`. One method may play in several phases:
-choose pairs for a prompt, drop keys from the cache behind it, choose keys for each new token.
+Those of the topic `attention` that choose pairs of prompts have the role `key_scorer`. Those that
+drop keys of a cache, or choose keys for each new token, have the role `cache`; a method may do both.
+Those for diffusion models have the role `step_attention`.
 Scores become choices by `gossamer.keep`, whose budgets and protected units are shared by all.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from gossamer.core.attention import AttentionCall, CachedKeys
 from gossamer.core.card import Card
+from gossamer.core.denoising import Attended, DenoisingStep
 from gossamer.ops.attention import Layout
 
 
@@ -43,6 +45,23 @@ class LearnsFromPrompts(Protocol):
 
     def observe(self, call: AttentionCall) -> Any:
         """What is learned from one layer's call of one prompt; small, for many are kept."""
+        ...
+
+    def fitted(self, observed: Mapping[int, Sequence[Any]]) -> Any:
+        """A new method, from what was observed in each layer."""
+        ...
+
+
+@runtime_checkable
+class LearnsFromAnswers(PairChooser, Protocol):
+    """A method that is fitted by what a model's own answers lose, before it chooses."""
+
+    answer: int
+    """Tokens of each answer, on which the loss is taken."""
+
+    def observe_gradient(self, call: AttentionCall, gradient: Tensor) -> Any:
+        """What is learned from one layer's call of one prompt with its answer, and the loss's
+        gradient of the call's output (batch, heads, queries, width); small, for many are kept."""
         ...
 
     def fitted(self, observed: Mapping[int, Sequence[Any]]) -> Any:
@@ -108,4 +127,39 @@ class KeySelector(Protocol):
 
     def check_model(self, heads: int, kv_heads: int, width: int, layers: int) -> None:
         """Raise UsageError for a model that it cannot serve."""
+        ...
+
+
+@runtime_checkable
+class StepAttention(Protocol):
+    """A method of attention inside diffusion models, which goes on from its own earlier steps.
+
+    Its role is `step_attention`. A frozen value: the engine holds the state, one for each layer and
+    branch, and forgets it when a new run begins.
+    """
+
+    @property
+    def card(self) -> Card: ...
+
+    def attend(self, call: AttentionCall, step: DenoisingStep, state: Any) -> Attended:
+        """The output of one layer's call at one step, and the state for the next.
+
+        `call` is not causal. Its keys are its queries' own tokens; only a method that says
+        `autoregressive` is given keys of earlier frames before them. `call.layers` counts the
+        layers seen so far. `state` is None in the first call of a run. Differentiable in query, key
+        and value; the choice is not. Raises UsageError for a call that it cannot serve.
+        """
+        ...
+
+
+@runtime_checkable
+class LearnsFromSteps(StepAttention, Protocol):
+    """A method of attention that is fitted to a diffusion model before it serves."""
+
+    def observe_step(self, call: AttentionCall, step: DenoisingStep) -> Any:
+        """What is learned from one call; small, for many are kept. The call itself runs dense."""
+        ...
+
+    def fitted(self, observed: Mapping[int, Sequence[Any]]) -> Any:
+        """A new method, from what was observed in each layer."""
         ...

@@ -58,6 +58,17 @@ class SparseCache(Cache):
         for layer in self.layers:
             layer.end_prompt()
 
+    def start_from(self, other: SparseCache) -> None:
+        """Take a copy of a prompt that another cache of the model has seen, and not ended.
+
+        So that several methods go on from one prefill. The other cache remembers as many of the
+        prompt's last queries as this method looks at, or more.
+        """
+        if self.binding.digest != other.binding.digest:
+            raise UsageError("the other cache is of another model: the configs differ")
+        for own, their in zip(self.layers, other.layers, strict=True):
+            own.start_from(their)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Take the newest tokens back, given as a number below 0.
 
