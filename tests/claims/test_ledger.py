@@ -49,7 +49,6 @@ NOT_TRIED = {"weights.dsnot", "weights.monarch"} | {
         "flexprefill",
         "gtsp",
         "meshtransformer",
-        "paraformer",
         "seerattention",
         "sparsegraphtracker",
         "sparsifiner",
