@@ -113,6 +113,15 @@ with gs.sparse_attention(model, method) as run:
         return f"""with gs.sparse_attention(model, {name}()) as run:
     ...  # the model as it was
 print(run.result)"""
+    if card.role == "step_attention":
+        fitted = hasattr(find(card.name), "fitted")
+        learn = f"method = gs.calibrate_denoising(model, {name}(), sample, steps=n, grid=grid)\n"
+        return f"""grid = gs.TokenGrid(frames, height, width, text=tokens)
+{learn if fitted else ""}with gs.sparse_denoising(model, {"method" if fitted else f"{name}()"}, steps=n, grid=grid) as run:
+    for number in range(n):
+        run.step(number)
+        ...  # the step of the sampler as it was
+print(run.result)"""
     if card.role != "topology":
         return f"gossamer compress --method {card.name} --sparsity 0.5"
     method = find(card.name)

@@ -1,7 +1,14 @@
 """Every public name of `gossamer`."""
 
 from gossamer.api import compare, prune
-from gossamer.api_attention import attend, calibrate_attention, sparse_attention
+from gossamer.api_attention import (
+    attend,
+    attention_cache,
+    calibrate_attention,
+    calibrate_denoising,
+    sparse_attention,
+    sparse_denoising,
+)
 from gossamer.compression import CompressionReport, measure_compression
 from gossamer.core.allocation import (
     ER,
@@ -15,6 +22,7 @@ from gossamer.core.allocation import (
 from gossamer.core.budget import BatchTopK, Fraction, Threshold, TopK, TopP
 from gossamer.core.card import Card
 from gossamer.core.coupling import Coupled
+from gossamer.core.denoising import Attended, DenoisingStep, TokenGrid
 from gossamer.core.errors import (
     FormatError,
     GossamerError,
@@ -28,6 +36,8 @@ from gossamer.core.result import CompressResult, Coverage, LayerRecord, LeftOut,
 from gossamer.core.support import Support
 from gossamer.core.text import text_batches
 from gossamer.engine.inputs.attention import AttentionRun
+from gossamer.engine.inputs.denoise_tally import DenoisingResult
+from gossamer.engine.inputs.denoising import DenoisingRun
 from gossamer.engine.inputs.tally import AttentionResult, LayerAttention
 from gossamer.engine.measure.problems import ImageProblem, TextProblem
 from gossamer.engine.prune.replace import ReplaceLayersResult, fold_layers, replace_layers
@@ -67,6 +77,7 @@ __all__ = [
     "LAMP",
     "NM",
     "OWL",
+    "Attended",
     "AttentionResult",
     "AttentionRun",
     "BatchTopK",
@@ -79,6 +90,9 @@ __all__ = [
     "CompressionReport",
     "Coupled",
     "Coverage",
+    "DenoisingResult",
+    "DenoisingRun",
+    "DenoisingStep",
     "ERKPlus",
     "EstimatedGradients",
     "FormatError",
@@ -103,6 +117,7 @@ __all__ = [
     "Support",
     "TextProblem",
     "Threshold",
+    "TokenGrid",
     "TopK",
     "TopP",
     "TrainingComparison",
@@ -113,7 +128,9 @@ __all__ = [
     "Unstructured",
     "UsageError",
     "attend",
+    "attention_cache",
     "calibrate_attention",
+    "calibrate_denoising",
     "calibrate_latency",
     "cards",
     "compare",
@@ -140,6 +157,7 @@ __all__ = [
     "select",
     "select_global",
     "sparse_attention",
+    "sparse_denoising",
     "sparse_layers",
     "sparse_training",
     "text_batches",

@@ -15,6 +15,7 @@ import gossamer as gs
 from gossamer.core.step import Step
 from gossamer.methods import methods
 from gossamer.methods.attention.adjacency import both_ways, layout_of
+from gossamer.methods.attention.moa_plan import Plan
 from gossamer.nn.attention_gate import BlockGate
 from gossamer.ops.attention import Layout
 
@@ -99,6 +100,14 @@ def seer(**options):
     return A.SeerAttention(block=16, width=8, gates=gates, **options)
 
 
+def moa(*rules):
+    """With a plan for one layer of 2 heads of keys."""
+    return A.MoA(plan=Plan(16, (rules,)))
+
+
+BY_HEADS_OF_KEYS = ("seer", "moa", "s2")
+"""Methods that go by the number of heads of keys, by the start of their names."""
+
 ATTENTION = {
     "streamingllm": lambda: A.StreamingLLM(window=40, block=16),
     "blocksparse": lambda: A.BlockSparse(blocks=3),
@@ -108,6 +117,9 @@ ATTENTION = {
     "seerattention": lambda: seer(density=0.3),
     "seerattention-threshold": lambda: seer(threshold=0.2),
     "anchorattention": lambda: A.AnchorAttention(theta=0.5, step=2, block=16),
+    "moa": lambda: moa((-32, 0.5), (16, 0.25)),
+    "s2attention": lambda: A.S2Attention(local=2, stride=2, block=8),
+    "s2attention-hybrid": lambda: A.S2Attention(2, 4, 8, offset=1, dense_heads=1, dense_every=2),
 }
 """Methods that choose pairs of queries and keys; sparse at 100 tokens."""
 
@@ -118,6 +130,8 @@ GENEROUS = {
     "flexprefill": lambda: A.FlexPrefill(1.0, least=10**6),
     "seerattention": lambda: seer(density=1.0),
     "anchorattention": lambda: A.AnchorAttention(theta=1e30),
+    "moa": lambda: moa((10**6, 1.0), (10**6, 1.0)),
+    "s2attention": lambda: A.S2Attention(local=10**6, stride=1),
 }
 """The same with budgets above any length, which keep every pair."""
 
@@ -187,6 +201,14 @@ def documents(generator):
     return query, sentences, torch.arange(7) < torch.tensor([[7], [4], [2]])
 
 
+def dma(keys):
+    """With slopes that differ from head to head."""
+    layer = A.DMA(16, 4, kv_heads=2, keys=keys)
+    with torch.no_grad():
+        layer.slope.copy_(torch.tensor([1.5, -1.0]))
+    return layer
+
+
 LAYERS = {
     "biformer": Layer(
         make=lambda: A.BiFormer(8, 2, regions=3, routes=2, local=3),
@@ -200,6 +222,42 @@ LAYERS = {
             {"channels": 8, "heads": 3}, {"channels": 8, "regions": 0}, {"channels": 8, "routes": 0},
             {"channels": 8, "local": 4},
         ),
+    ),
+    "dma": Layer(
+        make=lambda: dma(5),
+        full=lambda: dma(100),
+        inputs=normal(2, 21, 16),
+        shape=lambda x: x.shape,
+        masked=dense_layers.dma,
+        dense=dense_layers.dma_dense,
+        bad=(lambda x: (x[0],), lambda x: (x[:, :, :15],), lambda x: (x[:, :0],)),
+        refused=(
+            {"channels": 16, "heads": 3}, {"channels": 16, "heads": 4, "kv_heads": 3},
+            {"channels": 16, "heads": 4, "keys": 0}, {"channels": 12, "heads": 4},
+        ),
+    ),
+    "routingtransformer": Layer(
+        make=lambda: A.RoutingTransformer(16, 4, clusters=3, window=6),
+        full=lambda: A.RoutingTransformer(16, 4, clusters=3, window=100),
+        inputs=normal(2, 21, 16),
+        shape=lambda x: x.shape,
+        masked=dense_layers.routing,
+        dense=lambda layer, x: dense_layers.routing(layer, x, everything=True),
+        bad=(lambda x: (x[0],), lambda x: (x[:, :, :15],), lambda x: (x[:, :0],)),
+        refused=(
+            {"channels": 16, "heads": 3, "clusters": 2, "window": 4},
+            {"channels": 16, "heads": 4, "clusters": 0, "window": 4},
+            {"channels": 16, "heads": 4, "clusters": 2, "window": 4, "local": 4},
+            {"channels": 16, "heads": 4, "clusters": 2, "window": 4, "decay": 1.5},
+        ),
+    ),
+    "routingtransformer-whole": Layer(
+        make=lambda: A.RoutingTransformer(16, 4, clusters=3, window=6, local=1, whole=True),
+        full=lambda: A.RoutingTransformer(16, 4, clusters=3, window=100, local=1, whole=True),
+        inputs=normal(2, 21, 16),
+        shape=lambda x: x.shape,
+        masked=dense_layers.routing,
+        dense=lambda layer, x: dense_layers.routing(layer, x, everything=True),
     ),
     "drsformer": Layer(
         make=lambda: A.DRSformer(12, 2),
@@ -299,6 +357,45 @@ LAYERS = {
     ),
 }  # fmt: skip
 """Methods that are modules, used directly."""
+
+GRID = gs.TokenGrid(4, 6, 6, text=5)
+"""149 tokens, for the methods below."""
+
+
+def patterns(*modes):
+    """A calibrated SparseVDiT of one pattern for each of 4 heads of one layer."""
+    columns = torch.arange(10).expand(4, -1) < 3
+    return A.SparseVDiT(block=16, modes={0: modes}, columns={0: columns})
+
+
+STEPS = {
+    "adaspa": lambda: A.AdaSpa(density=0.4, block=16, first=0.2, again=0.4),
+    "adaspa-plain": lambda: A.AdaSpa(density=0.4, block=16, adaptive=False),
+    "sparsevdit": lambda: patterns("diagonal", "frames", "columns", "dense"),
+    "sparsevdit-skip": lambda: patterns("skip", "frames", "columns", "columns"),
+    "svg2": lambda: A.SVG2(8, 12, share=0.5, layers=0, start=4, block=16),
+    "rettention": lambda: A.Rettention(share=0.1, every=3, block=16),
+    "sparsed": lambda: A.SparseD(share=0.3, block=16),
+    "sparsed-prompt": lambda: A.SparseD(share=0.3, block=16, prompt=40),
+    "psa": lambda: A.PSA(rows=16, block=16, tile=16),
+    "videoblade": lambda: A.VideoBLADE(most=0.3, pool=5, block=16),
+    "videoblade-disjoint": lambda: A.VideoBLADE(most=0.3, pool=4, block=16, disjoint=True),
+    "lightforcing": lambda: A.LightForcing(0.4, 0.2, chunks=3, frames=1, block=16),
+    "psa-mass": lambda: A.PSA("mass", (0.2, 0.4, 0.6, 0.8), 16, 16, 8, order="none"),
+}
+"""Methods that follow denoising steps; sparse at some of 10 steps of GRID."""
+
+GENEROUS_STEPS = {
+    "adaspa": lambda: A.AdaSpa(density=1.0),
+    "sparsevdit": lambda: patterns(*["dense"] * 4),
+    "svg2": lambda: A.SVG2(8, 12, share=1.0, least=1.0, layers=0, start=4),
+    "rettention": lambda: A.Rettention(share=1.0, growth=0.0),
+    "sparsed": lambda: A.SparseD(share=1.0),
+    "psa": lambda: A.PSA(shares=(1.0, 1.0, 1.0, 1.0)),
+    "videoblade": lambda: A.VideoBLADE(1.0, most=1.0, pool=16, disjoint=True),
+    "lightforcing": lambda: A.LightForcing(1.0, 1.0, chunks=3, frames=99),
+}
+"""The same with budgets that keep every pair."""
 
 PRUNERS = {x.card.name: x for x in methods(roles=("scorer", "solver")).values()}
 """Scorers and solvers; each is valid without arguments."""

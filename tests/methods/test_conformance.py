@@ -10,6 +10,7 @@ import torch
 from examples import (
     ATTENTION,
     GENEROUS,
+    GENEROUS_STEPS,
     LAYERS,
     LEARNED,
     PLANNERS,
@@ -17,6 +18,7 @@ from examples import (
     RECIPES,
     REPLACERS,
     SOURCES,
+    STEPS,
     TOPOLOGY,
 )
 
@@ -163,6 +165,7 @@ def test_missing_statistics_and_bad_weights_name_the_layer():
 ROLES = {
     "scorer", "solver", "topology", "learned_mask", "replacer", "planner", "gradient_source",
     "recipe", "key_scorer", "layer",
+    "step_attention",
 }  # fmt: skip
 PATTERN_WORDS = {"unstructured", "nm", "block", "channel"}
 
@@ -213,6 +216,8 @@ def test_names_are_found_near_ones_are_told_and_shared_ones_need_their_topic(mon
         ("key_scorer", ATTENTION),
         ("key_scorer", GENEROUS),
         ("layer", LAYERS),
+        ("step_attention", STEPS),
+        ("step_attention", GENEROUS_STEPS),
     ],
 )
 def test_every_method_has_an_example(role, examples):

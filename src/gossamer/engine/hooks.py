@@ -254,6 +254,27 @@ def watch_blocks(
 
 
 @contextmanager
+def around_forward(
+    model: nn.Module, before: Callable[[], None], after: Callable[[], None]
+) -> Iterator[None]:
+    """While open, call `before()` and `after()` around every forward of the model, `after` also
+    where the forward raises."""
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        before()
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        after()
+
+    handle = model.register_forward_hook(leave, always_call=True)
+    try:
+        with _pre_hooks([(model, enter)]):
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def without_padding(
     modules: Sequence[nn.Module], real: Callable[[nn.Module], Tensor | None]
 ) -> Iterator[set[int]]:

@@ -1,1 +1,1 @@
-"""Claims of methods that make attention sparse, one file each."""
+"""Claims of methods of attention."""
