@@ -50,8 +50,6 @@ NOT_TRIED = {
         "flexprefill",
         "gtsp",
         "meshtransformer",
-        "paraformer",
-        "seerattention",
         "sparsegraphtracker",
         "sparsifiner",
         "moa",
