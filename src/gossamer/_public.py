@@ -37,6 +37,7 @@ from gossamer.core.text import text_batches
 from gossamer.engine.inputs.attention import AttentionRun
 from gossamer.engine.inputs.denoise_tally import DenoisingResult
 from gossamer.engine.inputs.denoising import DenoisingRun
+from gossamer.engine.inputs.segments import Segment, encode_segment, join_segments
 from gossamer.engine.inputs.tally import AttentionResult, LayerAttention
 from gossamer.engine.measure.problems import ImageProblem, TextProblem
 from gossamer.engine.prune.replace import ReplaceLayersResult, fold_layers, replace_layers
@@ -112,6 +113,7 @@ __all__ = [
     "ReplaceLayersResult",
     "RoundPart",
     "RoundsResult",
+    "Segment",
     "SparseRun",
     "Support",
     "TextProblem",
@@ -135,6 +137,7 @@ __all__ = [
     "compare_training",
     "compress",
     "coupled_channels",
+    "encode_segment",
     "export",
     "find",
     "fixed_channels",
@@ -142,6 +145,7 @@ __all__ = [
     "format_pattern",
     "from_semi_structured",
     "generate",
+    "join_segments",
     "keep",
     "load",
     "measure_compression",

@@ -47,6 +47,7 @@ NOT_TRIED = {"weights.dsnot", "weights.monarch"} | {
         "dma",
         "drsformer",
         "flexprefill",
+        "graphkv",
         "moa",
         "routingtransformer",
         "s2attention",

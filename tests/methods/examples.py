@@ -102,6 +102,8 @@ def moa(*rules):
     return A.MoA(plan=Plan(16, (rules,)))
 
 
+WITHOUT_SINKS = ("seer", "moa", "s2", "graphkv")
+"""Methods that need not keep the first key, by the start of their names."""
 BY_HEADS_OF_KEYS = ("seer", "moa", "s2")
 """Methods that go by the number of heads of keys, by the start of their names."""
 
@@ -115,6 +117,7 @@ ATTENTION = {
     "seerattention-threshold": lambda: seer(threshold=0.2),
     "anchorattention": lambda: A.AnchorAttention(theta=0.5, step=2, block=16),
     "moa": lambda: moa((-32, 0.5), (16, 0.25)),
+    "graphkv": lambda: A.GraphKV(5, (20, 13), (30, 17), edges=((0, 0), (0, 1), (1, 1))),
     "s2attention": lambda: A.S2Attention(local=2, stride=2, block=8),
     "s2attention-hybrid": lambda: A.S2Attention(2, 4, 8, offset=1, dense_heads=1, dense_every=2),
 }
@@ -128,6 +131,7 @@ GENEROUS = {
     "seerattention": lambda: seer(density=1.0),
     "anchorattention": lambda: A.AnchorAttention(theta=1e30),
     "moa": lambda: moa((10**6, 1.0), (10**6, 1.0)),
+    "graphkv": lambda: A.GraphKV(),
     "s2attention": lambda: A.S2Attention(local=10**6, stride=1),
 }
 """The same with budgets above any length, which keep every pair."""
