@@ -34,6 +34,7 @@ from gossamer.core.pattern import NM, Block, Channel, Unstructured, format_patte
 from gossamer.core.result import CompressResult, Coverage, LayerRecord, LeftOut, PruneResult
 from gossamer.core.support import Support
 from gossamer.core.text import text_batches
+from gossamer.engine.inputs.adapters import attention_adapters
 from gossamer.engine.inputs.attention import AttentionRun
 from gossamer.engine.inputs.denoise_tally import DenoisingResult
 from gossamer.engine.inputs.denoising import DenoisingRun
@@ -129,6 +130,7 @@ __all__ = [
     "Unstructured",
     "UsageError",
     "attend",
+    "attention_adapters",
     "calibrate_attention",
     "calibrate_denoising",
     "calibrate_latency",

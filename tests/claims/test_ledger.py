@@ -53,6 +53,7 @@ NOT_TRIED = {"weights.dsnot", "weights.monarch"} | {
         "s2attention",
         "seerattention",
         "sparsed",
+        "sparsegin",
         "streamingllm",
         "verticalslash",
     )

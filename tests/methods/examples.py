@@ -173,6 +173,15 @@ def dma(keys):
     return layer
 
 
+def gin(**options):
+    """One that corrects something."""
+    layer = A.SparseGIN(8, 6, **options)
+    with torch.no_grad():
+        layer.scale.fill_(0.5)
+        layer.epsilon.fill_(0.3)
+    return layer
+
+
 LAYERS = {
     "dma": Layer(
         make=lambda: dma(5),
@@ -209,6 +218,25 @@ LAYERS = {
         shape=lambda x: x.shape,
         masked=dense_layers.routing,
         dense=lambda layer, x: dense_layers.routing(layer, x, everything=True),
+    ),
+    "sparsegin": Layer(
+        make=gin,
+        full=lambda: gin(cut=0.0),
+        inputs=lambda generator: (
+            torch.randn(2, 9, 8, generator=generator),
+            (2 * torch.randn(2, 3, 9, 9, generator=generator)).softmax(-1),
+        ),
+        shape=lambda x, attention: x.shape,
+        masked=dense_layers.sparsegin,
+        dense=lambda layer, *x: dense_layers.sparsegin(layer, *x, cut=0.0),
+        bad=(
+            lambda x, a: (x[0], a), lambda x, a: (x[:, :, :7], a), lambda x, a: (x, a[:, 0]),
+            lambda x, a: (x, a[:, :, :8]), lambda x, a: (x, a[:1]),
+        ),
+        refused=(
+            {"channels": 0, "hidden": 4}, {"channels": 4, "hidden": 0},
+            {"channels": 4, "hidden": 4, "cut": -1}, {"channels": 4, "hidden": 4, "threshold": "a"},
+        ),
     ),
     "drsformer": Layer(
         make=lambda: A.DRSformer(12, 2),

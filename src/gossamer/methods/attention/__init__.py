@@ -6,6 +6,7 @@ from gossamer.methods.attention.block_sparse import BlockSparse
 from gossamer.methods.attention.dma import DMA
 from gossamer.methods.attention.drsformer import DRSformer
 from gossamer.methods.attention.flex_prefill import FlexPrefill
+from gossamer.methods.attention.gin import SparseGIN
 from gossamer.methods.attention.graph_kv import GraphKV
 from gossamer.methods.attention.moa import MoA
 from gossamer.methods.attention.psa import PSA
@@ -35,6 +36,7 @@ __all__ = [
     "S2Attention",
     "SeerAttention",
     "SparseD",
+    "SparseGIN",
     "SparseVDiT",
     "StreamingLLM",
     "VerticalSlash",
