@@ -164,7 +164,8 @@ def moved(key: Tensor, before: Tensor, after: Tensor, frequencies: Tensor) -> Te
 def _stacked(rows: list[Layout], call: AttentionCall) -> Layout:
     """One layout from those of its blocks of queries."""
     counts = torch.cat([row.offsets.diff(dim=-1) for row in rows], dim=-1)
-    tiles, masks = [], []
+    tiles: list[Tensor] = []
+    masks: list[Tensor] = []
     for row in rows:
         assert row.tiles is not None and row.masks is not None
         before = sum(len(part) for part in masks)
