@@ -39,15 +39,22 @@ from gossamer.methods import cards, find, verdicts
 
 ROOT = Path(__file__).parents[2] / "benchmarks" / "results" / "claims"
 RECORDS = sorted(ROOT.glob("*/*.json"))
-NOT_TRIED = {"weights.dsnot", "weights.monarch"} | {
+NOT_TRIED = {"weights.dsnot"} | {
     f"attention.{name}"
     for name in (
         "anchorattention",
+        "biformer",
         "blocksparse",
         "dma",
         "drsformer",
         "flexprefill",
         "graphkv",
+        "gtsp",
+        "meshtransformer",
+        "paraformer",
+        "seerattention",
+        "sparsegraphtracker",
+        "sparsifiner",
         "moa",
         "routingtransformer",
         "s2attention",

@@ -6,6 +6,7 @@ at hand; supports are updated every `every` steps. Variants follow a dash.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import dense_layers
 import torch
@@ -13,8 +14,10 @@ import torch
 import gossamer as gs
 from gossamer.core.step import Step
 from gossamer.methods import methods
+from gossamer.methods.attention.adjacency import both_ways, layout_of
 from gossamer.methods.attention.moa_plan import Plan
 from gossamer.nn.attention_gate import BlockGate
+from gossamer.ops.attention import Layout
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,8 @@ class Layer:
     output. masked(layer, *inputs): the output by dense maps under the layer's own choice; dense:
     without any choice. bad: each makes inputs that are refused, from good ones; refused: options.
     silent: how names of parameters begin that the output gives no gradient. batched: whether the
-    first axis of the inputs is a batch of independent ones.
+    first axis of the inputs is a batch of independent ones. generous(*inputs): the inputs that give
+    a full budget, where it is not the layer that has it.
     """
 
     make: Callable
@@ -158,11 +162,47 @@ class Layer:
     refused: tuple = ()
     silent: tuple = ()
     batched: bool = True
+    generous: Callable = lambda *inputs: inputs
 
 
 def normal(*shape):
     """A function that draws one such tensor."""
     return lambda generator: (torch.randn(*shape, generator=generator),)
+
+
+def ring(generator):
+    """A batch of fields on a ring of 10 nodes, with an eleventh that has no edge."""
+    node = torch.arange(10)
+    edges = both_ways(torch.stack([node, (node + 1) % 10]))
+    return torch.randn(2, 11, 5, generator=generator), layout_of(edges, 11)
+
+
+def two_frames(generator):
+    """Appearances of 5 and 6 detections, of which the last has no pair."""
+    pairs = (torch.rand(5, 5, generator=generator) < 0.5).nonzero().t()
+    shapes = ((5, 8), (6, 8), (pairs.shape[1], 6))
+    return *(torch.randn(*shape, generator=generator) for shape in shapes), pairs
+
+
+def every_pair(previous, current, relations, pairs):
+    """The same relations, and those of all other pairs are 0."""
+    whole = relations.new_zeros(len(previous), len(current), 6)
+    whole[pairs[0], pairs[1]] = relations
+    return previous, current, whole.flatten(0, 1), torch.ones(whole.shape[:2]).nonzero().t()
+
+
+def complete(nodes):
+    """Every pair, a node with itself included."""
+    return Layout.from_mask(torch.ones(nodes, nodes, dtype=torch.bool))
+
+
+def documents(generator):
+    """Queries, sentences, and which of them are no padding."""
+    query, sentences = (
+        torch.randn(3, 8, generator=generator),
+        torch.randn(3, 7, 8, generator=generator),
+    )
+    return query, sentences, torch.arange(7) < torch.tensor([[7], [4], [2]])
 
 
 def dma(keys):
@@ -183,6 +223,19 @@ def gin(**options):
 
 
 LAYERS = {
+    "biformer": Layer(
+        make=lambda: A.BiFormer(8, 2, regions=3, routes=2, local=3),
+        full=lambda: A.BiFormer(8, 2, regions=3, routes=9, local=3),
+        inputs=normal(2, 8, 7, 9),
+        shape=lambda x: x.shape,
+        masked=dense_layers.biformer,
+        dense=partial(dense_layers.biformer, whole=True),
+        bad=(lambda x: (x[0],), lambda x: (x[:, :7],), lambda x: (x[:, :, :0],)),
+        refused=(
+            {"channels": 8, "heads": 3}, {"channels": 8, "regions": 0}, {"channels": 8, "routes": 0},
+            {"channels": 8, "local": 4},
+        ),
+    ),
     "dma": Layer(
         make=lambda: dma(5),
         full=lambda: dma(100),
@@ -251,6 +304,89 @@ LAYERS = {
             {"channels": 12, "shares": ()}, {"channels": 12, "shares": (1.5,)},
         ),
     ),
+    "gtsp": Layer(
+        make=lambda: A.GTSP(8, 4, tokens=0.5, active=0.75),
+        full=lambda: A.GTSP(8, 4),
+        inputs=lambda generator: (
+            torch.randn(3, 7, 8, generator=generator),
+            torch.arange(7) < torch.tensor([[7], [4], [1]]),
+        ),
+        shape=lambda x, real: x.shape,
+        masked=dense_layers.gtsp,
+        dense=partial(dense_layers.gtsp, whole=True),
+        bad=(
+            lambda x, real: (x[..., :7], real), lambda x, real: (x[:, :0], real[:, :0]),
+            lambda x, real: (x, real[:, :6]), lambda x, real: (x, real.float()),
+        ),
+        refused=(
+            {"width": 8, "heads": 3}, {"width": 8, "tokens": 0.0}, {"width": 8, "active": 1.5},
+            {"width": 8, "drop": -0.1},
+        ),
+    ),
+    "meshtransformer": Layer(
+        make=lambda: A.MeshTransformer(5, 2, width=8, layers=2, heads=2),
+        full=lambda: A.MeshTransformer(5, 2, width=8, layers=2, heads=2),
+        inputs=ring,
+        generous=lambda x, edges: (x, complete(11)),
+        shape=lambda x, edges: (*x.shape[:2], 2),
+        masked=dense_layers.mesh_transformer,
+        dense=partial(dense_layers.mesh_transformer, whole=True),
+        bad=(
+            lambda x, edges: (x[..., :4], edges), lambda x, edges: (x[0], edges),
+            lambda x, edges: (x[:, :10], edges),
+        ),
+        refused=(
+            {"features": 5, "outputs": 6}, {"features": 5, "outputs": 2, "heads": 3},
+            {"features": 5, "outputs": 2, "layers": 0},
+        ),
+    ),
+    "paraformer": Layer(
+        make=lambda: A.Paraformer(8),
+        full=lambda: A.Paraformer(8, weights="softmax"),
+        inputs=documents,
+        shape=lambda query, sentences, real: (len(query), 2),
+        masked=dense_layers.paraformer,
+        dense=partial(dense_layers.paraformer, whole=True),
+        bad=(
+            lambda query, sentences, real: (query[:2], sentences, real),
+            lambda query, sentences, real: (query, sentences[..., :7], real),
+            lambda query, sentences, real: (query, sentences, real[:, :6]),
+            lambda query, sentences, real: (query, sentences, real.float()),
+        ),
+        refused=({"width": 0}, {"classes": 0}, {"weights": "entmax"}),
+    ),
+    "sparsegraphtracker": Layer(
+        make=lambda: A.SparseGraphTracker(8, 4, 2),
+        full=lambda: A.SparseGraphTracker(8, 4, 2),
+        inputs=two_frames,
+        generous=every_pair,
+        shape=lambda previous, current, relations, pairs: (pairs.shape[1] + len(current),),
+        masked=dense_layers.sparse_graph_tracker,
+        dense=lambda layer, *inputs: dense_layers.sparse_graph_tracker(layer, *every_pair(*inputs)),
+        bad=(
+            lambda a, b, relations, pairs: (a[:, :7], b, relations, pairs),
+            lambda a, b, relations, pairs: (a, b, relations[:, :5], pairs),
+            lambda a, b, relations, pairs: (a, b, relations, pairs + 1),
+            lambda a, b, relations, pairs: (a, b, relations, pairs.float()),
+        ),
+        refused=({"width": 0}, {"width": 8, "rounds": 0}, {"width": 8, "edge_width": 0}),
+        batched=False,
+    ),
+    "sparsifiner": Layer(
+        make=lambda: A.Sparsifiner(16, 13, 2),
+        full=lambda: A.Sparsifiner(16, 13, 2, density=1.0),
+        inputs=normal(2, 13, 16),
+        shape=lambda x: x.shape,
+        masked=dense_layers.sparsifiner,
+        dense=partial(dense_layers.sparsifiner, whole=True),
+        bad=(lambda x: (x[:, :12],), lambda x: (x[..., :15],), lambda x: (x[0],)),
+        refused=(
+            {"width": 16, "tokens": 13, "heads": 3}, {"width": 16, "tokens": 0, "heads": 2},
+            {"width": 16, "tokens": 13, "heads": 2, "density": 0.0},
+            {"width": 16, "tokens": 13, "heads": 2, "rank": 0},
+        ),
+        silent=("predictor", "compress", "basis"),
+    ),
 }  # fmt: skip
 """Methods that are modules, used directly."""
 
@@ -274,6 +410,9 @@ STEPS = {
     "sparsed": lambda: A.SparseD(share=0.3, block=16),
     "sparsed-prompt": lambda: A.SparseD(share=0.3, block=16, prompt=40),
     "psa": lambda: A.PSA(rows=16, block=16, tile=16),
+    "videoblade": lambda: A.VideoBLADE(most=0.3, pool=5, block=16),
+    "videoblade-disjoint": lambda: A.VideoBLADE(most=0.3, pool=4, block=16, disjoint=True),
+    "lightforcing": lambda: A.LightForcing(0.4, 0.2, chunks=3, frames=1, block=16),
     "psa-mass": lambda: A.PSA("mass", (0.2, 0.4, 0.6, 0.8), 16, 16, 8, order="none"),
 }
 """Methods that follow denoising steps; sparse at some of 10 steps of GRID."""
@@ -285,6 +424,8 @@ GENEROUS_STEPS = {
     "rettention": lambda: A.Rettention(share=1.0, growth=0.0),
     "sparsed": lambda: A.SparseD(share=1.0),
     "psa": lambda: A.PSA(shares=(1.0, 1.0, 1.0, 1.0)),
+    "videoblade": lambda: A.VideoBLADE(1.0, most=1.0, pool=16, disjoint=True),
+    "lightforcing": lambda: A.LightForcing(1.0, 1.0, chunks=3, frames=99),
 }
 """The same with budgets that keep every pair."""
 

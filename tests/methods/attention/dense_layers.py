@@ -35,6 +35,135 @@ def restormer(layer, x):
     return layer.project((layer.weights.sum() * shares @ v).reshape(x.shape))
 
 
+def regions_of(layer, height, width):
+    """int64 (pixels,): the region of each pixel, cut with the last ones short."""
+    rows, columns = (-(-side // layer.regions) for side in (height, width))
+    row = torch.arange(height) // rows
+    return (row.unsqueeze(1) * layer.regions + torch.arange(width) // columns).flatten()
+
+
+def biformer(layer, x, whole=False):
+    """Pixels in their own order, each with the pixels of its region's routes."""
+    batch, channels, height, width = x.shape
+    q, k, v = layer.qkv(x).flatten(2).chunk(3, dim=1)
+    region = regions_of(layer, height, width)
+    kinds = region.unique()
+    means = [torch.stack([p[:, :, region == r].mean(-1) for r in kinds], 1) for p in (q, k)]
+    routes = top(means[0] @ means[1].transpose(1, 2), layer.routes)
+    place = torch.searchsorted(kinds, region)
+    mask = routes[:, place][:, :, place].unsqueeze(1)
+    q, k, seen = (p.reshape(batch, layer.heads, -1, height * width).mT for p in (q, k, v))
+    logits = q @ k.mT / channels**0.5
+    if not whole:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    out = (logits.softmax(-1) @ seen).mT.reshape(x.shape)
+    return layer.project(out + layer.local(v.reshape(x.shape)))
+
+
+def sparsifiner(layer, x, whole=False):
+    """Masked by the largest entries of |basis| times the largest coefficients."""
+    batch, count, _ = x.shape
+    q, k, v = (
+        part.reshape(batch, count, layer.heads, -1).transpose(1, 2)
+        for part in layer.qkv(x).chunk(3, dim=-1)
+    )
+    short = torch.einsum("bhnc,nr->bhcr", layer.predictor["key"](k), layer.compress)
+    weights = (layer.predictor["query"](q) @ short / layer.heads**0.5).softmax(-1)
+    weights = weights * top(weights, layer.coefficients)
+    basis = torch.where(layer.basis.abs() > layer.threshold, layer.basis.abs(), 0.0)
+    mask = top(weights @ basis.T, layer.budget)
+    mask[:, :, 0] = True
+    logits = q @ k.mT * q.shape[-1] ** -0.5
+    if not whole:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    return layer.project((logits.softmax(-1) @ v).transpose(1, 2).reshape(x.shape))
+
+
+def simplex(logits):
+    """Sparsemax by bisection of its threshold."""
+    low, high = logits.amin(-1, keepdim=True) - 1, logits.amax(-1, keepdim=True)
+    for _ in range(100):
+        middle = (low + high) / 2
+        above = (logits - middle).clamp(min=0).sum(-1, keepdim=True) > 1
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return (logits - low).clamp(min=0)
+
+
+def paraformer(layer, query, sentences, real, whole=False):
+    """One document after another, without its padding."""
+    found = []
+    for asked, rows, there in zip(query @ layer.ask.weight.T, sentences, real):
+        scores = rows[there] @ asked
+        shares = scores.softmax(-1) if whole else simplex(scores)
+        seen = layer.mix.weight @ torch.cat([shares @ rows[there], asked])
+        found.append(layer.classify(seen.tanh()))
+    return torch.stack(found)
+
+
+def adjacency(layout):
+    """bool (queries, keys) of single keys of single queries."""
+    mask = torch.zeros(layout.queries, layout.keys, dtype=torch.bool)
+    row = torch.repeat_interleave(layout.token_offsets.flatten().diff())
+    mask[row, layout.tokens.long()] = True
+    return mask
+
+
+def mesh_transformer(layer, x, edges, whole=False):
+    """Every pair of nodes, with minus infinity where no edge is; a row without edges is 0."""
+    mask = adjacency(edges) | whole
+    hidden = layer.encode(x)
+    for block in layer.blocks:
+        parts = block.qkv(block.before(hidden)).unflatten(-1, (3, block.heads, -1))
+        q, k, v = (part.transpose(1, 2) for part in parts.unbind(2))
+        shares = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf).softmax(-1)
+        seen = (shares.nan_to_num() @ v).transpose(1, 2).flatten(2)
+        hidden = hidden + block.project(seen)
+        normal = block.between(hidden)
+        hidden = hidden + block.down(F.gelu(block.gate(normal)) * block.up(normal))
+    return layer.decode(hidden)
+
+
+def sparse_graph_tracker(layer, previous, current, relations, pairs):
+    """Edges as a matrix of previous by current nodes; means over those that exist."""
+    there = torch.zeros(len(previous), len(current), 1)
+    there[pairs[0], pairs[1]] = 1
+    related = relations.new_zeros(len(previous), len(current), 6)
+    related[pairs[0], pairs[1]] = relations
+    start = layer.encode(related), layer.encode(related * related.new_tensor([-1] * 4 + [1] * 2))
+    onward, back = start
+    for _ in range(layer.rounds):
+        old = previous.unsqueeze(1).expand(-1, len(current), -1)
+        new = current.unsqueeze(0).expand(len(previous), -1, -1)
+        onward = layer.edge(torch.cat([new, old, start[0], onward], -1))
+        back = layer.edge(torch.cat([old, new, start[1], back], -1))
+        ahead = layer.forward_message(torch.cat([old, onward], -1)) * there
+        behind = layer.backward_message(torch.cat([new, back], -1)) * there
+        current = layer.node(ahead.sum(0) / there.sum(0).clamp(min=1))
+        previous = layer.node(behind.sum(1) / there.sum(1).clamp(min=1))
+    edges = layer.score_edge((onward + back) / 2)[pairs[0], pairs[1], 0]
+    return torch.cat([edges, layer.score_node(current)[:, 0]])
+
+
+def gtsp(layer, x, real, whole=False):
+    """One graph after another: all of its pairs, with minus infinity at dropped nodes."""
+    found = x.clone()
+    for i, (nodes, there) in enumerate(zip(x, real)):
+        scores = layer.score(nodes)[:, 0].masked_fill(~there, -torch.inf)
+        count = max(1, int(layer.tokens * there.sum() + 1e-9))
+        kept = top(scores, count) & there
+        kept[there.nonzero().max()] = True
+        kept = there if whole else kept
+        parts = (
+            p(nodes).unflatten(-1, (layer.heads, -1)) for p in (layer.query, layer.key, layer.value)
+        )
+        q, k, v = (part.transpose(0, 1) for part in parts)
+        logits = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~kept, -torch.inf)
+        seen = logits.softmax(-1) @ v * layer.active[:, None, None]
+        change = layer.project(seen.transpose(0, 1).flatten(1))
+        found[i] = nodes + change * kept.unsqueeze(1)
+    return found
+
+
 def turned(x):
     """Rotary positions in halves, base 10,000."""
     half = x.shape[-1] // 2

@@ -193,7 +193,7 @@ def _functions(run: AttentionRun, name: str) -> tuple[Callable[..., Any], Callab
             run.outside(index, queries)
             if is_causal is not None:
                 others["is_causal"] = is_causal
-            return _own_attention(layer, name)(
+            return own_attention(layer, name)(
                 layer, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                 **others,
             )  # fmt: skip
@@ -211,7 +211,7 @@ def _functions(run: AttentionRun, name: str) -> tuple[Callable[..., Any], Callab
     return attend, mask
 
 
-def _own_attention(layer: nn.Module, name: str) -> Callable[..., tuple[Tensor, Any]]:
+def own_attention(layer: nn.Module, name: str) -> Callable[..., tuple[Tensor, Any]]:
     """The attention function that the layer runs under `name`."""
     from transformers import AttentionInterface
 

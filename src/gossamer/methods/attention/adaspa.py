@@ -108,7 +108,7 @@ class AdaSpa:
         check_count("AdaSpa", "block", self.block)
         check_number("AdaSpa", "first", self.first, 0, 1)
         check_number("AdaSpa", "good", self.good, 0, 1)
-        if not isinstance(self.again, int | float) or not 0 < self.again:
+        if not isinstance(self.again, int | float) or not self.again > 0:
             raise UsageError(f"AdaSpa: again is a share of the steps above 0, not {self.again!r}")
 
     def attend(self, call: AttentionCall, step: DenoisingStep, state: Found | None) -> Attended:
@@ -118,14 +118,15 @@ class AdaSpa:
         if state is None:
             output, lse = dense(call)
             with torch.no_grad():
-                layout = self.layout(call, step, tile_mass(call, lse, self.block, self.block))
-            found = Found(lse.detach(), layout, step.number)
+                kept = self.choose(call, step, tile_mass(call, lse, self.block, self.block))
+            found = Found(lse.detach(), from_blocks(kept, call, self.block), step.number)
             return Attended(output, all_pairs(call), found, "dense", all_pairs(call))
         searching = self._searches(step, state.number)
         if searching:
             with torch.no_grad():
                 mass = tile_mass(call, state.lse, self.block, self.block)
-                state = Found(state.lse, self.layout(call, step, mass), step.number)
+                layout = from_blocks(self.choose(call, step, mass), call, self.block)
+                state = Found(state.lse, layout, step.number)
         output, _ = run(call, state.layout)
         pairs = count_pairs(state.layout, lists_of(call))
         if searching:
@@ -139,10 +140,6 @@ class AdaSpa:
             return int((number - self.first * step.total) / (self.again * step.total) + 1e-9)
 
         return done(step.number) > done(last)
-
-    def layout(self, call: AttentionCall, step: DenoisingStep, mass: Tensor) -> Layout:
-        """The tiles that are kept for a mass of each, (batch, heads, query blocks, key blocks)."""
-        return from_blocks(self.choose(call, step, mass), call, self.block)
 
     def choose(self, call: AttentionCall, step: DenoisingStep, mass: Tensor) -> Tensor:
         """bool, the shape of the masses."""

@@ -27,6 +27,7 @@ own threshold is passed, as the release does, and never unskips a block.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -110,7 +111,7 @@ class PSA:
                     f"PSA: {name} is {' or '.join(choices)}, not {getattr(self, name)!r}"
                 )
         ends = tuple(self.shares) if isinstance(self.shares, tuple | list) else ()
-        if len(ends) != len(LEVELS) or any(a > b for a, b in zip(ends, ends[1:])):
+        if len(ends) != len(LEVELS) or any(a > b for a, b in pairwise(ends)):
             raise UsageError(f"PSA: shares are four rising ends of levels, not {self.shares!r}")
         for end in ends:
             check_number("PSA", "shares", end, 0, 1)

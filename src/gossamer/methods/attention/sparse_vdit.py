@@ -148,7 +148,7 @@ class SparseVDiT:
         """The output of heads in one pattern, and the pairs that it takes."""
         if mode == "skip":
             return call.query.new_zeros(*call.query.shape[:3], call.value.shape[3]), 0
-        layout = self.layout(mode, call, grid, columns)
+        layout = self.pattern(mode, call, grid, columns)
         count = count_pairs(layout, lists_of(call))
         if mode != "frames":
             return run(call, layout)[0], count
@@ -157,7 +157,7 @@ class SparseVDiT:
         moved = run(replace(call, query=query, key=key, value=value), layout)[0]
         return restored(moved, order), count
 
-    def layout(self, mode: str, call: AttentionCall, grid: TokenGrid, columns: Tensor) -> Layout:
+    def pattern(self, mode: str, call: AttentionCall, grid: TokenGrid, columns: Tensor) -> Layout:
         """The pairs of one pattern; those of `frames` in the order of `frames_together`."""
         device = call.query.device
         if mode == "diagonal":
