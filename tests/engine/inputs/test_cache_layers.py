@@ -35,7 +35,14 @@ METHODS = {
     "doublesparsity": A.DoubleSparsity(5, factor=2, dense=0, channels=channels()),
     "doublesparsity-16": A.DoubleSparsity(5, factor=2, bits=16, dense=0, channels=channels()),
 }
-EVICTING = ("snapkv", "snapkv-share", "adasnapkv", "streamingllm", "s2attention", "s2attention-near")
+EVICTING = (
+    "snapkv",
+    "snapkv-share",
+    "adasnapkv",
+    "streamingllm",
+    "s2attention",
+    "s2attention-near",
+)
 
 
 class Text:

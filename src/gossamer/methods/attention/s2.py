@@ -100,7 +100,9 @@ class S2Attention:
         )
         column = torch.arange(possible.shape[1], device=possible.device)
         stripes = self._stripes(column.expand(call.key.shape[1], -1), call.layer)
-        return from_blocks((possible & (near | stripes.unsqueeze(1))).unsqueeze(0), call, self.block)
+        return from_blocks(
+            (possible & (near | stripes.unsqueeze(1))).unsqueeze(0), call, self.block
+        )
 
     def kept_keys(self, cached: CachedKeys) -> Tensor:
         """bool (kv_heads, rows): the keys that queries behind this prompt may still attend."""
