@@ -35,9 +35,11 @@ from gossamer.core.pattern import NM, Block, Channel, Unstructured, format_patte
 from gossamer.core.result import CompressResult, Coverage, LayerRecord, LeftOut, PruneResult
 from gossamer.core.support import Support
 from gossamer.core.text import text_batches
+from gossamer.engine.inputs.adapters import attention_adapters
 from gossamer.engine.inputs.attention import AttentionRun
 from gossamer.engine.inputs.denoise_tally import DenoisingResult
 from gossamer.engine.inputs.denoising import DenoisingRun
+from gossamer.engine.inputs.segments import Segment, encode_segment, join_segments
 from gossamer.engine.inputs.tally import AttentionResult, LayerAttention
 from gossamer.engine.measure.problems import ImageProblem, TextProblem
 from gossamer.engine.prune.replace import ReplaceLayersResult, fold_layers, replace_layers
@@ -113,6 +115,7 @@ __all__ = [
     "ReplaceLayersResult",
     "RoundPart",
     "RoundsResult",
+    "Segment",
     "SparseRun",
     "Support",
     "TextProblem",
@@ -128,6 +131,7 @@ __all__ = [
     "Unstructured",
     "UsageError",
     "attend",
+    "attention_adapters",
     "attention_cache",
     "calibrate_attention",
     "calibrate_denoising",
@@ -137,6 +141,7 @@ __all__ = [
     "compare_training",
     "compress",
     "coupled_channels",
+    "encode_segment",
     "export",
     "find",
     "fixed_channels",
@@ -144,6 +149,7 @@ __all__ = [
     "format_pattern",
     "from_semi_structured",
     "generate",
+    "join_segments",
     "keep",
     "load",
     "measure_compression",

@@ -48,6 +48,7 @@ NOT_TRIED = {
         "dma",
         "drsformer",
         "flexprefill",
+        "graphkv",
         "gtsp",
         "meshtransformer",
         "sparsegraphtracker",
@@ -57,6 +58,7 @@ NOT_TRIED = {
         "s2attention",
         "seerattention",
         "sparsed",
+        "sparsegin",
         "streamingllm",
         "verticalslash",
     )

@@ -105,6 +105,8 @@ def moa(*rules):
     return A.MoA(plan=Plan(16, (rules,)))
 
 
+WITHOUT_SINKS = ("seer", "moa", "s2", "graphkv")
+"""Methods that need not keep the first key, by the start of their names."""
 BY_HEADS_OF_KEYS = ("seer", "moa", "s2")
 """Methods that go by the number of heads of keys, by the start of their names."""
 
@@ -118,6 +120,7 @@ ATTENTION = {
     "seerattention-threshold": lambda: seer(threshold=0.2),
     "anchorattention": lambda: A.AnchorAttention(theta=0.5, step=2, block=16),
     "moa": lambda: moa((-32, 0.5), (16, 0.25)),
+    "graphkv": lambda: A.GraphKV(5, (20, 13), (30, 17), edges=((0, 0), (0, 1), (1, 1))),
     "s2attention": lambda: A.S2Attention(local=2, stride=2, block=8),
     "s2attention-hybrid": lambda: A.S2Attention(2, 4, 8, offset=1, dense_heads=1, dense_every=2),
 }
@@ -151,6 +154,7 @@ GENEROUS = {
     "seerattention": lambda: seer(density=1.0),
     "anchorattention": lambda: A.AnchorAttention(theta=1e30),
     "moa": lambda: moa((10**6, 1.0), (10**6, 1.0)),
+    "graphkv": lambda: A.GraphKV(),
     "s2attention": lambda: A.S2Attention(local=10**6, stride=1),
 }
 """The same with budgets above any length, which keep every pair."""
@@ -229,6 +233,15 @@ def dma(keys):
     return layer
 
 
+def gin(**options):
+    """One that corrects something."""
+    layer = A.SparseGIN(8, 6, **options)
+    with torch.no_grad():
+        layer.scale.fill_(0.5)
+        layer.epsilon.fill_(0.3)
+    return layer
+
+
 LAYERS = {
     "biformer": Layer(
         make=lambda: A.BiFormer(8, 2, regions=3, routes=2, local=3),
@@ -278,6 +291,25 @@ LAYERS = {
         shape=lambda x: x.shape,
         masked=dense_layers.routing,
         dense=lambda layer, x: dense_layers.routing(layer, x, everything=True),
+    ),
+    "sparsegin": Layer(
+        make=gin,
+        full=lambda: gin(cut=0.0),
+        inputs=lambda generator: (
+            torch.randn(2, 9, 8, generator=generator),
+            (2 * torch.randn(2, 3, 9, 9, generator=generator)).softmax(-1),
+        ),
+        shape=lambda x, attention: x.shape,
+        masked=dense_layers.sparsegin,
+        dense=lambda layer, *x: dense_layers.sparsegin(layer, *x, cut=0.0),
+        bad=(
+            lambda x, a: (x[0], a), lambda x, a: (x[:, :, :7], a), lambda x, a: (x, a[:, 0]),
+            lambda x, a: (x, a[:, :, :8]), lambda x, a: (x, a[:1]),
+        ),
+        refused=(
+            {"channels": 0, "hidden": 4}, {"channels": 4, "hidden": 0},
+            {"channels": 4, "hidden": 4, "cut": -1}, {"channels": 4, "hidden": 4, "threshold": "a"},
+        ),
     ),
     "drsformer": Layer(
         make=lambda: A.DRSformer(12, 2),

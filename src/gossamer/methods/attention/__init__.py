@@ -11,6 +11,8 @@ from gossamer.methods.attention.double_sparsity import DoubleSparsity
 from gossamer.methods.attention.drsformer import DRSformer
 from gossamer.methods.attention.flex_prefill import FlexPrefill
 from gossamer.methods.attention.mustafar import Mustafar
+from gossamer.methods.attention.gin import SparseGIN
+from gossamer.methods.attention.graph_kv import GraphKV
 from gossamer.methods.attention.gtsp import GTSP
 from gossamer.methods.attention.light_forcing import LightForcing
 from gossamer.methods.attention.mesh_transformer import MeshTransformer
@@ -45,6 +47,7 @@ __all__ = [
     "DoubleSparsity",
     "FlexPrefill",
     "Mustafar",
+    "GraphKV",
     "LightForcing",
     "MeshTransformer",
     "MoA",
@@ -56,6 +59,7 @@ __all__ = [
     "SeerAttention",
     "SnapKV",
     "SparseD",
+    "SparseGIN",
     "SparseGraphTracker",
     "SparseVDiT",
     "Sparsifiner",
