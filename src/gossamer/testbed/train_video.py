@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -73,7 +74,7 @@ def train(small: int, large: int, checkpoint: Path) -> dict[str, torch.Tensor]:
             sums = 0.0
             state = {"model": model.state_dict(), "adam": adam.state_dict(), "step": step + 1,
                      "average": average}  # fmt: skip
-            write_whole(checkpoint, lambda place, state=state: torch.save(state, place))
+            write_whole(checkpoint, partial(torch.save, state))
     return average
 
 
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     found = train(args.small, args.large, args.out / "checkpoint.pt")
     halves = {name: x.to(torch.bfloat16).contiguous() for name, x in found.items()}
     data = save(halves)
-    write_whole(args.out / "video.safetensors", lambda place: Path(place).write_bytes(data))
+    write_whole(args.out / "video.safetensors", lambda place: place.write_bytes(data))
 
 
 if __name__ == "__main__":

@@ -46,12 +46,13 @@ class VideoTransformer(nn.Module):
         width = sizes.width
         self.patches = nn.Linear(CHANNELS * PATCH**2, width)
         self.words = nn.ModuleList(nn.Embedding(count + 1, width) for count in WORDS)
-        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, 6 * width))
+        change = nn.Linear(width, 6 * width)
+        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), change)
         self.blocks = nn.ModuleList(_Block(sizes) for _ in range(sizes.blocks))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.shift = nn.Parameter(torch.zeros(2, width))
         self.out = nn.Linear(width, CHANNELS * PATCH**2)
-        for layer in (self.out, self.time[-1]):
+        for layer in (self.out, change):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
