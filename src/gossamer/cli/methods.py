@@ -20,6 +20,7 @@ USE = {
     "gradient_source": "gossamer train",
     "recipe": "gossamer train",
     "key_scorer": "gs.sparse_attention, or gossamer generate --attention",
+    "step_attention": "gs.sparse_denoising, from Python",
 }
 """What runs a method, by its role."""
 
@@ -28,7 +29,8 @@ NOTES = {
     "and recipes make a model sparse while it trains, and gradient sources train without a "
     "backward pass (gossamer train). Learned masks, replacers and planners are used from Python.",
     "attention": "Key scorers choose which pairs of a prompt's tokens are attended "
-    "(gs.sparse_attention from Python, gossamer generate --attention).",
+    "(gs.sparse_attention from Python, gossamer generate --attention). Step attention follows the "
+    "steps of a diffusion model (gs.sparse_denoising from Python).",
 }
 """What runs the methods of a topic."""
 

@@ -185,15 +185,14 @@ def denoising_loss(
     model: nn.Module, seed: int, times: Sequence[float], count: int = 4,
     before: Callable[[int], object] = int,
 ) -> float:  # fmt: skip
-    """The mean loss on held-out videos over so many times, noisiest first.
+    """The mean loss on held-out videos over so many times, on the way from one noise.
 
-    before: called with the step's number before the model, as `run.step` wants it.
+    times: from noisy to clean, as a sampler passes them. before: called with the step's number before the model, as `run.step` wants it.
     """
     generator = torch.Generator().manual_seed(1_000_000 + seed)
     video, words = videos(count, generator)
-    total = 0.0
+    noise, total = torch.randn(video.shape, generator=generator), 0.0
     for number, time in enumerate(times):
-        noise = torch.randn(video.shape, generator=generator)
         before(number)
         total += float(loss(model, video, words, noise, torch.full((count,), time)))
     return total / len(times)

@@ -1,8 +1,8 @@
 """Video-BLADE: blocks of most of the attention beside the means of all, trained while steps are cut.
 
 A sample of tokens says which blocks hold 95% of each row's attention. Those are attended whole; all
-keys are attended once more as means of a few neighbours; both are weighed by their sums. Trained
-inside the distillation of a sampler to a few steps, see `gossamer.engine` and the recipe `distil`.
+keys are attended once more as means of a few neighbours; both are weighed by their sums. It is meant
+to be trained with, while a sampler is distilled to a few steps.
 
 **Paper.** Video-BLADE: Block-Sparse Attention Meets Step Distillation for Efficient Video
 Generation, 2025. https://arxiv.org/abs/2508.10774
