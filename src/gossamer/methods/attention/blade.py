@@ -18,7 +18,8 @@ means only of blocks that are not kept, and merges exactly; a mean must then lie
 `pool` divides it. A mean's logit is raised by the logarithm of its number of keys. The last two rows
 and columns of blocks are always kept; text, which comes last in our order, is in them or kept with
 them. Samples are every fourth token rather than drawn, so a choice repeats; it is made anew in every
-call. Video tokens follow a Hilbert curve. The choice has no gradient.
+call. Video tokens follow a Hilbert curve. The choice has no gradient. To train with it, open
+`gs.sparse_denoising` around `gs.distil_steps`.
 """
 
 from __future__ import annotations
