@@ -103,6 +103,8 @@ for x, y in batches:
     optimizer.zero_grad()
     estimates.backward(lambda: loss(model(x), y))  # in place of loss.backward()
     optimizer.step()"""
+    if card.role == "layer":
+        return f"layer = {name}(...)  # a torch module; its parameters are in the API reference"
     if card.role == "key_scorer" and hasattr(find(card.name), "fitted"):
         return f"""method = gs.calibrate_attention(model, {name}(), batches)
 with gs.sparse_attention(model, method) as run:

@@ -1,4 +1,4 @@
-"""SmolLM2-135M at 50%: quality, bytes, decoding, time and memory of the whole path.
+"""SmolLM2-135M at 50%, unstructured and 2:4: quality, bytes, decoding, time and memory of the whole path.
 
 SparseGPT and Wanda over three seeds of the calibration windows, Magnitude once (it reads no data).
 The same figures settle the claims of SparseGPT and Wanda, so their records are written as well.
@@ -28,7 +28,16 @@ import torch
 import gossamer as gs
 from gossamer.bench.measure import measure_limits, when_calm
 from gossamer.claims import load, write
-from gossamer.claims.language import HELD_OUT, SAMPLES, WINDOW, cast, subject
+from gossamer.claims.language import (
+    HELD_OUT,
+    METHODS,
+    PATTERNS,
+    SAMPLES,
+    WINDOW,
+    cast,
+    figure,
+    subject,
+)
 from gossamer.claims.ledger import check
 from gossamer.core.confidence import interval
 from gossamer.engine.measure.evaluate import bits_per_byte, decode_speed
@@ -39,11 +48,7 @@ from gossamer.testbed.packaged import folder
 
 OUT = Path(__file__).parents[1] / "results" / "smollm2.json"
 CLAIMS = OUT.parent / "claims"
-METHODS = {
-    "sparsegpt": gs.weights.SparseGPT,
-    "wanda": gs.weights.Wanda,
-    "magnitude": gs.weights.Magnitude,
-}
+NAMES = [figure(name, pattern) for pattern in PATTERNS for name in METHODS]
 SEEDS = (0, 1, 2)
 T = TypeVar("T")
 
@@ -92,13 +97,14 @@ def dense(plan: Plan) -> dict[str, Any]:
     return {"bits_per_byte": bits, "folder_bytes": folder_bytes(folder("smollm2")), "steps": steps}
 
 
-def compressed(plan: Plan, name: str, seed: int) -> dict[str, Any]:
+def compressed(plan: Plan, name: str, pattern: str, seed: int) -> dict[str, Any]:
     """Prune in float32, measure the weights as stored in bfloat16, pack, save."""
     steps: dict[str, dict[str, float]] = {}
     on = timed(steps, "load", lambda: subject(torch.float32))
     model, method = on.model, METHODS[name]()
     data = Language(on, plan.text).calibration(calibration_text(), plan.samples, plan.length, seed)
-    result = timed(steps, "prune", lambda: gs.prune(model, method, density=plan.density, data=data))
+    how = {"density": plan.density, "pattern": pattern, "data": data}
+    result = timed(steps, "prune", lambda: gs.prune(model, method, **how))
     assert abs(result.measured_density - plan.density) < 1e-3, result.measured_density
     cast(model, torch.bfloat16)
     cast(model, torch.float32)
@@ -127,8 +133,12 @@ def decoding(plan: Plan) -> dict[str, Any]:
 
 def parts() -> list[str]:
     """Those that say most come first."""
-    runs = [f"{name}, seed {seed}" for seed in SEEDS for name in ("sparsegpt", "wanda")]
-    return ["dense", "magnitude, seed 0", *runs[:2], "decoding", *runs[2:]]
+    runs, later = (
+        [f"{figure(name, x)}, seed {seed}" for seed in SEEDS for name in ("sparsegpt", "wanda")]
+        for x in PATTERNS
+    )
+    once = ["magnitude 2:4, seed 0"]
+    return ["dense", "magnitude, seed 0", *runs[:2], "decoding", *runs[2:], *once, *later]
 
 
 def part(label: str, plan: Plan) -> dict[str, Any]:
@@ -137,7 +147,8 @@ def part(label: str, plan: Plan) -> dict[str, Any]:
         found = dense(plan) if label == "dense" else decoding(plan)
     else:
         name, seed = label.split(", seed ")
-        found = compressed(plan, name, int(seed))
+        name, _, pattern = name.partition(" ")
+        found = compressed(plan, name, pattern or "unstructured", int(seed))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {**found, "peak_memory_bytes": peak, "machine": machine()}
 
@@ -152,7 +163,7 @@ def apart(label: str, plan: Plan) -> dict[str, Any]:
 def summary(found: dict[str, Any]) -> dict[str, Any]:
     """Mean and 95% interval of the bits per byte, by method."""
     rows: dict[str, Any] = {}
-    for name in METHODS:
+    for name in NAMES:
         values = [
             one["bits_per_byte"] for label, one in found.items() if label.startswith(f"{name}, ")
         ]
@@ -168,7 +179,7 @@ def settle(found: dict[str, Any]) -> None:
 
     def one(seed: int, short: bool) -> dict[str, float]:
         figures = {"dense": found["dense"]["bits_per_byte"]}
-        for name in METHODS:
+        for name in NAMES:
             part = found.get(f"{name}, seed {seed}") or found[f"{name}, seed 0"]
             figures[name] = part["bits_per_byte"]
         return figures

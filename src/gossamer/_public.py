@@ -3,6 +3,7 @@
 from gossamer.api import compare, prune
 from gossamer.api_attention import (
     attend,
+    attention_cache,
     calibrate_attention,
     calibrate_denoising,
     sparse_attention,
@@ -129,6 +130,7 @@ __all__ = [
     "Unstructured",
     "UsageError",
     "attend",
+    "attention_cache",
     "calibrate_attention",
     "calibrate_denoising",
     "calibrate_latency",

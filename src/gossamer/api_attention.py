@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from gossamer.core.denoising import TokenGrid
-from gossamer.core.errors import UsageError
+from gossamer.core.errors import MissingExtra, UsageError
 from gossamer.core.result import CompressResult, PruneResult, unwrap
 from gossamer.engine.data import Batch
 from gossamer.engine.inputs import attend as attending
 from gossamer.engine.inputs import attention as engine
 from gossamer.engine.inputs import calibrate, denoising
 from gossamer.engine.inputs.protocols import (
+    KeyEvictor,
+    KeySelector,
+    LearnsFromAnswers,
     LearnsFromPrompts,
     LearnsFromSteps,
     PairChooser,
     StepAttention,
 )
 from gossamer.methods import build, find
+
+if TYPE_CHECKING:
+    from gossamer.engine.inputs.caches.cache import SparseCache
 
 
 def sparse_attention(
@@ -88,6 +95,65 @@ def sparse_attention(
     )
 
 
+def attention_cache(
+    model: nn.Module | PruneResult | CompressResult,
+    method: KeyEvictor | KeySelector | str,
+    *,
+    saved: str | os.PathLike[str] | None = None,
+) -> SparseCache:
+    """A key-value cache of which a method keeps a part, or reads a part for each new token.
+
+    Pass it as `past_key_values` to the model, to its own `generate`, or as `cache` to
+    `gossamer.generate`. Prompts run as the model runs them, or as `sparse_attention` says. A prompt
+    is over when its first single token comes.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A causal language model of transformers, as for `sparse_attention`. The cache is for this
+        model only.
+    method : KeyEvictor, KeySelector or str
+        Such as `gs.attention.SnapKV(tokens=1024)` or `gs.attention.Quest(density=0.1)`, or its name
+        with options.
+    saved : path, optional
+        A file that `save` of such a cache wrote, to go on from. Model and method are the same.
+
+    Returns
+    -------
+    SparseCache
+        A transformers Cache. Its `result` has density, bytes read and bytes held.
+
+    Raises
+    ------
+    UsageError
+        For models that `sparse_attention` does not serve, encoders, methods that keep no cache or
+        are not calibrated; for a file of another model or method. At a call: for a cache of another
+        model.
+    FormatError
+        For a damaged file.
+    MissingExtra
+        Without transformers.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(LlamaConfig(
+    ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+    ...     num_attention_heads=2,
+    ... )).eval()
+    >>> cache = gs.attention_cache(model, "streamingllm:window=16")
+    >>> ids = gs.generate(model, torch.arange(60).unsqueeze(0), 5, eos=(), cache=cache)
+    >>> cache.result.layers[0].rows
+    20.0
+    """
+    try:
+        from gossamer.engine.inputs.caches.cache import SparseCache
+    except ImportError:
+        raise MissingExtra("transformers", "hf") from None
+    return SparseCache(unwrap(model), _chooser(method), saved)
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -143,18 +209,19 @@ def attend(
 
 def calibrate_attention(
     model: nn.Module | PruneResult | CompressResult,
-    method: LearnsFromPrompts | str,
+    method: LearnsFromPrompts | LearnsFromAnswers | str,
     data: Iterable[Batch],
 ) -> Any:
-    """Fit a method of attention that learns, such as SeerAttention, to a model.
+    """Fit a method of attention that learns, such as SeerAttention or MoA, to a model.
 
-    The model runs densely on the data and stays as it was.
+    The model runs densely on the data and stays as it was. For a method that learns from answers,
+    such as MoA, it writes an answer to each prompt and the gradients of its loss are taken.
 
     Parameters
     ----------
     model : nn.Module
         Of transformers, as for `sparse_attention`.
-    method : LearnsFromPrompts or str
+    method : LearnsFromPrompts, LearnsFromAnswers or str
         Such as `gs.attention.SeerAttention()`, or its name with options.
     data : iterable of Tensor or dict
         Batches of prompts, as for `prune`; long ones teach most.
@@ -167,7 +234,8 @@ def calibrate_attention(
     Raises
     ------
     UsageError
-        Where the method learns nothing, or the model cannot be served.
+        Where the method learns nothing, the model cannot be served, or it cannot write answers
+        where those are needed.
 
     Examples
     --------
@@ -182,8 +250,7 @@ def calibrate_attention(
     >>> sorted(gs.calibrate_attention(model, method, data).gates)
     [0]
     """
-    found: Any = _chooser(cast(PairChooser, method))
-    return calibrate.calibrate_attention(unwrap(model), found, data)
+    return calibrate.calibrate_attention(unwrap(model), _chooser(method), data)
 
 
 def sparse_denoising(
@@ -244,7 +311,7 @@ def sparse_denoising(
     """
     return denoising.sparse_denoising(
         None if model is None else unwrap(model),
-        _of_attention(method), steps=steps, grid=grid, measure=measure,
+        _chooser(method), steps=steps, grid=grid, measure=measure,
     )  # fmt: skip
 
 
@@ -296,23 +363,23 @@ def calibrate_denoising(
     >>> len(method.modes[0])
     2
     """
-    found: Any = _of_attention(cast(StepAttention, method))
-    found_model = None if model is None else unwrap(model)
-    return denoising.calibrate_denoising(found_model, found, sample, steps=steps, grid=grid)
+    found = None if model is None else unwrap(model)
+    return denoising.calibrate_denoising(found, _chooser(method), sample, steps=steps, grid=grid)
 
 
-def _chooser(method: PairChooser | str) -> PairChooser:
+def serves_prompts(method: str) -> bool:
+    """Whether a method of attention chooses pairs of prompts; others keep or read caches."""
+    return hasattr(type(_chooser(method)), "layout")
+
+
+def _chooser(method: Any) -> Any:
     """A method by its name, which must be one of attention."""
-    return cast(PairChooser, _of_attention(method))
-
-
-def _of_attention(method: Any) -> Any:
     if not isinstance(method, str):
         return method
     found = find(method.partition(":")[0]).card
     if found.topic != "attention":
         raise UsageError(
             f"method {method!r} is one of {found.topic}; gossamer methods attention lists those "
-            "that choose pairs of queries and keys"
+            "that choose pairs of queries and keys, or keep caches"
         )
     return build(method)

@@ -39,13 +39,26 @@ from gossamer.methods import cards, find, verdicts
 
 ROOT = Path(__file__).parents[2] / "benchmarks" / "results" / "claims"
 RECORDS = sorted(ROOT.glob("*/*.json"))
-NOT_TRIED = {"weights.dsnot", "weights.monarch"} | {
+NOT_TRIED = {"weights.dsnot"} | {
     f"attention.{name}"
     for name in (
         "anchorattention",
+        "biformer",
         "blocksparse",
+        "dma",
+        "drsformer",
         "flexprefill",
+        "gtsp",
+        "meshtransformer",
+        "paraformer",
         "seerattention",
+        "sparsegraphtracker",
+        "sparsifiner",
+        "moa",
+        "routingtransformer",
+        "s2attention",
+        "seerattention",
+        "sparsed",
         "streamingllm",
         "verticalslash",
     )

@@ -11,6 +11,7 @@ from examples import (
     ATTENTION,
     GENEROUS,
     GENEROUS_STEPS,
+    LAYERS,
     LEARNED,
     PLANNERS,
     PRUNERS,
@@ -163,7 +164,8 @@ def test_missing_statistics_and_bad_weights_name_the_layer():
 
 ROLES = {
     "scorer", "solver", "topology", "learned_mask", "replacer", "planner", "gradient_source",
-    "recipe", "key_scorer", "step_attention",
+    "recipe", "key_scorer", "layer",
+    "step_attention",
 }  # fmt: skip
 PATTERN_WORDS = {"unstructured", "nm", "block", "channel"}
 
@@ -213,6 +215,7 @@ def test_names_are_found_near_ones_are_told_and_shared_ones_need_their_topic(mon
         ("recipe", RECIPES),
         ("key_scorer", ATTENTION),
         ("key_scorer", GENEROUS),
+        ("layer", LAYERS),
         ("step_attention", STEPS),
         ("step_attention", GENEROUS_STEPS),
     ],

@@ -38,13 +38,8 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def bits(method: Any, seed: int, short: bool) -> float:
-    """Bits per byte of held-out text at 50%; method None is dense."""
-    return pruned(method, 0.5, seed, short)[0]
-
-
 def pruned(
-    method: Any, density: float, seed: int, short: bool
+    method: Any, density: float, seed: int, short: bool, pattern: str = "unstructured"
 ) -> tuple[float, gs.PruneResult | None]:
     """Bits per byte of held-out text, and what pruning told; method None is dense.
 
@@ -57,19 +52,32 @@ def pruned(
         window, samples = (256, 4) if short else (WINDOW, SAMPLES)
         data = Language(on, text).calibration(calibration_text(), samples, window, seed)
         left = [f"model.layers.{block}.*" for block in range(4)] if short else []
-        result = gs.prune(on.model, method, density=density, data=data, exclude=left)
+        result = gs.prune(
+            on.model, method, density=density, pattern=pattern, data=data, exclude=left
+        )
         cast(on.model, torch.bfloat16)
         cast(on.model, torch.float32)
     found = bits_per_byte(on.model, text, window=256 if short else WINDOW, encode=on.encode)
     return found, result
 
 
+PATTERNS = ("unstructured", "2:4")
+METHODS = {
+    "magnitude": gs.weights.Magnitude,
+    "wanda": gs.weights.Wanda,
+    "sparsegpt": gs.weights.SparseGPT,
+}
+
+
+def figure(name: str, pattern: str) -> str:
+    """What a figure of `one` is called."""
+    return name if pattern == "unstructured" else f"{name} {pattern}"
+
+
 def one(seed: int, short: bool) -> dict[str, float]:
-    """Bits per byte of the dense model and of each method at 50%."""
-    methods = {
-        "dense": None,
-        "magnitude": gs.weights.Magnitude(),
-        "wanda": gs.weights.Wanda(),
-        "sparsegpt": gs.weights.SparseGPT(),
-    }
-    return {name: bits(method, seed, short) for name, method in methods.items()}
+    """Bits per byte of the dense model, and of each method at 50% in each pattern."""
+    found = {"dense": pruned(None, 0.5, seed, short)[0]}
+    for pattern in PATTERNS:
+        for name, method in METHODS.items():
+            found[figure(name, pattern)] = pruned(method(), 0.5, seed, short, pattern)[0]
+    return found

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from gossamer.api_attention import sparse_attention
+from gossamer.api_attention import attention_cache, serves_prompts, sparse_attention
 from gossamer.cli.inputs import BUNDLED, read_model
 from gossamer.cli.output import note, print_json
 from gossamer.core.errors import UsageError
@@ -32,7 +32,11 @@ class Generate:
     """how many tokens to add at most; fewer where the model ends its text"""
     attention: str | None = None
     """method that chooses which pairs of the prompt's tokens are attended, such as
-    blocksparse:density=0.3; see gossamer methods attention"""
+    blocksparse:density=0.3, or what new tokens read, such as quest:tokens=1024; see gossamer
+    methods attention"""
+    cache: str | None = None
+    """method that keeps or reads a part of the cache for new tokens, beside one of --attention,
+    such as snapkv:tokens=1024"""
     dense_below: int = 2048
     """tokens below which a prompt is attended densely, with --attention"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -48,25 +52,40 @@ class Generate:
             raise UsageError("--prompt is empty; give at least one character")
         subject = read_model(self.model, self.dtype)
         ids = subject.ids(self.prompt.encode()).unsqueeze(0)
+        prompts, caches = self._methods()
+        cache = None if caches is None else attention_cache(subject.model, caches)
         block = (
             nullcontext()
-            if self.attention is None
-            else sparse_attention(subject.model, self.attention, dense_below=self.dense_below)
+            if prompts is None
+            else sparse_attention(subject.model, prompts, dense_below=self.dense_below)
         )
         start = time.perf_counter()
         with track(None, True, "generating"), block as run:
-            out = generate(subject.model, ids, self.tokens)[0].tolist()
+            out = generate(subject.model, ids, self.tokens, cache=cache)[0].tolist()
         made = len(out) - ids.shape[1]
         rate = made / (time.perf_counter() - start)
         if subject.tokenizer is None:
             text = bytes(out).decode("utf-8", "replace")
         else:
             text = subject.tokenizer.decode(out, skip_special_tokens=True)
+        results = {} if run is None else {"attention": run.result}
+        results |= {} if cache is None else {"cache": cache.result}
         if self.json:
             found = {"text": text, "tokens": made, "tokens_per_second": rate}
-            print_json(found if run is None else found | {"attention": asdict(run.result)})
+            print_json(found | {name: asdict(result) for name, result in results.items()})
         else:
             print(text)
             note(f"{made} tokens, {rate:.1f} tokens/s with the prompt")
-            if run is not None:
-                note(str(run.result))
+            for result in results.values():
+                note(str(result))
+
+    def _methods(self) -> tuple[str | None, str | None]:
+        """What chooses in the prompt, and what keeps or reads the cache."""
+        if self.attention is None or serves_prompts(self.attention):
+            return self.attention, self.cache
+        if self.cache is not None:
+            raise UsageError(
+                f"--attention {self.attention} and --cache {self.cache} are both for the cache; "
+                "give one of them"
+            )
+        return None, self.attention

@@ -21,6 +21,7 @@ USE = {
     "recipe": "gossamer train",
     "key_scorer": "gs.sparse_attention, or gossamer generate --attention",
     "step_attention": "gs.sparse_denoising, from Python",
+    "layer": "a torch module, from Python",
 }
 """What runs a method, by its role."""
 
@@ -30,7 +31,8 @@ NOTES = {
     "backward pass (gossamer train). Learned masks, replacers and planners are used from Python.",
     "attention": "Key scorers choose which pairs of a prompt's tokens are attended "
     "(gs.sparse_attention from Python, gossamer generate --attention). Step attention follows the "
-    "steps of a diffusion model (gs.sparse_denoising from Python).",
+    "steps of a diffusion model (gs.sparse_denoising from Python). Layers are modules of torch, used "
+    "from Python.",
 }
 """What runs the methods of a topic."""
 

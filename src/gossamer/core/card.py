@@ -20,7 +20,8 @@ class Card:
         What becomes sparse: the folder and the public namespace, such as `weights`.
     role : str
         How it plugs in: `scorer`, `solver`, `topology`, `learned_mask`, `replacer`, `planner`,
-        `gradient_source`, `recipe`, `key_scorer` or `step_attention`.
+        `gradient_source`, `recipe`, `key_scorer`, `step_attention` or
+        `layer`.
     needs : tuple of str
         What it reads: the statistics `norm`, `hessian`, `sum` and `variance`, the `gradients` of
         the steps in which it changes supports, or the `loss` before training.

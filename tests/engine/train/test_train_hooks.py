@@ -41,6 +41,30 @@ class Halving(StaticSupport):
         return {x.name: 0.5 * x.weight for x in step.layers}
 
 
+@dataclass(frozen=True)
+class SummingGradients(StaticSupport):
+    """Every fourth step keeps what had the largest sums of gradients over the four steps."""
+
+    card: ClassVar[gs.Card] = gs.weights.SET.card
+
+    def start(self, step):
+        return {x.name: LEFT.expand_as(x.weight).clone() for x in step.layers}
+
+    def first_state(self, step):
+        return {x.name: {"sum": torch.zeros_like(x.weight)} for x in step.layers}
+
+    def next_state(self, step, layer, gradient):
+        begins = (step.number - 1) % 4 == 0
+        return {"sum": gradient.clone() if begins else layer.state["sum"] + gradient}
+
+    def due(self, step, total):
+        return step % 4 == 0
+
+    def update(self, step):
+        sums = {x.name: x.state["sum"].abs() for x in step.layers}
+        return [{n: gs.select(x, gs.Unstructured(), 0.5).mask for n, x in sums.items()}]
+
+
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
@@ -80,3 +104,20 @@ def test_edits_reach_dense_weights_behind_the_support():
             want = 0.5 * want
             assert torch.equal(run.state_dict()["hidden"]["0"], want)
             assert torch.equal(model[0].weight.detach(), want * LEFT)
+
+
+def test_a_method_may_sum_gradients_over_a_window():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4))
+    weight, seen = model[0].weight, []
+    weight.register_hook(lambda gradient: seen.append(gradient.clone()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    method = SummingGradients()
+    with gs.sparse_training(model, optimizer, method, total_steps=8, include=("*",)) as run:
+        for seed in range(8):
+            step(model, optimizer, seed)
+            if seed % 4 == 3:
+                sums = sum(seen[-4:]).abs()
+                assert run.masks["0"].sum() == 72
+                assert sums[run.masks["0"]].min() >= sums[~run.masks["0"]].max()
+                assert not torch.equal(run.masks["0"], LEFT.expand_as(sums))

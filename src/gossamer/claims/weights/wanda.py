@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import gossamer as gs
-from gossamer.claims.language import WHERE, one
+from gossamer.claims.language import PATTERNS, WHERE, figure, one
 from gossamer.claims.ledger import Claim, Figures, Promise, promise
 
 
 def promises(found: Figures) -> list[Promise]:
     """Below magnitude, and close to SparseGPT."""
-    wanda = found["wanda"]
-    return [
-        promise("fewer bits than magnitude", "quality", found["magnitude"], wanda),
-        promise(
-            "no more than 0.05 bits above SparseGPT", "quality", found["sparsegpt"], wanda, 0.05
-        ),
-    ]
+    lines = []
+    for pattern in PATTERNS:
+        wanda, magnitude = found[figure("wanda", pattern)], found[figure("magnitude", pattern)]
+        solved = found[figure("sparsegpt", pattern)]
+        near = f"no more than 0.05 bits above SparseGPT, {pattern}"
+        lines += [
+            promise(f"fewer bits than magnitude, {pattern}", "quality", magnitude, wanda),
+            promise(near, "quality", solved, wanda, 0.05),
+        ]
+    return lines
 
 
 CLAIM = Claim(
     gs.weights.Wanda,
     "Without retraining, well above magnitude pruning, and competitive with SparseGPT.",
-    f"50% unstructured. {WHERE}",
+    f"50%, unstructured and 2:4. {WHERE}",
     one,
     promises,
     looks=(3,),

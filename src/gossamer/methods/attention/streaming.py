@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from gossamer.core.attention import AttentionCall
+from gossamer.core.attention import AttentionCall, CachedKeys
 from gossamer.core.card import Card
+from gossamer.methods.attention.evicting import fixed
 from gossamer.methods.attention.tiles import check_causal, check_count
 from gossamer.ops.attention import Layout, bits
 
@@ -67,6 +69,16 @@ class StreamingLLM:
         check_count("StreamingLLM", "window", self.window)
         check_count("StreamingLLM", "sinks", self.sinks, 0)
         check_count("StreamingLLM", "block", self.block)
+
+    last: ClassVar[int] = 0
+
+    def kept_keys(self, cached: CachedKeys) -> Tensor:
+        """bool (kv_heads, rows): the first keys and those of the window."""
+        return fixed(cached, self.sinks, self.window)
+
+    def rolls(self) -> bool:
+        """Each new token pushes the oldest key out of a full window."""
+        return True
 
     def layout(self, call: AttentionCall) -> Layout:
         """One layout for all heads; tiles at the edges of the window have masks."""

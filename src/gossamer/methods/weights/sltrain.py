@@ -16,7 +16,8 @@ the released code. The rank follows from the density.
 pretraining; the bias stays. The density counts the thin matrices and the sparse values, not the
 sparse indices, which take 8 bytes each. Places never change. The dense weight is rebuilt in the
 backward pass, as in the paper. The released code also trains in 8 bits; that is the optimizer's
-affair.
+affair. An alpha of 16 is meant for rank 256. Where the rank is far smaller, choose about a quarter
+of it: 16 can diverge at ranks below 20.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ at its accuracy after retraining.
 
 **Notes.** The paper cuts filters of convolutions; here the units are those of transformers, and a
 unit is scored by everything that would go with it, readers included. Each layer keeps the same
-number, for the config of a model has one number for all. Widths(Random()) is the baseline. Without
-training afterwards the loss is large.
+number, for the config of a model has one number for all. Widths(Random()) is the baseline, and on
+SmolLM2 it kept far more quality than magnitude did: the record below has both. Compare the two on
+your model before you cut. Without training afterwards the loss is large.
 """
 
 from __future__ import annotations
