@@ -54,6 +54,7 @@ from gossamer.engine.serve.generate import generate
 from gossamer.engine.serve.measure_latency import calibrate_latency
 from gossamer.engine.serve.unpack import unpack
 from gossamer.engine.train.compressed import TrueSparseRun, sparse_layers, true_sparse_training
+from gossamer.engine.train.distil import DistilResult, distil_steps
 from gossamer.engine.train.estimate import EstimatedGradients
 from gossamer.engine.train.learned import LearnedRun
 from gossamer.engine.train.masked import sparse_training
@@ -95,6 +96,7 @@ __all__ = [
     "DenoisingResult",
     "DenoisingRun",
     "DenoisingStep",
+    "DistilResult",
     "ERKPlus",
     "EstimatedGradients",
     "FormatError",
@@ -141,6 +143,7 @@ __all__ = [
     "compare_training",
     "compress",
     "coupled_channels",
+    "distil_steps",
     "encode_segment",
     "export",
     "find",

@@ -21,6 +21,7 @@ USE = {
     "recipe": "gossamer train",
     "key_scorer": "gs.sparse_attention, or gossamer generate --attention",
     "cache": "gs.attention_cache, or gossamer generate --cache",
+    "step_attention": "gs.sparse_denoising, from Python",
     "layer": "a torch module, from Python",
 }
 """What runs a method, by its role."""
@@ -31,8 +32,9 @@ NOTES = {
     "backward pass (gossamer train). Learned masks, replacers and planners are used from Python.",
     "attention": "Key scorers choose which pairs of a prompt's tokens are attended "
     "(gs.sparse_attention from Python, gossamer generate --attention). Caches keep keys and values of "
-    "past tokens, or read a part of them (gs.attention_cache, gossamer generate --cache). Layers are modules of torch, "
-    "used from Python.",
+    "past tokens, or read a part of them (gs.attention_cache, gossamer generate --cache). Step "
+    "attention follows the steps of a diffusion model (gs.sparse_denoising from Python). Layers are "
+    "modules of torch, used from Python.",
 }
 """What runs the methods of a topic."""
 
