@@ -1,6 +1,11 @@
 """Every public name of `gossamer`."""
 
 from gossamer.api import compare, prune
+from gossamer.api_activations import (
+    calibrate_activations,
+    load_activations,
+    sparsify_activations,
+)
 from gossamer.api_attention import attend, calibrate_attention, sparse_attention
 from gossamer.compression import CompressionReport, measure_compression
 from gossamer.core.allocation import (
@@ -27,6 +32,9 @@ from gossamer.core.pattern import NM, Block, Channel, Unstructured, format_patte
 from gossamer.core.result import CompressResult, Coverage, LayerRecord, LeftOut, PruneResult
 from gossamer.core.support import Support
 from gossamer.core.text import text_batches
+from gossamer.engine.inputs.activations.plan import ActivationPlan, LayerPlan
+from gossamer.engine.inputs.activations.result import ActivationResult, LayerActivations
+from gossamer.engine.inputs.activations.run import ActivationRun
 from gossamer.engine.inputs.attention import AttentionRun
 from gossamer.engine.inputs.tally import AttentionResult, LayerAttention
 from gossamer.engine.measure.problems import ImageProblem, TextProblem
@@ -67,6 +75,9 @@ __all__ = [
     "LAMP",
     "NM",
     "OWL",
+    "ActivationPlan",
+    "ActivationResult",
+    "ActivationRun",
     "AttentionResult",
     "AttentionRun",
     "BatchTopK",
@@ -87,7 +98,9 @@ __all__ = [
     "GossamerError",
     "ImageProblem",
     "LatencyModel",
+    "LayerActivations",
     "LayerAttention",
+    "LayerPlan",
     "LayerRecord",
     "LearnedRun",
     "LeftOut",
@@ -113,6 +126,7 @@ __all__ = [
     "Unstructured",
     "UsageError",
     "attend",
+    "calibrate_activations",
     "calibrate_attention",
     "calibrate_latency",
     "cards",
@@ -129,6 +143,7 @@ __all__ = [
     "generate",
     "keep",
     "load",
+    "load_activations",
     "measure_compression",
     "measure_training",
     "parse_pattern",
@@ -142,6 +157,7 @@ __all__ = [
     "sparse_attention",
     "sparse_layers",
     "sparse_training",
+    "sparsify_activations",
     "text_batches",
     "to_semi_structured",
     "train_rounds",

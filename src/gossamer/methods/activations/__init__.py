@@ -1,0 +1,11 @@
+"""Activations: which inputs of a layer, neurons or tokens are computed."""
+
+from gossamer.methods.activations.rsparse import RSparse
+from gossamer.methods.activations.teal import TEAL
+from gossamer.methods.activations.wina import WINA
+
+__all__ = [
+    "TEAL",
+    "WINA",
+    "RSparse",
+]
