@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from gossamer.core.errors import UsageError
-from gossamer.core.result import CompressResult, PruneResult
+from gossamer.core.result import CompressResult, PruneResult, unwrap
 from gossamer.engine.data import Batch
 from gossamer.engine.inputs.activations import calibrate, restore, run
 from gossamer.engine.inputs.activations.plan import ActivationPlan, read_plan
@@ -96,7 +96,7 @@ def sparsify_activations(
     {'one token': 2}
     """
     return run.sparsify_activations(
-        model, _method(method), data, density=density, include=include, exclude=exclude,
+        unwrap(model), _method(method), data, density=density, include=include, exclude=exclude,
         prefill=prefill, simulate=simulate, break_even=break_even, loss=loss, progress=progress,
     )  # fmt: skip
 
@@ -139,7 +139,7 @@ def calibrate_activations(
     0.25
     """
     return calibrate.calibrate_activations(
-        model, _method(method), data, density=density, include=include, exclude=exclude,
+        unwrap(model), _method(method), data, density=density, include=include, exclude=exclude,
         progress=progress,
     )  # fmt: skip
 
@@ -181,7 +181,7 @@ def load_activations(
     True
     """
     data = read_plan(path)
-    return restore.restored(model, data, _method(data["method"]))
+    return restore.restored(unwrap(model), data, _method(data["method"]))
 
 
 def _method(method: Any) -> Any:
