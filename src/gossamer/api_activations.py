@@ -60,8 +60,8 @@ def sparsify_activations(
     simulate : bool
         Multiply masks everywhere, on any device and dtype and with gradients. It saves no time.
     break_even : float, optional
-        Layers that would read at least this fraction of their weights stay dense. By default it is
-        timed, for each shape.
+        Layers that would read at least this fraction of their weights stay dense; infinity keeps
+        none dense. By default it is timed, for each shape.
     loss : bool
         Also measure the loss of up to four batches of the data, dense and with every token's inputs
         chosen.

@@ -20,7 +20,7 @@ def seen(*parts):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_quantiles_are_exact_within_a_bucket(scale, dtype):
     x = (torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * scale).to(dtype)
-    for p in (0.01, 0.4, 0.5, 0.9, 0.999, 1.0):
+    for p in (0.1, 0.4, 0.5, 0.9, 0.999, 1.0):
         want = float(x.float().abs().double().quantile(p))
         assert quantile(seen(x), p) == pytest.approx(want, rel=1 / 128)
 

@@ -10,6 +10,7 @@ import torch
 from examples import (
     ATTENTION,
     GENEROUS,
+    INPUTS,
     LEARNED,
     PLANNERS,
     PRUNERS,
@@ -210,6 +211,7 @@ def test_names_are_found_near_ones_are_told_and_shared_ones_need_their_topic(mon
         ("gradient_source", SOURCES),
         ("recipe", RECIPES),
         ("key_scorer", ATTENTION),
+        ("input_scorer", INPUTS),
         ("key_scorer", GENEROUS),
     ],
 )

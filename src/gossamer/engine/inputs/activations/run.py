@@ -102,8 +102,8 @@ def check_options(prefill: str, break_even: float | None) -> None:
     """Raise UsageError for what cannot be right, before anything changes."""
     if prefill not in ("dense", "sparse"):
         raise UsageError(f"prefill is 'dense' or 'sparse', not {prefill!r}")
-    if break_even is not None and not 0 <= break_even <= 1:
-        raise UsageError(f"break_even is a density from 0 to 1, not {break_even!r}")
+    if break_even is not None and not break_even >= 0:
+        raise UsageError(f"break_even is a density from 0, not {break_even!r}")
 
 
 def check_plan(
