@@ -32,7 +32,8 @@ from gossamer.core.pattern import NM, Block, Channel, Unstructured, format_patte
 from gossamer.core.result import CompressResult, Coverage, LayerRecord, LeftOut, PruneResult
 from gossamer.core.support import Support
 from gossamer.core.text import text_batches
-from gossamer.engine.inputs.activations.plan import ActivationPlan, LayerPlan
+from gossamer.engine.inputs.activations.layer_plan import LayerPlan
+from gossamer.engine.inputs.activations.plan import ActivationPlan
 from gossamer.engine.inputs.activations.result import ActivationResult, LayerActivations
 from gossamer.engine.inputs.activations.run import ActivationRun
 from gossamer.engine.inputs.attention import AttentionRun

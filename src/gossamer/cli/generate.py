@@ -7,8 +7,10 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from gossamer.api_activations import sparsify_activations
 from gossamer.api_attention import sparse_attention
-from gossamer.cli.inputs import BUNDLED, read_model
+from gossamer.cli.activations import calibration
+from gossamer.cli.inputs import BUNDLED, BUNDLED_TEXT, read_model
 from gossamer.cli.output import note, print_json
 from gossamer.core.errors import UsageError
 from gossamer.engine.progress import track
@@ -35,6 +37,11 @@ class Generate:
     blocksparse:density=0.3; see gossamer methods attention"""
     dense_below: int = 2048
     """tokens below which a prompt is attended densely, with --attention"""
+    activations: str | None = None
+    """method that chooses the inputs of layers that each new token reads, such as
+    teal:density=0.5; see gossamer methods activations"""
+    data: str = BUNDLED_TEXT
+    """text to calibrate --activations with: a file, a folder of text files, or testbed:text"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype in which the model is read"""
     json: bool = False
@@ -53,20 +60,33 @@ class Generate:
             if self.attention is None
             else sparse_attention(subject.model, self.attention, dense_below=self.dense_below)
         )
-        start = time.perf_counter()
-        with track(None, True, "generating"), block as run:
+        choosing = (
+            nullcontext()
+            if self.activations is None
+            else sparsify_activations(
+                subject.model, self.activations, calibration(subject, self.data), progress=True
+            )
+        )
+        with choosing as inputs, block as run, track(None, True, "generating"):
+            start = time.perf_counter()
             out = generate(subject.model, ids, self.tokens)[0].tolist()
+            rate = (len(out) - ids.shape[1]) / (time.perf_counter() - start)
         made = len(out) - ids.shape[1]
-        rate = made / (time.perf_counter() - start)
         if subject.tokenizer is None:
             text = bytes(out).decode("utf-8", "replace")
         else:
             text = subject.tokenizer.decode(out, skip_special_tokens=True)
         if self.json:
-            found = {"text": text, "tokens": made, "tokens_per_second": rate}
-            print_json(found if run is None else found | {"attention": asdict(run.result)})
+            found: dict[str, object] = {"text": text, "tokens": made, "tokens_per_second": rate}
+            if run is not None:
+                found["attention"] = asdict(run.result)
+            if inputs is not None:
+                found["activations"] = asdict(inputs.result)
+            print_json(found)
         else:
             print(text)
             note(f"{made} tokens, {rate:.1f} tokens/s with the prompt")
             if run is not None:
                 note(str(run.result))
+            if inputs is not None:
+                note(str(inputs.result))

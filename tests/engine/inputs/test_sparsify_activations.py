@@ -199,7 +199,7 @@ def test_thresholds_of_another_model_are_refused(model, tiny_llama, tmp_path):
     with pytest.raises(gs.UsageError, match="another model"), gs.sparsify_activations(other, plan):
         pass
     with (
-        pytest.raises(gs.UsageError, match="belong to gs.calibrate_activations"),
+        pytest.raises(gs.UsageError, match=r"belong to gs\.calibrate_activations"),
         gs.sparsify_activations(model, plan, density=0.3),
     ):
         pass

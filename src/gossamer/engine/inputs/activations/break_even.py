@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from gossamer.engine.inputs.activations.layer_plan import LayerPlan
 from gossamer.ops import _dispatch
 from gossamer.ops.active import native, reference
 
@@ -19,7 +22,52 @@ _ENOUGH = 64 << 20
 """Bytes of weights that take turns, so that none stays in a cache."""
 
 
-def break_even(weights: Sequence[Tensor]) -> float:
+def stay_dense(
+    plans: Mapping[str, LayerPlan], layers: Mapping[str, nn.Linear], break_even: float | None
+) -> dict[str, str]:
+    """Layers that run faster as they are, each with the reason."""
+    alike: dict[Any, list[str]] = defaultdict(list)
+    for name, layer in layers.items():
+        if plans[name].state.density < 1:
+            alike[tuple(layer.weight.shape), layer.weight.dtype].append(name)
+    limits = {
+        key: timed([layers[name].weight for name in names]) if break_even is None else break_even
+        for key, names in alike.items()
+    }
+    shares = _rotation_shares(plans)
+    found = {}
+    for key, names in alike.items():
+        for name in names:
+            each = plans[name]
+            read = _read(each) + shares.get(name, 0.0)
+            if read >= limits[key]:
+                found[name] = (
+                    f"dense: reading {read:.2f} of it is slower, break-even {limits[key]:.2f}"
+                )
+    return found
+
+
+def _read(each: LayerPlan) -> float:
+    """The fraction of a layer's weights that a token reads, the low-rank part included."""
+    rest = sum(part.numel() for part in each.state.bypass or ())
+    return each.state.density + rest / (each.shape[0] * each.shape[1])
+
+
+def _rotation_shares(plans: Mapping[str, LayerPlan]) -> dict[str, float]:
+    """What the rotation in front of a layer adds to what it reads, as a fraction of its weights."""
+    groups: dict[int, list[LayerPlan]] = defaultdict(list)
+    for each in plans.values():
+        if each.rotation is not None:
+            groups[id(each.rotation)].append(each)
+    found = {}
+    for group in groups.values():
+        total = sum(each.shape[0] * each.shape[1] for each in group)
+        extra = group[0].rotation.numel() if group[0].rotation is not None else 0
+        found.update({each.name: extra / total for each in group})
+    return found
+
+
+def timed(weights: Sequence[Tensor]) -> float:
     """Of weights (out, in) of one shape and dtype on the CPU, from 0 to 1; for one token.
 
     The time of the kernel is taken as linear in the density, from two densities. Memory is read as

@@ -18,11 +18,11 @@ from gossamer.core.result import unwrap
 from gossamer.engine.data import Batch, call, read_batches, real_tokens
 from gossamer.engine.hooks import evaluating, observe_inputs
 from gossamer.engine.inputs.activations.blocks import allocate
+from gossamer.engine.inputs.activations.layer_plan import LayerPlan, turned
 from gossamer.engine.inputs.activations.layers import choose_linears, sharing
 from gossamer.engine.inputs.activations.plan import (
     ActivationPlan,
     Chosen,
-    LayerPlan,
     Step,
     digest_weights,
 )
@@ -131,13 +131,6 @@ def rotations_of(
         if matrix is not None:
             found.update(dict.fromkeys(group, matrix))
     return found
-
-
-def turned(weight: Tensor, rotation: Tensor | None) -> Tensor:
-    """W V, computed in float32 and rounded to the weight's dtype."""
-    if rotation is None:
-        return weight
-    return (weight.float() @ rotation.float()).to(weight.dtype)
 
 
 def _inputs(x: Tensor, mask: Tensor | None, rotation: Tensor | None) -> Tensor:

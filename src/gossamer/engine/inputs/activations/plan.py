@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from pathlib import Path
@@ -12,31 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.core.activations import InputState
-from gossamer.core.budget import Fraction, Threshold
+from gossamer.core.budget import Threshold
 from gossamer.core.errors import FormatError, UsageError
 from gossamer.core.files import write_whole
+from gossamer.core.result import LayerRecord
+from gossamer.engine.inputs.activations.columns import pack_layers
+from gossamer.engine.inputs.activations.layer_plan import LayerPlan
 
 FORMAT, VERSION = "gossamer-activations", 1
-
-
-@dataclass(frozen=True, eq=False)
-class LayerPlan:
-    """One layer: its (out, in) shape, the fraction of weights that a token reads, which inputs.
-
-    zeros: the fraction of inputs that were exactly zero in calibration; None without data. group:
-    the same number for layers that are called with the same tensor.
-    rotation: V (in, in) where the method turns the layer's inputs; shared by those that share them.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    density: float
-    budget: Threshold | Fraction
-    state: InputState
-    rotation: Tensor | None = None
-    zeros: float | None = None
-    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,6 +120,21 @@ class ActivationPlan:
         text = json.dumps(self.to_json(), indent=1) + "\n"
         write_whole(target, lambda place: place.write_text(text))
         return target
+
+    def pack(
+        self, root: nn.Module, wanted: Collection[str], bits: int | None, timed: bool
+    ) -> list[LayerRecord]:
+        """Put an `ActiveLinear` in the place of each layer; what `compress` calls.
+
+        wanted: names of layers that may be packed. bits: 8 or None. timed: leave layers dense where
+        that is faster. Raises UsageError, before anything changes, for a plan of another model.
+        """
+        modules = dict(root.named_modules())
+        found = ((name, modules.get(name)) for name in self.layers)
+        layers = {name: each for name, each in found if isinstance(each, nn.Linear)}
+        self.check_model({name: each.weight for name, each in layers.items()})
+        chosen = {name: each for name, each in layers.items() if name in wanted}
+        return pack_layers(root, self.layers, chosen, text_of(self.method), bits, timed)
 
     def check_model(self, weights: Mapping[str, Tensor]) -> None:
         """Raise UsageError unless the plan is of a model with these weights."""

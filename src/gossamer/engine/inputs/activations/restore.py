@@ -12,8 +12,9 @@ from gossamer.core.activations import InputState, InputStats
 from gossamer.core.budget import Fraction, Threshold
 from gossamer.core.errors import FormatError, UsageError
 from gossamer.core.result import unwrap
-from gossamer.engine.inputs.activations.calibrate import rotations_of, turned
-from gossamer.engine.inputs.activations.plan import ActivationPlan, LayerPlan, Step
+from gossamer.engine.inputs.activations.calibrate import rotations_of
+from gossamer.engine.inputs.activations.layer_plan import LayerPlan, turned
+from gossamer.engine.inputs.activations.plan import ActivationPlan, Step
 from gossamer.engine.inputs.activations.run import planned_layers
 
 

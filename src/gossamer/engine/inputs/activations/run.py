@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -14,10 +13,11 @@ from gossamer.core.errors import UsageError
 from gossamer.core.result import unwrap
 from gossamer.engine.data import Batch, read_batches
 from gossamer.engine.hooks import substitute
-from gossamer.engine.inputs.activations.break_even import break_even as measured_break_even
-from gossamer.engine.inputs.activations.calibrate import calibrate_activations, turned
+from gossamer.engine.inputs.activations.break_even import stay_dense
+from gossamer.engine.inputs.activations.calibrate import calibrate_activations
+from gossamer.engine.inputs.activations.layer_plan import turned
 from gossamer.engine.inputs.activations.loss import loss_of
-from gossamer.engine.inputs.activations.plan import ActivationPlan, LayerPlan
+from gossamer.engine.inputs.activations.plan import ActivationPlan
 from gossamer.engine.inputs.activations.result import ActivationResult, Served, told
 from gossamer.nn.active import ActiveProduct, Rotation
 from gossamer.ops.active import Neurons
@@ -83,7 +83,7 @@ def sparsify_activations(
     if not simulate:
         for name, layer in layers.items():
             check_kernel(name, layer)
-    whys = {} if simulate else stay_dense(plan, layers, break_even)
+    whys = {} if simulate else stay_dense(plan.layers, layers, break_even)
     dense_loss = loss_of(model, batches) if loss and batches is not None else None
     with ExitStack() as stack:
         served = _serve(plan, layers, whys, simulate, prefill == "sparse", stack)
@@ -135,53 +135,6 @@ def check_kernel(name: str, layer: nn.Linear) -> None:
         f"{name}: the kernel reads float32 and bfloat16 on the CPU, not {weight.dtype} on "
         f"{weight.device.type}; simulate=True multiplies masks anywhere, and saves no time"
     )
-
-
-def stay_dense(
-    plan: ActivationPlan, layers: Mapping[str, nn.Linear], break_even: float | None
-) -> dict[str, str]:
-    """Layers that run faster as they are, each with the reason."""
-    alike: dict[Any, list[str]] = defaultdict(list)
-    for name, layer in layers.items():
-        if plan.layers[name].state.density < 1:
-            alike[tuple(layer.weight.shape), layer.weight.dtype].append(name)
-    limits = {
-        key: measured_break_even([layers[name].weight for name in names])
-        if break_even is None
-        else break_even
-        for key, names in alike.items()
-    }
-    shares = _rotation_shares(plan)
-    found = {}
-    for key, names in alike.items():
-        for name in names:
-            each = plan.layers[name]
-            read = _read(each) + shares.get(name, 0.0)
-            if read >= limits[key]:
-                found[name] = (
-                    f"dense: reading {read:.2f} of it is slower, break-even {limits[key]:.2f}"
-                )
-    return found
-
-
-def _read(each: LayerPlan) -> float:
-    """The fraction of a layer's weights that a token reads, the low-rank part included."""
-    rest = sum(part.numel() for part in each.state.bypass or ())
-    return each.state.density + rest / (each.shape[0] * each.shape[1])
-
-
-def _rotation_shares(plan: ActivationPlan) -> dict[str, float]:
-    """What the rotation in front of a layer adds to what it reads, as a fraction of its weights."""
-    groups: dict[int, list[LayerPlan]] = defaultdict(list)
-    for each in plan.layers.values():
-        if each.rotation is not None:
-            groups[id(each.rotation)].append(each)
-    found = {}
-    for group in groups.values():
-        total = sum(each.shape[0] * each.shape[1] for each in group)
-        extra = group[0].rotation.numel() if group[0].rotation is not None else 0
-        found.update({each.name: extra / total for each in group})
-    return found
 
 
 def _serve(
