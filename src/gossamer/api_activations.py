@@ -96,7 +96,7 @@ def sparsify_activations(
     {'one token': 2}
     """
     return run.sparsify_activations(
-        unwrap(model), _method(method), data, density=density, include=include, exclude=exclude,
+        unwrap(model), method_of(method), data, density=density, include=include, exclude=exclude,
         prefill=prefill, simulate=simulate, break_even=break_even, loss=loss, progress=progress,
     )  # fmt: skip
 
@@ -139,7 +139,7 @@ def calibrate_activations(
     0.25
     """
     return calibrate.calibrate_activations(
-        unwrap(model), _method(method), data, density=density, include=include, exclude=exclude,
+        unwrap(model), method_of(method), data, density=density, include=include, exclude=exclude,
         progress=progress,
     )  # fmt: skip
 
@@ -181,11 +181,11 @@ def load_activations(
     True
     """
     data = read_plan(path)
-    return restore.restored(unwrap(model), data, _method(data["method"]))
+    return restore.restored(unwrap(model), data, method_of(data["method"]))
 
 
-def _method(method: Any) -> Any:
-    """A method by its name, which must be one of activations."""
+def method_of(method: Any) -> Any:
+    """A method that may be given by its name, which must be one of activations."""
     if not isinstance(method, str):
         return method
     found = find(method.partition(":")[0]).card

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import gossamer as gs
+from gossamer.engine.measure.evaluate import bits_per_byte
 from gossamer.io.manifest import read_manifest
 from gossamer.nn import ActiveLinear
 from gossamer.nn.packed.active import columns_of
@@ -88,7 +89,7 @@ def test_integers_are_scaled_where_that_is_nearer():
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_save_and_load_give_the_same_tokens(name, bits, tiny_llama, tmp_path):
     ids = prompts()[0][:1, :20]
-    fast, plan = packed(tiny_llama().to(torch.bfloat16), METHODS[name], bits=bits)
+    fast, plan = packed(tiny_llama(), METHODS[name], bits=bits)
     want = gs.generate(fast, ids, 8, eos=())
     again = gs.load(gs.save(fast, tmp_path / "model"), latency="rule")
     assert torch.equal(gs.generate(again, ids, 8, eos=()), want)
@@ -103,6 +104,28 @@ def test_save_and_load_give_the_same_tokens(name, bits, tiny_llama, tmp_path):
         assert len(held) == len({id(x.rotation) for x in layers.values() if x.rotation})
     copied = copy.deepcopy(again)
     assert torch.equal(gs.generate(copied, ids, 8, eos=()), want)
+
+
+def test_bfloat16_is_saved_bit_for_bit(tiny_llama, tmp_path):
+    fast, _ = packed(tiny_llama().to(torch.bfloat16), "rsparse:share=0.5")
+    again = gs.load(gs.save(fast, tmp_path / "model"), latency="rule").state_dict()
+    want = fast.model.state_dict()
+    assert want.keys() == again.keys()
+    assert all(x.dtype == again[n].dtype and torch.equal(x, again[n]) for n, x in want.items())
+
+
+def test_quality_is_that_of_decoding(tiny_llama):
+    model, text = tiny_llama(), bytes(range(256)) * 2
+    dense = bits_per_byte(model, text)
+    plan = gs.calibrate_activations(model, "teal:density=0.1,allocation=uniform", prompts())
+    with gs.sparsify_activations(model, plan, simulate=True, prefill="sparse"):
+        want = bits_per_byte(model, text)
+    fast = gs.compress(model, activations=plan, latency="rule")
+    counts = [layer.active.counts for layer in active_layers(fast.model).values()]
+    assert bits_per_byte(fast, text) == pytest.approx(want, rel=1e-4)
+    assert abs(want - dense) > 1e-3
+    assert [layer.active.counts for layer in active_layers(fast.model).values()] == counts
+    assert not any(layer.active.prompts for layer in active_layers(fast.model).values())
 
 
 def test_a_fresh_process_generates_the_same(tiny_llama, tmp_path):

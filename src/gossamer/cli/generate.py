@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from gossamer.api_activations import sparsify_activations
+from gossamer.api_activations import method_of, sparsify_activations
 from gossamer.api_attention import sparse_attention
 from gossamer.cli.activations import calibration
 from gossamer.cli.inputs import BUNDLED, BUNDLED_TEXT, read_model
@@ -53,6 +53,7 @@ class Generate:
             raise UsageError(f"--tokens is at least 1, not {self.tokens}")
         if not self.prompt:
             raise UsageError("--prompt is empty; give at least one character")
+        activations = None if self.activations is None else method_of(self.activations)
         subject = read_model(self.model, self.dtype)
         ids = subject.ids(self.prompt.encode()).unsqueeze(0)
         block = (
@@ -62,9 +63,9 @@ class Generate:
         )
         choosing = (
             nullcontext()
-            if self.activations is None
+            if activations is None
             else sparsify_activations(
-                subject.model, self.activations, calibration(subject, self.data), progress=True
+                subject.model, activations, calibration(subject, self.data), progress=True
             )
         )
         with choosing as inputs, block as run, track(None, True, "generating"):

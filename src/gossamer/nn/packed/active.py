@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gossamer.core.activations import InputState
 from gossamer.core.budget import Fraction, Threshold
 from gossamer.core.errors import UsageError
-from gossamer.nn.active import ActiveProduct, Rotation
+from gossamer.nn.active import ActiveProduct, Counts, Rotation
 from gossamer.nn.packed.base import KERNEL_DTYPES, PackedLayer, affine, frozen
 from gossamer.ops.active import Neurons, store
 
@@ -172,3 +173,20 @@ def columns_of(weight: Tensor, bits: int | None = None) -> Neurons:
     both = [store(columns, torch.int8, scale) for scale in ("neuron", "across")]
     errors = [float((each.to_float() - columns).norm()) for each in both]
     return both[errors.index(min(errors))]
+
+
+@contextmanager
+def every_token_chooses(model: nn.Module) -> Iterator[None]:
+    """While open, packed layers choose inputs in calls of many tokens too, as they do in decoding.
+
+    So the quality of a text is that of generating it. Such calls are not counted.
+    """
+    layers = [module for module in model.modules() if isinstance(module, ActiveLinear)]
+    before = [(x.active.prompts, x.active.counts) for x in layers]
+    try:
+        for layer in layers:
+            layer.active.prompts, layer.active.counts = True, Counts()
+        yield
+    finally:
+        for layer, (prompts, counts) in zip(layers, before, strict=True):
+            layer.active.prompts, layer.active.counts = prompts, counts
