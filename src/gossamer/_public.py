@@ -3,6 +3,7 @@
 from gossamer.api import compare, prune
 from gossamer.api_activations import (
     calibrate_activations,
+    generate_corrected,
     load_activations,
     sparsify_activations,
 )
@@ -32,7 +33,9 @@ from gossamer.core.pattern import NM, Block, Channel, Unstructured, format_patte
 from gossamer.core.result import CompressResult, Coverage, LayerRecord, LeftOut, PruneResult
 from gossamer.core.support import Support
 from gossamer.core.text import text_batches
+from gossamer.engine.inputs.activations.correct import CorrectedResult
 from gossamer.engine.inputs.activations.layer_plan import LayerPlan
+from gossamer.engine.inputs.activations.neurons import NeuronRun
 from gossamer.engine.inputs.activations.plan import ActivationPlan
 from gossamer.engine.inputs.activations.result import ActivationResult, LayerActivations
 from gossamer.engine.inputs.activations.run import ActivationRun
@@ -89,6 +92,7 @@ __all__ = [
     "Comparison",
     "CompressResult",
     "CompressionReport",
+    "CorrectedResult",
     "Coupled",
     "Coverage",
     "ERKPlus",
@@ -106,6 +110,7 @@ __all__ = [
     "LearnedRun",
     "LeftOut",
     "MissingExtra",
+    "NeuronRun",
     "NonFiniteError",
     "PatternError",
     "PruneResult",
@@ -142,6 +147,7 @@ __all__ = [
     "format_pattern",
     "from_semi_structured",
     "generate",
+    "generate_corrected",
     "keep",
     "load",
     "load_activations",

@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from gossamer.core.errors import UsageError
 from gossamer.core.result import CompressResult, PruneResult, unwrap
 from gossamer.engine.data import Batch
-from gossamer.engine.inputs.activations import calibrate, restore, run
+from gossamer.engine.inputs.activations import calibrate, correct, restore, run
 from gossamer.engine.inputs.activations.plan import ActivationPlan, read_plan
 from gossamer.methods import build, find
 
@@ -30,7 +30,7 @@ def sparsify_activations(
     break_even: float | None = None,
     loss: bool = True,
     progress: bool = False,
-) -> AbstractContextManager[run.ActivationRun]:
+) -> AbstractContextManager[Any]:
     """Multiply only some inputs of each linear layer, chosen for each token by a method.
 
     For as long as the block is open, the weights of skipped inputs are not read. Each weight is
@@ -70,9 +70,10 @@ def sparsify_activations(
 
     Yields
     ------
-    ActivationRun
-        Its `result` has the measured density of each layer, unions, how calls ran, and bytes. Its
-        `plan` has thresholds and the path of the allocation.
+    ActivationRun or NeuronRun
+        Its `result` has the measured density of each layer, unions, how calls ran, and bytes. The
+        `plan` of an ActivationRun has thresholds and the path of the allocation. A NeuronRun comes
+        from methods that choose neurons by prompt, such as `CoreInfer`, which take no data.
 
     Raises
     ------
@@ -142,6 +143,66 @@ def calibrate_activations(
         unwrap(model), method_of(method), data, density=density, include=include, exclude=exclude,
         progress=progress,
     )  # fmt: skip
+
+
+def generate_corrected(
+    model: nn.Module | PruneResult | CompressResult,
+    method: Any,
+    ids: Tensor,
+    max_new_tokens: int,
+    data: Iterable[Batch] | None = None,
+    *,
+    eos: Sequence[int] = (),
+    break_even: float | None = None,
+) -> correct.CorrectedResult:
+    """Continue a prompt greedily by a sparse model whose own dense weights check every few tokens.
+
+    A check reads all tokens since the last one at once, refreshes their keys and values, and takes
+    back what follows the first unlikely one.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A causal language model of transformers.
+    method : Sirius or str
+        Such as `gs.activations.Sirius(start=gs.activations.TEAL(0.4))`.
+    ids : Tensor
+        One prompt, int64 (1, tokens).
+    max_new_tokens : int
+        How many tokens at most are added.
+    data : iterable of Tensor or dict, optional
+        What `method.start` is calibrated with, as in `sparsify_activations`.
+    eos : sequence of int
+        Tokens that end the text.
+    break_even : float, optional
+        As in `sparsify_activations`.
+
+    Returns
+    -------
+    CorrectedResult
+        The text, checks, and the density that they leave.
+
+    Raises
+    ------
+    UsageError
+        For more than one prompt, and a cache that cannot be rolled back.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch, transformers
+    >>> config = transformers.LlamaConfig(
+    ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    ...     num_attention_heads=2,
+    ... )
+    >>> model, ids = transformers.LlamaForCausalLM(config).eval(), torch.tensor([[1, 2, 3]])
+    >>> method = gs.activations.Sirius(gs.activations.CoreInfer(), accept=1)
+    >>> found = gs.generate_corrected(model, method, ids, 5)
+    >>> torch.equal(found.ids, gs.generate(model, ids, 5, eos=()))
+    True
+    """
+    return correct.generate_corrected(
+        unwrap(model), method_of(method), ids, max_new_tokens, data, eos=eos, break_even=break_even
+    )
 
 
 def load_activations(

@@ -80,6 +80,7 @@ class ActiveProduct:
     columns: the weight as `ops.active` has it, (in, out); or an ordinary weight (out, in) of any
     dtype and device, whose masks are multiplied, which saves no time. budget: `Threshold` or
     `Fraction` of the scores. prompts: whether calls of more than `FEW` tokens are masked as well.
+    paused: whether every call keeps every input, as the dense layer does.
     """
 
     columns: Neurons | Tensor
@@ -88,6 +89,7 @@ class ActiveProduct:
     bias: Tensor | None = None
     rotation: Rotation | None = None
     prompts: bool = False
+    paused: bool = False
     counts: Counts = field(default_factory=Counts)
 
     @property
@@ -107,7 +109,7 @@ class ActiveProduct:
         x = x if self.rotation is None else self.rotation(x)
         width = self.width
         tokens = x.numel() // max(1, width)
-        if tokens > FEW and not self.prompts:
+        if self.paused or (tokens > FEW and not self.prompts):
             self.counts.dense(tokens)
             return self.dense(x)
         if tokens == 1 and self._kernel(x):

@@ -93,14 +93,18 @@ def calibrate_activations(
 def checked(method: Any, density: float | None) -> Any:
     """The method, with another density where one is given; raises UsageError for one of no use."""
     check_scorer(method)
-    if density is not None:
-        method = replace(method, density=check_density(density))
+    method = with_density(method, density)
     if not isinstance(method, InputScorer):
         raise UsageError(
             f"{method.card.name} chooses neurons from each prompt: it learns nothing from data; "
             "give it to gs.sparsify_activations"
         )
     return method
+
+
+def with_density(method: Any, density: float | None) -> Any:
+    """The same method, or one with another density."""
+    return method if density is None else replace(method, density=check_density(density))
 
 
 def check_needs_no_data(method: Any) -> None:

@@ -96,9 +96,13 @@ class NeuronSelector(Protocol):
         """The fraction of neurons kept."""
         ...
 
-    def neurons(self, activations: Tensor, name: str) -> Tensor:
+    def serves(self, block: int, blocks: int) -> bool:
+        """Whether a feed-forward network, by its place among all, is served at all."""
+        ...
+
+    def neurons(self, activations: Tensor) -> Tensor:
         """int64, ascending: neurons kept for one text, from the inputs (tokens, neurons) of the
-        layer `name` that leads out of the feed-forward network."""
+        layer that leads out of the feed-forward network."""
         ...
 
 

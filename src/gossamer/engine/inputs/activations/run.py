@@ -14,10 +14,12 @@ from gossamer.core.result import unwrap
 from gossamer.engine.data import Batch, read_batches
 from gossamer.engine.hooks import substitute
 from gossamer.engine.inputs.activations.break_even import stay_dense
-from gossamer.engine.inputs.activations.calibrate import calibrate_activations
+from gossamer.engine.inputs.activations.calibrate import calibrate_activations, with_density
 from gossamer.engine.inputs.activations.layer_plan import turned
 from gossamer.engine.inputs.activations.loss import loss_of
+from gossamer.engine.inputs.activations.neurons import NeuronRun, select_neurons
 from gossamer.engine.inputs.activations.plan import ActivationPlan
+from gossamer.engine.inputs.activations.protocols import NeuronSelector
 from gossamer.engine.inputs.activations.result import ActivationResult, Served, told
 from gossamer.nn.active import ActiveProduct, Rotation
 from gossamer.ops.active import Neurons
@@ -46,6 +48,17 @@ class ActivationRun:
         """What serves each layer that chooses its inputs, by name."""
         return {n: x.product for n, x in self._served.items() if x.product is not None}
 
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """While open, every call keeps every input."""
+        for product in self.products.values():
+            product.paused = True
+        try:
+            yield
+        finally:
+            for product in self.products.values():
+                product.paused = False
+
     def reset(self) -> None:
         """Begin to count anew."""
         for product in self.products.values():
@@ -66,10 +79,15 @@ def sparsify_activations(
     break_even: float | None = None,
     loss: bool = True,
     progress: bool = False,
-) -> Iterator[ActivationRun]:
+) -> Iterator[ActivationRun | NeuronRun]:
     """See `gossamer.sparsify_activations`, which also takes a method by its name."""
     model = unwrap(model)
     check_options(prefill, break_even)
+    if isinstance(method, NeuronSelector) and not isinstance(method, type):
+        check_no_data(method, data, include, exclude, prefill, simulate)
+        with select_neurons(model, with_density(method, density)) as neurons:
+            yield neurons
+        return
     batches = None if data is None else read_batches(data)
     if isinstance(method, ActivationPlan):
         plan = method
@@ -104,6 +122,22 @@ def check_options(prefill: str, break_even: float | None) -> None:
         raise UsageError(f"prefill is 'dense' or 'sparse', not {prefill!r}")
     if break_even is not None and not break_even >= 0:
         raise UsageError(f"break_even is a density from 0, not {break_even!r}")
+
+
+def check_no_data(
+    method: NeuronSelector,
+    data: Any,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    prefill: str,
+    simulate: bool,
+) -> None:
+    """Raise UsageError for options that mean nothing where each prompt chooses neurons."""
+    if data is not None or include or exclude or prefill != "dense" or simulate:
+        raise UsageError(
+            f"{method.card.name} chooses neurons from each prompt, which it reads densely: it takes "
+            "density alone, and its own options"
+        )
 
 
 def check_plan(
