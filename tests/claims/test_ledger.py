@@ -40,6 +40,8 @@ from gossamer.methods import cards, find, verdicts
 ROOT = Path(__file__).parents[2] / "benchmarks" / "results" / "claims"
 RECORDS = sorted(ROOT.glob("*/*.json"))
 NOT_TRIED = {"weights.dsnot", "weights.monarch"} | {
+    f"activations.{name}" for name in ("coreinfer", "rsparse", "sirius", "teal", "wina")
+} | {
     f"attention.{name}"
     for name in (
         "anchorattention",

@@ -162,7 +162,7 @@ def test_missing_statistics_and_bad_weights_name_the_layer():
 
 ROLES = {
     "scorer", "solver", "topology", "learned_mask", "replacer", "planner", "gradient_source",
-    "recipe", "key_scorer",
+    "recipe", "key_scorer", "input_scorer", "neuron_selector", "corrector",
 }  # fmt: skip
 PATTERN_WORDS = {"unstructured", "nm", "block", "channel"}
 
@@ -173,7 +173,7 @@ def test_cards_hold_facts_and_modules_tell_the_rest(name):
     card = method.card
     assert find(name) is method and getattr(topic(card.topic), method.__name__) is method
     assert card.role in ROLES and set(card.patterns) <= PATTERN_WORDS and card.patterns
-    known = {"norm", "hessian", "sum", "variance", "gradients", "loss"}
+    known = {"norm", "hessian", "sum", "variance", "gradients", "loss", "inputs"}
     assert set(card.needs) <= known
     assert card.link.startswith("https://arxiv.org/") and 1990 < card.year < 2030
     text = sys.modules[method.__module__].__doc__

@@ -12,11 +12,26 @@ from gossamer.core.budget import Fraction, Threshold
 
 @dataclass(frozen=True, eq=False)
 class LayerPlan:
-    """One layer: its (out, in) shape, the fraction of weights that a token reads, which inputs.
+    """What one layer of an `ActivationPlan` keeps.
 
-    zeros: the fraction of inputs that were exactly zero in calibration; None without data. group:
-    the same number for layers that are called with the same tensor.
-    rotation: V (in, in) where the method turns the layer's inputs; shared by those that share them.
+    Attributes
+    ----------
+    name : str
+        Of the layer, dotted.
+    shape : tuple of int
+        (out, in) of its weight.
+    density : float
+        The fraction of its weights that a token is meant to read.
+    budget : Threshold or Fraction
+        Which inputs are kept, by their scores.
+    state : InputState
+        What scores are made of.
+    rotation : Tensor, optional
+        V (in, in) where the method turns the inputs; one tensor for layers that share them.
+    zeros : float, optional
+        The fraction of inputs that were exactly zero in calibration.
+    group : int
+        The same number for layers that are called with the same tensor.
     """
 
     name: str

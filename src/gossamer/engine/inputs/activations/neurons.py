@@ -107,7 +107,13 @@ class Network:
 
 
 class NeuronRun:
-    """What a block of `sparsify_activations` yields for methods that choose neurons."""
+    """What a block of `sparsify_activations` yields for methods that choose neurons.
+
+    Attributes
+    ----------
+    networks : tuple of Network
+        The feed-forward networks, with the neurons that the last prompt chose.
+    """
 
     def __init__(self, method: NeuronSelector, networks: Sequence[Network]) -> None:
         self._method, self.networks = method, tuple(networks)
