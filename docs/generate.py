@@ -105,6 +105,16 @@ for x, y in batches:
     optimizer.step()"""
     if card.role == "layer":
         return f"layer = {name}(...)  # a torch module; its parameters are in the API reference"
+    if card.role == "input_scorer":
+        return f"""with gs.sparsify_activations(model, {name}(density=0.5), batches) as run:
+    ...  # the model as it was
+print(run.result)"""
+    if card.role == "neuron_selector":
+        return f"""with gs.sparsify_activations(model, {name}()) as run:
+    ...  # the model as it was; a prompt first
+print(run.result)"""
+    if card.role == "corrector":
+        return f"found = gs.generate_corrected(model, {name}(), ids, 100, batches)"
     if card.role == "key_scorer" and hasattr(find(card.name), "fitted"):
         return f"""method = gs.calibrate_attention(model, {name}(), batches)
 with gs.sparse_attention(model, method) as run:

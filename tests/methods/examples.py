@@ -91,6 +91,17 @@ RECIPES = {
 }
 """Methods that train, prune and train again, down to a density of 0.25."""
 
+INPUTS = {
+    "teal": lambda: gs.activations.TEAL(),
+    "teal-uniform": lambda: gs.activations.TEAL(allocation="uniform"),
+    "teal-token": lambda: gs.activations.TEAL(allocation="uniform", per_token=True),
+    "wina": lambda: gs.activations.WINA(),
+    "wina-plain": lambda: gs.activations.WINA(rotate=False, norms="all", per_token=False),
+    "rsparse": lambda: gs.activations.RSparse(),
+    "rsparse-half": lambda: gs.activations.RSparse(share=0.5),
+}
+"""Methods that choose the inputs of linear layers for each token."""
+
 A = gs.attention
 
 
