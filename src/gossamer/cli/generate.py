@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from gossamer.api_attention import attention_cache, serves_prompts, sparse_attention
 from gossamer.cli.inputs import BUNDLED, read_model
@@ -68,7 +68,7 @@ class Generate:
             text = bytes(out).decode("utf-8", "replace")
         else:
             text = subject.tokenizer.decode(out, skip_special_tokens=True)
-        results = {} if run is None else {"attention": run.result}
+        results: dict[str, Any] = {} if run is None else {"attention": run.result}
         results |= {} if cache is None else {"cache": cache.result}
         if self.json:
             found = {"text": text, "tokens": made, "tokens_per_second": rate}

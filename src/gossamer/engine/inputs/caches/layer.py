@@ -197,7 +197,7 @@ class SparseLayer(CacheLayerMixin):
             )
         self.reset()
         keeper, held = self.keeper, copy.deepcopy(vars(other))
-        vars(self).update(held | {"keeper": keeper})
+        self.__dict__.update(held | {"keeper": keeper})
         self._recent = [q[:, :, max(0, q.shape[2] - keeper.last) :].clone() for q in self._recent]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
