@@ -152,6 +152,8 @@ def test_what_does_not_fit_is_named(tiny_llama):
         lambda: gs.encode_segment(model, sources[0][:0]),
         lambda: gs.encode_segment(torch.nn.Linear(2, 2), sources[0]),
         lambda: gs.attention.GraphKV(0, (3,), (2,), edges=((1, 0),)),
+        lambda: gs.attention.GraphKV(0, (3,), (2,), edges=((0,),)),
+        lambda: gs.attention.GraphKV(0, (3,), (2,), edges=(0, 0)),
         lambda: gs.attention.GraphKV(0, (0,)),
         lambda: gs.attention.GraphKV(-1),
         lambda: gs.attention.GraphKV(0, 5),

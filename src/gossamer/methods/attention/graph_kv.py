@@ -85,11 +85,18 @@ class GraphKV:
             for length in lengths:
                 check_count("GraphKV", f"each of {name}", length)
         for edge in self.edges or ():
-            source, target = edge
-            if not (0 <= source < len(self.sources) and 0 <= target < len(self.targets)):
+            counts = (len(self.sources), len(self.targets))
+            if (
+                not isinstance(edge, tuple | list)
+                or len(edge) != 2
+                or not all(
+                    isinstance(end, int) and 0 <= end < count
+                    for end, count in zip(edge, counts, strict=True)
+                )
+            ):
                 raise UsageError(
-                    f"GraphKV: edge {edge!r} of {len(self.sources)} sources and "
-                    f"{len(self.targets)} targets, whose numbers begin at 0"
+                    f"GraphKV: edge {edge!r} is no pair of one of {counts[0]} sources and one of "
+                    f"{counts[1]} targets, whose numbers begin at 0"
                 )
 
     @property
