@@ -1,6 +1,12 @@
 """Every public name of `gossamer`."""
 
 from gossamer.api import compare, prune
+from gossamer.api_activations import (
+    calibrate_activations,
+    generate_corrected,
+    load_activations,
+    sparsify_activations,
+)
 from gossamer.api_attention import (
     attend,
     attention_cache,
@@ -35,6 +41,12 @@ from gossamer.core.pattern import NM, Block, Channel, Unstructured, format_patte
 from gossamer.core.result import CompressResult, Coverage, LayerRecord, LeftOut, PruneResult
 from gossamer.core.support import Support
 from gossamer.core.text import text_batches
+from gossamer.engine.inputs.activations.correct import CorrectedResult
+from gossamer.engine.inputs.activations.layer_plan import LayerPlan
+from gossamer.engine.inputs.activations.neurons import NeuronRun
+from gossamer.engine.inputs.activations.plan import ActivationPlan
+from gossamer.engine.inputs.activations.result import ActivationResult, LayerActivations
+from gossamer.engine.inputs.activations.run import ActivationRun
 from gossamer.engine.inputs.adapters import attention_adapters
 from gossamer.engine.inputs.attention import AttentionRun
 from gossamer.engine.inputs.denoise_tally import DenoisingResult
@@ -54,6 +66,7 @@ from gossamer.engine.serve.generate import generate
 from gossamer.engine.serve.measure_latency import calibrate_latency
 from gossamer.engine.serve.unpack import unpack
 from gossamer.engine.train.compressed import TrueSparseRun, sparse_layers, true_sparse_training
+from gossamer.engine.train.distil import DistilResult, distil_steps
 from gossamer.engine.train.estimate import EstimatedGradients
 from gossamer.engine.train.learned import LearnedRun
 from gossamer.engine.train.masked import sparse_training
@@ -79,6 +92,9 @@ __all__ = [
     "LAMP",
     "NM",
     "OWL",
+    "ActivationPlan",
+    "ActivationResult",
+    "ActivationRun",
     "Attended",
     "AttentionResult",
     "AttentionRun",
@@ -90,11 +106,13 @@ __all__ = [
     "Comparison",
     "CompressResult",
     "CompressionReport",
+    "CorrectedResult",
     "Coupled",
     "Coverage",
     "DenoisingResult",
     "DenoisingRun",
     "DenoisingStep",
+    "DistilResult",
     "ERKPlus",
     "EstimatedGradients",
     "FormatError",
@@ -103,11 +121,14 @@ __all__ = [
     "GossamerError",
     "ImageProblem",
     "LatencyModel",
+    "LayerActivations",
     "LayerAttention",
+    "LayerPlan",
     "LayerRecord",
     "LearnedRun",
     "LeftOut",
     "MissingExtra",
+    "NeuronRun",
     "NonFiniteError",
     "PatternError",
     "PruneResult",
@@ -133,6 +154,7 @@ __all__ = [
     "attend",
     "attention_adapters",
     "attention_cache",
+    "calibrate_activations",
     "calibrate_attention",
     "calibrate_denoising",
     "calibrate_latency",
@@ -141,6 +163,7 @@ __all__ = [
     "compare_training",
     "compress",
     "coupled_channels",
+    "distil_steps",
     "encode_segment",
     "export",
     "find",
@@ -149,9 +172,11 @@ __all__ = [
     "format_pattern",
     "from_semi_structured",
     "generate",
+    "generate_corrected",
     "join_segments",
     "keep",
     "load",
+    "load_activations",
     "measure_compression",
     "measure_training",
     "parse_pattern",
@@ -166,6 +191,7 @@ __all__ = [
     "sparse_denoising",
     "sparse_layers",
     "sparse_training",
+    "sparsify_activations",
     "text_batches",
     "to_semi_structured",
     "train_rounds",

@@ -91,6 +91,17 @@ RECIPES = {
 }
 """Methods that train, prune and train again, down to a density of 0.25."""
 
+INPUTS = {
+    "teal": lambda: gs.activations.TEAL(),
+    "teal-uniform": lambda: gs.activations.TEAL(allocation="uniform"),
+    "teal-token": lambda: gs.activations.TEAL(allocation="uniform", per_token=True),
+    "wina": lambda: gs.activations.WINA(),
+    "wina-plain": lambda: gs.activations.WINA(rotate=False, norms="all", per_token=False),
+    "rsparse": lambda: gs.activations.RSparse(),
+    "rsparse-half": lambda: gs.activations.RSparse(share=0.5),
+}
+"""Methods that choose the inputs of linear layers for each token."""
+
 A = gs.attention
 
 
@@ -125,6 +136,26 @@ ATTENTION = {
     "s2attention-hybrid": lambda: A.S2Attention(2, 4, 8, offset=1, dense_heads=1, dense_every=2),
 }
 """Methods that choose pairs of queries and keys; sparse at 100 tokens."""
+
+CACHES = {
+    "snapkv": lambda **options: A.SnapKV(**evicting(options)),
+    "adasnapkv": lambda **options: A.AdaSnapKV(**evicting(options)),
+    "quest": lambda **options: A.Quest(**{"page": 4, "tokens": 20} | options),
+    "doublesparsity": lambda **options: labelled(**options),
+}
+"""Methods that keep or read a part of a cache, for 2 heads of keys of width 16."""
+
+
+def evicting(options):
+    return {"tokens": 20, "last": 16, "sinks": 2, "window": 6, "kernel": 5} | options
+
+
+def labelled(**options):
+    """With random channels for 4 layers of 2 heads of keys of width 16."""
+    generator = torch.Generator().manual_seed(0)
+    channels = {i: torch.rand(2, 16, generator=generator).argsort(-1)[:, :4] for i in range(4)}
+    return A.DoubleSparsity(**{"tokens": 20, "dense": 0, "channels": channels} | options)
+
 
 GENEROUS = {
     "streamingllm": lambda: A.StreamingLLM(window=10**6),

@@ -253,6 +253,27 @@ def adjust_attention(
 
 
 @contextmanager
+def substitute(
+    forwards: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor]]],
+) -> Iterator[None]:
+    """While open, each module computes `function(its input)`; its own hooks go on working.
+
+    Raises UsageError for a module whose forward was replaced already.
+    """
+    done: list[nn.Module] = []
+    try:
+        for module, function in forwards:
+            if "forward" in vars(module):
+                raise UsageError(f"a {type(module).__name__} has a forward that was replaced")
+            vars(module)["forward"] = function
+            done.append(module)
+        yield
+    finally:
+        for module in done:
+            vars(module).pop("forward", None)
+
+
+@contextmanager
 def watch_blocks(
     blocks: Sequence[nn.Module],
     before: Callable[[int, Inputs], None],

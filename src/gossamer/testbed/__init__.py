@@ -18,6 +18,7 @@ __all__ = [
     "language_model",
     "load",
     "model_folder",
+    "video_transformer",
 ]
 
 if TYPE_CHECKING:
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
     )
     from gossamer.testbed.language import Text
     from gossamer.testbed.packaged import fetch, folder, load
+    from gossamer.testbed.video import video_transformer
     from gossamer.testbed.vision import Digits
 else:
-    _FILES = {"Digits": "vision", "Text": "language"} | dict.fromkeys(
+    _FILES = {"Digits": "vision", "Text": "language", "video_transformer": "video"} | dict.fromkeys(
         ("fetch", "folder", "load"), "packaged"
     )
 

@@ -118,7 +118,7 @@ class Text:
             return [set(range(self.length)) for _ in range(KV)]
         notes = method.summarise(key[None, :, : whole * page].unflatten(2, (-1, page)), 0)
         scores = method.score(query[None, :, None], notes, 0)[0].clone()
-        if not rest and page > 1:
+        if not rest:
             scores[:, -1] = torch.inf
         for h in range(KV):
             order = sorted(range(whole), key=lambda p: (-scores[h, p].item(), p))

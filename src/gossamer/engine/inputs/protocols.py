@@ -1,8 +1,8 @@
 """What the engine asks of methods that choose keys. Each is found by the functions it has.
 
-Methods of the topic `attention` have the role `key_scorer`. One method may play in several phases:
-choose pairs for a prompt, drop keys from the cache behind it, choose keys for each new token. Those
-for diffusion models have the role `step_attention`.
+Those of the topic `attention` that choose pairs of prompts have the role `key_scorer`. Those that
+drop keys of a cache, or choose keys for each new token, have the role `cache`; a method may do both.
+Those for diffusion models have the role `step_attention`.
 Scores become choices by `gossamer.keep`, whose budgets and protected units are shared by all.
 """
 

@@ -16,6 +16,7 @@ from gossamer.methods.attention.gtsp import GTSP
 from gossamer.methods.attention.light_forcing import LightForcing
 from gossamer.methods.attention.mesh_transformer import MeshTransformer
 from gossamer.methods.attention.moa import MoA
+from gossamer.methods.attention.mustafar import Mustafar
 from gossamer.methods.attention.paraformer import Paraformer
 from gossamer.methods.attention.psa import PSA
 from gossamer.methods.attention.quest import Quest
@@ -49,6 +50,7 @@ __all__ = [
     "LightForcing",
     "MeshTransformer",
     "MoA",
+    "Mustafar",
     "Paraformer",
     "Quest",
     "Rettention",

@@ -43,6 +43,8 @@ class EvictingKeeper(Keeper):
 
     def kept(self, cached: CachedKeys) -> Tensor:
         """The method's choice, checked."""
+        if not cached.positions.shape[1]:
+            return cached.exists
         with torch.no_grad():
             kept = self.method.kept_keys(cached)
         name = self.method.card.name

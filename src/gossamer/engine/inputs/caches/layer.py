@@ -7,6 +7,7 @@ that are stored are what the method left of them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -188,6 +189,18 @@ class SparseLayer(CacheLayerMixin):
         self.shape = rows[0].shape
         self._rows, self.texts, self.is_initialized = rows, texts, True
         self.seen, self.solid = seen, solid
+
+    def start_from(self, other: SparseLayer) -> None:
+        """Take a copy of a prompt that is open in another layer, of any method."""
+        if other.stored or other.keeper.last < self.keeper.last:
+            raise UsageError(
+                "a cache starts from one whose prompt is not over, and which remembers as many of "
+                f"its last queries: {self.keeper.last}, not {other.keeper.last}"
+            )
+        self.reset()
+        keeper, held = self.keeper, copy.deepcopy(vars(other))
+        vars(self).update(held | {"keeper": keeper})
+        self._recent = [q[:, :, max(0, q.shape[2] - keeper.last) :].clone() for q in self._recent]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """The texts in another order, which may repeat some and leave out others."""
