@@ -5,7 +5,6 @@ import torch
 from maps import attended, normal_call
 
 import gossamer as gs
-from gossamer.methods.attention.graph_kv import moved
 from gossamer.nn.attention_gate import rotated
 
 GRAPH = gs.attention.GraphKV(4, (7, 9, 5), (6, 8), edges=((0, 0), (2, 0), (1, 1)))
@@ -46,31 +45,23 @@ def test_edges_default_to_all():
     assert GRAPH.sources_of(0) == [0, 2]
 
 
-def test_turning_back_and_forth_is_direct_encoding():
-    key, places = torch.randn(2, 3, 50, 16), torch.arange(50)
-    frequencies = 10000.0 ** (-torch.arange(8) / 8)
-    there = rotated(key, places, frequencies)
-    far = places + 3000
-    torch.testing.assert_close(
-        moved(there, places, far, frequencies), rotated(key, far, frequencies), rtol=0, atol=2e-3
-    )
-    back = moved(
-        moved(there, places, torch.zeros(50), frequencies), torch.zeros(50), places, frequencies
-    )
-    torch.testing.assert_close(back, there, rtol=1e-5, atol=1e-5)
-
-
-def test_one_move_in_bfloat16_costs_one_rounding():
-    key, places = torch.randn(1, 1, 64, 32), torch.arange(64)
-    frequencies = 10000.0 ** (-torch.arange(16) / 16)
-    low = rotated(key, places, frequencies).bfloat16()
-    once = moved(low, places, places + 500, frequencies).float()
-    wanted = rotated(key, places + 500, frequencies)
-    many = low
-    for step in range(50):
-        many = moved(many, places + 10 * step, places + 10 * (step + 1), frequencies)
-    error, drift = ((x.float() - wanted).norm() / wanted.norm() for x in (once, many))
-    assert error < 0.004 and drift > 2 * error
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_taken_out_and_put_in_are_direct_encoding(tiny_llama, dtype):
+    transformers = pytest.importorskip("transformers")
+    model, ids = tiny_llama().eval().to(dtype), torch.arange(20)
+    segment = gs.encode_segment(model, ids)
+    frequencies = model.model.rotary_emb.inv_freq.float()
+    for first in (0, 7, 300):
+        places, cache = first + torch.arange(20), transformers.DynamicCache()
+        with torch.no_grad():
+            model(ids[None], position_ids=places[None], past_key_values=cache)
+        for (key, value), layer in zip(segment.layers, cache.layers, strict=True):
+            assert key.dtype == torch.float32 and value.dtype == dtype
+            found = rotated(key, places, frequencies)
+            error = (found - layer.keys[0].float()).norm() / found.norm()
+            assert error < (1e-4 if dtype == torch.float32 else 0.02)
+            assert (value.float() - layer.values[0].float()).abs().max() < 0.02
+    assert not torch.allclose(segment.layers[0][0], cache.layers[0].keys[0].float(), rtol=0.1)
 
 
 def texts(model, seed=0):
@@ -161,6 +152,8 @@ def test_what_does_not_fit_is_named(tiny_llama):
         lambda: gs.encode_segment(model, sources[0][:0]),
         lambda: gs.encode_segment(torch.nn.Linear(2, 2), sources[0]),
         lambda: gs.attention.GraphKV(0, (3,), (2,), edges=((1, 0),)),
+        lambda: gs.attention.GraphKV(0, (3,), (2,), edges=((0,),)),
+        lambda: gs.attention.GraphKV(0, (3,), (2,), edges=(0, 0)),
         lambda: gs.attention.GraphKV(0, (0,)),
         lambda: gs.attention.GraphKV(-1),
         lambda: gs.attention.GraphKV(0, 5),

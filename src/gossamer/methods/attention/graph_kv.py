@@ -18,8 +18,9 @@ segments.
 Where every segment is both, as in the paper's variant for retrieval, it stands in the prompt
 twice, first as source and then as target; `edges` may name only some sources for all targets. Who
 sees whom is decided by segment and never by position, as positions repeat. Sources are encoded
-without the start, so that their keys can be kept and used again. Keys are turned from one position to
-another in float32, and from the segment's own each time, so that nothing drifts. The largest
+without the start, so that their keys can be kept and used again: `gs.encode_segment` takes
+positions out of them in float32, and `gs.join_segments` puts others in, from the kept ones each
+time, so that nothing drifts. The largest
 segment sets where the next kind begins. A model that was not tuned for such attention does worse
 with it.
 """
@@ -36,7 +37,6 @@ from gossamer.core.attention import AttentionCall
 from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
 from gossamer.methods.attention.tiles import check_causal, check_count
-from gossamer.nn.attention_gate import rotated
 from gossamer.ops.attention import Layout
 
 
@@ -85,11 +85,18 @@ class GraphKV:
             for length in lengths:
                 check_count("GraphKV", f"each of {name}", length)
         for edge in self.edges or ():
-            source, target = edge
-            if not (0 <= source < len(self.sources) and 0 <= target < len(self.targets)):
+            counts = (len(self.sources), len(self.targets))
+            if (
+                not isinstance(edge, tuple | list)
+                or len(edge) != 2
+                or not all(
+                    isinstance(end, int) and 0 <= end < count
+                    for end, count in zip(edge, counts, strict=True)
+                )
+            ):
                 raise UsageError(
-                    f"GraphKV: edge {edge!r} of {len(self.sources)} sources and "
-                    f"{len(self.targets)} targets, whose numbers begin at 0"
+                    f"GraphKV: edge {edge!r} is no pair of one of {counts[0]} sources and one of "
+                    f"{counts[1]} targets, whose numbers begin at 0"
                 )
 
     @property
@@ -149,16 +156,6 @@ class GraphKV:
         place = torch.arange(first, min(first + 64, call.queries), device=number.device) + call.past
         earlier = torch.arange(call.keys, device=number.device) <= place.unsqueeze(1)
         return sees[number[place]][:, number] & earlier
-
-
-def moved(key: Tensor, before: Tensor, after: Tensor, frequencies: Tensor) -> Tensor:
-    """Keys (.., length, width) turned from positions `before` to `after`, both (length,).
-
-    In float32, back into the keys' dtype once. frequencies: radians a position, as a call's
-    `rotation`; negative positions undo.
-    """
-    turned = rotated(key.float(), after - before, frequencies.float())
-    return turned.to(key.dtype)
 
 
 def _stacked(rows: list[Layout], call: AttentionCall) -> Layout:

@@ -30,7 +30,7 @@ every loss; ours are bounded from above only.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -83,7 +83,7 @@ class MoA:
     step: int = 1024
     rules: int = 2
     answer: int = 32
-    plan: Plan | str | None = None
+    plan: Plan | str | None = field(default=None, repr=False)
 
     card: ClassVar[Card] = Card(
         name="moa",
