@@ -45,14 +45,12 @@ NOT_TRIED = {
     if "claim was not tried" in " ".join(sys.modules[method.__module__].__doc__.split())
     f"attention.{name}"
     for name in (
-        "anchorattention",
         "biformer",
         "adasnapkv",
         "blocksparse",
         "dma",
         "doublesparsity",
         "drsformer",
-        "flexprefill",
         "gtsp",
         "meshtransformer",
         "paraformer",
@@ -64,10 +62,7 @@ NOT_TRIED = {
         "moa",
         "routingtransformer",
         "s2attention",
-        "seerattention",
         "sparsed",
-        "streamingllm",
-        "verticalslash",
     )
 }
 """Methods whose pages say that their claim waits for its check or its record."""
