@@ -39,19 +39,21 @@ from gossamer.methods import cards, find, verdicts
 
 ROOT = Path(__file__).parents[2] / "benchmarks" / "results" / "claims"
 RECORDS = sorted(ROOT.glob("*/*.json"))
-NOT_TRIED = {"weights.dsnot", "weights.monarch"} | {
-    f"activations.{name}" for name in ("coreinfer", "rsparse", "sirius", "teal", "wina")
-} | {
-    f"attention.{name}"
-    for name in (
-        "anchorattention",
-        "blocksparse",
-        "flexprefill",
-        "seerattention",
-        "streamingllm",
-        "verticalslash",
-    )
-}
+NOT_TRIED = (
+    {"weights.dsnot", "weights.monarch"}
+    | {f"activations.{name}" for name in ("coreinfer", "rsparse", "sirius", "teal", "wina")}
+    | {
+        f"attention.{name}"
+        for name in (
+            "anchorattention",
+            "blocksparse",
+            "flexprefill",
+            "seerattention",
+            "streamingllm",
+            "verticalslash",
+        )
+    }
+)
 """Methods whose claims wait for their check or its record; their pages say so."""
 NAMES = sorted({f"{card.topic}.{card.name}" for card in cards()} - NOT_TRIED)
 ONCE = (3,)
