@@ -74,6 +74,22 @@ def test_every_format_is_its_dequantised_product(bits, dtype, density, tokens):
     torch.testing.assert_close(made.weight + 0, layer.weight, rtol=0.02, atol=0.002)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_skipped_weights_are_not_read(dtype):
+    torch.manual_seed(0)
+    layer = nn.Linear(96, 40).to(dtype)
+    state = gs.activations.TEAL(0.3).prepare(layer.weight, None, 0.3)
+    made = ActiveLinear(columns_of(layer.weight), state, gs.Fraction(0.3), layer.bias)
+    x = torch.randn(1, 96, dtype=dtype)
+    with torch.no_grad():
+        want = made(x)
+        made.values[~made.active.mask(x)[0]] = float("nan")
+        assert torch.equal(made(x), want)
+        made.values[made.active.mask(x)[0]] = float("nan")
+        assert made(x).isnan().all()
+    assert made.active.counts.kept == 3 * 29 == made.active.counts.union
+
+
 def test_integers_are_scaled_where_that_is_nearer():
     torch.manual_seed(0)
     weight = torch.randn(64, 64)
