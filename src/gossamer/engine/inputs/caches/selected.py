@@ -129,7 +129,7 @@ class SelectedRows(Rows):
     def past(self, query: Tensor, scale: float) -> State:
         """Over all rows."""
         key, value = self._key.used, self._value.used
-        layout = every_pair(query.shape[2], key.shape[2])
+        layout = every_pair(query, key.shape[2])
         found: State = attention(query, key, value, layout, scale=scale)
         return found
 
@@ -138,7 +138,7 @@ class SelectedRows(Rows):
 
     def taken(self, texts: Tensor) -> Rows:
         """A copy that holds these texts."""
-        key, value = (x.used.index_select(0, texts) for x in (self._key, self._value))
+        key, value = (x.taken(texts).used for x in (self._key, self._value))
         return SelectedRows(self.keeper, key, value)
 
     def check_crop(self, tokens: int) -> None:
