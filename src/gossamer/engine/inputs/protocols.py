@@ -56,8 +56,10 @@ class LearnsFromPrompts(Protocol):
 class LearnsFromAnswers(PairChooser, Protocol):
     """A method that is fitted by what a model's own answers lose, before it chooses."""
 
-    answer: int
-    """Tokens of each answer, on which the loss is taken."""
+    @property
+    def answer(self) -> int:
+        """Tokens of each answer, on which the loss is taken."""
+        ...
 
     def observe_gradient(self, call: AttentionCall, gradient: Tensor) -> Any:
         """What is learned from one layer's call of one prompt with its answer, and the loss's
