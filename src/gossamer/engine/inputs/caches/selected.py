@@ -119,7 +119,7 @@ class SelectedRows(Rows):
         with torch.no_grad():
             scores = self.keeper.method.score(query, notes, self.keeper.layer)
         always = None
-        if not rest and page > 1:
+        if not rest:
             always = torch.arange(self._pages, device=query.device) == self._pages - 1
         kept = keep(scores, TopK(count), always)
         index = kept.nonzero()[:, -1].reshape(*heads, count)
