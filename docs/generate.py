@@ -1,5 +1,5 @@
 """Writes docs/methods/*.md from the cards and the ledger of claims, the verdicts that the package
-carries, and docs/guide/benchmarks.md. Run: python docs/generate.py"""
+carries, and two pages of docs/guide. Run: python docs/generate.py"""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from gossamer.core.card import Card
 from gossamer.methods import TOPICS, cards, find, summary
 
 OUT = Path(__file__).parent / "methods"
+FRONTIER = Path(__file__).parent / "guide" / "attention-frontier.md"
 BENCHMARKS = Path(__file__).parent / "guide" / "benchmarks.md"
 LEDGER = Path(__file__).parents[1] / "benchmarks" / "results" / "claims"
 RECORDS = "../../benchmarks/results/claims"
@@ -103,6 +104,8 @@ for x, y in batches:
     optimizer.zero_grad()
     estimates.backward(lambda: loss(model(x), y))  # in place of loss.backward()
     optimizer.step()"""
+    if card.role == "layer":
+        return f"layer = {name}(...)  # a torch module; its parameters are in the API reference"
     if card.role == "input_scorer":
         return f"""with gs.sparsify_activations(model, {name}(density=0.5), batches) as run:
     ...  # the model as it was
@@ -120,6 +123,21 @@ with gs.sparse_attention(model, method) as run:
     if card.role == "key_scorer":
         return f"""with gs.sparse_attention(model, {name}()) as run:
     ...  # the model as it was
+print(run.result)"""
+    if card.role == "cache":
+        fitted = hasattr(find(card.name), "fitted")
+        learn = f"method = gs.calibrate_attention(model, {name}(), batches)\n" if fitted else ""
+        return f"""{learn}cache = gs.attention_cache(model, {"method" if fitted else f"{name}()"})
+ids = model.generate(ids, past_key_values=cache)
+print(cache.result)"""
+    if card.role == "step_attention":
+        fitted = hasattr(find(card.name), "fitted")
+        learn = f"method = gs.calibrate_denoising(model, {name}(), sample, steps=n, grid=grid)\n"
+        return f"""grid = gs.TokenGrid(frames, height, width, text=tokens)
+{learn if fitted else ""}with gs.sparse_denoising(model, {"method" if fitted else f"{name}()"}, steps=n, grid=grid) as run:
+    for number in range(n):
+        run.step(number)
+        ...  # the step of the sampler as it was
 print(run.result)"""
     if card.role != "topology":
         return f"gossamer compress --method {card.name} --sparsity 0.5"
@@ -153,7 +171,16 @@ def pages() -> dict[str, str]:
 
 def benchmarks() -> str:
     """The page of benchmarks, from the file beside this one."""
-    return str(runpy.run_path(str(Path(__file__).with_name("benchmarks.py")))["page"]())
+    return _written_by("benchmarks.py")
+
+
+def frontier() -> str:
+    """The page of attention's quality and cost, likewise."""
+    return _written_by("frontier.py")
+
+
+def _written_by(name: str) -> str:
+    return str(runpy.run_path(str(Path(__file__).with_name(name)))["page"]())
 
 
 if __name__ == "__main__":
@@ -162,3 +189,4 @@ if __name__ == "__main__":
         (OUT / name).write_text(text)
     VERDICTS.write_text(verdicts())
     BENCHMARKS.write_text(benchmarks())
+    FRONTIER.write_text(frontier())

@@ -27,6 +27,7 @@ def test_method_pages_are_current():
         assert (ROOT / "docs" / "methods" / name).read_text() == text, "run make docs"
     assert generate.VERDICTS.read_text() == generate.verdicts(), "run make docs"
     assert generate.BENCHMARKS.read_text() == generate.benchmarks(), "run make docs"
+    assert generate.FRONTIER.read_text() == generate.frontier(), "run make docs"
 
 
 def test_the_own_model_page_runs(tiny_llama, tmp_path, monkeypatch):

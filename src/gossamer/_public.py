@@ -7,7 +7,15 @@ from gossamer.api_activations import (
     load_activations,
     sparsify_activations,
 )
-from gossamer.api_attention import attend, calibrate_attention, sparse_attention
+from gossamer.api_attention import (
+    attend,
+    attention_cache,
+    calibrate_attention,
+    calibrate_denoising,
+    sparse_attention,
+    sparse_denoising,
+)
+from gossamer.attention_comparison import AttentionComparison, compare_attention
 from gossamer.compression import CompressionReport, measure_compression
 from gossamer.core.allocation import (
     ER,
@@ -21,6 +29,7 @@ from gossamer.core.allocation import (
 from gossamer.core.budget import BatchTopK, Fraction, Threshold, TopK, TopP
 from gossamer.core.card import Card
 from gossamer.core.coupling import Coupled
+from gossamer.core.denoising import Attended, DenoisingStep, TokenGrid
 from gossamer.core.errors import (
     FormatError,
     GossamerError,
@@ -39,7 +48,11 @@ from gossamer.engine.inputs.activations.neurons import NeuronRun
 from gossamer.engine.inputs.activations.plan import ActivationPlan
 from gossamer.engine.inputs.activations.result import ActivationResult, LayerActivations
 from gossamer.engine.inputs.activations.run import ActivationRun
+from gossamer.engine.inputs.adapters import attention_adapters
 from gossamer.engine.inputs.attention import AttentionRun
+from gossamer.engine.inputs.denoise_tally import DenoisingResult
+from gossamer.engine.inputs.denoising import DenoisingRun
+from gossamer.engine.inputs.segments import Segment, encode_segment, join_segments
 from gossamer.engine.inputs.tally import AttentionResult, LayerAttention
 from gossamer.engine.measure.problems import ImageProblem, TextProblem
 from gossamer.engine.prune.replace import ReplaceLayersResult, fold_layers, replace_layers
@@ -54,6 +67,7 @@ from gossamer.engine.serve.generate import generate
 from gossamer.engine.serve.measure_latency import calibrate_latency
 from gossamer.engine.serve.unpack import unpack
 from gossamer.engine.train.compressed import TrueSparseRun, sparse_layers, true_sparse_training
+from gossamer.engine.train.distil import DistilResult, distil_steps
 from gossamer.engine.train.estimate import EstimatedGradients
 from gossamer.engine.train.learned import LearnedRun
 from gossamer.engine.train.masked import sparse_training
@@ -82,6 +96,8 @@ __all__ = [
     "ActivationPlan",
     "ActivationResult",
     "ActivationRun",
+    "Attended",
+    "AttentionComparison",
     "AttentionResult",
     "AttentionRun",
     "BatchTopK",
@@ -95,6 +111,10 @@ __all__ = [
     "CorrectedResult",
     "Coupled",
     "Coverage",
+    "DenoisingResult",
+    "DenoisingRun",
+    "DenoisingStep",
+    "DistilResult",
     "ERKPlus",
     "EstimatedGradients",
     "FormatError",
@@ -118,10 +138,12 @@ __all__ = [
     "ReplaceLayersResult",
     "RoundPart",
     "RoundsResult",
+    "Segment",
     "SparseRun",
     "Support",
     "TextProblem",
     "Threshold",
+    "TokenGrid",
     "TopK",
     "TopP",
     "TrainingComparison",
@@ -132,14 +154,20 @@ __all__ = [
     "Unstructured",
     "UsageError",
     "attend",
+    "attention_adapters",
+    "attention_cache",
     "calibrate_activations",
     "calibrate_attention",
+    "calibrate_denoising",
     "calibrate_latency",
     "cards",
     "compare",
+    "compare_attention",
     "compare_training",
     "compress",
     "coupled_channels",
+    "distil_steps",
+    "encode_segment",
     "export",
     "find",
     "fixed_channels",
@@ -148,6 +176,7 @@ __all__ = [
     "from_semi_structured",
     "generate",
     "generate_corrected",
+    "join_segments",
     "keep",
     "load",
     "load_activations",
@@ -162,6 +191,7 @@ __all__ = [
     "select",
     "select_global",
     "sparse_attention",
+    "sparse_denoising",
     "sparse_layers",
     "sparse_training",
     "sparsify_activations",

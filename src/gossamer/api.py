@@ -20,7 +20,7 @@ from gossamer.engine.protocols import Allocation, Method, Planner
 from gossamer.engine.prune import run as engine
 from gossamer.engine.prune.widths import prune_widths
 from gossamer.methods import build as build_method
-from gossamer.methods import find
+from gossamer.methods import parts as method_parts
 from gossamer.nn.kernel_choice.machine import machine
 from gossamer.ops.allocation import ALLOCATIONS
 from gossamer.report.comparison import Comparison
@@ -129,11 +129,13 @@ def prune(
 
 
 def _pruner(text: str) -> Method | Planner:
-    role = find(text.partition(":")[0]).card.role
+    role = method_parts(text)[0].card.role
     if role == "replacer":
         raise UsageError(f"method {text!r} replaces layers; use gs.replace_layers")
     if role == "gradient_source":
         raise UsageError(f"method {text!r} trains; use gs.EstimatedGradients in a training loop")
+    if role == "key_scorer":
+        raise UsageError(f"method {text!r} chooses keys, not weights; use gs.sparse_attention")
     if role not in ("scorer", "solver", "planner"):
         raise UsageError(
             f"method {text!r} chooses weights while a model trains; use gs.sparse_training in a "

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from gossamer.core.errors import UsageError
+from gossamer.core.denoising import TokenGrid
+from gossamer.core.errors import MissingExtra, UsageError
 from gossamer.core.result import CompressResult, PruneResult, unwrap
 from gossamer.engine.data import Batch
 from gossamer.engine.inputs import attend as attending
 from gossamer.engine.inputs import attention as engine
-from gossamer.engine.inputs import calibrate
-from gossamer.engine.inputs.protocols import LearnsFromPrompts, PairChooser
+from gossamer.engine.inputs import calibrate, denoising
+from gossamer.engine.inputs.protocols import (
+    KeyEvictor,
+    KeySelector,
+    LearnsFromAnswers,
+    LearnsFromPrompts,
+    LearnsFromSteps,
+    PairChooser,
+    StepAttention,
+)
 from gossamer.methods import build, find
+
+if TYPE_CHECKING:
+    from gossamer.engine.inputs.caches.cache import SparseCache
 
 
 def sparse_attention(
@@ -82,6 +95,65 @@ def sparse_attention(
     )
 
 
+def attention_cache(
+    model: nn.Module | PruneResult | CompressResult,
+    method: KeyEvictor | KeySelector | str,
+    *,
+    saved: str | os.PathLike[str] | None = None,
+) -> SparseCache:
+    """A key-value cache of which a method keeps a part, or reads a part for each new token.
+
+    Pass it as `past_key_values` to the model, to its own `generate`, or as `cache` to
+    `gossamer.generate`. Prompts run as the model runs them, or as `sparse_attention` says. A prompt
+    is over when its first single token comes.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A causal language model of transformers, as for `sparse_attention`. The cache is for this
+        model only.
+    method : KeyEvictor, KeySelector or str
+        Such as `gs.attention.SnapKV(tokens=1024)` or `gs.attention.Quest(density=0.1)`, or its name
+        with options.
+    saved : path, optional
+        A file that `save` of such a cache wrote, to go on from. Model and method are the same.
+
+    Returns
+    -------
+    SparseCache
+        A transformers Cache. Its `result` has density, bytes read and bytes held.
+
+    Raises
+    ------
+    UsageError
+        For models that `sparse_attention` does not serve, encoders, methods that keep no cache or
+        are not calibrated; for a file of another model or method. At a call: for a cache of another
+        model.
+    FormatError
+        For a damaged file.
+    MissingExtra
+        Without transformers.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> model = LlamaForCausalLM(LlamaConfig(
+    ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+    ...     num_attention_heads=2,
+    ... )).eval()
+    >>> cache = gs.attention_cache(model, "streamingllm:window=16")
+    >>> ids = gs.generate(model, torch.arange(60).unsqueeze(0), 5, eos=(), cache=cache)
+    >>> cache.result.layers[0].rows
+    20.0
+    """
+    try:
+        from gossamer.engine.inputs.caches.cache import SparseCache
+    except ImportError:
+        raise MissingExtra("transformers", "hf") from None
+    return SparseCache(unwrap(model), _chooser(method), saved)
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -137,18 +209,19 @@ def attend(
 
 def calibrate_attention(
     model: nn.Module | PruneResult | CompressResult,
-    method: LearnsFromPrompts | str,
+    method: LearnsFromPrompts | LearnsFromAnswers | str,
     data: Iterable[Batch],
 ) -> Any:
-    """Fit a method of attention that learns, such as SeerAttention, to a model.
+    """Fit a method of attention that learns, such as SeerAttention or MoA, to a model.
 
-    The model runs densely on the data and stays as it was.
+    The model runs densely on the data and stays as it was. For a method that learns from answers,
+    such as MoA, it writes an answer to each prompt and the gradients of its loss are taken.
 
     Parameters
     ----------
     model : nn.Module
         Of transformers, as for `sparse_attention`.
-    method : LearnsFromPrompts or str
+    method : LearnsFromPrompts, LearnsFromAnswers or str
         Such as `gs.attention.SeerAttention()`, or its name with options.
     data : iterable of Tensor or dict
         Batches of prompts, as for `prune`; long ones teach most.
@@ -161,7 +234,8 @@ def calibrate_attention(
     Raises
     ------
     UsageError
-        Where the method learns nothing, or the model cannot be served.
+        Where the method learns nothing, the model cannot be served, or it cannot write answers
+        where those are needed.
 
     Examples
     --------
@@ -176,11 +250,129 @@ def calibrate_attention(
     >>> sorted(gs.calibrate_attention(model, method, data).gates)
     [0]
     """
-    found: Any = _chooser(cast(PairChooser, method))
-    return calibrate.calibrate_attention(unwrap(model), found, data)
+    return calibrate.calibrate_attention(unwrap(model), _chooser(method), data)
 
 
-def _chooser(method: PairChooser | str) -> PairChooser:
+def sparse_denoising(
+    model: nn.Module | PruneResult | CompressResult | None,
+    method: StepAttention | PairChooser | str,
+    *,
+    steps: int,
+    grid: TokenGrid | None = None,
+    measure: bool = False,
+) -> AbstractContextManager[denoising.DenoisingRun]:
+    """Sparse self-attention inside a diffusion model, which follows its denoising steps.
+
+    For as long as the block is open, calls of torch's `scaled_dot_product_attention` inside the
+    model's forward go to the method; nothing of the model is changed. So models of diffusers, of
+    transformers with sdpa, and your own are served. Cross-attention is left as it is. Attention that
+    a forward does not run itself, such as gradient checkpointing in the backward, is not reached.
+    States are kept for each layer and branch; a new run begins without any.
+
+    Parameters
+    ----------
+    model : nn.Module or None
+        The denoiser. None for code that calls `run.attend` itself.
+    method : StepAttention, PairChooser or str
+        Such as `gs.attention.AdaSpa()`, or its name with options. A chooser of prompts that serves
+        attention to both sides, such as BlockSparse, chooses anew in each call.
+    steps : int
+        How many denoising steps a run has.
+    grid : TokenGrid, optional
+        How the tokens lie, for methods that go by frames or text. Only calls with so many queries
+        are then the method's.
+    measure : bool
+        Compare each call with dense attention on the same inputs and count the operations of the
+        choice. It costs a dense call.
+
+    Yields
+    ------
+    DenoisingRun
+        Call `run.step(number)` before the model in every step; `run.result` has layers, calls,
+        densities, states and reuse.
+
+    Raises
+    ------
+    UsageError
+        At a call: without a named step, and for causal or masked self-attention. At the end: where
+        no layer was reached, or every call of a whole run was dense.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch
+    >>> method = gs.attention.BlockSparse(block=8, density=0.5)
+    >>> with gs.sparse_denoising(None, method, steps=2) as run:
+    ...     for number in range(2):
+    ...         run.step(number)
+    ...         x = torch.randn(1, 2, 64, 8)
+    ...         output = run.attend(x, x, x, layer=0)
+    >>> print(run.result.calls, run.result.density)
+    2 0.5
+    """
+    return denoising.sparse_denoising(
+        None if model is None else unwrap(model),
+        _chooser(method), steps=steps, grid=grid, measure=measure,
+    )  # fmt: skip
+
+
+def calibrate_denoising(
+    model: nn.Module | PruneResult | CompressResult | None,
+    method: LearnsFromSteps | str,
+    sample: Callable[[denoising.DenoisingRun], object],
+    *,
+    steps: int,
+    grid: TokenGrid | None = None,
+) -> Any:
+    """Fit a method of attention that learns from samples, such as SparseVDiT, to a diffusion model.
+
+    The model runs densely and stays as it was.
+
+    Parameters
+    ----------
+    model : nn.Module or None
+        As for `sparse_denoising`.
+    method : LearnsFromSteps or str
+        Such as `gs.attention.SparseVDiT()`, or its name with options.
+    sample : callable
+        Given a run, draws a few samples, with `run.step(number)` before the model in every step.
+    steps : int
+        How many denoising steps a run has.
+    grid : TokenGrid, optional
+        How the tokens lie.
+
+    Returns
+    -------
+    method
+        A new method for `sparse_denoising`.
+
+    Raises
+    ------
+    UsageError
+        Where the method learns nothing, or no layer was reached.
+
+    Examples
+    --------
+    >>> import gossamer as gs, torch
+    >>> def sample(run):
+    ...     for number in range(2):
+    ...         run.step(number)
+    ...         x = torch.randn(1, 2, 64, 8)
+    ...         run.attend(x, x, x, layer=0)
+    >>> grid = gs.TokenGrid(4, 4, 4)
+    >>> method = gs.calibrate_denoising(None, "sparsevdit", sample, steps=2, grid=grid)
+    >>> len(method.modes[0])
+    2
+    """
+    found = None if model is None else unwrap(model)
+    return denoising.calibrate_denoising(found, _chooser(method), sample, steps=steps, grid=grid)
+
+
+def serves_prompts(method: str) -> bool:
+    """Whether a method of attention chooses pairs of prompts; others keep or read caches."""
+    return hasattr(type(_chooser(method)), "layout")
+
+
+def _chooser(method: Any) -> Any:
     """A method by its name, which must be one of attention."""
     if not isinstance(method, str):
         return method
@@ -188,6 +380,6 @@ def _chooser(method: PairChooser | str) -> PairChooser:
     if found.topic != "attention":
         raise UsageError(
             f"method {method!r} is one of {found.topic}; gossamer methods attention lists those "
-            "that choose pairs of queries and keys"
+            "that choose pairs of queries and keys, or keep caches"
         )
-    return cast(PairChooser, build(method))
+    return build(method)

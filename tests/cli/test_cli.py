@@ -391,6 +391,28 @@ def test_generate_attends_sparsely_and_says_so(tiny, capsys):
     assert code == 2 and "did you mean 'blocks'" in line
 
 
+def test_generate_takes_a_cache_method_by_either_option(tiny, capsys):
+    given = ["generate", f"--model={tiny / 'model'}", f"--prompt={TEXT[:120]}", "--tokens=3"]
+    for option in ("--attention", "--cache"):
+        main([*given, f"{option}=quest:tokens=32", "--json"])
+        found = json.loads(capsys.readouterr().out)
+        assert found["cache"]["density"] < 0.3 and "attention" not in found
+    main([*given, "--attention=streamingllm:window=16,block=16", "--dense-below=0",
+          "--cache=snapkv:tokens=30,window=8", "--json"])  # fmt: skip
+    found = json.loads(capsys.readouterr().out)
+    assert found["attention"]["calls"] == 2 and found["cache"]["layers"][0]["rows"] == 32
+    main([*given, "--cache=streamingllm:window=16"])
+    assert "of a dense cache" in capsys.readouterr().err
+    for bad, said in (
+        (["--attention=quest", "--cache=snapkv"], "both for the cache"),
+        (["--cache=blocksparse"], "keeps no cache"),
+        (["--attention=doublesparsity:dense=0"], "calibrate_attention"),
+        (["--cache=quest:tokens=8"], "below 16"),
+    ):
+        code, line = fails([*given, *bad], capsys)
+        assert code == 2 and said in line
+
+
 def test_the_whole_path(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     main(["compress", *options(tiny, out, sweep="0.3,0.7"), "--json"])

@@ -9,14 +9,18 @@ import pytest
 import torch
 from examples import (
     ATTENTION,
+    CACHES,
     GENEROUS,
+    GENEROUS_STEPS,
     INPUTS,
+    LAYERS,
     LEARNED,
     PLANNERS,
     PRUNERS,
     RECIPES,
     REPLACERS,
     SOURCES,
+    STEPS,
     TOPOLOGY,
 )
 
@@ -162,7 +166,9 @@ def test_missing_statistics_and_bad_weights_name_the_layer():
 
 ROLES = {
     "scorer", "solver", "topology", "learned_mask", "replacer", "planner", "gradient_source",
-    "recipe", "key_scorer", "input_scorer", "neuron_selector", "corrector",
+    "recipe", "key_scorer", "layer",
+    "step_attention", "cache",
+    "input_scorer", "neuron_selector", "corrector",
 }  # fmt: skip
 PATTERN_WORDS = {"unstructured", "nm", "block", "channel"}
 
@@ -213,6 +219,10 @@ def test_names_are_found_near_ones_are_told_and_shared_ones_need_their_topic(mon
         ("key_scorer", ATTENTION),
         ("input_scorer", INPUTS),
         ("key_scorer", GENEROUS),
+        ("cache", CACHES),
+        ("layer", LAYERS),
+        ("step_attention", STEPS),
+        ("step_attention", GENEROUS_STEPS),
     ],
 )
 def test_every_method_has_an_example(role, examples):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from gossamer.api_activations import method_of, sparsify_activations
-from gossamer.api_attention import sparse_attention
+from gossamer.api_attention import attention_cache, serves_prompts, sparse_attention
 from gossamer.cli.activations import calibration
 from gossamer.cli.inputs import BUNDLED, BUNDLED_TEXT, read_model
 from gossamer.cli.output import note, print_json
@@ -34,7 +34,11 @@ class Generate:
     """how many tokens to add at most; fewer where the model ends its text"""
     attention: str | None = None
     """method that chooses which pairs of the prompt's tokens are attended, such as
-    blocksparse:density=0.3; see gossamer methods attention"""
+    blocksparse:density=0.3, or what new tokens read, such as quest:tokens=1024; see gossamer
+    methods attention"""
+    cache: str | None = None
+    """method that keeps or reads a part of the cache for new tokens, beside one of --attention,
+    such as snapkv:tokens=1024"""
     dense_below: int = 2048
     """tokens below which a prompt is attended densely, with --attention"""
     activations: str | None = None
@@ -56,10 +60,12 @@ class Generate:
         activations = None if self.activations is None else method_of(self.activations)
         subject = read_model(self.model, self.dtype)
         ids = subject.ids(self.prompt.encode()).unsqueeze(0)
+        prompts, caches = self._methods()
+        cache = None if caches is None else attention_cache(subject.model, caches)
         block = (
             nullcontext()
-            if self.attention is None
-            else sparse_attention(subject.model, self.attention, dense_below=self.dense_below)
+            if prompts is None
+            else sparse_attention(subject.model, prompts, dense_below=self.dense_below)
         )
         choosing = (
             nullcontext()
@@ -70,24 +76,31 @@ class Generate:
         )
         with choosing as inputs, block as run, track(None, True, "generating"):
             start = time.perf_counter()
-            out = generate(subject.model, ids, self.tokens)[0].tolist()
+            out = generate(subject.model, ids, self.tokens, cache=cache)[0].tolist()
             rate = (len(out) - ids.shape[1]) / (time.perf_counter() - start)
         made = len(out) - ids.shape[1]
         if subject.tokenizer is None:
             text = bytes(out).decode("utf-8", "replace")
         else:
             text = subject.tokenizer.decode(out, skip_special_tokens=True)
+        blocks: dict[str, Any] = {"attention": run, "cache": cache, "activations": inputs}
+        results = {name: x.result for name, x in blocks.items() if x is not None}
         if self.json:
-            found: dict[str, object] = {"text": text, "tokens": made, "tokens_per_second": rate}
-            if run is not None:
-                found["attention"] = asdict(run.result)
-            if inputs is not None:
-                found["activations"] = asdict(inputs.result)
-            print_json(found)
+            found = {"text": text, "tokens": made, "tokens_per_second": rate}
+            print_json(found | {name: asdict(result) for name, result in results.items()})
         else:
             print(text)
             note(f"{made} tokens, {rate:.1f} tokens/s with the prompt")
-            if run is not None:
-                note(str(run.result))
-            if inputs is not None:
-                note(str(inputs.result))
+            for result in results.values():
+                note(str(result))
+
+    def _methods(self) -> tuple[str | None, str | None]:
+        """What chooses in the prompt, and what keeps or reads the cache."""
+        if self.attention is None or serves_prompts(self.attention):
+            return self.attention, self.cache
+        if self.cache is not None:
+            raise UsageError(
+                f"--attention {self.attention} and --cache {self.cache} are both for the cache; "
+                "give one of them"
+            )
+        return None, self.attention

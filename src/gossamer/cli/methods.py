@@ -23,6 +23,9 @@ USE = {
     "neuron_selector": "gs.sparsify_activations, from Python",
     "corrector": "gs.generate_corrected, from Python",
     "key_scorer": "gs.sparse_attention, or gossamer generate --attention",
+    "cache": "gs.attention_cache, or gossamer generate --cache",
+    "step_attention": "gs.sparse_denoising, from Python",
+    "layer": "a torch module, from Python",
 }
 """What runs a method, by its role."""
 
@@ -33,7 +36,10 @@ NOTES = {
     "activations": "Input scorers choose the inputs of layers that each new token reads "
     "(gs.sparsify_activations from Python, gossamer generate --activations).",
     "attention": "Key scorers choose which pairs of a prompt's tokens are attended "
-    "(gs.sparse_attention from Python, gossamer generate --attention).",
+    "(gs.sparse_attention from Python, gossamer generate --attention). Caches keep keys and values of "
+    "past tokens, or read a part of them (gs.attention_cache, gossamer generate --cache). Step "
+    "attention follows the steps of a diffusion model (gs.sparse_denoising from Python). Layers are "
+    "modules of torch, used from Python.",
 }
 """What runs the methods of a topic."""
 

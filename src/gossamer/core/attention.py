@@ -83,6 +83,49 @@ class AttentionCall:
         return causal_pairs(first + self.past, height, edge, width)
 
 
+@dataclass(frozen=True, eq=False)
+class CachedKeys:
+    """One text's keys in the cache of one layer, as a method sees them that evicts.
+
+    Heads may hold different keys, for an earlier prompt may have been evicted from already.
+
+    Attributes
+    ----------
+    query : Tensor
+        (heads, queries, width): the last queries of the prompt, as many as the method's `last`, or
+        fewer. Query i stands at position `length - queries + i`.
+    key, value : Tensor
+        (kv_heads, rows, width), in the order of the text.
+    positions : Tensor
+        int64 (kv_heads, rows): the keys' places in the text; -1 behind the last key of a head.
+    length : int
+        Tokens of the text.
+    scale : float
+        Factor of the products.
+    layer, layers : int
+        The layer's number, from 0, and how many the model has.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+    length: int
+    scale: float
+    layer: int = 0
+    layers: int = 1
+
+    @property
+    def exists(self) -> Tensor:
+        """bool (kv_heads, rows): where there is a key."""
+        return self.positions >= 0
+
+    @property
+    def shared(self) -> int:
+        """How many query heads share a head of keys."""
+        return self.query.shape[0] // self.key.shape[0]
+
+
 def causal_pairs(position: Tensor, queries: Tensor, key: Tensor, keys: Tensor) -> Tensor:
     """How many pairs of so many queries, from a position on, and keys, from another, are causal.
 

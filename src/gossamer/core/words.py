@@ -37,6 +37,7 @@ def parts(
     """The dataclass that a text names, and its options; raises UsageError as `build` does."""
     name, _, rest = text.partition(":")
     kind = known(name, kinds, what)
+    _check_options(kind)
     fields = {each.name: each for each in dataclasses.fields(kind) if each.init}
     inner = _methods(fields) if method is not None else {}
     options: dict[str, Any] = {}
@@ -67,6 +68,15 @@ def parts(
         assert method is not None
         options[option] = method(":".join(filter(None, (inner[option], ",".join(given)))))
     return kind, options
+
+
+def _check_options(kind: type[Any]) -> None:
+    """Raise UsageError for a layer, whose sizes are those of the model that holds it."""
+    if not hasattr(kind, "__dataclass_fields__"):
+        raise UsageError(
+            f"{kind.card.name} is a layer: make it in Python with "
+            f"gs.{kind.card.topic}.{kind.__name__}(...) and put it into a model"
+        )
 
 
 def _methods(fields: Mapping[str, Any]) -> dict[str, str]:

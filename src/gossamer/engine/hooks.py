@@ -223,6 +223,36 @@ def adjust_outputs(
 
 
 @contextmanager
+def adjust_attention(
+    parts: Sequence[tuple[nn.Module, nn.Module, Callable[[Tensor, Tensor, Tensor | None], Tensor]]],
+) -> Iterator[None]:
+    """While open, the attention of each (block, attention, function) returns, in the place of its
+    output, `function(the block's input, its output, its weights)`."""
+    inputs: dict[int, Tensor] = {}
+
+    def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[id(block)] = first_tensor(args, kwargs, type(block).__name__)
+
+    def leave(block: nn.Module, function: Callable[..., Tensor]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> Any:
+            found, weights, *rest = output
+            return (function(inputs.pop(id(block)), found, weights), weights, *rest)
+
+        return hook
+
+    handles = [
+        attention.register_forward_hook(leave(block, function))
+        for block, attention, function in parts
+    ]
+    try:
+        with _pre_hooks([(block, enter) for block, _, _ in parts]):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def substitute(
     forwards: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor]]],
 ) -> Iterator[None]:
@@ -272,6 +302,27 @@ def watch_blocks(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def around_forward(
+    model: nn.Module, before: Callable[[], None], after: Callable[[], None]
+) -> Iterator[None]:
+    """While open, call `before()` and `after()` around every forward of the model, `after` also
+    where the forward raises."""
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        before()
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        after()
+
+    handle = model.register_forward_hook(leave, always_call=True)
+    try:
+        with _pre_hooks([(model, enter)]):
+            yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 from gossamer.core.attention import AttentionCall
 from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
-from gossamer.engine.inputs.protocols import PairChooser
+from gossamer.engine.inputs.protocols import PairChooser, StepAttention
 from gossamer.ops.attention import Layout, attention
 
 
@@ -92,7 +92,13 @@ def check_chooser(method: Any) -> None:
     """Raise UsageError unless `method` is an instance that chooses pairs."""
     if isinstance(method, type):
         raise UsageError(f"method is the class {method.__name__}; pass an instance of it")
-    if not isinstance(getattr(method, "card", None), Card) or not isinstance(method, PairChooser):
+    carded = isinstance(getattr(method, "card", None), Card)
+    if carded and isinstance(method, StepAttention) and not isinstance(method, PairChooser):
+        raise UsageError(
+            f"{method.card.name} is for diffusion models, whose steps it follows: open "
+            "gs.sparse_denoising"
+        )
+    if not carded or not isinstance(method, PairChooser):
         raise UsageError(
             f"{type(method).__name__} chooses no pairs of a prompt: such a method has a card and "
             "layout(call); see gossamer methods attention"

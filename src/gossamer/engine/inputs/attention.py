@@ -29,6 +29,7 @@ from gossamer.engine.inputs.rotation import rotation_of
 from gossamer.engine.inputs.servable import IMPLEMENTATION, attention_layers, check_arguments
 from gossamer.engine.inputs.tally import AttentionResult, Tally
 
+Watch = Callable[[AttentionCall, Tensor], None]
 DENSE_BELOW = 2048
 """Keys below which choosing costs more than it saves; see `gossamer.sparse_attention`."""
 
@@ -43,8 +44,10 @@ class AttentionRun:
         rotations: list[Tensor | None],
         dense_below: int,
         measure: bool,
+        watch: Watch | None = None,
     ) -> None:
         self._method, self._dense_below, self._measure = method, dense_below, measure
+        self._watch = watch
         self._layers = layers
         self._index = {id(layer): index for index, layer in enumerate(layers.values())}
         self._tally = Tally()
@@ -93,6 +96,8 @@ class AttentionRun:
         layout, choosing = self._tally.chosen(call, lambda: choose(call, self._method))
         output, lse = run_layout(call, layout)
         check_answered(self._method, call, lse)
+        if self._watch is not None:
+            self._watch(call, output)
         with torch.no_grad():
             dense = run_layout(call, full_layout(call)) if self._measure else None
             self._tally.sparse(call, layout, choosing, (output, lse), dense)
@@ -106,8 +111,12 @@ def sparse_attention(
     *,
     dense_below: int = DENSE_BELOW,
     measure: bool = False,
+    watch: Watch | None = None,
 ) -> Iterator[AttentionRun]:
-    """See `gossamer.sparse_attention`, which also takes a method by its name."""
+    """See `gossamer.sparse_attention`, which also takes a method by its name.
+
+    watch: given every sparse call with its output, gradients attached.
+    """
     model = unwrap(model)
     check_chooser(method)
     if isinstance(dense_below, bool) or not isinstance(dense_below, int) or dense_below < 0:
@@ -115,7 +124,7 @@ def sparse_attention(
     registries = _registries()
     layers = attention_layers(model)
     rotations = [rotation_of(model, layer) for layer in layers.values()]
-    run = AttentionRun(method, layers, rotations, dense_below, measure)
+    run = AttentionRun(method, layers, rotations, dense_below, measure, watch)
     configs = _configs(model)
     name = f"gossamer_{id(run):x}"
     before = {key: vars(config)[IMPLEMENTATION] for key, config in configs.items()}
@@ -184,7 +193,7 @@ def _functions(run: AttentionRun, name: str) -> tuple[Callable[..., Any], Callab
             run.outside(index, queries)
             if is_causal is not None:
                 others["is_causal"] = is_causal
-            return _own_attention(layer, name)(
+            return own_attention(layer, name)(
                 layer, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                 **others,
             )  # fmt: skip
@@ -202,7 +211,7 @@ def _functions(run: AttentionRun, name: str) -> tuple[Callable[..., Any], Callab
     return attend, mask
 
 
-def _own_attention(layer: nn.Module, name: str) -> Callable[..., tuple[Tensor, Any]]:
+def own_attention(layer: nn.Module, name: str) -> Callable[..., tuple[Tensor, Any]]:
     """The attention function that the layer runs under `name`."""
     from transformers import AttentionInterface
 

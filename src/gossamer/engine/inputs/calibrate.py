@@ -13,10 +13,10 @@ from gossamer.core.errors import UsageError
 from gossamer.core.result import unwrap
 from gossamer.engine.data import Batch, read_batches
 from gossamer.engine.hooks import evaluating
-from gossamer.engine.inputs.attend import check_chooser
 from gossamer.engine.inputs.attention import sparse_attention
 from gossamer.engine.inputs.counting import full_layout
-from gossamer.engine.inputs.protocols import LearnsFromPrompts
+from gossamer.engine.inputs.own_answers import observe_answers
+from gossamer.engine.inputs.protocols import LearnsFromAnswers, LearnsFromPrompts
 from gossamer.ops.attention import Layout
 
 
@@ -33,12 +33,17 @@ class _Watcher:
         return full_layout(call)
 
 
-def calibrate_attention(model: nn.Module, method: LearnsFromPrompts, data: Iterable[Batch]) -> Any:
+def calibrate_attention(
+    model: nn.Module, method: LearnsFromPrompts | LearnsFromAnswers, data: Iterable[Batch]
+) -> Any:
     """See `gossamer.calibrate_attention`, which also takes a method by its name."""
     model = unwrap(model)
-    check_chooser(method)
+    if isinstance(method, type):
+        raise UsageError(f"method is the class {method.__name__}; pass an instance of it")
+    if isinstance(method, LearnsFromAnswers):
+        return method.fitted(observe_answers(model, method, read_batches(data)))
     if not isinstance(method, LearnsFromPrompts):
-        raise UsageError(f"{method.card.name} learns nothing from data: use it as it is")
+        raise UsageError(f"{type(method).__name__} learns nothing from data: use it as it is")
     watcher = _Watcher(method)
     with evaluating(model), sparse_attention(model, watcher, dense_below=0):
         for batch in read_batches(data):

@@ -24,6 +24,7 @@ def generate(
     *,
     eos: int | Sequence[int] | None = None,
     compiled: bool | None = None,
+    cache: Any = None,
 ) -> Tensor:
     """Continue each prompt with its most probable tokens, greedily.
 
@@ -45,6 +46,9 @@ def generate(
         Take the compiled loop, which serves batch size 1 of Llama-style models on the CPU. By
         default it is taken where it serves a model with packed layers. In bfloat16 it rounds less
         than transformers do.
+    cache : Cache, optional
+        A cache of transformers for keys and values, such as `gossamer.attention_cache` makes. One
+        that has seen a text already goes on from it: `ids` are what follows.
 
     Returns
     -------
@@ -70,17 +74,18 @@ def generate(
     torch.Size([1, 8])
     """
     model = unwrap(model)
-    ids, ends = _check(model, ids, max_new_tokens), _ends(model, eos)
+    past = _seen(cache, compiled)
+    ids, ends = _check(model, ids, max_new_tokens, past), _ends(model, eos)
     if compiled is None:
-        compiled = compiled_serves(model, ids, max_new_tokens)
+        compiled = cache is None and compiled_serves(model, ids, max_new_tokens)
     if compiled:
         return _generate_compiled(model, ids, max_new_tokens, ends)
     finished = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
     rows = [ids]
     with hooks.evaluating(model):
-        step, cache = ids, None
+        step = ids
         for _ in range(max_new_tokens):
-            done = sum(row.shape[1] for row in rows) - step.shape[1]
+            done = past + sum(row.shape[1] for row in rows) - step.shape[1]
             step, cache = next_token(model, step, cache, done)
             if ends:  # a finished row repeats the token that ended it
                 step = torch.where(finished.unsqueeze(1), rows[-1][:, -1:], step)
@@ -89,6 +94,17 @@ def generate(
             if ends and bool(finished.all()):
                 break
     return torch.cat(rows, dim=1)
+
+
+def _seen(cache: Any, compiled: bool | None) -> int:
+    """Tokens that the cache holds already."""
+    if cache is None:
+        return 0
+    if not callable(getattr(cache, "get_seq_length", None)):
+        raise UsageError(f"cache is a Cache of transformers, not a {type(cache).__name__}")
+    if compiled:
+        raise UsageError("the compiled loop keeps a cache of its own: leave out compiled or cache")
+    return int(cache.get_seq_length())
 
 
 def compiled_serves(model: nn.Module, ids: Tensor, max_new_tokens: int) -> bool:
@@ -149,7 +165,7 @@ def next_token(
     return output.logits[:, -1:].argmax(dim=-1), grown
 
 
-def _check(model: nn.Module, ids: Tensor, max_new_tokens: int) -> Tensor:
+def _check(model: nn.Module, ids: Tensor, max_new_tokens: int, past: int) -> Tensor:
     if ids.dim() != 2 or not ids.numel():
         raise UsageError(f"ids is a non-empty (batch, tokens) tensor, not {tuple(ids.shape)}")
     if max_new_tokens < 1:
@@ -160,9 +176,9 @@ def _check(model: nn.Module, ids: Tensor, max_new_tokens: int) -> Tensor:
             "model.generate(...), which serves packed layers as well"
         )
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if limit is not None and ids.shape[1] + max_new_tokens > limit:
+    if limit is not None and past + ids.shape[1] + max_new_tokens > limit:
         raise UsageError(
-            f"{ids.shape[1]} prompt tokens and {max_new_tokens} new ones exceed the model's "
+            f"{past + ids.shape[1]} prompt tokens and {max_new_tokens} new ones exceed the model's "
             f"{limit} positions; shorten one of them"
         )
     return ids.to(device_of(model))

@@ -1,0 +1,1 @@
+"""Claims of methods of attention."""

@@ -1,0 +1,1 @@
+"""Caches of transformers whose keys a method evicts, chooses from, or compresses."""
