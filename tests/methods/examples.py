@@ -96,7 +96,8 @@ INPUTS = {
     "teal-uniform": lambda: gs.activations.TEAL(allocation="uniform"),
     "teal-token": lambda: gs.activations.TEAL(allocation="uniform", per_token=True),
     "wina": lambda: gs.activations.WINA(),
-    "wina-plain": lambda: gs.activations.WINA(rotate=False, norms="all", per_token=False),
+    "wina-all": lambda: gs.activations.WINA(rotate="all"),
+    "wina-plain": lambda: gs.activations.WINA(rotate="off", norms="all", per_token=False),
     "rsparse": lambda: gs.activations.RSparse(),
     "rsparse-half": lambda: gs.activations.RSparse(share=0.5),
 }
