@@ -140,7 +140,10 @@ def test_a_saved_cache_goes_on_and_damage_is_found(llama, tmp_path):
         llama(ids, past_key_values=cache)
         cache.save(path)
         restored = gs.attention_cache(llama, METHOD, saved=path)
-        assert restored.layers[0].stored[0].tensors().keys() > {"keys.0.bitmaps", "values.0.entries"}
+        assert restored.layers[0].stored[0].tensors().keys() > {
+            "keys.0.bitmaps",
+            "values.0.entries",
+        }
         for _ in range(3):
             both = [llama(ids[:, :1], past_key_values=c).logits for c in (cache, restored)]
             assert torch.equal(*both)

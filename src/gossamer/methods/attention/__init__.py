@@ -10,11 +10,11 @@ from gossamer.methods.attention.dma import DMA
 from gossamer.methods.attention.double_sparsity import DoubleSparsity
 from gossamer.methods.attention.drsformer import DRSformer
 from gossamer.methods.attention.flex_prefill import FlexPrefill
-from gossamer.methods.attention.mustafar import Mustafar
 from gossamer.methods.attention.gtsp import GTSP
 from gossamer.methods.attention.light_forcing import LightForcing
 from gossamer.methods.attention.mesh_transformer import MeshTransformer
 from gossamer.methods.attention.moa import MoA
+from gossamer.methods.attention.mustafar import Mustafar
 from gossamer.methods.attention.paraformer import Paraformer
 from gossamer.methods.attention.psa import PSA
 from gossamer.methods.attention.quest import Quest
@@ -44,10 +44,10 @@ __all__ = [
     "DRSformer",
     "DoubleSparsity",
     "FlexPrefill",
-    "Mustafar",
     "LightForcing",
     "MeshTransformer",
     "MoA",
+    "Mustafar",
     "Paraformer",
     "Quest",
     "Rettention",
