@@ -43,45 +43,8 @@ NOT_TRIED = {
     name
     for name, method in methods().items()
     if "claim was not tried" in " ".join(sys.modules[method.__module__].__doc__.split())
-    f"attention.{name}"
-    for name in (
-        "biformer",
-        "adasnapkv",
-        "blocksparse",
-        "dma",
-        "doublesparsity",
-        "drsformer",
-        "gtsp",
-        "meshtransformer",
-        "paraformer",
-        "quest",
-        "seerattention",
-        "snapkv",
-        "sparsegraphtracker",
-        "sparsifiner",
-        "moa",
-        "routingtransformer",
-        "s2attention",
-        "sparsed",
-    )
 }
 """Methods whose pages say that their claim waits for its check or its record."""
-NOT_TRIED = (
-    {"weights.dsnot", "weights.monarch"}
-    | {f"activations.{name}" for name in ("coreinfer", "rsparse", "sirius", "teal", "wina")}
-    | {
-        f"attention.{name}"
-        for name in (
-            "anchorattention",
-            "blocksparse",
-            "flexprefill",
-            "seerattention",
-            "streamingllm",
-            "verticalslash",
-        )
-    }
-)
-"""Methods whose claims wait for their check or its record; their pages say so."""
 NAMES = sorted({f"{card.topic}.{card.name}" for card in cards()} - NOT_TRIED)
 ONCE = (3,)
 
