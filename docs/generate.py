@@ -1,5 +1,5 @@
 """Writes docs/methods/*.md from the cards and the ledger of claims, the verdicts that the package
-carries, and docs/guide/benchmarks.md. Run: python docs/generate.py"""
+carries, and two pages of docs/guide. Run: python docs/generate.py"""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from gossamer.core.card import Card
 from gossamer.methods import TOPICS, cards, find, summary
 
 OUT = Path(__file__).parent / "methods"
+FRONTIER = Path(__file__).parent / "guide" / "attention-frontier.md"
 BENCHMARKS = Path(__file__).parent / "guide" / "benchmarks.md"
 LEDGER = Path(__file__).parents[1] / "benchmarks" / "results" / "claims"
 RECORDS = "../../benchmarks/results/claims"
@@ -170,7 +171,16 @@ def pages() -> dict[str, str]:
 
 def benchmarks() -> str:
     """The page of benchmarks, from the file beside this one."""
-    return str(runpy.run_path(str(Path(__file__).with_name("benchmarks.py")))["page"]())
+    return _written_by("benchmarks.py")
+
+
+def frontier() -> str:
+    """The page of attention's quality and cost, likewise."""
+    return _written_by("frontier.py")
+
+
+def _written_by(name: str) -> str:
+    return str(runpy.run_path(str(Path(__file__).with_name(name)))["page"]())
 
 
 if __name__ == "__main__":
@@ -179,3 +189,4 @@ if __name__ == "__main__":
         (OUT / name).write_text(text)
     VERDICTS.write_text(verdicts())
     BENCHMARKS.write_text(benchmarks())
+    FRONTIER.write_text(frontier())

@@ -15,6 +15,7 @@ from gossamer.api_attention import (
     sparse_attention,
     sparse_denoising,
 )
+from gossamer.attention_comparison import AttentionComparison, compare_attention
 from gossamer.compression import CompressionReport, measure_compression
 from gossamer.core.allocation import (
     ER,
@@ -96,6 +97,7 @@ __all__ = [
     "ActivationResult",
     "ActivationRun",
     "Attended",
+    "AttentionComparison",
     "AttentionResult",
     "AttentionRun",
     "BatchTopK",
@@ -160,6 +162,7 @@ __all__ = [
     "calibrate_latency",
     "cards",
     "compare",
+    "compare_attention",
     "compare_training",
     "compress",
     "coupled_channels",

@@ -19,6 +19,7 @@ from gossamer.core.matrix import is_prunable
 from gossamer.core.pattern import Pattern
 from gossamer.core.result import CompressResult, PruneResult
 from gossamer.engine.data import Batch
+from gossamer.engine.inputs.activations.plan import text_of
 from gossamer.engine.measure.record import layers_of, record, work_of
 from gossamer.engine.measure.tasks import Subject, Task, is_causal, task_of
 from gossamer.engine.protocols import Allocation, Method
@@ -222,6 +223,7 @@ class Experiment:
             **record(pruned, packed, task, quality, work, self.dtype, self.bits),
             "allocation": str(self.pruning.get("allocation") or "uniform"),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "activations": point.get("activations"),
             "sweep": list(points.values()) if sweep else [],
             "speed": asdict(task.speed(dense, packed, self.tokens)),
         }
@@ -229,7 +231,7 @@ class Experiment:
 
     def _point(
         self, task: Task, batches: Sequence[Batch], density: float | None, journal: Path | None
-    ) -> tuple[PruneResult, CompressResult, dict[str, float]]:
+    ) -> tuple[PruneResult, CompressResult, dict[str, Any]]:
         """One density, pruned, rounded as stored, measured and packed.
 
         Quality is that of the stored weights, computed in float32 with plain dense products: where
@@ -275,7 +277,10 @@ class Experiment:
             if isinstance(module, ActiveLinear):
                 module.to(self.dtype)
         stored = sum(layer.sparse_bytes for layer in layers_of(pruned, packed))
-        point = {"density": pruned.measured_density, "quality": quality, "bytes": stored}
+        point = {
+            "density": pruned.measured_density, "quality": quality, "bytes": stored,
+            "activations": {"method": text_of(plan.method), "density": plan.density},
+        }  # fmt: skip
         return pruned, packed, point
 
     def _unpacked(self, model: nn.Module) -> list[str]:

@@ -17,8 +17,8 @@ from gossamer.nn.packed.active import columns_of
 
 METHODS = {
     "teal": "teal:allocation=uniform",
-    "wina": "wina:density=0.4",
-    "wina-plain": "wina:density=0.4,rotate=false",
+    "wina": "wina:density=0.4,rotate=all",
+    "wina-plain": "wina:density=0.4,rotate=off",
     "rsparse": "rsparse:share=0.5",
 }
 
@@ -72,6 +72,22 @@ def test_every_format_is_its_dequantised_product(bits, dtype, density, tokens):
     loose = 0.03 if dtype == torch.bfloat16 else 1e-4
     torch.testing.assert_close(found.float(), want, rtol=loose, atol=loose)
     torch.testing.assert_close(made.weight + 0, layer.weight, rtol=0.02, atol=0.002)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_skipped_weights_are_not_read(dtype):
+    torch.manual_seed(0)
+    layer = nn.Linear(96, 40).to(dtype)
+    state = gs.activations.TEAL(0.3).prepare(layer.weight, None, 0.3)
+    made = ActiveLinear(columns_of(layer.weight), state, gs.Fraction(0.3), layer.bias)
+    x = torch.randn(1, 96, dtype=dtype)
+    with torch.no_grad():
+        want = made(x)
+        made.values[~made.active.mask(x)[0]] = float("nan")
+        assert torch.equal(made(x), want)
+        made.values[made.active.mask(x)[0]] = float("nan")
+        assert made(x).isnan().all()
+    assert made.active.counts.kept == 3 * 29 == made.active.counts.union
 
 
 def test_integers_are_scaled_where_that_is_nearer():
@@ -129,7 +145,7 @@ def test_quality_is_that_of_decoding(tiny_llama):
 
 
 def test_a_fresh_process_generates_the_same(tiny_llama, tmp_path):
-    fast, _ = packed(tiny_llama(), "wina:density=0.4")
+    fast, _ = packed(tiny_llama(), "wina:density=0.4,rotate=all")
     folder = gs.save(fast, tmp_path / "model")
     want = gs.generate(fast, torch.tensor([[1, 2, 3]]), 8, eos=()).tolist()
     code = (
@@ -163,7 +179,7 @@ def test_unpack_gives_the_weights_back(tiny_llama):
 
 
 def test_a_cast_keeps_norms_exact(tiny_llama):
-    fast, _ = packed(tiny_llama(), "wina:density=0.4,norms=all")
+    fast, _ = packed(tiny_llama(), "wina:density=0.4,norms=all,rotate=all")
     fast.model.to(torch.bfloat16)
     for layer in active_layers(fast.model).values():
         assert layer.norms.dtype == torch.float32 and layer.values.dtype == torch.bfloat16
@@ -172,7 +188,7 @@ def test_a_cast_keeps_norms_exact(tiny_llama):
 
 
 def test_what_a_file_may_not_say(tiny_llama, tmp_path):
-    fast, _ = packed(tiny_llama(), "wina:density=0.4")
+    fast, _ = packed(tiny_llama(), "wina:density=0.4,rotate=all")
     folder = gs.save(fast, tmp_path / "model")
     good = json.loads((folder / "gossamer.json").read_text())
     assert good["version"] == 3

@@ -68,8 +68,7 @@ def tiled(case: Case, limits: Limits, rounds: Repeats | int) -> dict[str, Any]:
     """One query over tiles and a dense tail, against everything dense."""
     query, key, value = inputs(case, 1)
     method = Mustafar(density=case.kept)
-    old, tail = case.keys - method.every // 2 - method.tail, method.every // 2 + method.tail
-    old -= old % kv_tiles.TILE
+    old = (case.keys - method.every // 2 - method.tail) // kv_tiles.TILE * kv_tiles.TILE
     caches = []
     for turn in range(_CACHES):
         moved = [x.roll(turn, 2) for x in (key, value)]
@@ -106,7 +105,7 @@ def tiled(case: Case, limits: Limits, rounds: Repeats | int) -> dict[str, Any]:
     held = sum(part.nbytes for part in (*caches[0][0], *caches[0][1]))
     dense_bytes = key.nbytes + value.nbytes
     record = found.record(case, limits.seconds(held, 0))
-    return {**record, "density": case.kept, "memory": held / dense_bytes, "tail": tail}
+    return {**record, "density": case.kept, "memory": held / dense_bytes, "tail": case.keys - old}
 
 
 def _dense(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Calls:

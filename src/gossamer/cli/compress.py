@@ -183,7 +183,8 @@ class Compress:
             raise UsageError(f"--eval-bytes is 0 (all) or more, not {self.eval_bytes}")
         default = self.pattern.strip().lower() == "unstructured"
         return {
-            "method": _pruner(self.method),
+            # weights that stay whole need no data to be ranked
+            "method": _pruner("magnitude" if density == 1 else self.method),
             "pattern": None if default else pattern,
             "density": density,
             "activations": activations,

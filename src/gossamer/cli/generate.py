@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from gossamer.api_activations import method_of, sparsify_activations
 from gossamer.api_attention import attention_cache, serves_prompts, sparse_attention
@@ -83,7 +83,7 @@ class Generate:
             text = bytes(out).decode("utf-8", "replace")
         else:
             text = subject.tokenizer.decode(out, skip_special_tokens=True)
-        blocks = {"attention": run, "cache": cache, "activations": inputs}
+        blocks: dict[str, Any] = {"attention": run, "cache": cache, "activations": inputs}
         results = {name: x.result for name, x in blocks.items() if x is not None}
         if self.json:
             found = {"text": text, "tokens": made, "tokens_per_second": rate}

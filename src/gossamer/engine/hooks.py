@@ -14,11 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import UsageError
+from gossamer.engine.calls import Inputs, first_tensor, without_cache
 from gossamer.engine.train.optimizers import ASCENTS, Followed
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-"""The positional and keyword arguments of one call of a module."""
-
 
 _STEP = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
 """The code of torch's function that runs the hooks around a step."""
@@ -380,26 +377,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
-
-
-def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:
-    """The tensor that a layer was called with; raises UsageError naming the layer if none."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return value
-    raise UsageError(f"{name}: was called without a tensor, so it cannot be calibrated")
-
-
-def without_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
-    """The same arguments without key-value caches, which running a block would grow."""
-    clean = {key: _no_cache(value) for key, value in kwargs.items()}
-    if clean.get("use_cache"):
-        clean["use_cache"] = False
-    return tuple(_no_cache(value) for value in args), clean
-
-
-def _no_cache(value: Any) -> Any:
-    return None if hasattr(value, "get_seq_length") else value
 
 
 @contextmanager

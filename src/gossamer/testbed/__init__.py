@@ -18,6 +18,7 @@ __all__ = [
     "language_model",
     "load",
     "model_folder",
+    "symbol_model",
     "video_transformer",
 ]
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         heldout_text,
         language_model,
         model_folder,
+        symbol_model,
     )
     from gossamer.testbed.language import Text
     from gossamer.testbed.packaged import fetch, folder, load

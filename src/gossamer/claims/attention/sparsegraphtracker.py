@@ -184,5 +184,6 @@ CLAIM = Claim(
     one,
     promises,
     remark="Accuracy is 1 less the missed, the false and the changes of identity over all objects, "
-    "as in MOTA. The threshold uses the same network on detections of at least 0.5.",
+    "as in MOTA. The threshold uses the same network on detections of at least 0.5. A frame has "
+    f"{OBJECTS + CLUTTER} detections, so 100 and 200 are the same here.",
 )

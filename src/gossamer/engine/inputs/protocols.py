@@ -75,8 +75,10 @@ class LearnsFromAnswers(PairChooser, Protocol):
 class KeyEvictor(Protocol):
     """A method that says which keys stay in the cache when a prompt is over."""
 
-    last: int
-    """How many of the prompt's last queries it looks at."""
+    @property
+    def last(self) -> int:
+        """How many of the prompt's last queries it looks at."""
+        ...
 
     @property
     def card(self) -> Card: ...
@@ -90,8 +92,11 @@ class KeyEvictor(Protocol):
 class RollingEvictor(KeyEvictor, Protocol):
     """One that also gives up a key for each new token, once a head holds `sinks + window`."""
 
-    sinks: int
-    window: int
+    @property
+    def sinks(self) -> int: ...
+
+    @property
+    def window(self) -> int: ...
 
     def rolls(self) -> bool:
         """Whether it does so."""

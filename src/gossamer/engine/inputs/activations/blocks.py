@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from gossamer.core.activations import InputState
 from gossamer.core.quantiles import Magnitudes, quantile
+from gossamer.engine.calls import Inputs
 from gossamer.engine.data import Batch, call
-from gossamer.engine.hooks import Inputs, evaluating, substitute, watch_blocks
+from gossamer.engine.hooks import evaluating, substitute, watch_blocks
 from gossamer.engine.inputs.activations.allocate import activation_error, greedy, proportional
 from gossamer.engine.inputs.activations.plan import Chosen, Step
 from gossamer.engine.inputs.activations.protocols import Allocates
