@@ -50,7 +50,6 @@ NOT_TRIED = {"weights.dsnot"} | {
         "flexprefill",
         "gtsp",
         "meshtransformer",
-        "sparsifiner",
         "moa",
         "routingtransformer",
         "s2attention",
