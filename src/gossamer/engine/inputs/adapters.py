@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gossamer.core.errors import UsageError
 from gossamer.core.result import CompressResult, PruneResult, unwrap
-from gossamer.engine.hooks import adjust_outputs, first_tensor, watch_blocks
+from gossamer.engine.calls import first_tensor
+from gossamer.engine.hooks import adjust_outputs, watch_blocks
 from gossamer.engine.inputs.servable import IMPLEMENTATION, attention_layers
 
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
