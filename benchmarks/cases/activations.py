@@ -49,13 +49,14 @@ QUALITY = {
     "teal": "teal:density={}",
     "teal uniform": "teal:density={},allocation=uniform",
     "wina": "wina:density={}",
-    "wina without rotation": "wina:density={},rotate=false",
-    "wina, norms everywhere, without rotation": "wina:density={},rotate=false,norms=all",
+    "wina as published": "wina:density={},rotate=all",
+    "wina without rotation": "wina:density={},rotate=off",
+    "wina, norms everywhere, without rotation": "wina:density={},rotate=off,norms=all",
     "rsparse": "rsparse:density={}",
 }
 SPEED = {"teal": "teal:density={},allocation=uniform",
          "wina": "wina:density={},allocation=uniform",
-         "wina without rotation": "wina:density={},rotate=false,allocation=uniform"}  # fmt: skip
+         "wina without rotation": "wina:density={},rotate=off,allocation=uniform"}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,8 @@ INPUTS = {
     "teal-uniform": lambda: gs.activations.TEAL(allocation="uniform"),
     "teal-token": lambda: gs.activations.TEAL(allocation="uniform", per_token=True),
     "wina": lambda: gs.activations.WINA(),
-    "wina-plain": lambda: gs.activations.WINA(rotate=False, norms="all", per_token=False),
+    "wina-all": lambda: gs.activations.WINA(rotate="all"),
+    "wina-plain": lambda: gs.activations.WINA(rotate="off", norms="all", per_token=False),
     "rsparse": lambda: gs.activations.RSparse(),
     "rsparse-half": lambda: gs.activations.RSparse(share=0.5),
 }
@@ -142,6 +143,7 @@ CACHES = {
     "adasnapkv": lambda **options: A.AdaSnapKV(**evicting(options)),
     "quest": lambda **options: A.Quest(**{"page": 4, "tokens": 20} | options),
     "doublesparsity": lambda **options: labelled(**options),
+    "mustafar": lambda **options: A.Mustafar(**{"tail": 8, "every": 64} | options),
 }
 """Methods that keep or read a part of a cache, for 2 heads of keys of width 16."""
 

@@ -17,8 +17,8 @@ from gossamer.nn.packed.active import columns_of
 
 METHODS = {
     "teal": "teal:allocation=uniform",
-    "wina": "wina:density=0.4",
-    "wina-plain": "wina:density=0.4,rotate=false",
+    "wina": "wina:density=0.4,rotate=all",
+    "wina-plain": "wina:density=0.4,rotate=off",
     "rsparse": "rsparse:share=0.5",
 }
 
@@ -145,7 +145,7 @@ def test_quality_is_that_of_decoding(tiny_llama):
 
 
 def test_a_fresh_process_generates_the_same(tiny_llama, tmp_path):
-    fast, _ = packed(tiny_llama(), "wina:density=0.4")
+    fast, _ = packed(tiny_llama(), "wina:density=0.4,rotate=all")
     folder = gs.save(fast, tmp_path / "model")
     want = gs.generate(fast, torch.tensor([[1, 2, 3]]), 8, eos=()).tolist()
     code = (
@@ -179,7 +179,7 @@ def test_unpack_gives_the_weights_back(tiny_llama):
 
 
 def test_a_cast_keeps_norms_exact(tiny_llama):
-    fast, _ = packed(tiny_llama(), "wina:density=0.4,norms=all")
+    fast, _ = packed(tiny_llama(), "wina:density=0.4,norms=all,rotate=all")
     fast.model.to(torch.bfloat16)
     for layer in active_layers(fast.model).values():
         assert layer.norms.dtype == torch.float32 and layer.values.dtype == torch.bfloat16
@@ -188,7 +188,7 @@ def test_a_cast_keeps_norms_exact(tiny_llama):
 
 
 def test_what_a_file_may_not_say(tiny_llama, tmp_path):
-    fast, _ = packed(tiny_llama(), "wina:density=0.4")
+    fast, _ = packed(tiny_llama(), "wina:density=0.4,rotate=all")
     folder = gs.save(fast, tmp_path / "model")
     good = json.loads((folder / "gossamer.json").read_text())
     assert good["version"] == 3

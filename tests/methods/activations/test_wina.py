@@ -19,7 +19,7 @@ def drawn(spread):
 
 def error(method, weight, x, rotate=False):
     """Relative, of the layer's output."""
-    rotation = method.rotation({"layer": weight}) if rotate else None
+    rotation = method.rotations({"layer": weight})["layer"] if rotate else None
     weight, x = turned(weight, rotation), x if rotation is None else x @ rotation
     state = method.prepare(weight, InputStats("layer"), DENSITY)
     mask = gs.keep(method.score(x, state), gs.Fraction(DENSITY))
@@ -46,7 +46,7 @@ def test_unequal_columns_bring_much():
 
 def test_the_rotation_makes_columns_orthogonal_and_brings_more():
     x, weight = drawn(0.75)
-    turns = WINA.rotation({"layer": weight})
+    turns = WINA.rotations({"layer": weight})["layer"]
     assert torch.allclose(turns.t() @ turns, torch.eye(WIDTH), atol=1e-4)
     gram = turned(weight, turns).t() @ turned(weight, turns)
     assert float((gram - gram.diag().diag()).norm() / gram.norm()) < 1e-4
@@ -60,7 +60,7 @@ def test_the_rotation_makes_columns_orthogonal_and_brings_more():
 
 def test_with_orthogonal_columns_no_other_choice_is_better():
     x, weight = drawn(0.75)
-    turns = WINA.rotation({"layer": weight})
+    turns = WINA.rotations({"layer": weight})["layer"]
     weight, x = turned(weight, turns)[:, :10], (x @ turns)[:40, :10]
     state = WINA.prepare(weight, InputStats("layer"), 0.3)
     mask = gs.keep(WINA.score(x, state), gs.TopK(3))
@@ -81,16 +81,27 @@ def test_norms_are_those_of_columns_and_of_leading_layers():
 def test_the_rotation_is_paid_for(tiny_llama):
     model, data = tiny_llama(), [torch.randint(256, (4, 48))]
     told = {}
-    for rotate in (False, True):
+    for rotate in ("off", "leading", "all"):
         method = gs.activations.WINA(0.3, rotate=rotate, allocation="uniform")
-        with gs.sparsify_activations(model, method, data, break_even=1.0) as run:
+        with gs.sparsify_activations(model, method, data, break_even=float("inf")) as run:
             gs.generate(model, data[0][:1, :12], 3, eos=())
         told[rotate] = run.result
     width = model.config.hidden_size
-    extra = told[True].added_bytes - told[False].added_bytes
-    assert extra == 2 * len(model.model.layers) * width**2 * 4
-    assert told[True].bytes - told[False].bytes == extra
-    assert told[True].held_bytes > extra > 0
+    for rotate in ("leading", "all"):
+        extra = told[rotate].added_bytes - told["off"].added_bytes
+        assert extra == 2 * len(model.model.layers) * width**2 * 4
+        assert told[rotate].bytes - told["off"].bytes == extra
+        assert told[rotate].held_bytes > extra > 0
+    assert told["all"].held_bytes > told["leading"].held_bytes
+
+
+def test_leading_layers_turn_alone_unless_all_are_to():
+    weights = {"a.q_proj": torch.randn(8, 8), "a.k_proj": torch.randn(4, 8)}
+    assert list(gs.activations.WINA().rotations(weights)) == ["a.k_proj"]
+    every = gs.activations.WINA(rotate="all").rotations(weights)
+    assert list(every) == list(weights) and every["a.q_proj"] is every["a.k_proj"]
+    assert not gs.activations.WINA(rotate="off").rotations(weights)
+    assert not gs.activations.WINA().rotations({"a.o_proj": torch.randn(8, 8)})
 
 
 def test_a_model_without_the_layers_is_refused():

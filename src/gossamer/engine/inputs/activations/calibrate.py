@@ -111,7 +111,10 @@ def check_needs_no_data(method: Any) -> None:
     """Raise UsageError where a method's choices cannot be made from the weights alone."""
     greedy = isinstance(method, Allocates) and method.allocation == "greedy"
     if method.density < 1 and (
-        not method.per_token or greedy or "inputs" in method.card.needs or _may_rotate(method)
+        not method.per_token
+        or greedy
+        or "inputs" in method.card.needs
+        or (isinstance(method, Rotates) and method.turns)
     ):
         raise UsageError(
             f"{method.card.name} needs calibration data: pass data=, batches as for gs.prune, or "
@@ -119,21 +122,15 @@ def check_needs_no_data(method: Any) -> None:
         )
 
 
-def _may_rotate(method: Any) -> bool:
-    return isinstance(method, Rotates) and bool(getattr(method, "rotate", True))
-
-
 def rotations_of(
     method: Any, groups: Sequence[Sequence[str]], weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """V by layer, one tensor for those that share their input."""
-    if not isinstance(method, Rotates) or method.density >= 1:
+    if not isinstance(method, Rotates) or not method.turns or method.density >= 1:
         return {}
     found: dict[str, Tensor] = {}
     for group in groups:
-        matrix = method.rotation({name: weights[name].detach() for name in group})
-        if matrix is not None:
-            found.update(dict.fromkeys(group, matrix))
+        found.update(method.rotations({name: weights[name].detach() for name in group}))
     return found
 
 

@@ -65,12 +65,18 @@ class Allocates(InputScorer, Protocol):
 
 @runtime_checkable
 class Rotates(InputScorer, Protocol):
-    """A method that turns the inputs that several layers share before they are scored."""
+    """A method that turns the inputs of some layers before they are scored."""
 
-    def rotation(self, weights: Mapping[str, Tensor]) -> Tensor | None:
-        """An orthogonal matrix V (in, in) for layers with the same input, by name; None: as it is.
+    @property
+    def turns(self) -> bool:
+        """Whether it does so at all, as it is set."""
+        ...
 
-        Layers are then scored and multiplied with x V and W V.
+    def rotations(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Orthogonal matrices V (in, in) for those layers that are turned, of all with one input.
+
+        Layers are then scored and multiplied with x V and W V. One tensor for several layers is
+        multiplied once.
         """
         ...
 
