@@ -1,5 +1,5 @@
 """Writes docs/methods/*.md from the cards and the ledger of claims, the verdicts that the package
-carries, and docs/guide/benchmarks.md. Run: python docs/generate.py"""
+carries, and two pages of docs/guide. Run: python docs/generate.py"""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from gossamer.core.card import Card
 from gossamer.methods import TOPICS, cards, find, summary
 
 OUT = Path(__file__).parent / "methods"
+FRONTIER = Path(__file__).parent / "guide" / "attention-frontier.md"
 BENCHMARKS = Path(__file__).parent / "guide" / "benchmarks.md"
 LEDGER = Path(__file__).parents[1] / "benchmarks" / "results" / "claims"
 RECORDS = "../../benchmarks/results/claims"
@@ -105,6 +106,16 @@ for x, y in batches:
     optimizer.step()"""
     if card.role == "layer":
         return f"layer = {name}(...)  # a torch module; its parameters are in the API reference"
+    if card.role == "input_scorer":
+        return f"""with gs.sparsify_activations(model, {name}(density=0.5), batches) as run:
+    ...  # the model as it was
+print(run.result)"""
+    if card.role == "neuron_selector":
+        return f"""with gs.sparsify_activations(model, {name}()) as run:
+    ...  # the model as it was; a prompt first
+print(run.result)"""
+    if card.role == "corrector":
+        return f"found = gs.generate_corrected(model, {name}(), ids, 100, batches)"
     if card.role == "key_scorer" and hasattr(find(card.name), "fitted"):
         return f"""method = gs.calibrate_attention(model, {name}(), batches)
 with gs.sparse_attention(model, method) as run:
@@ -113,6 +124,12 @@ with gs.sparse_attention(model, method) as run:
         return f"""with gs.sparse_attention(model, {name}()) as run:
     ...  # the model as it was
 print(run.result)"""
+    if card.role == "cache":
+        fitted = hasattr(find(card.name), "fitted")
+        learn = f"method = gs.calibrate_attention(model, {name}(), batches)\n" if fitted else ""
+        return f"""{learn}cache = gs.attention_cache(model, {"method" if fitted else f"{name}()"})
+ids = model.generate(ids, past_key_values=cache)
+print(cache.result)"""
     if card.role == "step_attention":
         fitted = hasattr(find(card.name), "fitted")
         learn = f"method = gs.calibrate_denoising(model, {name}(), sample, steps=n, grid=grid)\n"
@@ -154,7 +171,16 @@ def pages() -> dict[str, str]:
 
 def benchmarks() -> str:
     """The page of benchmarks, from the file beside this one."""
-    return str(runpy.run_path(str(Path(__file__).with_name("benchmarks.py")))["page"]())
+    return _written_by("benchmarks.py")
+
+
+def frontier() -> str:
+    """The page of attention's quality and cost, likewise."""
+    return _written_by("frontier.py")
+
+
+def _written_by(name: str) -> str:
+    return str(runpy.run_path(str(Path(__file__).with_name(name)))["page"]())
 
 
 if __name__ == "__main__":
@@ -163,3 +189,4 @@ if __name__ == "__main__":
         (OUT / name).write_text(text)
     VERDICTS.write_text(verdicts())
     BENCHMARKS.write_text(benchmarks())
+    FRONTIER.write_text(frontier())

@@ -5,6 +5,7 @@ import inspect
 import json
 import operator
 import re
+import statistics
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def test_method_pages_are_current():
         assert (ROOT / "docs" / "methods" / name).read_text() == text, "run make docs"
     assert generate.VERDICTS.read_text() == generate.verdicts(), "run make docs"
     assert generate.BENCHMARKS.read_text() == generate.benchmarks(), "run make docs"
+    assert generate.FRONTIER.read_text() == generate.frontier(), "run make docs"
 
 
 def test_the_own_model_page_runs(tiny_llama, tmp_path, monkeypatch):
@@ -221,6 +223,23 @@ def test_the_page_on_attention_says_what_was_measured():
         )
         assert cells == wanted, method
     assert f"bits per byte of {record['4096: sdpa']['bits_per_byte']:.3f}" in text
+
+
+def test_the_page_on_diffusion_says_what_was_measured():
+    text = (ROOT / "docs/guide/diffusion.md").read_text()
+    record = json.loads((ROOT / "benchmarks/results/attention_video.json").read_text())
+    rows = re.findall(r"^\| ([\w.]+ ?[\d.]*) \| ([\w, ]+) \| ([\d. |]+) \|$", text, re.MULTILINE)
+    assert len(rows) == len(record["parts"]) > 10
+    for density, name, cells in rows:
+        seeds = list(record["parts"][f"{density}: {name}"]["seeds"].values())
+        assert len(seeds) == record["plan"]["seeds"] == 3
+        mean = {key: statistics.fmean(seed[key] for seed in seeds) for key in seeds[1]}
+        wanted = (
+            f"{mean['density']:.2f} | {mean['sparse_density']:.2f} | {mean['psnr']:.1f} | "
+            f"{mean['loss']:.4f} | {seeds[0]['error']:.2f}"
+        )
+        assert cells == wanted, name
+    assert f"dense loss is {statistics.fmean(record['dense'].values()):.4f}" in text
 
 
 def slug(heading: str) -> str:

@@ -18,6 +18,7 @@ from gossamer.bench import (
     attention,
     conv,
     decode,
+    frontier,
     kernels,
     llama_cpp,
     nm,
@@ -32,6 +33,8 @@ from gossamer.nn.kernel_choice.machine import machine
 from gossamer.nn.kernel_choice.timing import CALM
 from gossamer.ops import _dispatch
 
+_POINTS = ".points.json"
+"""The ending of the file beside --out that keeps the prompts of --suite frontier."""
 Timed = Callable[[], dict[str, Any]]
 _SUITES: dict[str, Any] = {
     "kernels": kernels, "active": active, "nm": nm, "spgemm": spgemm, "conv": conv,
@@ -47,11 +50,12 @@ class Bench:
     """
 
     suite: Literal[
-        "kernels", "decode", "active", "nm", "spgemm", "conv", "training", "attention"
+        "kernels", "decode", "active", "nm", "spgemm", "conv", "training", "attention", "frontier"
     ] = "kernels"
     """kernels: single layers; decode: a whole model's decoding loop; active: inputs with zeros;
     nm: N:M weights; spgemm: sparse times sparse; conv: MobileNet-v1's geometry and 3x3 layers;
-    training: steps of an MLP; attention: chosen tiles of 16k tokens, and decoding over 32k keys"""
+    training: steps of an MLP; attention: chosen tiles of 16k tokens, and decoding over 32k keys;
+    frontier: scores on long prompts against the cost of attention, by method and density"""
     geometry: Literal["llama-1b", "llama-160m"] = "llama-1b"
     """of --suite decode: the shape of the model; its weights are random"""
     work: str = ""
@@ -77,6 +81,9 @@ class Bench:
             raise UsageError(f"--repeats is at least 1, not {self.repeats}")
         if not 0 <= self.patience < float("inf"):
             raise UsageError(f"--patience is in seconds, 0 or more, not {self.patience}")
+        if self.suite == "frontier":
+            self._frontier()
+            return
         self._chosen()
         earlier = self._earlier()
         limits = measure_limits(patience=self.patience)
@@ -105,9 +112,28 @@ class Bench:
         else:
             self._print(record["cases"])
 
+    def _frontier(self) -> None:
+        """Prompts that were read are kept beside --out until all are; a picture lies there too."""
+        out = Path(self.out) if self.out else None
+        keep = None if out is None else out.with_suffix(_POINTS)
+        if keep is not None and not self.resume:
+            keep.unlink(missing_ok=True)
+        found = frontier.measure(self.only, keep)
+        record = {"suite": self.suite, **_here(), "threads": torch.get_num_threads(),
+                  **frontier.record(found)}  # fmt: skip
+        if out is not None:
+            write_whole(out, functools.partial(_write, record))
+            found.save(out.with_suffix(".svg"))
+        if self.json:
+            print_json(record)
+        else:
+            header = ("task", "method", *(f"at density {x:g}" for x in frontier.DENSITIES))
+            print_table("gossamer bench --suite frontier", header, list(frontier.table(found)))
+
     def again(self) -> str:
         """What a second call makes of an interrupted one."""
-        kept = self.out and Path(self.out).is_file()
+        places = [Path(self.out), Path(self.out).with_suffix(_POINTS)] if self.out else []
+        kept = any(place.is_file() for place in places)
         return "; finished cases are kept: --resume goes on after them" if kept else ""
 
     def _start(self, limits: Limits) -> dict[str, Any]:

@@ -18,6 +18,8 @@ __all__ = [
     "language_model",
     "load",
     "model_folder",
+    "symbol_model",
+    "video_transformer",
 ]
 
 if TYPE_CHECKING:
@@ -28,12 +30,14 @@ if TYPE_CHECKING:
         heldout_text,
         language_model,
         model_folder,
+        symbol_model,
     )
     from gossamer.testbed.language import Text
     from gossamer.testbed.packaged import fetch, folder, load
+    from gossamer.testbed.video import video_transformer
     from gossamer.testbed.vision import Digits
 else:
-    _FILES = {"Digits": "vision", "Text": "language"} | dict.fromkeys(
+    _FILES = {"Digits": "vision", "Text": "language", "video_transformer": "video"} | dict.fromkeys(
         ("fetch", "folder", "load"), "packaged"
     )
 

@@ -22,13 +22,15 @@ def language_model(dtype: torch.dtype = torch.float32) -> nn.Module:
 
     Raises MissingExtra where transformers is not installed.
     """
-    try:
-        from transformers import LlamaForCausalLM
-    except ImportError:
-        raise MissingExtra("transformers", "hf") from None
-    with resources.as_file(model_folder()) as folder:
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return model.eval()
+    return _llama(model_folder(), dtype)
+
+
+def symbol_model() -> nn.Module:
+    """The bundled model of the language of `gossamer.testbed.symbols`, float32 and in eval mode.
+
+    Raises MissingExtra where transformers is not installed.
+    """
+    return _llama(resources.files("gossamer.testbed") / "data" / "symbols", torch.float32)
 
 
 def heldout_text() -> bytes:
@@ -72,3 +74,13 @@ def digits(test_share: float = 0.25, seed: int = 0) -> tuple[Tensor, Tensor, Ten
 
 def _text(name: str) -> bytes:
     return (resources.files("gossamer.testbed") / "data" / name).read_bytes()
+
+
+def _llama(place: Any, dtype: torch.dtype) -> nn.Module:
+    try:
+        from transformers import LlamaForCausalLM
+    except ImportError:
+        raise MissingExtra("transformers", "hf") from None
+    with resources.as_file(place) as folder:
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return model.eval()

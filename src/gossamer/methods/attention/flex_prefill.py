@@ -6,9 +6,8 @@ attention of the last queries. A head with wide attention thus keeps more than o
 **Paper.** FlexPrefill: A Context-Aware Sparse Attention Mechanism for Efficient Long-Sequence
 Inference, 2025. https://arxiv.org/abs/2502.20766
 
-**Claim.** Better accuracy at the same speed than fixed patterns on long-context tasks. The claim
-was not tried here; `attention_prefill.json` holds what this chooser keeps and costs on
-SmolLM2-135M.
+**Claim.** Better accuracy at the same speed than fixed patterns on long-context tasks.
+`attention_prefill.json` holds what this chooser keeps and costs on SmolLM2-135M.
 
 **Defaults.** The last 512 queries; a share of 0.65; at least 512 keys and offsets; the first 4 keys
 and the nearest 64 offsets are fixed; tiles of 64. These are the figures of The Sparse Frontier

@@ -1,4 +1,4 @@
-"""SparseGraphTracker: objects of two frames exchange messages along few edges, and weak ones are found.
+"""SparseGraphTracker: objects of two frames exchange messages along few edges; weak ones are found.
 
 Nodes are the best detections of this frame and of the last one, and lost tracks. Each earlier node
 is joined to the few current ones that overlap it, look like it or lie near it. Messages along these
