@@ -143,6 +143,7 @@ CACHES = {
     "adasnapkv": lambda **options: A.AdaSnapKV(**evicting(options)),
     "quest": lambda **options: A.Quest(**{"page": 4, "tokens": 20} | options),
     "doublesparsity": lambda **options: labelled(**options),
+    "mustafar": lambda **options: A.Mustafar(**{"tail": 8, "every": 64} | options),
 }
 """Methods that keep or read a part of a cache, for 2 heads of keys of width 16."""
 

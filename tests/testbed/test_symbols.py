@@ -76,7 +76,7 @@ def test_a_task_is_the_same_for_the_same_seed():
 def test_a_killed_run_ends_with_the_same_bits(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_symbols, "WIDTH", 16)
     monkeypatch.setattr(train_symbols, "SAVE_EVERY", 4)
-    stages = (Stage(48, 2, 6), Stage(64, 2, 4))
+    stages = (Stage((48,), 2, 6), Stage((48, 96), 1, 4, falls=True))
     whole = train_symbols.train(3, tmp_path / "whole.pt", stages)[0].state_dict()
     made, seen = train_symbols.batch, []
 

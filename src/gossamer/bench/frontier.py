@@ -105,7 +105,7 @@ def label(model: str, task: LongTask) -> str:
 
 def _symbol_tasks() -> tuple[LongTask, ...]:
     return tuple(
-        SymbolTask(name, length, 4)
+        SymbolTask(name, length, 2)
         for name in ("needle", "counting", "multi-hop") for length in (256, 512, 1024)
     )  # fmt: skip
 

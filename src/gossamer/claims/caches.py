@@ -94,14 +94,14 @@ def bits(seed: int, short: bool) -> dict[str, float]:
         for name, method in methods.items():
             own = gs.attention_cache(model, method)
             own.start_from(base)
-            found[name] = _decoded(model, ids[prompt:], own)
+            found[name] = decoded(model, ids[prompt:], own)
             layer = own.result.layers[-1]
             found[f"{name}, keys held"] = layer.rows - (behind - 1)
             found[f"{name}, keys read"] = (layer.density or 0) * (prompt + behind / 2)
     return found
 
 
-def _decoded(model: nn.Module, ids: Tensor, own: Any) -> float:
+def decoded(model: nn.Module, ids: Tensor, own: Any) -> float:
     """Bits per token of all but the first, each given alone."""
     total = 0.0
     for now, target in pairwise(ids):

@@ -49,6 +49,10 @@ def promises(found: Figures) -> list[Promise]:
     missing = "no model here reads more than 8192 tokens"
     return [
         promise(
+            "fewer bits with 4 first keys than with none", "quality",
+            found["without sinks"], found["with sinks"],
+        ),
+        promise(
             "without first keys, over 1 bit per token more than with 4", "quality",
             [x - 1 for x in found["without sinks"]], found["with sinks"],
         ),

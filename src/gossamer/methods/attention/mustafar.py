@@ -66,7 +66,7 @@ class Mustafar:
     card: ClassVar[Card] = Card(
         name="mustafar",
         topic="attention",
-        role="key_scorer",
+        role="cache",
         needs=(),
         patterns=("unstructured",),
         year=2025,

@@ -228,7 +228,7 @@ class EvictedRows(Rows):
             output = query.new_zeros(*query.shape[:3], value.shape[-1])
             return output, torch.full(query.shape[:3], -torch.inf, device=query.device)
         bias = torch.zeros(exists.shape, device=key.device).masked_fill(~exists, -torch.inf)
-        layout = every_pair(query.shape[2], key.shape[2])
+        layout = every_pair(query, key.shape[2])
         found: State = attention(query, key, value, layout, scale=scale, key_bias=bias)
         return found
 
@@ -241,7 +241,9 @@ class EvictedRows(Rows):
         """A copy that holds these texts."""
         found = EvictedRows(self.keeper)
         found._length, found.since = self._length, self.since
-        key, value, positions, exists = (x.index_select(0, texts) for x in self._padded())
+        key, value, positions, exists = (
+            x.index_select(0, texts.to(x.device)) for x in self._padded()
+        )
         found.pack(key, value, positions, exists)
         return found
 

@@ -62,7 +62,7 @@ class _OpenPrompt:
 
     def taken(self, texts: Tensor) -> None:
         self.key, self.value = self.key.taken(texts), self.value.taken(texts)
-        self.real = self.real.index_select(0, texts)
+        self.real = self.real.index_select(0, texts.to(self.real.device))
 
 
 class SparseLayer(CacheLayerMixin):
@@ -206,7 +206,7 @@ class SparseLayer(CacheLayerMixin):
             return
         texts = beam_idx.reshape(-1)
         if self._open is not None:
-            self._open.taken(texts.to(self._open.real.device))
+            self._open.taken(texts)
         if len(self._rows) == 1 and self.texts > 1:
             self._rows = [self._rows[0].taken(texts)]
         elif self._rows:
