@@ -19,13 +19,18 @@ from gossamer.ops.kv_tiles import Tiles, decode, pack
 class KeyCompressor(Protocol):
     """A method that says which entries of cached keys and values stay."""
 
-    tail: int
-    """Newest tokens that stay dense."""
-    every: int
-    """Tokens that are compressed at once, a multiple of 64."""
-
     @property
     def card(self) -> Card: ...
+
+    @property
+    def tail(self) -> int:
+        """Newest tokens that stay dense."""
+        ...
+
+    @property
+    def every(self) -> int:
+        """Tokens that are compressed at once, a multiple of 64."""
+        ...
 
     def kept_entries(self, x: Tensor, keys: bool) -> Tensor:
         """bool, the shape of x (texts, kv_heads, tokens, width), which are keys or values."""
