@@ -15,7 +15,7 @@ from gossamer.core.attention import AttentionCall
 from gossamer.core.card import Card
 from gossamer.ops.attention import Layout
 
-WIDTH, HEADS, STEPS, RATE = 64, 4, 300, 5e-3
+WIDTH, HEADS, STEPS, RATE = 64, 4, 700, 5e-3
 BLOCK, LOCAL, STRIDE = 8, 2, 4
 SHIFTED = gs.attention.S2Attention(LOCAL, STRIDE, BLOCK)
 TASK = Recall(batch_size=12)

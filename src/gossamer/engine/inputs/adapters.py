@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from gossamer.core.errors import UsageError
 from gossamer.core.result import CompressResult, PruneResult, unwrap
-from gossamer.engine.hooks import adjust_attention
+from gossamer.engine.calls import first_tensor
+from gossamer.engine.hooks import adjust_outputs, watch_blocks
 from gossamer.engine.inputs.servable import IMPLEMENTATION, attention_layers
 
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -73,8 +75,17 @@ def attention_adapters(
         for config in configs.values():
             setattr(config, IMPLEMENTATION, "eager")
         model.requires_grad_(False)
-        parts = zip(blocks, layers.values(), map(_correction, adapters), strict=True)
-        with adjust_attention(list(parts)):
+        inputs: dict[int, Tensor] = {}
+
+        def enter(index: int, given: Any) -> None:
+            args, kwargs = given
+            inputs[index] = first_tensor(args, kwargs, type(blocks[index]).__name__)
+
+        adjusted = [
+            (layer, partial(_corrected, adapter, inputs, index))
+            for index, (layer, adapter) in enumerate(zip(layers.values(), adapters, strict=True))
+        ]
+        with watch_blocks(blocks, enter, lambda *_: None), adjust_outputs(adjusted):
             yield
     finally:
         for key, config in configs.items():
@@ -95,16 +106,15 @@ def _block(model: nn.Module, name: str) -> nn.Module:
     return block
 
 
-def _correction(adapter: nn.Module) -> Any:
-    """attention's output with what the adapter adds to the hidden states behind it."""
-
-    def corrected(before: Tensor, output: Tensor, weights: Tensor | None) -> Tensor:
-        if weights is None or weights.shape[-1] != before.shape[1]:
-            raise UsageError(
-                "adapters of attention need all tokens at once: pass use_cache=False, and no "
-                "past_key_values"
-            )
-        hidden = before + output
-        return output + (adapter(hidden, weights) - hidden)
-
-    return corrected
+def _corrected(
+    adapter: nn.Module, inputs: dict[int, Tensor], index: int, _: Tensor, output: Any
+) -> Any:
+    """Attention's output and weights, with what the adapter adds to the hidden states behind it."""
+    before, (found, weights) = inputs.pop(index), output
+    if weights is None or weights.shape[-1] != before.shape[1]:
+        raise UsageError(
+            "adapters of attention need all tokens at once: pass use_cache=False, and no "
+            "past_key_values"
+        )
+    hidden = before + found
+    return found + (adapter(hidden, weights) - hidden), weights

@@ -170,5 +170,5 @@ class CompressedRows(Rows):
 
 
 def _tiles(tensors: Mapping[str, Tensor], prefix: str, width: int, keys: bool) -> Tiles:
-    parts = (tensors[prefix + name] for name in ("bitmaps", "offsets", "entries"))
-    return Tiles(*parts, width, keys)
+    bitmaps, offsets, entries = (tensors[prefix + n] for n in ("bitmaps", "offsets", "entries"))
+    return Tiles(bitmaps, offsets, entries, width, keys)
