@@ -218,6 +218,19 @@ def test_beams_and_assistance(llama, methods, name):
     assert beams.is_croppable == (name in ("quest", "doublesparsity"))
 
 
+def test_assisted_generation_drafts_and_takes_back(llama):
+    ids, draft = inputs("llama", 40)["input_ids"], make("llama", num_hidden_layers=1)
+    options = {"max_new_tokens": 10, "do_sample": False}
+    wanted = llama.generate(ids, **options)
+    cache = gs.attention_cache(llama, "quest:tokens=999")
+    found = llama.generate(ids, assistant_model=draft, past_key_values=cache, **options)
+    assert torch.equal(found, wanted) and cache.get_seq_length() == 49
+    with pytest.raises(gs.UsageError, match="cannot be taken back"):
+        cache = gs.attention_cache(llama, "snapkv")
+        llama.generate(ids, assistant_model=draft, past_key_values=cache, **options)
+    assert llama.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("name", ["quest", "doublesparsity"])
 def test_tokens_are_taken_back_as_if_they_never_came(llama, methods, name):
     ids = inputs("llama", 80)["input_ids"]
