@@ -10,6 +10,7 @@
 #include "conv/bindings.hpp"
 #include "csr/bindings.hpp"
 #include "decoder/bindings.hpp"
+#include "kv_tiles/bindings.hpp"
 #include "limits/bindings.hpp"
 #include "nm/bindings.hpp"
 #include "quantized/bindings.hpp"
@@ -30,6 +31,7 @@ NB_MODULE(_kernels, m) {
   bind_blocks(m);
   bind_conv(m);
   bind_csr(m);
+  bind_kv_tiles(m);
   bind_limits(m);
   bind_nm(m);
   bind_quantized(m);  // before the decoder, which takes all kinds of matrices

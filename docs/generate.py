@@ -106,6 +106,16 @@ for x, y in batches:
     optimizer.step()"""
     if card.role == "layer":
         return f"layer = {name}(...)  # a torch module; its parameters are in the API reference"
+    if card.role == "input_scorer":
+        return f"""with gs.sparsify_activations(model, {name}(density=0.5), batches) as run:
+    ...  # the model as it was
+print(run.result)"""
+    if card.role == "neuron_selector":
+        return f"""with gs.sparsify_activations(model, {name}()) as run:
+    ...  # the model as it was; a prompt first
+print(run.result)"""
+    if card.role == "corrector":
+        return f"found = gs.generate_corrected(model, {name}(), ids, 100, batches)"
     if card.role == "key_scorer" and hasattr(find(card.name), "fitted"):
         return f"""method = gs.calibrate_attention(model, {name}(), batches)
 with gs.sparse_attention(model, method) as run:
@@ -114,6 +124,12 @@ with gs.sparse_attention(model, method) as run:
         return f"""with gs.sparse_attention(model, {name}()) as run:
     ...  # the model as it was
 print(run.result)"""
+    if card.role == "cache":
+        fitted = hasattr(find(card.name), "fitted")
+        learn = f"method = gs.calibrate_attention(model, {name}(), batches)\n" if fitted else ""
+        return f"""{learn}cache = gs.attention_cache(model, {"method" if fitted else f"{name}()"})
+ids = model.generate(ids, past_key_values=cache)
+print(cache.result)"""
     if card.role == "step_attention":
         fitted = hasattr(find(card.name), "fitted")
         learn = f"method = gs.calibrate_denoising(model, {name}(), sample, steps=n, grid=grid)\n"

@@ -5,6 +5,7 @@ import inspect
 import json
 import operator
 import re
+import statistics
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -222,6 +223,53 @@ def test_the_page_on_attention_says_what_was_measured():
         )
         assert cells == wanted, method
     assert f"bits per byte of {record['4096: sdpa']['bits_per_byte']:.3f}" in text
+
+
+def test_the_page_on_caches_says_what_was_measured():
+    text = (ROOT / "docs/guide/caches.md").read_text()
+    record = json.loads((ROOT / "benchmarks/results/attention_caches.json").read_text())["parts"]
+    rows = dict(re.findall(r"^\| `([\w:]+)` \| (\d of .+) \|$", text, re.MULTILINE))
+    assert list(rows) == list(record["needle 0"])
+    for name, cells in rows.items():
+        needles, bits = (
+            [record[f"{part} {seed}"][name] for seed in range(3)] for part in ("needle", "text")
+        )
+        shares = [
+            needles[0][key] for key in ("density", "bytes_read_of_dense", "resident_of_dense")
+        ]
+        wanted = [f"{sum(x['found'] for x in needles)} of 6"]
+        wanted += [
+            f"{sum(x['bits_per_byte'] for x in bits) / 3:.3f}",
+            *(f"{x:.2f}" for x in shares),
+        ]
+        assert cells == " | ".join(wanted), name
+    speed = dict(re.findall(r"^\| `([\w: ]+)` \| (\d\.\dx .+) \|$", text, re.MULTILINE))
+    times = record["speed"]
+    assert {*speed, "transformers"} == set(times)
+    for name, cells in speed.items():
+        gain = times["every key"]["seconds"] / times[name]["seconds"]
+        over, held = times[name]["over_transformers"], times[name]["resident_of_dense"]
+        assert cells == f"{over:.1f}x | {gain:.2f}x | {held:.2f}", name
+    theirs = json.loads((ROOT / "benchmarks/results/attention_kvpress.json").read_text())
+    for name in ("SnapKV, averages without the window's keys", "AdaSnapKV on kvpress's scores"):
+        assert theirs[name]["heads_identical"] == theirs[name]["heads"] == 90
+
+
+def test_the_page_on_diffusion_says_what_was_measured():
+    text = (ROOT / "docs/guide/diffusion.md").read_text()
+    record = json.loads((ROOT / "benchmarks/results/attention_video.json").read_text())
+    rows = re.findall(r"^\| ([\w.]+ ?[\d.]*) \| ([\w, ]+) \| ([\d. |]+) \|$", text, re.MULTILINE)
+    assert len(rows) == len(record["parts"]) > 10
+    for density, name, cells in rows:
+        seeds = list(record["parts"][f"{density}: {name}"]["seeds"].values())
+        assert len(seeds) == record["plan"]["seeds"] == 3
+        mean = {key: statistics.fmean(seed[key] for seed in seeds) for key in seeds[1]}
+        wanted = (
+            f"{mean['density']:.2f} | {mean['sparse_density']:.2f} | {mean['psnr']:.1f} | "
+            f"{mean['loss']:.4f} | {seeds[0]['error']:.2f}"
+        )
+        assert cells == wanted, name
+    assert f"dense loss is {statistics.fmean(record['dense'].values()):.4f}" in text
 
 
 def slug(heading: str) -> str:

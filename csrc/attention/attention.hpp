@@ -95,5 +95,6 @@ const AttentionKernels Tables<AttentionKernels>::avx512;
 // With AVX-512's dot products of bfloat16, for bfloat16 only.
 void attention_bf16(const AttentionTask&, void* output, float* lse, int threads);
 void attention_bf16_backward(const AttentionTask&, const AttentionGradients&, int threads);
+void attention_bf16_decode(const DecodeTask&, void* output, float* lse, int threads);
 
 }  // namespace gossamer

@@ -1,5 +1,4 @@
-// AVX-512 with dot products of bfloat16: a unit is a pair of numbers. Decoding is that of the other
-// file: it waits for memory in any case.
+// AVX-512 with dot products of bfloat16: a unit is a pair of numbers.
 #include "attention/avx512_math.hpp"
 
 #define GOSSAMER_ATTENTION_BF16

@@ -4,52 +4,17 @@
 
 #include <nanobind/stl/optional.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "attention/attention.hpp"
-#include "common/isa.hpp"
-#include "common/tensor.hpp"
+#include "attention/arguments.hpp"
 
 namespace nb = nanobind;
 
 namespace gossamer {
 namespace {
-
-using Maybe = std::optional<Tensor>;
-
-Heads heads(const char* name, const Tensor& x, std::initializer_list<int64_t> shape, bool bf16) {
-  int64_t strides[3];
-  const void* data = x.heads(name, shape, strides);
-  if (x.is_bf16() != bf16) throw std::invalid_argument("attention: arrays of different types");
-  return {data, strides[0], strides[1], strides[2]};
-}
-
-// (batches, heads, width): batches 1 or all, heads a divisor of all.
-template <class T>
-Shared<T> shared(const char* name, const Maybe& x, int64_t width, int64_t batch, int64_t all) {
-  if (!x) return {};
-  Shared<T> found{nullptr, x->size(0), x->size(1), width};
-  found.data = x->data<T>(name, {found.batches, found.heads, width});
-  const bool batches = found.batches == 1 || (found.batches == batch && batch);
-  if (!batches || found.heads < 1 || all % found.heads)
-    throw std::invalid_argument(std::string("attention: ") + name + " does not fit the heads");
-  return found;
-}
-
-// The sizes that forward, backward and decoding share.
-template <class Task>
-void take_inputs(const Tensor& query, const Tensor& key, const Tensor& value, Task& t) {
-  t.batch = query.size(0), t.heads = query.size(1), t.queries = query.size(2);
-  t.width = query.size(3), t.kv_heads = key.size(1), t.keys = key.size(2);
-  t.value_width = value.size(3), t.bf16 = query.is_bf16();
-  if (t.kv_heads < 1 || t.heads % t.kv_heads)
-    throw std::invalid_argument("attention: heads are no multiple of the heads of keys");
-  t.query = heads("query", query, {t.batch, t.heads, t.queries, t.width}, t.bf16);
-  t.key = heads("key", key, {t.batch, t.kv_heads, t.keys, t.width}, t.bf16);
-  t.value = heads("value", value, {t.batch, t.kv_heads, t.keys, t.value_width}, t.bf16);
-}
 
 // A checked task with the arrays it reads; see attention.hpp.
 class Attention {
@@ -107,8 +72,8 @@ class Attention {
                 int threads, int isa) const {
     const AttentionTask& t = task_;
     AttentionGradients g{};
-    g.grad = heads("grad", grad, {t.batch, t.heads, t.queries, t.value_width}, t.bf16);
-    g.output = heads("output", output, {t.batch, t.heads, t.queries, t.value_width}, t.bf16);
+    g.grad = heads_of("grad", grad, {t.batch, t.heads, t.queries, t.value_width}, t.bf16);
+    g.output = heads_of("output", output, {t.batch, t.heads, t.queries, t.value_width}, t.bf16);
     g.grad_lse = grad_lse.data<const float>("grad of lse", {t.batch, t.heads, t.queries});
     g.lse = lse.data<const float>("lse", {t.batch, t.heads, t.queries});
     g.query = grad_query.floats("grad of query", {t.batch, t.heads, t.queries, t.width});
@@ -134,25 +99,32 @@ class Attention {
   std::vector<nb::object> owners_;
 };
 
-// Raises where a page is out of range or named twice for one head.
-void check_index(const DecodeTask& t) {
-  const int64_t pages = (t.keys + t.page - 1) / t.page;
-  std::vector<bool> seen(pages);
-  for (int64_t unit = 0; unit < t.batch * t.kv_heads; ++unit) {
-    const int32_t* index = t.index + unit * t.count;
-    seen.assign(pages, false);
-    for (int64_t i = 0; i < t.count; ++i) {
-      const int64_t page = index[i];
-      if (page == -1) continue;
-      const std::string number = std::to_string(page);
-      if (page < 0 || page >= pages)
-        throw std::invalid_argument("index " + number + " is none of 0 to " +
-                                    std::to_string(pages - 1) + ", nor -1 for no page");
-      if (seen[page])
-        throw std::invalid_argument("index " + number + " occurs twice for one head of keys");
-      seen[page] = true;
+// The index as 32 bits. Raises where a page is out of range or named twice for one head.
+std::vector<int32_t> checked_index(const int64_t* index, int64_t units, int64_t count,
+                                   int64_t pages, int threads) {
+  std::vector<int32_t> found(units * count);
+  int64_t wrong = -1;  // the place of one
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::vector<uint8_t> seen(pages);
+#pragma omp for schedule(static) reduction(max : wrong)
+    for (int64_t unit = 0; unit < units; ++unit) {
+      std::fill(seen.begin(), seen.end(), 0);
+      for (int64_t i = unit * count; i < (unit + 1) * count; ++i) {
+        const int64_t page = index[i];
+        found[i] = static_cast<int32_t>(page);
+        if (page == -1) continue;
+        if (page < 0 || page >= pages || seen[page]) wrong = i;
+        else seen[page] = 1;
+      }
     }
   }
+  if (wrong < 0) return found;
+  const std::string number = "index " + std::to_string(index[wrong]);
+  if (index[wrong] >= 0 && index[wrong] < pages)
+    throw std::invalid_argument(number + " occurs twice for one head of keys");
+  throw std::invalid_argument(number + " is none of 0 to " + std::to_string(pages - 1) +
+                              ", nor -1 for no page");
 }
 
 void decode(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& index,
@@ -163,7 +135,7 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const T
   take_inputs(query, key, value, t);
   if (page < 1 || threads < 1) throw std::invalid_argument("attention: bad page");
   t.causal = causal, t.scale = scale, t.page = page, t.count = index.size(2);
-  t.index = index.data<const int32_t>("index", {t.batch, t.kv_heads, t.count});
+  const auto* list = index.data<const int64_t>("index", {t.batch, t.kv_heads, t.count});
   t.key_bias = shared<const float>("key bias", key_bias, t.keys, t.batch, t.heads);
   if (causal) {
     t.query_positions = shared<const int32_t>("query positions", query_positions.value(), t.queries,
@@ -171,11 +143,16 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const T
     t.key_positions =
         shared<const int32_t>("key positions", key_positions.value(), t.keys, t.batch, t.heads);
   }
-  check_index(t);
+  const std::vector<int32_t> checked = checked_index(
+      list, t.batch * t.kv_heads, t.count, (t.keys + page - 1) / page, threads);
+  t.index = checked.data();
   void* to = output.floats("output", {t.batch, t.heads, t.queries, t.value_width});
   if (output.is_bf16() != t.bf16) throw std::invalid_argument("attention: bad output");
-  kernels<AttentionKernels>(isa).decode(t, to, lse.data<float>("lse", {t.batch, t.heads, t.queries}),
-                                        threads);
+  float* sums = lse.data<float>("lse", {t.batch, t.heads, t.queries});
+#if defined(__x86_64__)
+  if (t.bf16 && isa == kAvx512 && has_bf16()) return attention_bf16_decode(t, to, sums, threads);
+#endif
+  kernels<AttentionKernels>(isa).decode(t, to, sums, threads);
 }
 
 }  // namespace

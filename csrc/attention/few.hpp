@@ -1,6 +1,9 @@
 // One query and single keys, read where they lie: for small groups of queries, and for decoding.
 #pragma once
 #include "attention/chunks.hpp"
+#ifdef GOSSAMER_ATTENTION_PAIRS
+#include "attention/pairs.hpp"
+#endif
 
 namespace gossamer {
 namespace {
@@ -24,13 +27,31 @@ struct Rows {
 };
 
 template <class X>
-void fetch_row(const X* row, int64_t width) {
+__attribute__((always_inline)) inline void fetch_row(const X* row, int64_t width) {
   const char* at = reinterpret_cast<const char*>(row);
   for (int64_t b = 0; b < width * static_cast<int64_t>(sizeof(X)); b += 64)
     __builtin_prefetch(at + b, 0, 2);
 }
 
-// Products of R queries with the first 16 / R of `rows`, of which `count` (at least 1) are there:
+// Fetches what comes next, meanwhile: a key and its value together, which may lie beside each other.
+// GCC leaves out calls of functions that only fetch, so these are inlined.
+template <class X>
+struct Ahead {
+  const Keys<X>* next;  // or null
+  int64_t width, value_width;
+  __attribute__((always_inline)) void operator()(int from, int to) const {
+    for (int i = from; next && i < to && i < next->count; ++i) {
+      fetch_row(next->keys[i], width);
+      fetch_row(next->values[i], value_width);
+    }
+  }
+};
+
+// Rows that R queries meet at once, so that a vector holds the products.
+template <int R>
+constexpr int kTogether = R == 3 ? 4 : 16 / R;
+
+// Products of R queries with the first kTogether of `rows`, of which `count` (at least 1) are there:
 // lane i * R + r is that of row i. Four rows meet a part of the queries at a time.
 template <int R, class X>
 __attribute__((always_inline)) inline Wide dots(const float* queries, int64_t step,
@@ -38,8 +59,10 @@ __attribute__((always_inline)) inline Wide dots(const float* queries, int64_t st
   constexpr int T = 4;
   const int64_t whole = width / 16 * 16;
   Wide v[16];
+#pragma GCC unroll 16
+  for (int k = R * kTogether<R>; k < 16; ++k) v[k] = Wide{};
 #pragma GCC unroll 4
-  for (int i = 0; i < 16 / R; i += T) {
+  for (int i = 0; i < kTogether<R>; i += T) {
 #pragma GCC unroll 16
     for (int k = i * R; k < (i + T) * R; ++k) v[k] = Wide{};
     if (i >= count) continue;
@@ -64,18 +87,18 @@ __attribute__((always_inline)) inline Wide dots(const float* queries, int64_t st
   return found;
 }
 
-// The sums of R rows += the weighted values. Values that are not finite reach only those who give
-// them a weight. The values of `next` are fetched meanwhile.
+// The sums of R rows += the weighted values, from a channel on. Values that are not finite reach
+// only those who give them a weight. Half of what is ahead is fetched, if any channel is left.
 template <int R, class X>
-void add_rows(const float (&weights)[R][kChunk], const Keys<X>& keys, const Keys<X>* next,
-              int64_t width, float* sums, int64_t gap) {
+void add_rows(const float (&weights)[R][kChunk], const Keys<X>& keys, int64_t from, int64_t width,
+              float* sums, int64_t gap, const Ahead<X>& ahead) {
   const auto vectors = [&](auto count, int64_t j) {
     constexpr int C = decltype(count)::value;
     Wide s[R][C];
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) s[r][c] = load(sums + r * gap + j + 16 * c);
     for (int k = 0; k < keys.count; ++k) {
-      if (next && j == 0 && k < next->count) fetch_row(next->values[k], width);
+      if (j == from && k % 2 == 0) ahead((kChunk + k) / 2, (kChunk + k) / 2 + 1);
       Wide x[C];
       for (int c = 0; c < C; ++c) x[c] = load(keys.values[k] + j + 16 * c);
 #pragma GCC unroll 4
@@ -87,7 +110,7 @@ void add_rows(const float (&weights)[R][kChunk], const Keys<X>& keys, const Keys
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) store(s[r][c], sums + r * gap + j + 16 * c);
   };
-  int64_t j = 0;
+  int64_t j = from;
   if constexpr (R == 1)
     for (; j + 128 <= width; j += 128) vectors(Constant<8>{}, j);
   for (; j + 64 <= width; j += 64) vectors(Constant<4>{}, j);
@@ -98,25 +121,14 @@ void add_rows(const float (&weights)[R][kChunk], const Keys<X>& keys, const Keys
         if (weights[r][k] != 0) sums[r * gap + j] += weights[r][k] * widen(keys.values[k][j]);
 }
 
-// What `next` holds is fetched meanwhile.
-template <int R, class X>
-void attend_few(const Rows& rows, const Keys<X>& keys, const Keys<X>* next, float scale,
-                int64_t width, int64_t value_width) {
-  alignas(64) float weights[R][kChunk];
-  constexpr int kStep = 16 / R;
-  for (int k = 0; k < keys.count; k += kStep) {
-    const int count = static_cast<int>(least(kStep, keys.count - k));
-    for (int i = k; next && i < k + kStep && i < next->count; ++i)
-      fetch_row(next->keys[i], width);
-    alignas(64) float found[16];
-    store(dots<R>(rows.queries, rows.step, keys.keys + k, count, width) * scale, found);
-    for (int i = 0; i < count; ++i)
-      for (int r = 0; r < R; ++r) weights[r][k + i] = found[i * R + r] + keys.bias[k + i];
-  }
+// Logits of `count` keys to weights, relative to each row's maximum so far; sums and totals are
+// rescaled where that moved. Logits past `count` are overwritten.
+template <int R>
+void to_weights(const Rows& rows, float (&weights)[R][kChunk], int count, int64_t value_width) {
   for (int r = 0; r < R; ++r) {
-    for (int k = keys.count; k < kChunk; ++k) weights[r][k] = -INFINITY;
+    for (int k = count; k < kChunk; ++k) weights[r][k] = -INFINITY;
     Lanes top = at(weights[r]);
-    for (int k = kLanes; k < keys.count; k += kLanes) top = greater(top, at(weights[r] + k));
+    for (int k = kLanes; k < count; k += kLanes) top = greater(top, at(weights[r] + k));
     float& highest = rows.maxima[r];
     if (any_above(top, filled(highest))) {
       const float now = greatest(top), factor = power_of(highest - now);
@@ -125,25 +137,71 @@ void attend_few(const Rows& rows, const Keys<X>& keys, const Keys<X>* next, floa
       highest = now;
     }
     Lanes total{};
-    for (int k = 0; k < keys.count; k += kLanes) {
+    for (int k = 0; k < count; k += kLanes) {
       const Lanes weight = power(at(weights[r] + k) - highest);
       put(weight, weights[r] + k);
       total += weight;
     }
     rows.totals[r] += sum(total);
   }
-  add_rows<R>(weights, keys, next, value_width, rows.sums, rows.gap);
+}
+
+#ifdef GOSSAMER_ATTENTION_PAIRS
+// As add_rows, by pairs of keys as far as 32 channels are together.
+template <int R>
+void add_values(const float (&weights)[R][kChunk], const Keys<uint16_t>& keys, int64_t width,
+                float* sums, int64_t gap, Ahead<uint16_t> ahead) {
+  alignas(64) uint32_t pairs[R][kChunk / 2];
+  constexpr int C = R == 1 ? 4 : 2;
+  int64_t j = 0;
+  if (pair_weights(weights, keys.count, pairs)) {
+    for (; j + 32 * C <= width; j += 32 * C, ahead.next = nullptr)
+      add_pairs<R, C>(pairs, keys.values, keys.count, j, sums, gap, ahead);
+    for (; j + 32 <= width; j += 32, ahead.next = nullptr)
+      add_pairs<R, 1>(pairs, keys.values, keys.count, j, sums, gap, ahead);
+  }
+  add_rows<R>(weights, keys, j, width, sums, gap, ahead);
+}
+#endif
+
+// `next` may be null.
+template <int R, class X>
+void attend_few(const Rows& rows, const Keys<X>& keys, const Keys<X>* next, float scale,
+                int64_t width, int64_t value_width) {
+  const Ahead<X> ahead{next, width, value_width};
+  alignas(64) float weights[R][kChunk];
+  constexpr int kStep = kTogether<R>;
+#ifdef GOSSAMER_ATTENTION_PAIRS
+  alignas(64) uint16_t queries[R][kWidest];
+  const bool pairs = width % 32 == 0 && width <= kWidest;
+  if (pairs) pack_pairs(rows.queries, rows.step, width, queries);
+#endif
+  for (int k = 0; k < keys.count; k += kStep) {
+    const int count = static_cast<int>(least(kStep, keys.count - k));
+    ahead(k / 2, (k + kStep) / 2);
+    Wide products;
+#ifdef GOSSAMER_ATTENTION_PAIRS
+    if (pairs) products = pair_dots<R, kStep>(queries, keys.keys + k, count, width);
+    else
+#endif
+    products = dots<R>(rows.queries, rows.step, keys.keys + k, count, width);
+    alignas(64) float found[16];
+    store(products * scale, found);
+    for (int i = 0; i < count; ++i)
+      for (int r = 0; r < R; ++r) weights[r][k + i] = found[i * R + r] + keys.bias[k + i];
+  }
+  to_weights(rows, weights, keys.count, value_width);
+#ifdef GOSSAMER_ATTENTION_PAIRS
+  add_values(weights, keys, value_width, rows.sums, rows.gap, ahead);
+#else
+  add_rows(weights, keys, 0, value_width, rows.sums, rows.gap, ahead);
+#endif
 }
 
 // Goes through the keys of a list of pages; -1 where there is none.
 struct Walk {
   const int32_t* pages;
-  int64_t left, page, keys, inside;
-  int64_t next() {
-    const int64_t first = *pages < 0 ? keys : *pages * page, token = first + inside;
-    if (++inside == page) inside = 0, ++pages, --left;
-    return token < keys ? token : -1;
-  }
+  int64_t left, page, keys, inside;  // inside: keys of the first page that were taken already
 };
 
 // The next keys of a walk that a query at this position may see, up to kChunk of them.
@@ -154,14 +212,20 @@ void take_keys(const Heads& key, const Heads& value, int64_t batch, int64_t kv_h
   const X* first_value = row_of<X>(value, batch, kv_head, 0);
   int count = 0;
   while (walk.left && count < kChunk) {
-    const int64_t token = walk.next();
-    if (token < 0 || (head.key_positions && head.key_positions[token] > position)) continue;
-    const float bias = head.key_bias ? head.key_bias[token] : 0.0f;
-    if (bias == -INFINITY) continue;
-    keys.keys[count] = first_key + token * key.row;
-    keys.values[count] = first_value + token * value.row;
-    keys.bias[count] = bias * kLog2e, keys.token[count] = token;
-    ++count;
+    const int64_t first = *walk.pages * walk.page, from = first + walk.inside;
+    const int64_t end = *walk.pages < 0 ? from : least(first + walk.page, walk.keys);
+    const int64_t to = least(end, from + kChunk - count);
+    for (int64_t token = from; token < to; ++token) {
+      if (head.key_positions && head.key_positions[token] > position) continue;
+      const float bias = head.key_bias ? head.key_bias[token] : 0.0f;
+      if (bias == -INFINITY) continue;
+      keys.keys[count] = first_key + token * key.row;
+      keys.values[count] = first_value + token * value.row;
+      keys.bias[count] = bias * kLog2e, keys.token[count] = token;
+      ++count;
+    }
+    walk.inside = to - first;
+    if (to >= end) walk.inside = 0, ++walk.pages, --walk.left;
   }
   keys.count = count;
 }

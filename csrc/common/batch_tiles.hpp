@@ -1,6 +1,10 @@
 // Batches transposed into tiles (column, batch) and back, so that a weight meets a contiguous
 // vector of the batch. Compiled once per instruction set, in its anonymous namespace.
 #pragma once
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 
@@ -25,9 +29,14 @@ inline Wide load(const float* from) {
   return found;
 }
 inline Wide load(const uint16_t* from) {
+#ifdef __AVX512F__  // GCC converts the two halves and joins them
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return reinterpret_cast<Wide>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+#else
   Halves raw;
   __builtin_memcpy(&raw, from, sizeof raw);
   return reinterpret_cast<Wide>(__builtin_convertvector(raw, Words) << 16);
+#endif
 }
 inline void store(Wide value, float* to) { __builtin_memcpy(to, &value, sizeof value); }
 // Rounds to nearest even; NaN stays NaN.

@@ -42,6 +42,16 @@ inline bool has_bf16() {
 #endif
 }
 
+// Expansion of 16-bit numbers, which some processors with AVX-512 lack.
+inline bool has_vbmi2() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512vbmi2");
+#else
+  return false;
+#endif
+}
+
 inline void check_isa(int isa) {
   if (isa < 0 || isa > best_isa()) throw std::invalid_argument("this processor lacks that ISA");
 }

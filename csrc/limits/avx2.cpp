@@ -3,6 +3,7 @@
 namespace gossamer {
 
 template <>
-const LimitsKernels Tables<LimitsKernels>::avx2 = {run_read, run_multiply, run_dense_matvec};
+const LimitsKernels Tables<LimitsKernels>::avx2 = {run_read, run_gather, run_multiply,
+                                                     run_dense_matvec};
 
 }  // namespace gossamer

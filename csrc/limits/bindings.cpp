@@ -17,6 +17,16 @@ float read(const Tensor& data, int threads, int isa) {
   return kernels<LimitsKernels>(isa).read(data.data<const float>("data", {n}), n, threads);
 }
 
+float gather(const Tensor& data, const Tensor& starts, int64_t width, int threads, int isa) {
+  const int64_t n = data.count(), count = starts.count();
+  const auto* begin = starts.data<const int64_t>("starts", {count});
+  if (width < 64 || width % 64 || threads < 1) throw std::invalid_argument("limits: bad size");
+  for (int64_t i = 0; i < count; ++i)
+    if (begin[i] < 0 || begin[i] > n - width) throw std::invalid_argument("limits: bad start");
+  return kernels<LimitsKernels>(isa).gather(data.data<const float>("data", {n}), begin, count, width,
+                                            threads);
+}
+
 float multiply(int64_t steps, int threads, int isa) {
   if (steps < 0 || threads < 1) throw std::invalid_argument("limits: bad size");
   return kernels<LimitsKernels>(isa).multiply(steps, threads);
@@ -35,6 +45,7 @@ void dense_matvec(const Tensor& weight, const Tensor& x, const Tensor& y, int th
 void bind_limits(nb::module_& m) {
   using Unlocked = nb::call_guard<nb::gil_scoped_release>;
   m.def("read_floats", &read, Unlocked());
+  m.def("gather_floats", &gather, Unlocked());
   m.def("multiply", &multiply, Unlocked());
   m.def("dense_matvec", &dense_matvec, Unlocked());
   m.attr("FLOPS_PER_STEP") = kFlopsPerStep;

@@ -27,6 +27,25 @@ inline float run_read(const float* data, int64_t n, int threads) {
   return result;
 }
 
+inline float run_gather(const float* data, const int64_t* starts, int64_t count, int64_t width,
+                        int threads) {
+  const int64_t ahead = width < 2048 ? 2048 / width : 1;
+  float result = 0.0f;
+#pragma omp parallel num_threads(threads) reduction(+ : result)
+  {
+    const int64_t i = omp_get_thread_num(), all = omp_get_num_threads(), to = count * (i + 1) / all;
+    Wide sums[4] = {};
+    for (int64_t n = count * i / all; n < to; ++n) {
+      const float *next = data + starts[n + ahead < to ? n + ahead : n], *now = data + starts[n];
+      for (int64_t j = 0; j < width; j += 16) __builtin_prefetch(next + j, 0, 2);
+      for (int64_t j = 0; j < width; j += 64)
+        for (int k = 0; k < 4; ++k) sums[k] += load(now + j + 16 * k);
+    }
+    result += total(sums[0] + sums[1] + sums[2] + sums[3]);
+  }
+  return result;
+}
+
 // Two rows at once, from two places of the matrix, as the sparse kernels have them.
 inline void run_dense_matvec(const uint16_t* w, const float* x, int64_t rows, int64_t cols,
                              float* y, int threads) {

@@ -13,6 +13,10 @@ struct LimitsKernels {
   // Reads n floats (a multiple of 64) once; the sum keeps the compiler from leaving it out.
   float (*read)(const float*, int64_t n, int threads);
 
+  // Reads `count` stretches of `width` floats (a multiple of 64) in the order of their starts, each
+  // fetched some 8 KB ahead: what scattered reading can reach.
+  float (*gather)(const float*, const int64_t* starts, int64_t count, int64_t width, int threads);
+
   // Every thread does `steps` times kFlopsPerStep multiply-adds on registers.
   float (*multiply)(int64_t steps, int threads);
 

@@ -14,6 +14,7 @@ register_with_transformers()
 if TYPE_CHECKING:
     from gossamer._public import *  # noqa: F403
     from gossamer._public import __all__ as __all__
+    from gossamer.methods import activations as activations
     from gossamer.methods import attention as attention
     from gossamer.methods import weights as weights
 else:

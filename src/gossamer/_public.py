@@ -1,6 +1,12 @@
 """Every public name of `gossamer`."""
 
 from gossamer.api import compare, prune
+from gossamer.api_activations import (
+    calibrate_activations,
+    generate_corrected,
+    load_activations,
+    sparsify_activations,
+)
 from gossamer.api_attention import (
     attend,
     attention_cache,
@@ -36,9 +42,17 @@ from gossamer.core.pattern import NM, Block, Channel, Unstructured, format_patte
 from gossamer.core.result import CompressResult, Coverage, LayerRecord, LeftOut, PruneResult
 from gossamer.core.support import Support
 from gossamer.core.text import text_batches
+from gossamer.engine.inputs.activations.correct import CorrectedResult
+from gossamer.engine.inputs.activations.layer_plan import LayerPlan
+from gossamer.engine.inputs.activations.neurons import NeuronRun
+from gossamer.engine.inputs.activations.plan import ActivationPlan
+from gossamer.engine.inputs.activations.result import ActivationResult, LayerActivations
+from gossamer.engine.inputs.activations.run import ActivationRun
+from gossamer.engine.inputs.adapters import attention_adapters
 from gossamer.engine.inputs.attention import AttentionRun
 from gossamer.engine.inputs.denoise_tally import DenoisingResult
 from gossamer.engine.inputs.denoising import DenoisingRun
+from gossamer.engine.inputs.segments import Segment, encode_segment, join_segments
 from gossamer.engine.inputs.tally import AttentionResult, LayerAttention
 from gossamer.engine.measure.problems import ImageProblem, TextProblem
 from gossamer.engine.prune.replace import ReplaceLayersResult, fold_layers, replace_layers
@@ -53,6 +67,7 @@ from gossamer.engine.serve.generate import generate
 from gossamer.engine.serve.measure_latency import calibrate_latency
 from gossamer.engine.serve.unpack import unpack
 from gossamer.engine.train.compressed import TrueSparseRun, sparse_layers, true_sparse_training
+from gossamer.engine.train.distil import DistilResult, distil_steps
 from gossamer.engine.train.estimate import EstimatedGradients
 from gossamer.engine.train.learned import LearnedRun
 from gossamer.engine.train.masked import sparse_training
@@ -78,6 +93,9 @@ __all__ = [
     "LAMP",
     "NM",
     "OWL",
+    "ActivationPlan",
+    "ActivationResult",
+    "ActivationRun",
     "Attended",
     "AttentionComparison",
     "AttentionResult",
@@ -90,11 +108,13 @@ __all__ = [
     "Comparison",
     "CompressResult",
     "CompressionReport",
+    "CorrectedResult",
     "Coupled",
     "Coverage",
     "DenoisingResult",
     "DenoisingRun",
     "DenoisingStep",
+    "DistilResult",
     "ERKPlus",
     "EstimatedGradients",
     "FormatError",
@@ -103,11 +123,14 @@ __all__ = [
     "GossamerError",
     "ImageProblem",
     "LatencyModel",
+    "LayerActivations",
     "LayerAttention",
+    "LayerPlan",
     "LayerRecord",
     "LearnedRun",
     "LeftOut",
     "MissingExtra",
+    "NeuronRun",
     "NonFiniteError",
     "PatternError",
     "PruneResult",
@@ -115,6 +138,7 @@ __all__ = [
     "ReplaceLayersResult",
     "RoundPart",
     "RoundsResult",
+    "Segment",
     "SparseRun",
     "Support",
     "TextProblem",
@@ -130,7 +154,9 @@ __all__ = [
     "Unstructured",
     "UsageError",
     "attend",
+    "attention_adapters",
     "attention_cache",
+    "calibrate_activations",
     "calibrate_attention",
     "calibrate_denoising",
     "calibrate_latency",
@@ -140,6 +166,8 @@ __all__ = [
     "compare_training",
     "compress",
     "coupled_channels",
+    "distil_steps",
+    "encode_segment",
     "export",
     "find",
     "fixed_channels",
@@ -147,8 +175,11 @@ __all__ = [
     "format_pattern",
     "from_semi_structured",
     "generate",
+    "generate_corrected",
+    "join_segments",
     "keep",
     "load",
+    "load_activations",
     "measure_compression",
     "measure_training",
     "parse_pattern",
@@ -163,6 +194,7 @@ __all__ = [
     "sparse_denoising",
     "sparse_layers",
     "sparse_training",
+    "sparsify_activations",
     "text_batches",
     "to_semi_structured",
     "train_rounds",

@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from gossamer.api import prune
+from gossamer.api_activations import calibrate_activations
 from gossamer.core.matrix import is_prunable
 from gossamer.core.pattern import Pattern
 from gossamer.core.result import CompressResult, PruneResult
 from gossamer.engine.data import Batch
+from gossamer.engine.inputs.activations.plan import text_of
 from gossamer.engine.measure.record import layers_of, record, work_of
 from gossamer.engine.measure.tasks import Subject, Task, is_causal, task_of
 from gossamer.engine.protocols import Allocation, Method
@@ -25,6 +27,7 @@ from gossamer.engine.serve.compress import compress
 from gossamer.io.atomic import new_folder
 from gossamer.io.save import save_inside
 from gossamer.nn.kernel_choice.latency import LatencyModel
+from gossamer.nn.packed.active import ActiveLinear
 from gossamer.report.html import render
 from gossamer.report.notes import notes, title
 from gossamer.report.tables import headline
@@ -118,6 +121,7 @@ def measure_compression(
     tokens: int = 64,
     journal: str | Path | None = None,
     progress: bool = False,
+    activations: Any = None,
 ) -> CompressionReport:
     """Prune a copy of a language model or text encoder, pack it, and measure both side by side.
 
@@ -149,6 +153,9 @@ def measure_compression(
         A folder in which finished blocks are kept, so that a killed run resumes.
     progress : bool
         Show how far it is on stderr.
+    activations : InputScorer or str, optional
+        Chooses the inputs that layers read for each new token, such as "teal:density=0.5". The
+        quality is then that of a text in which every token chooses.
 
     Returns
     -------
@@ -172,7 +179,7 @@ def measure_compression(
     if density is None and pattern in (None, "unstructured"):
         density = 0.5
     told = {"pattern": pattern, "allocation": allocation, "include": include, "exclude": exclude}
-    run = Experiment(method, told, dtype, bits, group, latency, tokens, progress)
+    run = Experiment(method, told, dtype, bits, group, latency, tokens, progress, activations)
     texts = [x.encode() if isinstance(x, str) else x for x in (calibration, heldout)]
     subject = Subject(copy.deepcopy(model).eval(), tokenizer, is_causal(model))
     task = task_of(subject, texts[1], progress)
@@ -193,6 +200,7 @@ class Experiment:
     latency: LatencyModel | Literal["rule"] | None = None
     tokens: int = 64
     progress: bool = False
+    activations: Any = None
 
     def measure(
         self,
@@ -215,6 +223,7 @@ class Experiment:
             **record(pruned, packed, task, quality, work, self.dtype, self.bits),
             "allocation": str(self.pruning.get("allocation") or "uniform"),
             "dtype": str(self.dtype).removeprefix("torch."),
+            "activations": point.get("activations"),
             "sweep": list(points.values()) if sweep else [],
             "speed": asdict(task.speed(dense, packed, self.tokens)),
         }
@@ -222,7 +231,7 @@ class Experiment:
 
     def _point(
         self, task: Task, batches: Sequence[Batch], density: float | None, journal: Path | None
-    ) -> tuple[PruneResult, CompressResult, dict[str, float]]:
+    ) -> tuple[PruneResult, CompressResult, dict[str, Any]]:
         """One density, pruned, rounded as stored, measured and packed.
 
         Quality is that of the stored weights, computed in float32 with plain dense products: where
@@ -235,6 +244,8 @@ class Experiment:
         )  # fmt: skip
         _round(pruned.model, self.dtype)
         unpacked = self._unpacked(dense)
+        if self.activations is not None:
+            return self._choosing(task, batches, pruned, unpacked)
         if self.bits is None:
             quality = task.quality(dense, pruned.model)
             _cast(pruned.model, self.dtype)
@@ -247,6 +258,29 @@ class Experiment:
             _cast(pruned.model, self.dtype)
         stored = sum(layer.sparse_bytes for layer in layers_of(pruned, packed))
         point = {"density": pruned.measured_density, "quality": quality, "bytes": stored}
+        return pruned, packed, point
+
+    def _choosing(
+        self, task: Task, batches: Sequence[Batch], pruned: PruneResult, unpacked: list[str]
+    ) -> tuple[PruneResult, CompressResult, dict[str, Any]]:
+        """The rest of a point whose layers choose inputs; every token does for the quality."""
+        plan = calibrate_activations(
+            pruned.model, self.activations, batches, exclude=unpacked, progress=self.progress
+        )
+        _cast(pruned.model, self.dtype)
+        options: dict[str, Any] = {"bits": self.bits, "group": self.group, "exclude": unpacked}
+        packed = compress(pruned, latency=self.latency, activations=plan, **options)
+        _cast(pruned.model, torch.float32)
+        quality = task.quality(task.subject.model, pruned.model)
+        _cast(pruned.model, self.dtype)
+        for module in pruned.model.modules():
+            if isinstance(module, ActiveLinear):
+                module.to(self.dtype)
+        stored = sum(layer.sparse_bytes for layer in layers_of(pruned, packed))
+        point = {
+            "density": pruned.measured_density, "quality": quality, "bytes": stored,
+            "activations": {"method": text_of(plan.method), "density": plan.density},
+        }  # fmt: skip
         return pruned, packed, point
 
     def _unpacked(self, model: nn.Module) -> list[str]:

@@ -12,6 +12,8 @@ import torch
 from gossamer.bench import (
     active,
     attention,
+    attention_case,
+    attention_decode,
     baselines,
     conv,
     decode,
@@ -160,22 +162,31 @@ def test_spgemm_cases(power_law, monkeypatch):
 def test_attention_cases(dtype, monkeypatch):
     monkeypatch.setattr(attention, "_flex", lambda *given: None)  # compiling takes half a minute
     for more in ({"causal": True}, {"backward": True}, {}):
-        case = attention.Case("small", 192, 16, dtype, 0.3, **more)
+        case = attention_case.Case("small", 192, 16, dtype, 0.3, **more)
         found = attention.measure(case, LIMITS, rounds=1)
         assert {"gossamer", "sdpa dense"} <= set(found["milliseconds"])
         assert found["of_ideal"] == pytest.approx(found["ratio"] * found["density"])
         assert found["limit"] == "flops" and 0.3 < found["density"] < 0.8
-    one = attention.Case("one", 512, 16, dtype, 1 / 16, 4, 2, page=16)
+    one = attention_case.Case("one", 512, 64, dtype, 1 / 16, 4, 2, page=16)
     found = attention.measure(one, LIMITS, rounds=1)
     assert found["limit"] == "bytes" and found["density"] == 1 / 16
-    for name, at in (("attention", case), ("decode", one)):
-        right = getattr(attention, name)
+    assert found["of_gather"] == pytest.approx(
+        found["milliseconds"]["gather"] / found["milliseconds"]["gossamer"]
+    )
+    for chooser, page in (("quest", 16), ("doublesparsity", 1)):
+        of = attention_case.Case("of", 512, 64, dtype, 1 / 16, 4, 2, page=page, chooser=chooser)
+        assert attention.measure(of, LIMITS, rounds=1)["ratio"] > 0
+    packed = attention_case.Case("tiles", 512, 64, dtype, 1.0, 6, 2, kept=0.3)
+    found = attention.measure(packed, LIMITS, rounds=1)
+    assert 0.5 < found["memory"] < 0.8 and found["tail"] == 192  # of 512 tokens 192 are the tail
+    for module, name, at in ((attention, "attention", case), (attention_decode, "decode", one)):
+        right = getattr(module, name)
 
         def wrong(query, *given, right=right, **more):
             output, lse = right(query, *given, **more)
             return output * (1.0 if query.dtype == torch.float64 else 1.5), lse
 
-        monkeypatch.setattr(attention, name, wrong)
+        monkeypatch.setattr(module, name, wrong)
         with pytest.raises(GossamerError, match="gossamer is wrong"):
             attention.measure(at, LIMITS, rounds=1)
 
@@ -183,7 +194,7 @@ def test_attention_cases(dtype, monkeypatch):
 def test_onnxruntime_computes_the_same_attention(monkeypatch):
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(attention, "_flex", lambda *given: None)
-    case = attention.Case("small", 192, 16, "float32", 0.3)
+    case = attention_case.Case("small", 192, 16, "float32", 0.3)
     found = attention.measure(case, LIMITS, rounds=1)
     assert "onnxruntime dense" in found["milliseconds"]
 

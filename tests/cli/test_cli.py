@@ -340,6 +340,44 @@ def test_damaged_folder_is_exit_2(tiny, tmp_path, capsys):
     assert code == 2 and "JSON" in line
 
 
+def test_generate_chooses_inputs_and_says_so(tiny, capsys):
+    argv = [
+        "generate", str(tiny / "model"), "--prompt", "once upon a time", "--tokens", "4",
+        "--data", str(tiny / "text.txt"), "--json", "--activations",
+    ]  # fmt: skip
+    main([*argv, "teal:density=0.6,allocation=uniform"])
+    told = json.loads(capsys.readouterr().out)["activations"]
+    assert len(told["layers"]) == 14 and "dense" in told["ways"]
+    for wrong, why in (("tael", "did you mean 'teal'"), ("wanda", "is one of weights"),
+                       ("teal:density=0", "density")):  # fmt: skip
+        assert why in fails([*argv, wrong], capsys)[1]
+
+
+def test_compress_and_compare_choose_inputs(tiny, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    chosen = "teal:density=0.4,allocation=uniform"
+    main(["compress", *options(tiny, out, activations=chosen, latency="rule"), "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["activations"]["density"] == pytest.approx(0.4)
+    assert told["measured_density"] == 1.0 and told["quality"]["sparse"] != told["quality"]["dense"]
+    kernels = [layer["kernel"] for layer in told["layers"] if layer["kernel"]]
+    assert len(kernels) == 14 and all("active" in kernel for kernel in kernels)
+    manifest = json.loads((out / "gossamer.json").read_text())
+    assert manifest["layers"]["model.layers.0.mlp.up_proj"]["activations"]["by"].startswith("teal")
+    assert "Each new token is to read 40.0%" in (out / "report.html").read_text()
+    base = ["compare", "--dense", str(tiny / "model"), "--data", str(tiny / "text.txt"), "--tokens", "4",
+            "--dtype", "float32", "--json", "--eval-bytes", "600"]  # fmt: skip
+    main([*base, "--sparse", str(out)])
+    saved = json.loads(capsys.readouterr().out)["quality"]
+    assert saved["sparse"] != saved["dense"]
+    # so small layers are faster dense, and would stay so
+    path = "gossamer.engine.inputs.activations.columns.stay_dense"
+    monkeypatch.setattr(path, lambda *given: {})
+    main([*base, "--sparse", str(tiny / "model"), "--activations", chosen])
+    again = json.loads(capsys.readouterr().out)["quality"]
+    assert again["dense"] == saved["dense"] != again["sparse"]
+
+
 def test_generate_attends_sparsely_and_says_so(tiny, capsys):
     given = ["generate", f"--model={tiny / 'model'}", f"--prompt={TEXT[:120]}", "--tokens=2"]
     main([*given, "--attention=streamingllm:window=16,block=16", "--dense-below=0", "--json"])
@@ -351,6 +389,28 @@ def test_generate_attends_sparsely_and_says_so(tiny, capsys):
     assert code == 2 and "gossamer methods attention" in line
     code, line = fails([*given, "--attention=blocksparse:bloks=3"], capsys)
     assert code == 2 and "did you mean 'blocks'" in line
+
+
+def test_generate_takes_a_cache_method_by_either_option(tiny, capsys):
+    given = ["generate", f"--model={tiny / 'model'}", f"--prompt={TEXT[:120]}", "--tokens=3"]
+    for option in ("--attention", "--cache"):
+        main([*given, f"{option}=quest:tokens=32", "--json"])
+        found = json.loads(capsys.readouterr().out)
+        assert found["cache"]["density"] < 0.3 and "attention" not in found
+    main([*given, "--attention=streamingllm:window=16,block=16", "--dense-below=0",
+          "--cache=snapkv:tokens=30,window=8", "--json"])  # fmt: skip
+    found = json.loads(capsys.readouterr().out)
+    assert found["attention"]["calls"] == 2 and found["cache"]["layers"][0]["rows"] == 32
+    main([*given, "--cache=streamingllm:window=16"])
+    assert "of a dense cache" in capsys.readouterr().err
+    for bad, said in (
+        (["--attention=quest", "--cache=snapkv"], "both for the cache"),
+        (["--cache=blocksparse"], "keeps no cache"),
+        (["--attention=doublesparsity:dense=0"], "calibrate_attention"),
+        (["--cache=quest:tokens=8"], "below 16"),
+    ):
+        code, line = fails([*given, *bad], capsys)
+        assert code == 2 and said in line
 
 
 def test_the_whole_path(tiny, tmp_path, capsys):
@@ -414,6 +474,9 @@ def test_methods_and_help(capsys, monkeypatch):
     main(["methods", "attention"])
     listed = capsys.readouterr().out
     assert "blocksparse" in listed and "key_scorer" in listed and "--attention" in listed
+    main(["methods", "activations"])
+    listed = capsys.readouterr().out
+    assert "teal" in listed and "input_scorer" in listed and "--activations" in listed
     main(["methods", "wanda"])
     page = capsys.readouterr().out
     assert (

@@ -91,6 +91,18 @@ RECIPES = {
 }
 """Methods that train, prune and train again, down to a density of 0.25."""
 
+INPUTS = {
+    "teal": lambda: gs.activations.TEAL(),
+    "teal-uniform": lambda: gs.activations.TEAL(allocation="uniform"),
+    "teal-token": lambda: gs.activations.TEAL(allocation="uniform", per_token=True),
+    "wina": lambda: gs.activations.WINA(),
+    "wina-all": lambda: gs.activations.WINA(rotate="all"),
+    "wina-plain": lambda: gs.activations.WINA(rotate="off", norms="all", per_token=False),
+    "rsparse": lambda: gs.activations.RSparse(),
+    "rsparse-half": lambda: gs.activations.RSparse(share=0.5),
+}
+"""Methods that choose the inputs of linear layers for each token."""
+
 A = gs.attention
 
 
@@ -105,6 +117,8 @@ def moa(*rules):
     return A.MoA(plan=Plan(16, (rules,)))
 
 
+WITHOUT_SINKS = ("seer", "moa", "s2", "graphkv")
+"""Methods that need not keep the first key, by the start of their names."""
 BY_HEADS_OF_KEYS = ("seer", "moa", "s2")
 """Methods that go by the number of heads of keys, by the start of their names."""
 
@@ -118,10 +132,32 @@ ATTENTION = {
     "seerattention-threshold": lambda: seer(threshold=0.2),
     "anchorattention": lambda: A.AnchorAttention(theta=0.5, step=2, block=16),
     "moa": lambda: moa((-32, 0.5), (16, 0.25)),
+    "graphkv": lambda: A.GraphKV(5, (20, 13), (30, 17), edges=((0, 0), (0, 1), (1, 1))),
     "s2attention": lambda: A.S2Attention(local=2, stride=2, block=8),
     "s2attention-hybrid": lambda: A.S2Attention(2, 4, 8, offset=1, dense_heads=1, dense_every=2),
 }
 """Methods that choose pairs of queries and keys; sparse at 100 tokens."""
+
+CACHES = {
+    "snapkv": lambda **options: A.SnapKV(**evicting(options)),
+    "adasnapkv": lambda **options: A.AdaSnapKV(**evicting(options)),
+    "quest": lambda **options: A.Quest(**{"page": 4, "tokens": 20} | options),
+    "doublesparsity": lambda **options: labelled(**options),
+    "mustafar": lambda **options: A.Mustafar(**{"tail": 8, "every": 64} | options),
+}
+"""Methods that keep or read a part of a cache, for 2 heads of keys of width 16."""
+
+
+def evicting(options):
+    return {"tokens": 20, "last": 16, "sinks": 2, "window": 6, "kernel": 5} | options
+
+
+def labelled(**options):
+    """With random channels for 4 layers of 2 heads of keys of width 16."""
+    generator = torch.Generator().manual_seed(0)
+    channels = {i: torch.rand(2, 16, generator=generator).argsort(-1)[:, :4] for i in range(4)}
+    return A.DoubleSparsity(**{"tokens": 20, "dense": 0, "channels": channels} | options)
+
 
 GENEROUS = {
     "streamingllm": lambda: A.StreamingLLM(window=10**6),
@@ -131,6 +167,7 @@ GENEROUS = {
     "seerattention": lambda: seer(density=1.0),
     "anchorattention": lambda: A.AnchorAttention(theta=1e30),
     "moa": lambda: moa((10**6, 1.0), (10**6, 1.0)),
+    "graphkv": lambda: A.GraphKV(),
     "s2attention": lambda: A.S2Attention(local=10**6, stride=1),
 }
 """The same with budgets above any length, which keep every pair."""
@@ -209,6 +246,15 @@ def dma(keys):
     return layer
 
 
+def gin(**options):
+    """One that corrects something."""
+    layer = A.SparseGIN(8, 6, **options)
+    with torch.no_grad():
+        layer.scale.fill_(0.5)
+        layer.epsilon.fill_(0.3)
+    return layer
+
+
 LAYERS = {
     "biformer": Layer(
         make=lambda: A.BiFormer(8, 2, regions=3, routes=2, local=3),
@@ -258,6 +304,25 @@ LAYERS = {
         shape=lambda x: x.shape,
         masked=dense_layers.routing,
         dense=lambda layer, x: dense_layers.routing(layer, x, everything=True),
+    ),
+    "sparsegin": Layer(
+        make=gin,
+        full=lambda: gin(cut=0.0),
+        inputs=lambda generator: (
+            torch.randn(2, 9, 8, generator=generator),
+            (2 * torch.randn(2, 3, 9, 9, generator=generator)).softmax(-1),
+        ),
+        shape=lambda x, attention: x.shape,
+        masked=dense_layers.sparsegin,
+        dense=lambda layer, *x: dense_layers.sparsegin(layer, *x, cut=0.0),
+        bad=(
+            lambda x, a: (x[0], a), lambda x, a: (x[:, :, :7], a), lambda x, a: (x, a[:, 0]),
+            lambda x, a: (x, a[:, :, :8]), lambda x, a: (x, a[:1]),
+        ),
+        refused=(
+            {"channels": 0, "hidden": 4}, {"channels": 4, "hidden": 0},
+            {"channels": 4, "hidden": 4, "cut": -1}, {"channels": 4, "hidden": 4, "threshold": "a"},
+        ),
     ),
     "drsformer": Layer(
         make=lambda: A.DRSformer(12, 2),

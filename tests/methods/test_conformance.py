@@ -9,8 +9,10 @@ import pytest
 import torch
 from examples import (
     ATTENTION,
+    CACHES,
     GENEROUS,
     GENEROUS_STEPS,
+    INPUTS,
     LAYERS,
     LEARNED,
     PLANNERS,
@@ -165,7 +167,8 @@ def test_missing_statistics_and_bad_weights_name_the_layer():
 ROLES = {
     "scorer", "solver", "topology", "learned_mask", "replacer", "planner", "gradient_source",
     "recipe", "key_scorer", "layer",
-    "step_attention",
+    "step_attention", "cache",
+    "input_scorer", "neuron_selector", "corrector",
 }  # fmt: skip
 PATTERN_WORDS = {"unstructured", "nm", "block", "channel"}
 
@@ -176,7 +179,7 @@ def test_cards_hold_facts_and_modules_tell_the_rest(name):
     card = method.card
     assert find(name) is method and getattr(topic(card.topic), method.__name__) is method
     assert card.role in ROLES and set(card.patterns) <= PATTERN_WORDS and card.patterns
-    known = {"norm", "hessian", "sum", "variance", "gradients", "loss"}
+    known = {"norm", "hessian", "sum", "variance", "gradients", "loss", "inputs"}
     assert set(card.needs) <= known
     assert card.link.startswith("https://arxiv.org/") and 1990 < card.year < 2030
     text = sys.modules[method.__module__].__doc__
@@ -214,7 +217,9 @@ def test_names_are_found_near_ones_are_told_and_shared_ones_need_their_topic(mon
         ("gradient_source", SOURCES),
         ("recipe", RECIPES),
         ("key_scorer", ATTENTION),
+        ("input_scorer", INPUTS),
         ("key_scorer", GENEROUS),
+        ("cache", CACHES),
         ("layer", LAYERS),
         ("step_attention", STEPS),
         ("step_attention", GENEROUS_STEPS),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from examples import ATTENTION, BY_HEADS_OF_KEYS, GENEROUS
+from examples import ATTENTION, BY_HEADS_OF_KEYS, GENEROUS, WITHOUT_SINKS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gossamer as gs
@@ -129,7 +129,7 @@ def test_a_batch_of_unequal_prompts_is_each_alone(name, side):
         torch.testing.assert_close(together[text : text + 1][:, :, real[text]], found)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(BY_HEADS_OF_KEYS)])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(WITHOUT_SINKS)])
 def test_equal_scores_keep_the_first_key_and_the_own(name):
     call = call_of(*(torch.zeros(1, 4, 100, 16) for _ in range(3)))
     mask = mask_of(ATTENTION[name]().layout(call), call)

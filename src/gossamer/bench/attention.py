@@ -13,65 +13,54 @@ import importlib.util
 import itertools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gossamer.bench.attention_case import DTYPES, Calls, Case, check, inputs
+from gossamer.bench.attention_decode import chosen, tiled
 from gossamer.bench.measure import Limits, Repeats, interleaved
-from gossamer.core.errors import GossamerError
 from gossamer.ops import _dispatch
-from gossamer.ops.attention import Layout, attention, decode
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_LISTS = 8
-"""Lists of keys that take turns in decoding, so that none is in a cache."""
-Calls = dict[str, Callable[[], Tensor]]
-
-
-@dataclass(frozen=True)
-class Case:
-    """`keys` tokens: all of them queries, or one query if `pages` is their size; heads of `width`."""
-
-    name: str
-    keys: int
-    width: int
-    dtype: str
-    density: float
-    heads: int = 2
-    kv_heads: int = 2
-    causal: bool = False
-    backward: bool = False
-    page: int = 0
+from gossamer.ops.attention import Layout, attention
 
 
 def cases() -> list[Case]:
-    """16k tokens at 12% of the blocks of 64; decoding over 32k keys at 1/16."""
+    """16k tokens at 12% of the blocks of 64; decoding over 32k keys at 1/16, and over 8k in tiles."""
     found = []
     for backward, dtype, width, causal in itertools.product(
-        (False, True), _DTYPES, (64, 128), (False, True)
+        (False, True), DTYPES, (64, 128), (False, True)
     ):
         name = f"{'backward' if backward else 'forward'} 16384 tokens width {width} {dtype}"
         name += " causal" if causal else ""
         found.append(Case(name, 16384, width, dtype, 0.12, 2, 2, causal, backward))
-    for dtype, heads, page in itertools.product(_DTYPES, (8, 32), (1, 16)):
+    for dtype, heads, page in itertools.product(DTYPES, (8, 32), (1, 16)):
         name = f"decoding 32768 keys width 128 {dtype} heads {heads}/8 pages of {page}"
         found.append(Case(name, 32768, 128, dtype, 1 / 16, heads, 8, page=page))
+        chooser = "quest" if page > 1 else "doublesparsity"
+        name = f"{name}, chosen by {chooser}"
+        found.append(Case(name, 32768, 128, dtype, 1 / 16, heads, 8, page=page, chooser=chooser))
+    for dtype, (heads, kv_heads, width), kept in itertools.product(
+        DTYPES, ((9, 3, 64), (32, 8, 128)), (0.5, 0.3)
+    ):
+        name = f"decoding 8192 keys width {width} {dtype} heads {heads}/{kv_heads} tiles of {kept}"
+        found.append(Case(name, 8192, width, dtype, 1.0, heads, kv_heads, kept=kept))
     return found
 
 
 def measure(case: Case, limits: Limits, rounds: Repeats | int = 7) -> dict[str, Any]:
     """Times of ours and of dense engines; raises GossamerError where a result is wrong."""
+    if case.kept:
+        return tiled(case, limits, rounds)
     if case.page:
-        return _decoding(case, limits, rounds)
-    query, key, value = (part.requires_grad_(case.backward) for part in _inputs(case, case.keys))
+        return chosen(case, limits, rounds)
+    query, key, value = (part.requires_grad_(case.backward) for part in inputs(case, case.keys))
     layout = _layout(case)
     density = layout.density(causal=case.causal)
     exact = attention(query.double(), key.double(), value.double(), layout, causal=case.causal)[0]
     ours = attention(query, key, value, layout, causal=case.causal)[0]
-    _check(case, "gossamer", ours, exact)
+    check(case, "gossamer", ours, exact)
     products, call = 2, lambda: attention(query, key, value, layout, causal=case.causal)[0]
     dense = _dense(case, query, key, value)
     calls: Calls = {"gossamer": call, **dense}
@@ -82,7 +71,7 @@ def measure(case: Case, limits: Limits, rounds: Repeats | int = 7) -> dict[str, 
     else:
         expected = dense["sdpa dense"]()
         for name, other in dense.items():
-            _check(case, name, other(), expected)
+            check(case, name, other(), expected)
     with torch.set_grad_enabled(case.backward):
         turns = interleaved(calls, rounds)
     pairs = density * case.heads * case.keys * (case.keys + case.causal) / (1 + case.causal)
@@ -96,31 +85,12 @@ def _flops(case: Case, flops: float) -> float:
     return flops / 2 if dots else flops
 
 
-def _inputs(case: Case, queries: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [
-        (1, case.heads, queries),
-        (1, case.kv_heads, case.keys),
-        (1, case.kv_heads, case.keys),
-    ]
-    made = (torch.randn(*shape, case.width, generator=generator) for shape in shapes)
-    query, key, value = (part.to(_DTYPES[case.dtype]) for part in made)
-    return query, key, value
-
-
 def _layout(case: Case) -> Layout:
     """Random blocks of 64, and those on the diagonal, so that no query is without keys."""
     blocks = -(-case.keys // 64)
     generator = torch.Generator().manual_seed(1)
     mask = torch.rand(1, case.heads, blocks, blocks, generator=generator) < case.density
     return Layout.from_blocks(mask | torch.eye(blocks, dtype=torch.bool), case.keys, case.keys)
-
-
-def _check(case: Case, name: str, found: Tensor, expected: Tensor) -> None:
-    found, expected = found.detach(), expected.detach()
-    error = float((found.double() - expected.double()).norm() / expected.norm())
-    if not error < (3e-2 if case.dtype == "bfloat16" else 1e-3):
-        raise GossamerError(f"{name} is wrong on {case}: relative error {error:.1e}")
 
 
 def _dense(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Calls:
@@ -182,54 +152,19 @@ def _onnx(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Callable[[],
 
 
 def _gradients(
-    case: Case, outputs: dict[str, Tensor], exact: Tensor, inputs: tuple[Tensor, Tensor, Tensor]
+    case: Case, outputs: dict[str, Tensor], exact: Tensor, wanted: tuple[Tensor, Tensor, Tensor]
 ) -> Calls:
     """Backward passes, of ours checked against float64."""
     grad = torch.randn(exact.shape, generator=torch.Generator().manual_seed(2))
 
     def of(output: Tensor) -> tuple[Tensor, ...]:
         seed = grad.to(output.dtype)
-        return torch.autograd.grad(output, inputs, seed, retain_graph=True)
+        return torch.autograd.grad(output, wanted, seed, retain_graph=True)
 
     for name, found, expected in zip(["query", "key", "value"], of(outputs["gossamer"]), of(exact),
                                      strict=True):  # fmt: skip
-        _check(case, f"gossamer's gradient of {name}", found, expected)
+        check(case, f"gossamer's gradient of {name}", found, expected)
     return {
         name: functools.partial(lambda output: of(output)[0], output)
         for name, output in outputs.items()
     }
-
-
-def _decoding(case: Case, limits: Limits, rounds: Repeats | int) -> dict[str, Any]:
-    """One query; lists of keys that take turns."""
-    query, key, value = _inputs(case, 1)
-    generator, pages = torch.Generator().manual_seed(3), case.keys // case.page
-    count = max(1, int(pages * case.density))
-    lists = [
-        torch.stack([torch.randperm(pages, generator=generator)[:count] for _ in range(case.kv_heads)])
-        for _ in range(_LISTS)
-    ]  # fmt: skip
-    turn = itertools.cycle([one.unsqueeze(0) for one in lists])
-    grouped = query.unflatten(1, (case.kv_heads, -1))[:, :, :, 0] * case.width**-0.5
-
-    def matmul() -> Tensor:
-        weights = torch.softmax(grouped @ key.transpose(-1, -2), dim=-1)
-        return (weights @ value).flatten(1, 2).unsqueeze(2)
-
-    calls: Calls = {
-        "gossamer": lambda: decode(query, key, value, next(turn), page=case.page)[0],
-        "sdpa dense": lambda: functional.scaled_dot_product_attention(
-            query, key, value, enable_gqa=case.heads != case.kv_heads
-        ),
-        "matmul dense": matmul,
-    }
-    first = lists[0].unsqueeze(0)
-    expected = decode(query.double(), key.double(), value.double(), first, page=case.page)[0]
-    _check(case, "gossamer", decode(query, key, value, first, page=case.page)[0], expected)
-    _check(case, "matmul dense", matmul(), calls["sdpa dense"]())
-    with torch.inference_mode():
-        turns = interleaved(calls, rounds)
-    nbytes = (key.nbytes + value.nbytes) * count * case.page / case.keys
-    record = turns.record(case, limits.seconds(nbytes, 0))
-    density = count * case.page / case.keys
-    return {**record, "density": density, "of_ideal": record["ratio"] * density}

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from gossamer.api import compare
+from gossamer.api_activations import calibrate_activations, method_of
+from gossamer.cli.activations import calibration
 from gossamer.cli.inputs import (
     BUNDLED,
     BUNDLED_TEXT,
@@ -18,6 +20,7 @@ from gossamer.cli.inputs import (
 )
 from gossamer.cli.output import note, print_json, print_table, print_text
 from gossamer.core.errors import UsageError
+from gossamer.engine.serve.compress import compress
 from gossamer.report.comparison import HEADER
 from gossamer.report.notes import speed_notes
 
@@ -42,6 +45,9 @@ class Compare:
     all for the bundled one"""
     tokens: int = 64
     """tokens to decode for the speed"""
+    activations: str | None = None
+    """method that chooses the inputs of the second model's layers that each new token reads, such
+    as teal:density=0.5; quality is that of a text in which every token chooses"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype in which both models are read and timed"""
     out: str | None = None
@@ -60,8 +66,13 @@ class Compare:
         text = read_text(self.data, "--data", heldout_text)
         check_model(self.sparse, "--sparse")
         check_model(self.dense, "--dense")
+        activations = None if self.activations is None else method_of(self.activations)
         dense = read_model(self.dense, self.dtype, option="--dense")
         sparse = read_model(self.sparse, self.dtype, option="--sparse")
+        if activations is not None:
+            data = calibration(sparse, BUNDLED_TEXT)
+            plan = calibrate_activations(sparse.model, activations, data, progress=True)
+            compress(sparse.model, activations=plan)
         limit = self.eval_bytes if self.eval_bytes is not None else eval_bytes(dense)
         report = compare(
             dense.model, sparse.model, text[: limit or len(text)], tokenizer=dense.tokenizer,

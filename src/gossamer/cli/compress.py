@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from gossamer.api_activations import method_of
 from gossamer.cli.inputs import (
     BUNDLED,
     BUNDLED_TEXT,
@@ -82,6 +83,9 @@ class Compress:
     """tokens in a calibration window"""
     seed: int = 0
     """seed of the calibration windows"""
+    activations: str | None = None
+    """method that chooses the inputs of layers that each new token reads, such as
+    teal:density=0.5; weights are then pruned only where --sparsity or --density asks for it"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype of the written weights, whatever that of the source, and of both models when timed"""
     bits: int | None = None
@@ -118,6 +122,7 @@ class Compress:
         experiment = Experiment(
             plan["method"], pruning, DTYPES[self.dtype], self.bits, self.group,
             latency_named(self.latency) if self.bits is None else None, self.tokens, progress=True,
+            activations=plan["activations"],
         )  # fmt: skip
         batches = task.calibration(calibration, self.samples, self.length, self.seed)
         journal = target.with_name(f".{target.name}.journal")
@@ -145,8 +150,9 @@ class Compress:
     def _check(self) -> dict[str, Any]:
         pattern = parse_pattern(self.pattern)
         density = density_of(self.sparsity, self.density)
+        activations = None if self.activations is None else method_of(self.activations)
         if density is None and not isinstance(pattern, NM):
-            density = 0.5
+            density = 0.5 if activations is None else 1.0
         if isinstance(pattern, NM) and density is not None:
             if abs(density - pattern.density) > 1e-9:
                 raise UsageError(
@@ -177,9 +183,11 @@ class Compress:
             raise UsageError(f"--eval-bytes is 0 (all) or more, not {self.eval_bytes}")
         default = self.pattern.strip().lower() == "unstructured"
         return {
-            "method": _pruner(self.method),
+            # weights that stay whole need no data to be ranked
+            "method": _pruner("magnitude" if density == 1 else self.method),
             "pattern": None if default else pattern,
             "density": density,
+            "activations": activations,
             "sweep": further,
             "folder": check_model(self.model),
         }

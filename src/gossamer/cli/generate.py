@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from gossamer.api_activations import method_of, sparsify_activations
 from gossamer.api_attention import attention_cache, serves_prompts, sparse_attention
-from gossamer.cli.inputs import BUNDLED, read_model
+from gossamer.cli.activations import calibration
+from gossamer.cli.inputs import BUNDLED, BUNDLED_TEXT, read_model
 from gossamer.cli.output import note, print_json
 from gossamer.core.errors import UsageError
 from gossamer.engine.progress import track
@@ -39,6 +41,11 @@ class Generate:
     such as snapkv:tokens=1024"""
     dense_below: int = 2048
     """tokens below which a prompt is attended densely, with --attention"""
+    activations: str | None = None
+    """method that chooses the inputs of layers that each new token reads, such as
+    teal:density=0.5; see gossamer methods activations"""
+    data: str = BUNDLED_TEXT
+    """text to calibrate --activations with: a file, a folder of text files, or testbed:text"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype in which the model is read"""
     json: bool = False
@@ -50,6 +57,7 @@ class Generate:
             raise UsageError(f"--tokens is at least 1, not {self.tokens}")
         if not self.prompt:
             raise UsageError("--prompt is empty; give at least one character")
+        activations = None if self.activations is None else method_of(self.activations)
         subject = read_model(self.model, self.dtype)
         ids = subject.ids(self.prompt.encode()).unsqueeze(0)
         prompts, caches = self._methods()
@@ -59,17 +67,24 @@ class Generate:
             if prompts is None
             else sparse_attention(subject.model, prompts, dense_below=self.dense_below)
         )
-        start = time.perf_counter()
-        with track(None, True, "generating"), block as run:
+        choosing = (
+            nullcontext()
+            if activations is None
+            else sparsify_activations(
+                subject.model, activations, calibration(subject, self.data), progress=True
+            )
+        )
+        with choosing as inputs, block as run, track(None, True, "generating"):
+            start = time.perf_counter()
             out = generate(subject.model, ids, self.tokens, cache=cache)[0].tolist()
+            rate = (len(out) - ids.shape[1]) / (time.perf_counter() - start)
         made = len(out) - ids.shape[1]
-        rate = made / (time.perf_counter() - start)
         if subject.tokenizer is None:
             text = bytes(out).decode("utf-8", "replace")
         else:
             text = subject.tokenizer.decode(out, skip_special_tokens=True)
-        results = {} if run is None else {"attention": run.result}
-        results |= {} if cache is None else {"cache": cache.result}
+        blocks: dict[str, Any] = {"attention": run, "cache": cache, "activations": inputs}
+        results = {name: x.result for name, x in blocks.items() if x is not None}
         if self.json:
             found = {"text": text, "tokens": made, "tokens_per_second": rate}
             print_json(found | {name: asdict(result) for name, result in results.items()})

@@ -19,7 +19,12 @@ USE = {
     "planner": "gs.prune, from Python",
     "gradient_source": "gossamer train",
     "recipe": "gossamer train",
+    "input_scorer": "gs.sparsify_activations, or gossamer generate --activations",
+    "neuron_selector": "gs.sparsify_activations, from Python",
+    "corrector": "gs.generate_corrected, from Python",
     "key_scorer": "gs.sparse_attention, or gossamer generate --attention",
+    "cache": "gs.attention_cache, or gossamer generate --cache",
+    "step_attention": "gs.sparse_denoising, from Python",
     "layer": "a torch module, from Python",
 }
 """What runs a method, by its role."""
@@ -28,9 +33,13 @@ NOTES = {
     "weights": "Scorers and solvers prune a trained model (gossamer compress). Topology methods "
     "and recipes make a model sparse while it trains, and gradient sources train without a "
     "backward pass (gossamer train). Learned masks, replacers and planners are used from Python.",
+    "activations": "Input scorers choose the inputs of layers that each new token reads "
+    "(gs.sparsify_activations from Python, gossamer generate --activations).",
     "attention": "Key scorers choose which pairs of a prompt's tokens are attended "
-    "(gs.sparse_attention from Python, gossamer generate --attention). Layers are modules of torch, "
-    "used from Python.",
+    "(gs.sparse_attention from Python, gossamer generate --attention). Caches keep keys and values of "
+    "past tokens, or read a part of them (gs.attention_cache, gossamer generate --cache). Step "
+    "attention follows the steps of a diffusion model (gs.sparse_denoising from Python). Layers are "
+    "modules of torch, used from Python.",
 }
 """What runs the methods of a topic."""
 

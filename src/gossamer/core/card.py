@@ -20,11 +20,12 @@ class Card:
         What becomes sparse: the folder and the public namespace, such as `weights`.
     role : str
         How it plugs in: `scorer`, `solver`, `topology`, `learned_mask`, `replacer`, `planner`,
-        `gradient_source`, `recipe`, `key_scorer`, `step_attention` or
-        `layer`.
+        `gradient_source`, `recipe`, `key_scorer`, `cache`, `step_attention`, `input_scorer`,
+        `neuron_selector`, `corrector` or `layer`.
     needs : tuple of str
         What it reads: the statistics `norm`, `hessian`, `sum` and `variance`, the `gradients` of
-        the steps in which it changes supports, or the `loss` before training.
+        the steps in which it changes supports, the `loss` before training,
+        or some `inputs` of each layer.
     patterns : tuple of str
         The patterns it admits: `unstructured`, `nm`, `block`, `channel`.
     year : int

@@ -14,11 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.core.errors import UsageError
+from gossamer.engine.calls import Inputs, first_tensor, without_cache
 from gossamer.engine.train.optimizers import ASCENTS, Followed
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-"""The positional and keyword arguments of one call of a module."""
-
 
 _STEP = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
 """The code of torch's function that runs the hooks around a step."""
@@ -223,6 +220,57 @@ def adjust_outputs(
 
 
 @contextmanager
+def adjust_attention(
+    parts: Sequence[tuple[nn.Module, nn.Module, Callable[[Tensor, Tensor, Tensor | None], Tensor]]],
+) -> Iterator[None]:
+    """While open, the attention of each (block, attention, function) returns, in the place of its
+    output, `function(the block's input, its output, its weights)`."""
+    inputs: dict[int, Tensor] = {}
+
+    def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[id(block)] = first_tensor(args, kwargs, type(block).__name__)
+
+    def leave(block: nn.Module, function: Callable[..., Tensor]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> Any:
+            found, weights, *rest = output
+            return (function(inputs.pop(id(block)), found, weights), weights, *rest)
+
+        return hook
+
+    handles = [
+        attention.register_forward_hook(leave(block, function))
+        for block, attention, function in parts
+    ]
+    try:
+        with _pre_hooks([(block, enter) for block, _, _ in parts]):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def substitute(
+    forwards: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor]]],
+) -> Iterator[None]:
+    """While open, each module computes `function(its input)`; its own hooks go on working.
+
+    Raises UsageError for a module whose forward was replaced already.
+    """
+    done: list[nn.Module] = []
+    try:
+        for module, function in forwards:
+            if "forward" in vars(module):
+                raise UsageError(f"a {type(module).__name__} has a forward that was replaced")
+            vars(module)["forward"] = function
+            done.append(module)
+        yield
+    finally:
+        for module in done:
+            vars(module).pop("forward", None)
+
+
+@contextmanager
 def watch_blocks(
     blocks: Sequence[nn.Module],
     before: Callable[[int, Inputs], None],
@@ -329,26 +377,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
-
-
-def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Tensor:
-    """The tensor that a layer was called with; raises UsageError naming the layer if none."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return value
-    raise UsageError(f"{name}: was called without a tensor, so it cannot be calibrated")
-
-
-def without_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
-    """The same arguments without key-value caches, which running a block would grow."""
-    clean = {key: _no_cache(value) for key, value in kwargs.items()}
-    if clean.get("use_cache"):
-        clean["use_cache"] = False
-    return tuple(_no_cache(value) for value in args), clean
-
-
-def _no_cache(value: Any) -> Any:
-    return None if hasattr(value, "get_seq_length") else value
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from gossamer.core.errors import FormatError, UsageError
 from gossamer.core.matrix import as_matrix, is_prunable, is_transposed
 from gossamer.io.layers import Packed
 from gossamer.io.stored import Stored, unpack
-from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d, QuantizedLinear
+from gossamer.nn import ActiveLinear, BitmapLinear, NMLinear, PackedConv2d, QuantizedLinear
 from gossamer.nn.kernel_choice.decide import FAMILIES, why_dense
 from gossamer.nn.kernel_choice.latency import Predictor
 from gossamer.nn.packed.base import PackedLayer
@@ -136,7 +136,7 @@ def fill(root: nn.Module, content: Content, latency: Predictor | None, large_bat
         tie()
     kind = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.float32)
     for module in root.modules():  # integers do not tell the dtype of what they stand for
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedLinear | ActiveLinear):
             module.typed = module.typed.to(kind)
 
 
@@ -199,6 +199,9 @@ def convert(root: nn.Module, dtype: torch.dtype) -> None:
         if isinstance(module, QuantizedLinear):
             module.typed = module.typed.to(dtype)
             skipped = skipped | module._buffers.keys()
+        if isinstance(module, ActiveLinear):
+            module.typed = module.typed.to(dtype)
+            skipped = skipped | {"norms", "scales"}
         for parts in (module._parameters, module._buffers):
             for name, tensor in parts.items():
                 if tensor is None or name in skipped or not tensor.is_floating_point():
@@ -207,6 +210,8 @@ def convert(root: nn.Module, dtype: torch.dtype) -> None:
                     tensor.data = tensor.data.to(dtype)
                 else:
                     module._buffers[name] = tensor.to(dtype)
+        if isinstance(module, ActiveLinear):
+            module.follow()
 
 
 def reasons_of(root: nn.Module) -> dict[str, str]:

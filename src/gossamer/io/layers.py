@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
+from gossamer.core.activations import InputState
 from gossamer.core.errors import FormatError, UsageError
-from gossamer.io.manifest import PackedLayer, _one_line
-from gossamer.nn import BitmapLinear, NMLinear, QuantizedLinear
+from gossamer.io.manifest import Active, PackedLayer, _one_line
+from gossamer.nn import ActiveLinear, BitmapLinear, NMLinear, QuantizedLinear
+from gossamer.nn.active import Rotation
+from gossamer.ops.active import Neurons
 from gossamer.ops.quantized import QuantizedMatrix
 
-Packed = BitmapLinear | NMLinear | QuantizedLinear
+Packed = ActiveLinear | BitmapLinear | NMLinear | QuantizedLinear
 
 
 def packed_layer(name: str, facts: PackedLayer, tensors: dict[str, Tensor]) -> Packed:
     """Takes the layer's tensors out of `tensors`; raises FormatError on any contradiction."""
+    if facts.active is not None:
+        return _active_layer(name, facts, facts.active, tensors)
     if facts.group is not None:
         return _quantized_layer(name, facts, tensors)
     index = "codes" if facts.nm else "bitmap"
@@ -38,6 +45,58 @@ def packed_layer(name: str, facts: PackedLayer, tensors: dict[str, Tensor]) -> P
 def _check_bias(name: str, bias: Tensor | None, out: int) -> None:
     if bias is not None and (bias.shape != (out,) or not bias.is_floating_point()):
         raise FormatError(f"layer {name}: its bias does not have {out} numbers")
+
+
+def _active_layer(
+    name: str, facts: PackedLayer, told: Active, tensors: dict[str, Tensor]
+) -> ActiveLinear:
+    """Its rotation is that of the layer that leads, which `share_rotations` finds."""
+    out, width = facts.shape
+    shapes: dict[str, tuple[int, ...]] = {"values": (width, out)}
+    if facts.dtype == "int8":
+        shapes["scales"] = (1, out) if told.across else (width, 1)
+    if told.norms:
+        shapes["norms"] = (width,)
+    if told.rank:
+        shapes["down"], shapes["up"] = (told.rank, width), (out, told.rank)
+    if told.turns == name:
+        shapes["turns"] = (width, width)
+    if facts.bias:
+        shapes["bias"] = (out,)
+    parts = {}
+    for part, shape in shapes.items():
+        found = tensors.pop(f"{name}.{part}", None)
+        kind = facts.dtype if part == "values" else None
+        if found is None:
+            raise FormatError(f"layer {name}: tensor '{name}.{part}' is missing")
+        right = str(found.dtype)[6:] == kind if kind else found.is_floating_point()
+        if tuple(found.shape) != shape or not right:
+            raise FormatError(f"layer {name}: {part} is {tuple(found.shape)} of {found.dtype}")
+        parts[part] = found.contiguous()
+    bypass = (parts["down"], parts["up"]) if told.rank else None
+    state = InputState(told.kept, parts.get("norms"), bypass, told.facts)
+    rotation = Rotation(parts["turns"]) if "turns" in parts else None
+    try:
+        columns = Neurons(parts["values"], parts.get("scales"))
+    except UsageError as error:
+        raise FormatError(f"layer {name}: {_one_line(error)}") from None
+    layer = ActiveLinear(
+        columns, state, told.budget, parts.get("bias"), by=told.by, rotation=rotation,
+        leads=told.turns or "", own_name=name,
+    )  # fmt: skip
+    return layer
+
+
+def share_rotations(layers: Mapping[str, Packed]) -> None:
+    """Give layers with a common input the rotation of the one that leads; raises FormatError."""
+    for name, layer in layers.items():
+        if not isinstance(layer, ActiveLinear) or not layer.leads or layer.rotation is not None:
+            continue
+        lead = layers.get(layer.leads)
+        shared = lead.rotation if isinstance(lead, ActiveLinear) else None
+        if shared is None or shared.matrix.shape[0] != layer.in_features:
+            raise FormatError(f"layer {name}: no layer {layer.leads} holds its rotation")
+        layer.rotation = shared
 
 
 def _quantized_layer(name: str, facts: PackedLayer, tensors: dict[str, Tensor]) -> QuantizedLinear:

@@ -13,7 +13,7 @@ from gossamer.core.result import unwrap
 from gossamer.io.digests import changed
 from gossamer.io.digests import check as check_files
 from gossamer.io.fill import Content, check, convert, fill
-from gossamer.io.layers import packed_layer
+from gossamer.io.layers import packed_layer, share_rotations
 from gossamer.io.manifest import NAME, _one_line, read_manifest
 from gossamer.io.skeleton import (
     LARGEST_BUFFERS,
@@ -138,6 +138,7 @@ def read_content(folder: Path, verify: bool, given: bool = False) -> Content:
     tensors, packed = read_tensors(folder), manifest["layers"]
     parts = take(manifest["stored"], tensors)
     layers = {name: packed_layer(name, facts, tensors) for name, facts in packed.items()}
+    share_rotations(layers)
     kernels = {name: facts.kernel for name, facts in packed.items()}
     return Content(layers, kernels, tensors, manifest["stored"], parts)
 

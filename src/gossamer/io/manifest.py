@@ -9,17 +9,38 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from gossamer.core.errors import FormatError, PatternError
+from gossamer.core.budget import Fraction, Threshold
+from gossamer.core.errors import FormatError, PatternError, UsageError
 from gossamer.core.pattern import NM, Pattern, parse_pattern
 from gossamer.io.digests import HINT, digest_of_content
 from gossamer.io.stored import DTYPES as STORABLE
 from gossamer.io.stored import Stored
 
 NAME = "gossamer.json"
-VERSION = 2
+VERSION = 3
+"""3 where layers choose their inputs; everything else is written as 2."""
 MAX_JSON = 16 << 20
 DTYPES = ("float32", "bfloat16")
 QUANTIZED = ("int4", "int8")
+
+
+@dataclass(frozen=True)
+class Active:
+    """How a layer stored as columns chooses its inputs.
+
+    by: the method, in words. kept: the fraction of inputs. norms: whether scores have factors.
+    rank: of the low-rank part, 0 without. turns: the layer that holds the rotation of the inputs.
+    across: of integers, whether scales belong to outputs.
+    """
+
+    by: str
+    kept: float
+    budget: Threshold | Fraction
+    norms: bool
+    rank: int
+    turns: str | None
+    across: bool
+    facts: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -42,6 +63,7 @@ class PackedLayer:
     outliers: int = 0
     kernel: tuple[int, int] | None = None
     nm: bool = False
+    active: Active | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +168,8 @@ def _layer(name: str, value: Any) -> PackedLayer:
     where = f"{NAME}: layer {_short(name)}"
     if not isinstance(value, dict):
         raise FormatError(f"{where}: not an object")
+    if value.get("storage") == "columns":
+        return _active_layer(value, where)
     quantized = value.get("dtype") in QUANTIZED
     optional = {"kernel", "storage"} & set(value)
     further = {"group", "zeros", "sparse", "outliers"} if quantized else optional
@@ -175,6 +199,38 @@ def _layer(name: str, value: Any) -> PackedLayer:
     if "kernel" in further:
         return replace(plain, kernel=_kernel(value["kernel"], where))
     return replace(plain, **_quantized(value, nnz, where)) if quantized else plain
+
+
+def _active_layer(value: dict[str, Any], where: str) -> PackedLayer:
+    """A layer stored as columns, whose inputs are chosen."""
+    common = {"shape", "pattern", "density", "requested", "dtype", "bias", "nnz"}
+    _keys(value, common | {"storage", "activations"}, where)
+    kind = "float32" if value["dtype"] == "int8" else value["dtype"]  # checked as any other
+    plain = _layer(where, {**{key: value[key] for key in common}, "dtype": kind})
+    told, (out, width) = value["activations"], plain.shape
+    if not isinstance(told, dict):
+        raise FormatError(f"{where}: activations is an object")
+    one = {"threshold"} & set(told) or {"fraction"}
+    _keys(told, {"by", "kept", "norms", "rank", "turns", "across", "facts"} | one, where)
+    try:
+        limit: Any = told.get("threshold", told.get("fraction"))
+        budget = (Threshold if "threshold" in told else Fraction)(limit)
+    except UsageError as error:
+        raise FormatError(f"{where}: {_one_line(error)}") from None
+    flags = type(told["norms"]) is bool and type(told["across"]) is bool
+    texts = type(told["by"]) is str and (told["turns"] is None or type(told["turns"]) is str)
+    rank = type(told["rank"]) is int and 0 <= told["rank"] <= min(out, width)
+    kept = type(told["kept"]) in (int, float) and 0 < told["kept"] <= 1
+    facts = isinstance(told["facts"], dict) and all(
+        type(n) in (int, float) for n in told["facts"].values()
+    )
+    if not (flags and texts and rank and kept and facts) or plain.nnz != out * width:
+        raise FormatError(f"{where}: says of its inputs what cannot be")
+    active = Active(
+        told["by"], told["kept"], budget, told["norms"], told["rank"], told["turns"],
+        told["across"], told["facts"],
+    )  # fmt: skip
+    return replace(plain, dtype=value["dtype"], active=active)
 
 
 def _stored(name: str, value: Any) -> Stored:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.core.budget import Threshold
 from gossamer.core.errors import FormatError, UsageError
 from gossamer.core.files import write_safetensors
 from gossamer.core.matrix import as_matrix
@@ -26,7 +27,7 @@ from gossamer.io.names import check_savable, plain_names
 from gossamer.io.skeleton import CONFIG, GENERATION, outline, read_config
 from gossamer.io.stored import BITMAP, VALUES, pack
 from gossamer.io.tensors import INDEX, PACKED, PLAIN, SHARD, SINGLE
-from gossamer.nn import NMLinear, PackedConv2d, QuantizedLinear
+from gossamer.nn import ActiveLinear, NMLinear, PackedConv2d, QuantizedLinear
 from gossamer.nn.foldable import Foldable
 from gossamer.nn.kernel_choice.decide import SLOWER
 from gossamer.nn.serving import Packed, serves
@@ -114,7 +115,7 @@ def save(
     method = facts.pop("method", None)
     manifest = {
         "format": "gossamer",
-        "version": VERSION,
+        "version": VERSION if any(isinstance(x, ActiveLinear) for x in packed.values()) else 2,
         "layers": {name: _describe(module) for name, module in packed.items()},
         "stored": stored,
         "decisions": decisions,
@@ -326,6 +327,8 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, name: str = PLAIN
 
 
 def _describe(layer: Packed) -> dict[str, Any]:
+    if isinstance(layer, ActiveLinear):
+        return _describe_active(layer)
     if isinstance(layer, QuantizedLinear):
         return _describe_quantized(layer)
     further = {"kernel": list(layer.window.kernel)} if isinstance(layer, PackedConv2d) else {}
@@ -355,4 +358,33 @@ def _describe_quantized(layer: QuantizedLinear) -> dict[str, Any]:
         "zeros": matrix.zeros is not None,
         "sparse": layer.sparse,
         "outliers": 0 if matrix.outliers is None else matrix.outliers[1].numel(),
+    }
+
+
+def _describe_active(layer: ActiveLinear) -> dict[str, Any]:
+    budget = layer.budget
+    limit = (
+        {"threshold": budget.value}
+        if isinstance(budget, Threshold)
+        else {"fraction": budget.fraction}
+    )
+    return {
+        "shape": [layer.out_features, layer.in_features],
+        "pattern": "",
+        "density": 1.0,
+        "requested": None,
+        "dtype": str(layer.values.dtype).removeprefix("torch."),
+        "bias": layer.bias is not None,
+        "nnz": layer.values.numel(),
+        "storage": "columns",
+        "activations": {
+            "by": layer.by,
+            "kept": layer.kept_inputs,
+            **limit,
+            "norms": layer.norms is not None,
+            "rank": 0 if layer.down is None else layer.down.shape[0],
+            "turns": layer.leads if layer.rotation is not None else None,
+            "across": layer.scales is not None and layer.scales.shape[0] == 1,
+            "facts": layer.facts,
+        },
     }

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from gossamer.nn.packed.active import ActiveLinear
 from gossamer.nn.packed.bitmap import BitmapLinear
 from gossamer.nn.packed.conv import PackedConv2d
 from gossamer.nn.packed.nm import NMLinear
 from gossamer.nn.packed.quantized import QuantizedLinear
 from gossamer.ops import _dispatch
+from gossamer.ops.active import kernel_name as active_kernel_name
 from gossamer.ops.bitmap import kernel_name
 from gossamer.ops.bitmap.native import MATVEC_ROWS, unpacks
 from gossamer.ops.nm import kernel_name as nm_kernel_name
 from gossamer.ops.quantized import batch_kernel_name as quantized_batch_kernel_name
 from gossamer.ops.quantized import kernel_name as quantized_kernel_name
 
-Packed = BitmapLinear | NMLinear | QuantizedLinear | PackedConv2d
+Packed = ActiveLinear | BitmapLinear | NMLinear | QuantizedLinear | PackedConv2d
 
 
 def serves(layer: Packed) -> tuple[str, str]:
@@ -21,6 +23,8 @@ def serves(layer: Packed) -> tuple[str, str]:
 
     Names are a kernel and its instructions, such as `bitmap-matvec/avx512`.
     """
+    if isinstance(layer, ActiveLinear):
+        return active_kernel_name(), "dense columns"
     if isinstance(layer, PackedConv2d):
         return layer.kernel, layer.kernel
     if isinstance(layer, QuantizedLinear):

@@ -17,13 +17,22 @@ def title(result: Mapping[str, Any]) -> str:
     sparsity = f"{1 - result['measured_density']:.1%} sparsity"
     bits = f", {result['bits']} bits" if result.get("bits") else ""
     model = f"{result['model']}: " if result.get("model") else ""
-    return f"{model}{result['method']}, {result['pattern']}, {sparsity}{bits}"
+    chosen = result.get("activations")
+    if chosen and result["measured_density"] >= 1:
+        return f"{model}{chosen['method']}{bits}"
+    told = f"{model}{result['method']}, {result['pattern']}, {sparsity}{bits}"
+    return f"{told}, {chosen['method']}" if chosen else told
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:
     """Sentences on coverage, layers that run dense, speed and dtypes."""
     lines = coverage_notes((result.get("coverage") or {}).get("pruned") or {})
     lines += layer_notes(result["layers"])
+    if chosen := result.get("activations"):
+        lines.append(
+            f"Each new token is to read {chosen['density']:.1%} of the weights of layers that choose "
+            "their inputs; the quality is that of a text in which every token chooses."
+        )
     lines += speed_notes(result["speed"])
     if result.get("source") and result.get("dtype") not in (None, result["source"]):
         lines.append(

@@ -19,6 +19,7 @@ __all__ = [
     "load",
     "model_folder",
     "symbol_model",
+    "video_transformer",
 ]
 
 if TYPE_CHECKING:
@@ -33,9 +34,10 @@ if TYPE_CHECKING:
     )
     from gossamer.testbed.language import Text
     from gossamer.testbed.packaged import fetch, folder, load
+    from gossamer.testbed.video import video_transformer
     from gossamer.testbed.vision import Digits
 else:
-    _FILES = {"Digits": "vision", "Text": "language"} | dict.fromkeys(
+    _FILES = {"Digits": "vision", "Text": "language", "video_transformer": "video"} | dict.fromkeys(
         ("fetch", "folder", "load"), "packaged"
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,8 +26,8 @@ BATCH = {SMALL: 8, SIZE: 3}
 
 
 def rate(step: int, steps: int) -> float:
-    """Share of the peak learning rate: a linear warm-up, then down to 0 in a straight line."""
-    return min(1.0, (step + 1) / WARM_UP) * (1 - step / steps)
+    """Share of the peak learning rate: a linear warm-up, then down in a straight line, to 0.1."""
+    return min(1.0, (step + 1) / WARM_UP) * (1 - 0.9 * step / steps)
 
 
 def batch_loss(model: nn.Module, step: int, size: int) -> torch.Tensor:
@@ -73,7 +74,7 @@ def train(small: int, large: int, checkpoint: Path) -> dict[str, torch.Tensor]:
             sums = 0.0
             state = {"model": model.state_dict(), "adam": adam.state_dict(), "step": step + 1,
                      "average": average}  # fmt: skip
-            write_whole(checkpoint, lambda place, state=state: torch.save(state, place))
+            write_whole(checkpoint, partial(torch.save, state))
     return average
 
 
@@ -82,13 +83,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--small", type=int, default=800, help="steps on small frames")
-    parser.add_argument("--large", type=int, default=200, help="steps on whole frames")
+    parser.add_argument("--large", type=int, default=100, help="steps on whole frames")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     found = train(args.small, args.large, args.out / "checkpoint.pt")
     halves = {name: x.to(torch.bfloat16).contiguous() for name, x in found.items()}
     data = save(halves)
-    write_whole(args.out / "video.safetensors", lambda place: Path(place).write_bytes(data))
+    write_whole(args.out / "video.safetensors", lambda place: place.write_bytes(data))
 
 
 if __name__ == "__main__":

@@ -46,12 +46,13 @@ class VideoTransformer(nn.Module):
         width = sizes.width
         self.patches = nn.Linear(CHANNELS * PATCH**2, width)
         self.words = nn.ModuleList(nn.Embedding(count + 1, width) for count in WORDS)
-        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, 6 * width))
+        change = nn.Linear(width, 6 * width)
+        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), change)
         self.blocks = nn.ModuleList(_Block(sizes) for _ in range(sizes.blocks))
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.shift = nn.Parameter(torch.zeros(2, width))
         self.out = nn.Linear(width, CHANNELS * PATCH**2)
-        for layer in (self.out, self.time[-1]):
+        for layer in (self.out, change):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -184,15 +185,14 @@ def denoising_loss(
     model: nn.Module, seed: int, times: Sequence[float], count: int = 4,
     before: Callable[[int], object] = int,
 ) -> float:  # fmt: skip
-    """The mean loss on held-out videos over so many times, noisiest first.
+    """The mean loss on held-out videos over so many times, on the way from one noise.
 
-    before: called with the step's number before the model, as `run.step` wants it.
+    times: from noisy to clean, as a sampler passes them. before: called with the step's number before the model, as `run.step` wants it.
     """
     generator = torch.Generator().manual_seed(1_000_000 + seed)
     video, words = videos(count, generator)
-    total = 0.0
+    noise, total = torch.randn(video.shape, generator=generator), 0.0
     for number, time in enumerate(times):
-        noise = torch.randn(video.shape, generator=generator)
         before(number)
         total += float(loss(model, video, words, noise, torch.full((count,), time)))
     return total / len(times)

@@ -240,3 +240,20 @@ def routing(layer, x, everything=False):
         total, count = total + shares @ v[:, layer.local :], count + inside.to(x.dtype)
     outputs.append(total / (count + 0.01))
     return layer.project(torch.cat(outputs, dim=1).transpose(1, 2).flatten(2))
+
+
+def sparsegin(layer, x, attention, cut=None):
+    """Token by token."""
+    cut = layer.cut if cut is None else cut
+    found = []
+    for i in range(x.shape[1]):
+        message = layer.epsilon * x[:, i]
+        for j in range(i + 1):
+            total = attention[:, :, i, j].sum(1).clamp(max=1)
+            weight = 1 / (1 + (-layer.sharpness * (total - layer.threshold)).exp())
+            message = message + torch.where(weight > cut, weight, 0)[:, None] * x[:, j]
+        z = layer.network(message) + message
+        eps = torch.finfo(z.dtype).eps
+        z = z / (z.square().mean(-1, keepdim=True) + eps).sqrt() * layer.norm.weight
+        found.append(x[:, i] + layer.scale * z)
+    return torch.stack(found, dim=1)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from maps import attended, normal_call
 
 import gossamer as gs
-from gossamer.core.attention import AttentionCall
+from gossamer.core.attention import AttentionCall, CachedKeys
 
 S2 = gs.attention.S2Attention
 
@@ -85,15 +85,23 @@ def test_dense_heads_come_last_and_dense_layers_take_turns():
 @pytest.mark.parametrize("length", [40, 61, 64])
 def test_no_key_that_a_cache_drops_is_ever_needed_again(length):
     method = S2(local=3, stride=3, block=8, dense_heads=1)
-    call = normal_call(length, heads=4, kv_heads=4, batch=2)
-    kept = method.kept_keys(call)
-    assert kept.shape == (2, 4, length) and kept[:, 3].all() and not kept[:, :3].all()
+    call = normal_call(length, heads=4, kv_heads=4)
+    places = torch.arange(length).expand(4, -1)
+    kept = method.kept_keys(
+        CachedKeys(call.query[0][:, :0], call.key[0], call.value[0], places, length, 1.0)
+    )
+    assert kept.shape == (4, length) and kept[3].all() and not kept[:3].all()
     for later in range(length + 1, length + 50):
         (needed,) = mask_of(method, 1, 4, past=later - 1).transpose(0, 1)
-        assert not (needed[:, :length] & ~kept[0]).any(), later
+        assert not (needed[:, :length] & ~kept).any(), later
     # What stays is needed: by the next token, or as a stripe.
     (needed,) = mask_of(method, 1, 4, past=length).transpose(0, 1)
-    assert torch.equal(needed[:, :length], kept[0])
+    assert torch.equal(needed[:, :length], kept)
+    # Rows that are no keys are not kept, and those of an earlier eviction go by their places.
+    some = torch.tensor([1, 9, 30, 39, -1]).expand(4, -1)
+    rows = call.key[0][:, :5]
+    found = method.kept_keys(CachedKeys(call.query[0][:, :0], rows, rows, some, length, 1.0))
+    assert torch.equal(found[:, :4], kept[:, some[0, :4]]) and not found[:, 4].any()
 
 
 def test_a_model_learns_through_the_pattern(tiny_llama):

@@ -1,5 +1,6 @@
 """Decoding over listed keys and pages, against dense masked attention in float64."""
 
+import copy
 import random
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from gossamer.core.errors import UsageError
 from gossamer.ops import _dispatch
-from gossamer.ops.attention import Layout, attention, decode
+from gossamer.ops.attention import Layout, attention, decode, room
 
 best = _dispatch.kernels().best_isa() if _dispatch.kernels() else -1
 ISAS = [*(name for index, name in enumerate(_dispatch.ISAS) if index <= best), "reference"]
@@ -118,3 +119,33 @@ def test_no_keys_give_nothing():
         cache = torch.randn(1, 1, keys, 4)
         output, lse = decode(query, cache, cache, index.long())
         assert not output.any() and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_room_holds_each_key_beside_its_value_and_decodes_alike(dtype):
+    torch.manual_seed(0)
+    for tokens in (10, 9000):  # of bytes for a large page, and of fewer
+        key, value = room((1, 2, tokens), 64, 40, dtype)
+        assert value.data_ptr() - key.data_ptr() == 64 * dtype.itemsize
+        assert key.stride() == value.stride() == (2 * tokens * 104, tokens * 104, 104, 1)
+        key.normal_()
+        value.normal_()
+        query = torch.randn(1, 4, 1, 64).to(dtype)
+        index = torch.stack([torch.randperm(tokens)[:7] for _ in range(2)])[None]
+        plain = decode(query, key.contiguous(), value.contiguous(), index)
+        assert all(
+            torch.equal(a, b) for a, b in zip(decode(query, key, value, index), plain, strict=True)
+        )
+        again = copy.deepcopy(key)
+        assert torch.equal(again, key) and again.data_ptr() != key.data_ptr()
+
+
+@pytest.mark.parametrize("isa", ISAS[:-1])
+def test_a_weight_of_0_meets_no_infinite_value(isa, monkeypatch):
+    monkeypatch.setenv("GOSSAMER_ISA", isa)
+    for dtype in (torch.float32, torch.bfloat16):
+        query, key = torch.full((1, 1, 1, 32), 40.0), torch.ones(1, 1, 5, 32)
+        value = torch.ones(1, 1, 5, 64)
+        key[0, 0, 2], value[0, 0, 2] = -40, torch.inf
+        output, _ = decode(*(x.to(dtype) for x in (query, key, value)), torch.arange(5)[None, None])
+        assert torch.equal(output, torch.ones_like(output))

@@ -36,9 +36,10 @@ def planted(seed: int) -> AttentionCall:
     value[0, 3] *= 0.01
     # What the flat head averages differs by frame and by place: a window would see a part.
     query[0, 4] *= 0.1
-    moving = (place * 2 * torch.pi / tokens).cos() + (spatial * 2 * torch.pi / GRID.frame).cos()
-    sign = torch.sign(normal(9 * seed + 4, 1, WIDTH))
-    value[0, 4] = sign * (0.8 + 3 * moving.unsqueeze(1)) + 0.2 * value[0, 4]
+    phase = 7 * normal(9 * seed + 4, 3, WIDTH)
+    moving = (place.unsqueeze(1) * (2 * torch.pi / tokens) + phase[0]).cos()
+    moving += (spatial.unsqueeze(1) * (2 * torch.pi / GRID.frame) + phase[1]).cos()
+    value[0, 4] = 0.8 * phase[2].sign() + 3 * moving + 0.2 * value[0, 4]
     return call_of(query, key, value)
 
 
@@ -103,4 +104,6 @@ CLAIM = Claim(
     "Five planted heads of 6 frames of 8 x 8 tokens; three inputs for the search, another to test.",
     one,
     promises,
+    remark="Of 60 other inputs, each searched alone, 3 named the flat head columns: by chance they "
+    "averaged the same.",
 )

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from gossamer.core.attention import AttentionCall, causal_pairs
-from gossamer.ops.attention import Layout, bits
+from gossamer.core.attention import AttentionCall
+from gossamer.ops.attention import Layout, counting
 
 T = TypeVar("T")
 
@@ -29,17 +29,9 @@ class Work:
 
 
 def pairs(layout: Layout, call: AttentionCall) -> int:
-    """How many pairs all batches and heads compute: `Layout.density` times the possible ones,
-    counted for all heads at once."""
-    found = _in_tiles(layout, call).sum()
-    lists = layout.offsets.shape[0] * layout.offsets.shape[1]
-    if layout.token_offsets is not None and layout.tokens is not None:
-        group = _row_of(layout.token_offsets)
-        first = group * layout.group
-        size = (layout.queries - first).clamp(max=layout.group)
-        key, one = layout.tokens.long(), torch.ones_like(size)
-        found += (causal_pairs(first + call.past, size, key, one) if call.causal else size).sum()
-    return int(found) * (call.query.shape[0] * call.query.shape[1] // lists)
+    """How many pairs all batches and heads compute."""
+    copies = call.query.shape[0] * call.query.shape[1] // counting.lists(layout)
+    return counting.pairs(layout, call.causal) * copies
 
 
 def possible_pairs(call: AttentionCall) -> int:
@@ -56,8 +48,7 @@ def executed(layout: Layout, call: AttentionCall, count: int) -> Work:
     widths = call.query.shape[3] + call.value.shape[3]
     read = layout.blocks.numel() * layout.columns
     read += 0 if layout.tokens is None else layout.tokens.numel()
-    lists = layout.offsets.shape[0] * layout.offsets.shape[1]
-    copies = call.query.shape[0] * call.query.shape[1] // lists
+    copies = call.query.shape[0] * call.query.shape[1] // counting.lists(layout)
     return Work(2 * widths * count, read * copies * widths * call.key.element_size())
 
 
@@ -92,31 +83,3 @@ class _Counter(TorchDispatchMode):
             leaves = torch.utils._pytree.tree_leaves((args, kwargs, found))
             self.bytes += sum(x.nbytes for x in leaves if isinstance(x, Tensor))
         return found
-
-
-def _in_tiles(layout: Layout, call: AttentionCall) -> Tensor:
-    """int64 (entries,): the pairs that each listed tile computes."""
-    row, column = _row_of(layout.offsets) * layout.rows, layout.blocks.long() * layout.columns
-    height = (layout.queries - row).clamp(max=layout.rows)
-    width = (layout.keys - column).clamp(max=layout.columns)
-    position = row + call.past
-    found = causal_pairs(position, height, column, width) if call.causal else height * width
-    if layout.tiles is None or layout.masks is None or not layout.masks.shape[0]:
-        return found
-    for entries in (layout.tiles >= 0).nonzero()[:, 0].split(1024):
-        mask = bits.unpack(layout.masks[layout.tiles[entries].long()], layout.columns)
-        query = torch.arange(layout.rows, device=mask.device)
-        key = torch.arange(layout.columns, device=mask.device)
-        inside = (query < height[entries].unsqueeze(1)).unsqueeze(2)
-        inside = inside & (key < width[entries].unsqueeze(1)).unsqueeze(1)
-        if call.causal:
-            ahead = (position - column)[entries].reshape(-1, 1, 1)
-            inside &= (ahead + query.unsqueeze(1) - key) >= 0
-        found[entries] = (mask & inside).sum((1, 2))
-    return found
-
-
-def _row_of(offsets: Tensor) -> Tensor:
-    """int64 (n,): for each entry the block or group that lists it."""
-    rows = offsets.shape[-1] - 1
-    return torch.repeat_interleave(offsets.diff(dim=-1).flatten()) % max(1, rows)

@@ -123,8 +123,9 @@ class DenoiseTally:
         """The work of the same call, and dense attention's output."""
         widths = call.query.shape[3] + call.value.shape[3]
         self._measured = True
-        self._flops += 2 * widths * found.pairs + chosen.flops
-        self._flops += 2 * call.query.shape[3] * found.search_pairs
+        # torch's operators in the method are counted; a search that the executor ran is not.
+        search = 2 * call.query.shape[3] * found.search_pairs
+        self._flops += 2 * widths * found.pairs + max(chosen.flops, search)
         self._dense_flops += 2 * widths * possible_pairs(call)
         self._difference += float((found.output.double() - dense.double()).square().sum())
         self._norm += float(dense.double().square().sum())

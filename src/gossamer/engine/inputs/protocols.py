@@ -1,8 +1,8 @@
 """What the engine asks of methods that choose keys. Each is found by the functions it has.
 
-Methods of the topic `attention` have the role `key_scorer`. One method may play in several phases:
-choose pairs for a prompt, drop keys from the cache behind it, choose keys for each new token. Those
-for diffusion models have the role `step_attention`.
+Those of the topic `attention` that choose pairs of prompts have the role `key_scorer`. Those that
+drop keys of a cache, or choose keys for each new token, have the role `cache`; a method may do both.
+Those for diffusion models have the role `step_attention`.
 Scores become choices by `gossamer.keep`, whose budgets and protected units are shared by all.
 """
 
@@ -56,8 +56,10 @@ class LearnsFromPrompts(Protocol):
 class LearnsFromAnswers(PairChooser, Protocol):
     """A method that is fitted by what a model's own answers lose, before it chooses."""
 
-    answer: int
-    """Tokens of each answer, on which the loss is taken."""
+    @property
+    def answer(self) -> int:
+        """Tokens of each answer, on which the loss is taken."""
+        ...
 
     def observe_gradient(self, call: AttentionCall, gradient: Tensor) -> Any:
         """What is learned from one layer's call of one prompt with its answer, and the loss's
@@ -73,8 +75,10 @@ class LearnsFromAnswers(PairChooser, Protocol):
 class KeyEvictor(Protocol):
     """A method that says which keys stay in the cache when a prompt is over."""
 
-    last: int
-    """How many of the prompt's last queries it looks at."""
+    @property
+    def last(self) -> int:
+        """How many of the prompt's last queries it looks at."""
+        ...
 
     @property
     def card(self) -> Card: ...
@@ -88,8 +92,11 @@ class KeyEvictor(Protocol):
 class RollingEvictor(KeyEvictor, Protocol):
     """One that also gives up a key for each new token, once a head holds `sinks + window`."""
 
-    sinks: int
-    window: int
+    @property
+    def sinks(self) -> int: ...
+
+    @property
+    def window(self) -> int: ...
 
     def rolls(self) -> bool:
         """Whether it does so."""

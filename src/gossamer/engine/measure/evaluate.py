@@ -22,6 +22,7 @@ from gossamer.engine.measure.calm import Watched, watched_rounds
 from gossamer.engine.progress import track
 from gossamer.engine.serve.decoder import Decoder, refusal
 from gossamer.engine.serve.generate import compiled_serves, next_token
+from gossamer.nn.packed.active import every_token_chooses
 
 Measurable = nn.Module | PruneResult | CompressResult
 _SHORT, _MOST = 0.2, 10
@@ -69,6 +70,7 @@ def bits_per_byte(
     Without `encode` a token is a byte: windows do not overlap, and each byte after the first of
     its window is scored. With `encode` (bytes to token ids) windows share one token, so that every
     token but the very first is scored, and the total is divided by the number of bytes.
+    Packed layers that choose their inputs do so for every token, as in decoding.
     progress: a name under which progress is shown on stderr; none where empty.
 
     Raises UsageError for data too short to score or ids outside the vocabulary, NonFiniteError
@@ -89,7 +91,11 @@ def bits_per_byte(
     nats, scored = 0.0, 0
     parts = list(_windows(ids, window, window if encode is None else window - 1, batch))
     name = progress or "bits per byte"
-    with hooks.evaluating(model), track(len(parts), bool(progress), name) as step:
+    with (
+        hooks.evaluating(model),
+        every_token_chooses(model),
+        track(len(parts), bool(progress), name) as step,
+    ):
         for rows in parts:
             nats += _nats(model, rows.to(device_of(model)))
             scored += rows.shape[0] * (rows.shape[1] - 1)

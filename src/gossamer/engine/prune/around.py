@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gossamer.core.errors import NonFiniteError, UsageError
 from gossamer.core.stats import AngularDistance, BlockStats
 from gossamer.engine import hooks
+from gossamer.engine.calls import Inputs
 from gossamer.engine.prune.calibrate import Calibrator
 from gossamer.engine.prune.padding import Padding, real_rows
 from gossamer.engine.prune.replay import first_of, hidden_of
@@ -29,7 +30,7 @@ def gather_angles(
     held: dict[int, Tensor | None] = {}
     padding: Padding | None = None
 
-    def before(index: int, inputs: hooks.Inputs) -> None:
+    def before(index: int, inputs: Inputs) -> None:
         hidden = hidden_of(inputs)
         held[index] = None if hidden is None else hidden.detach().clone()  # blocks work in place
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.engine import hooks
+from gossamer.engine.calls import Inputs
 
 _NUMERIC = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError)
 """What a block may raise on arguments that do not suit it."""
@@ -19,7 +20,7 @@ class Trace:
     output is the next one's input. `keep`: also every hidden state, which `replays` needs."""
 
     def __init__(self, count: int, keep: bool) -> None:
-        self.arguments: list[hooks.Inputs] = []
+        self.arguments: list[Inputs] = []
         self.hidden: list[Tensor] = []
         self.whole = count > 0
         self.fixed = True
@@ -28,7 +29,7 @@ class Trace:
         self._output: Any = None
         self._first: set[int] = set()
 
-    def before(self, index: int, inputs: hooks.Inputs) -> None:
+    def before(self, index: int, inputs: Inputs) -> None:
         """Note one block's inputs."""
         hidden = hidden_of(inputs)
         if not self.whole or hidden is None or index != self._called or _opaque(inputs):
@@ -79,7 +80,7 @@ def replays(blocks: Sequence[nn.Module], trace: Trace, again: Callable[[], objec
                 return False
         if trace.fixed:
             return True
-        other: list[hooks.Inputs] = []
+        other: list[Inputs] = []
         watch = hooks.watch_blocks(
             blocks, lambda _, inputs: other.append(with_hidden(inputs, None)), lambda *_: None
         )
@@ -99,7 +100,7 @@ def _disturb(_: Tensor, output: Any) -> Any:
     return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
 
-def run_block(block: nn.Module, arguments: hooks.Inputs, hidden: Tensor) -> Any:
+def run_block(block: nn.Module, arguments: Inputs, hidden: Tensor) -> Any:
     """The block's new hidden state; the old one is copied, so in-place layers cannot spoil it."""
     args, kwargs = with_hidden(arguments, hidden.clone())
     return first_of(block(*args, **kwargs))
@@ -110,14 +111,14 @@ def first_of(output: Any) -> Any:
     return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
-def hidden_of(inputs: hooks.Inputs) -> Tensor | None:
+def hidden_of(inputs: Inputs) -> Tensor | None:
     """The hidden state that a block is called with: its first argument."""
     args, kwargs = inputs
     value = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
     return value if isinstance(value, Tensor) else None
 
 
-def with_hidden(inputs: hooks.Inputs, hidden: Any) -> hooks.Inputs:
+def with_hidden(inputs: Inputs, hidden: Any) -> Inputs:
     """The same arguments with another hidden state."""
     args, kwargs = inputs
     if args:
@@ -140,7 +141,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     return (leaf for leaf in _leaves(value) if isinstance(leaf, Tensor))
 
 
-def _opaque(inputs: hooks.Inputs) -> bool:
+def _opaque(inputs: Inputs) -> bool:
     """Whether an argument is an object that a block could change, such as a cache."""
     plain = (Tensor, int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size)
     return any(not isinstance(leaf, plain) for leaf in _leaves(inputs))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ def compress(
     group: int = 128,
     head_bits: int = 8,
     latency: LatencyModel | Literal["rule"] | None = None,
+    activations: PacksLayers | None = None,
 ) -> CompressResult:
     """Replace each sparse layer, in place, by one with a sparse kernel where that is faster.
 
@@ -98,6 +99,10 @@ def compress(
         products an encoder in bfloat16 mostly stays dense. "rule" measures nothing: a layer is
         packed at up to 0.9 of its dense bytes, a convolution up to density 0.25. What files store
         does not depend on it.
+    activations : ActivationPlan, optional
+        Of `calibrate_activations`: the layers that it names become `ActiveLinear`, which reads only
+        the weights of the inputs that a token keeps. Thresholds are saved with the model. With
+        `bits=8` they are stored as integers. Where the dense layer is faster, it stays.
 
     Returns
     -------
@@ -120,15 +125,18 @@ def compress(
     """
     root = unwrap(model)
     _check(root, bits, group, head_bits)
-    layers = {n: m for n, m in root.named_modules() if is_prunable(m)}
-    names = {name: name for name in layers}
-    wanted = matching(include, names, root, "include") if include else set(layers)
+    names = {name: name for name, module in root.named_modules() if is_prunable(module)}
+    wanted = matching(include, names, root, "include") if include else set(names)
     call = _Call(
         root, wanted - matching(exclude, names, root, "exclude"), max_density,
         serves_large_batches(root, large_batches), bits, group, head_bits, known_latency(latency), _head(root),
         type(root).__name__ not in FAMILIES, _uses(root),
     )  # fmt: skip
     asked = {r.name: r for r in model.layers} if isinstance(model, PruneResult) else {}
+    chosen: list[LayerRecord] = []
+    if activations is not None:
+        chosen = activations.pack(root, call.wanted, bits, latency != "rule")
+    layers = {name: module for name, module in root.named_modules() if is_prunable(module)}
     plans = [
         (module, *_decide(name, module, asked.get(name), call))
         for name, module in layers.items()
@@ -137,7 +145,7 @@ def compress(
     for _, record, reason in plans if strict else ():
         if reason is not None and record.density < 1.0 and record.name in call.wanted:
             raise UsageError(f"{record.name} stays dense: {reason}")
-    records = [_serve(module, record, reason, call) for module, record, reason in plans]
+    records = chosen + [_serve(module, record, reason, call) for module, record, reason in plans]
     coverage = packed_coverage(root, records)
     others = {record.name: record for record in other_records(root)}
     others.update((name, _depthwise_record(root, name)) for name in fuse(root))
@@ -161,6 +169,16 @@ def _check(root: nn.Module, bits: int | None, group: int, head_bits: int) -> Non
             raise UsageError(
                 f"{name} is on the meta device, so it holds no numbers; load the weights first"
             )
+
+
+class PacksLayers(Protocol):
+    """What chooses layers and packs them itself, such as an `ActivationPlan`."""
+
+    def pack(
+        self, root: nn.Module, wanted: Collection[str], bits: int | None, timed: bool
+    ) -> list[LayerRecord]:
+        """Replace layers of the model among those wanted; a record of each that was replaced."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gossamer.core.errors import UsageError
-from gossamer.engine.hooks import Inputs, adjust_outputs, evaluating, watch_blocks
+from gossamer.engine.calls import Inputs
+from gossamer.engine.hooks import adjust_outputs, evaluating, watch_blocks
 from gossamer.engine.train.distributed import Ranks, is_sharded
 from gossamer.engine.train.layers import TrainedLayer
 

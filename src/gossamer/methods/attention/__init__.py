@@ -10,10 +10,13 @@ from gossamer.methods.attention.dma import DMA
 from gossamer.methods.attention.double_sparsity import DoubleSparsity
 from gossamer.methods.attention.drsformer import DRSformer
 from gossamer.methods.attention.flex_prefill import FlexPrefill
+from gossamer.methods.attention.gin import SparseGIN
+from gossamer.methods.attention.graph_kv import GraphKV
 from gossamer.methods.attention.gtsp import GTSP
 from gossamer.methods.attention.light_forcing import LightForcing
 from gossamer.methods.attention.mesh_transformer import MeshTransformer
 from gossamer.methods.attention.moa import MoA
+from gossamer.methods.attention.mustafar import Mustafar
 from gossamer.methods.attention.paraformer import Paraformer
 from gossamer.methods.attention.psa import PSA
 from gossamer.methods.attention.quest import Quest
@@ -43,9 +46,11 @@ __all__ = [
     "DRSformer",
     "DoubleSparsity",
     "FlexPrefill",
+    "GraphKV",
     "LightForcing",
     "MeshTransformer",
     "MoA",
+    "Mustafar",
     "Paraformer",
     "Quest",
     "Rettention",
@@ -54,6 +59,7 @@ __all__ = [
     "SeerAttention",
     "SnapKV",
     "SparseD",
+    "SparseGIN",
     "SparseGraphTracker",
     "SparseVDiT",
     "Sparsifiner",

@@ -72,7 +72,7 @@ class AdaSnapKV:
     card: ClassVar[Card] = Card(
         name="adasnapkv",
         topic="attention",
-        role="key_scorer",
+        role="cache",
         needs=(),
         patterns=("unstructured",),
         year=2024,

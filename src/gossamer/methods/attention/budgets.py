@@ -22,14 +22,17 @@ def budget_of(tokens: int, density: float | None, length: int, least: int) -> in
     return min(tokens, length)
 
 
-def share_beside_dense(method: str, density: float, dense: int, layers: int) -> float:
-    """The share of keys in each other layer, where the first `dense` layers read all of them."""
+def check_dense(method: str, density: float | None, dense: int, layers: int) -> None:
+    """Raise UsageError where dense layers leave nothing to the others."""
     if dense >= layers:
         raise UsageError(f"{method}: dense={dense} leaves none of {layers} layers to choose in")
-    share = (density * layers - dense) / (layers - dense)
-    if share <= 0:
+    if density is not None and share_beside_dense(density, dense, layers) <= 0:
         raise UsageError(
             f"{method}: {dense} of {layers} layers run dense, which is more than a density of "
             f"{density} allows; give fewer dense layers, or tokens, which is a budget of the others"
         )
-    return share
+
+
+def share_beside_dense(density: float, dense: int, layers: int) -> float:
+    """The share of keys in each other layer, where the first `dense` layers read all of them."""
+    return (density * layers - dense) / (layers - dense)

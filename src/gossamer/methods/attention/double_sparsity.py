@@ -19,7 +19,7 @@ over all tokens of all prompts; the release keeps the last prompt's only. Query 
 head of keys share its labels and what is read: channels by their mean statistic, keys by the sum of
 their estimated attention, which is a softmax over the labels' products. With one query head for each
 head of keys this is the paper's order. 4-bit labels have one scale and one least value for each key.
-The newest key is read if its label says so. `tokens` is a budget of the layers that choose, and
+The newest key is always read, within the budget. `tokens` is a budget of the layers that choose, and
 dense layers are outside; with `density` they are inside, and the others read less.
 """
 
@@ -35,7 +35,12 @@ from torch import Tensor
 from gossamer.core.attention import AttentionCall
 from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
-from gossamer.methods.attention.budgets import budget_of, check_budget, share_beside_dense
+from gossamer.methods.attention.budgets import (
+    budget_of,
+    check_budget,
+    check_dense,
+    share_beside_dense,
+)
 from gossamer.methods.attention.tiles import check_causal, check_count
 
 
@@ -73,7 +78,7 @@ class DoubleSparsity:
     card: ClassVar[Card] = Card(
         name="doublesparsity",
         topic="attention",
-        role="key_scorer",
+        role="cache",
         needs=(),
         patterns=("unstructured",),
         year=2024,
@@ -116,8 +121,7 @@ class DoubleSparsity:
 
     def check_model(self, heads: int, kv_heads: int, width: int, layers: int) -> None:
         """Refuse a model without channels, or of other heads."""
-        if self.density is not None:
-            share_beside_dense("DoubleSparsity", self.density, self.dense, layers)
+        check_dense("DoubleSparsity", self.density, self.dense, layers)
         for layer in range(self.dense, layers):
             channels = self.channels.get(layer)
             if channels is None:
@@ -137,7 +141,7 @@ class DoubleSparsity:
             return length
         share = self.density
         if share is not None:
-            share = share_beside_dense("DoubleSparsity", share, self.dense, layers)
+            share = share_beside_dense(share, self.dense, layers)
         return budget_of(self.tokens, share, length, 1)
 
     def summarise(self, pages: Tensor, layer: int) -> dict[str, Tensor]:

@@ -21,7 +21,8 @@ the plans and is not planned for. The loss is that of the model's own greedy ans
 of a pair renormalises the rest of its row. Absolute values are summed by tile, one block of queries
 at a time, so that no map is held. Windows are whole blocks, rounded down as in
 the release, and one first block is always counted. Heads that share keys share a rule, so that
-their cache can follow it. Density is that of the cache, as in the paper: kept keys of the last
+their cache can follow it. Windows go by the length of the whole prompt, so a longer one changes
+what early queries see. Density is that of the cache, as in the paper: kept keys of the last
 query over all. Of the causal pairs a window keeps more. The release keeps plans within boxes of
 every loss; ours are bounded from above only.
 """
@@ -29,7 +30,7 @@ every loss; ours are bounded from above only.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -82,7 +83,7 @@ class MoA:
     step: int = 1024
     rules: int = 2
     answer: int = 32
-    plan: Plan | str | None = None
+    plan: Plan | str | None = field(default=None, repr=False)
 
     card: ClassVar[Card] = Card(
         name="moa",

@@ -134,7 +134,7 @@ def plan_of(
             "a separate aim: cut them to a few"
         )
     planned = lengths[:-1] or lengths
-    held = [*lengths, 2 * planned[-1]] if len(lengths) > 1 else [*lengths, 2 * lengths[-1]]
+    held = [*lengths, 2 * planned[-1]]
     rules = rules_for(held, block, step)
     shares = torch.tensor([[share(rule, keys, block) for rule in rules] for keys in held])
     costs = {

@@ -7,7 +7,7 @@ projected onto the simplex, so few sentences have weight, and their mean decides
 https://arxiv.org/abs/2212.13899
 
 **Claim.** The highest recall and F2 among the compared systems for retrieval on COLIEE; the abstract
-gives no figure. The claim was not tried here.
+gives no figure.
 
 **Defaults.** A width of 768, two classes, no bias in the projections, and a share of 0.1 for the
 network in `combined`, as in the paper's code.

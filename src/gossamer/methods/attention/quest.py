@@ -29,7 +29,12 @@ import torch
 from torch import Tensor
 
 from gossamer.core.card import Card
-from gossamer.methods.attention.budgets import budget_of, check_budget, share_beside_dense
+from gossamer.methods.attention.budgets import (
+    budget_of,
+    check_budget,
+    check_dense,
+    share_beside_dense,
+)
 from gossamer.methods.attention.tiles import check_count
 
 
@@ -61,7 +66,7 @@ class Quest:
     card: ClassVar[Card] = Card(
         name="quest",
         topic="attention",
-        role="key_scorer",
+        role="cache",
         needs=(),
         patterns=("block",),
         year=2024,
@@ -75,9 +80,8 @@ class Quest:
         check_budget("Quest", self.tokens, self.density, self.page, "one page; lower page")
 
     def check_model(self, heads: int, kv_heads: int, width: int, layers: int) -> None:
-        """Refuse a density that dense layers exceed."""
-        if self.density is not None:
-            share_beside_dense("Quest", self.density, self.dense, layers)
+        """Refuse dense layers that leave nothing to the others."""
+        check_dense("Quest", self.density, self.dense, layers)
 
     def keys_read(self, length: int, layer: int, layers: int) -> int:
         """All in dense layers."""
@@ -85,7 +89,7 @@ class Quest:
             return length
         share = self.density
         if share is not None:
-            share = share_beside_dense("Quest", share, self.dense, layers)
+            share = share_beside_dense(share, self.dense, layers)
         return budget_of(self.tokens, share, length, self.page)
 
     def summarise(self, pages: Tensor, layer: int) -> dict[str, Tensor]:

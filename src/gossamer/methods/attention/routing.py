@@ -36,7 +36,7 @@ from gossamer.core.attention import AttentionCall
 from gossamer.core.budget import TopK
 from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
-from gossamer.methods.attention.running import lists_of, running_top
+from gossamer.methods.attention.running import Part, lists_of, running_top
 from gossamer.methods.attention.streaming import StreamingLLM
 from gossamer.methods.attention.tiles import check_count, check_share
 from gossamer.nn.attention_gate import rotated
@@ -207,17 +207,18 @@ class RoutingTransformer(nn.Module):
         inside = (lse > -torch.inf).unflatten(1, (-1, clusters)).sum(2).unsqueeze(-1)
         return found.unflatten(1, (-1, clusters)).sum(2) / (inside + _AVERAGING)
 
-    def _prefixes(self, scores: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def _prefixes(self, scores: Tensor) -> Iterator[Part]:
         """Of each place, the cluster's members as of then, where the place itself is one."""
-        places = torch.arange(scores.shape[-1], device=scores.device)
-        for part, keys, exist in running_top(scores, self.window):
-            own = (keys == places[part].unsqueeze(-1)) & exist
-            yield part, keys, exist & own.any(-1, keepdim=True)
+        for part in running_top(scores, self.window):
+            rows = part.kept.shape[-2]
+            own = part.kept[..., -rows:].diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+            yield part._replace(kept=part.kept & own)
 
-    def _whole(self, scores: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def _whole(self, scores: Tensor) -> Iterator[Part]:
         """Of each member of a cluster of the whole text, the members up to it."""
         members = keep(scores, TopK(self.window))
-        order = (~members).to(torch.uint8).argsort(dim=-1, stable=True)[..., : self.window]
+        count = min(self.window, scores.shape[-1])
+        order = members.nonzero()[:, -1].unflatten(0, (*scores.shape[:-1], count))
         for place in range(scores.shape[-1]):
-            exist = (order <= place) & members.gather(-1, order) & members[..., place : place + 1]
-            yield slice(place, place + 1), order.unsqueeze(-2), exist.unsqueeze(-2)
+            kept = (order <= place) & members[..., place : place + 1]
+            yield Part(slice(place, place + 1), order, kept.unsqueeze(-2))

@@ -14,7 +14,8 @@ causal map, and compare layouts with the rule pair by pair.
 **Defaults.** Blocks of 64, 32 of them near, a stride of 8, as the release's example.
 
 **Notes.** Stripes stand at absolute places: a block that has left the window and is on no stripe of
-a head is never needed again. `kept_keys` says which stay in a cache. Query heads that share keys
+a head is never needed again, and `gs.attention_cache` drops it behind a prompt; what is generated
+stays. Query heads that share keys
 share a pattern. The shift between heads is stride / heads of keys, rounded down, and 1 at least.
 All heads together miss no block where there are as many heads as the stride has blocks; with fewer
 the layout is refused, unless dense heads or layers see the rest. Dense heads come last, and take
@@ -31,7 +32,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gossamer.core.attention import AttentionCall
+from gossamer.core.attention import AttentionCall, CachedKeys
 from gossamer.core.card import Card
 from gossamer.core.errors import UsageError
 from gossamer.methods.attention.tiles import check_causal, check_count, from_blocks
@@ -70,6 +71,8 @@ class S2Attention:
     dense_heads: int = 0
     dense_every: int = 0
 
+    last: ClassVar[int] = 0
+    """The pattern looks at no query."""
     card: ClassVar[Card] = Card(
         name="s2attention",
         topic="attention",
@@ -95,27 +98,27 @@ class S2Attention:
         near = torch.arange(possible.shape[1], device=possible.device) > (
             (first // self.block).unsqueeze(1) - self.local
         )
-        kept = possible & (near | self._stripes(call).unsqueeze(1))
-        return from_blocks(kept.unsqueeze(0), call, self.block)
+        column = torch.arange(possible.shape[1], device=possible.device)
+        stripes = self._stripes(column.expand(call.key.shape[1], -1), call.layer)
+        return from_blocks(
+            (possible & (near | stripes.unsqueeze(1))).unsqueeze(0), call, self.block
+        )
 
-    def kept_keys(self, call: AttentionCall) -> Tensor:
-        """bool (batch, kv_heads, keys): what queries behind this prompt may still attend."""
-        check_causal("S2Attention", call)
-        stripes = self._stripes(call)
-        column = torch.arange(stripes.shape[1], device=stripes.device)
-        blocks = stripes | (column > call.keys // self.block - self.local)
-        keys = blocks.repeat_interleave(self.block, dim=1)[:, : call.keys]
-        return keys.expand(call.key.shape[0], -1, -1)
+    def kept_keys(self, cached: CachedKeys) -> Tensor:
+        """bool (kv_heads, rows): the keys that queries behind this prompt may still attend."""
+        column = cached.positions // self.block
+        next_block, newest = cached.length // self.block, (cached.length - 1) // self.block
+        near = column > min(next_block - self.local, newest - 1)  # no head is left without keys
+        return cached.exists & (near | self._stripes(column, cached.layer))
 
-    def _stripes(self, call: AttentionCall) -> Tensor:
-        """bool (kv_heads, key blocks): the blocks that each head attends from anywhere."""
-        heads, device = call.key.shape[1], call.key.device
+    def _stripes(self, column: Tensor, layer: int) -> Tensor:
+        """bool, the shape of `column` (kv_heads, n): blocks that a head attends from anywhere."""
+        heads = column.shape[0]
         sharing = heads - self.dense_heads
-        column = torch.arange(-(-call.keys // self.block), device=device)
-        if self.dense_every and (call.layer + 1) % self.dense_every == 0:
-            return torch.ones(heads, len(column), dtype=torch.bool, device=device)
+        if self.dense_every and (layer + 1) % self.dense_every == 0:
+            return torch.ones_like(column, dtype=torch.bool)
         step = self._step(sharing, heads)
-        head = torch.arange(heads, device=device).unsqueeze(1)
+        head = torch.arange(heads, device=column.device).unsqueeze(1)
         return (head >= sharing) | ((column + head * step + self.offset) % self.stride == 0)
 
     def _step(self, sharing: int, heads: int) -> int:

@@ -71,7 +71,7 @@ class SnapKV:
     card: ClassVar[Card] = Card(
         name="snapkv",
         topic="attention",
-        role="key_scorer",
+        role="cache",
         needs=(),
         patterns=("unstructured",),
         year=2024,

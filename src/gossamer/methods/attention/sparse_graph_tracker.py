@@ -1,4 +1,4 @@
-"""SparseGraphTracker: objects of two frames exchange messages along few edges, and weak ones are found.
+"""SparseGraphTracker: objects of two frames exchange messages along few edges; weak ones are found.
 
 Nodes are the best detections of this frame and of the last one, and lost tracks. Each earlier node
 is joined to the few current ones that overlap it, look like it or lie near it. Messages along these
@@ -8,7 +8,6 @@ edges give each edge the probability that both ends are one object.
 https://arxiv.org/abs/2205.00968
 
 **Claim.** With CrowdHuman, MOTA 76.4 and IDF1 72.8 on MOT17, 72.8 and 70.6 on MOT20, in real time.
-The claim was not tried here.
 
 **Defaults.** 3 rounds of messages and edges of width 32; in `tracking`, 100 detections from a score of
 0.1, 10 neighbours by each measure, thresholds of 0.4 for edges and nodes, 0.5 for new tracks and for

@@ -139,8 +139,7 @@ class SparseVDiT:
             )
             output = output.index_copy(1, heads.to(output.device), found)
             pairs += count
-        kind = "dense" if set(modes) == {"dense"} else "reused"
-        return Attended(output, pairs, None, kind)
+        return Attended(output, pairs, None, "dense" if set(modes) == {"dense"} else "reused")
 
     def apply(
         self, mode: str, call: AttentionCall, grid: TokenGrid, columns: Tensor

@@ -11,9 +11,13 @@ tokens. `attention_prefill.json` holds what this chooser keeps and costs on Smol
 
 **Defaults.** 4 sinks, as in the paper; a window of 1024, a choice of this library.
 
-**Notes.** This is the pattern in prefill. It looks at no query and no key, so a later token never
-changes what an earlier one sees. Positions are those of the text; the paper numbers the kept keys
-anew in its cache. All heads share one layout.
+**Notes.** The pattern serves prompts, by `gossamer.sparse_attention`, and caches, by
+`gossamer.attention_cache`. It looks at no query and no key, so a later token never changes what an
+earlier one sees. A cache gives up one key for each new token once it holds `sinks` and `window`, and
+its memory stays. Positions are those of the text in both; the paper numbers the kept keys anew in
+its cache. Keys come rotated, and a prompt that was attended densely or sparsely meets the same
+distances in the cache. So a text is no longer than the model's positions. All heads share one
+layout.
 """
 
 from __future__ import annotations

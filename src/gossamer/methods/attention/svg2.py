@@ -119,8 +119,8 @@ class SVG2:
             found, labels = self.clusters(call, text, state)
             kept = self.choose(found, labels, call)
             orders = [each.argsort(dim=-1, stable=True) for each in labels]
-            sorted_labels = [each.gather(-1, o) for each, o in zip(labels, orders, strict=True)]
-            layout = cluster_layout(kept, *sorted_labels, self.block)
+            query, key = (each.gather(-1, o) for each, o in zip(labels, orders, strict=True))
+            layout = cluster_layout(kept, query, key, self.block)
         moved = replace(
             call, query=reordered(call.query, orders[0]), key=reordered(call.key, orders[1]),
             value=reordered(call.value, orders[1]),

@@ -25,8 +25,7 @@ SparseGPT's scores on weights that it does not repair.
 The variance here is that of all tokens. The release averages the variances of single sequences,
 which leaves the spread between them out. `variance="within"` does so over batches: give batches of
 one sequence for the release's figure. Where no weight of the wanted sign is left, a row rests. The
-release goes on there and may regrow weights that were never removed. This claim was not tried here
-yet.
+release goes on there and may regrow weights that were never removed.
 """
 
 from __future__ import annotations

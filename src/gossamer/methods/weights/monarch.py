@@ -14,7 +14,7 @@ a first phase, GPT-2 pretrains twice as fast; fine-tuned BERT is 1.7 times as fa
 rank of the slices; one over the square of the blocks, times the shorter side, is the paper's. Sides
 that the blocks do not divide are padded. start='random' draws both factors Kaiming-uniform by the
 width of a block, for training from the start. Small block products are slower than one dense product
-on most processors: measure before you keep it. This claim was not tried here yet.
+on most processors: measure before you keep it.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def why_not_here(root: nn.Module, name: str, module: nn.Module) -> str | None:
 
 _RESERVED = frozenset(
     {"values", "bitmap", "row_ptr", "columns", "codes", "scales", "zeros", "offsets", "typed",
-     "outlier_ptr", "outlier_cols", "outlier_values"}
+     "outlier_ptr", "outlier_cols", "outlier_values", "norms", "down", "up", "turns"}
 )  # fmt: skip
 """Names of the tensors of packed layers."""
 

@@ -27,8 +27,9 @@ from gossamer.ops.attention.decoding import decode
 from gossamer.ops.attention.layout import Layout
 from gossamer.ops.attention.merging import State, check_state, merge
 from gossamer.ops.attention.problem import Problem
+from gossamer.ops.attention.room import room
 
-__all__ = ["Layout", "State", "attention", "decode", "kernel_name", "merge"]
+__all__ = ["Layout", "State", "attention", "decode", "kernel_name", "merge", "room"]
 
 
 def attention(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gossamer.core.attention import causal_pairs
 from gossamer.ops.attention import bits
 from gossamer.ops.attention.positions import as_positions, default_positions, head_of
 
@@ -47,6 +48,27 @@ def covered(layout: Layout, offsets: Tensor, tokens: Tensor, group: int) -> tupl
     return some, some & every
 
 
+def lists(layout: Layout) -> int:
+    """How many batches times heads have lists of their own."""
+    given = layout.offsets
+    if layout.token_offsets is not None and not layout.blocks.numel():
+        given = layout.token_offsets
+    return given.shape[0] * given.shape[1]
+
+
+def pairs(layout: Layout, causal: bool) -> int:
+    """How many pairs the lists name. Queries are the last of the keys, where causal."""
+    tiles = int(_tile_pairs(layout, causal).sum())
+    past = layout.keys - layout.queries
+    if layout.token_offsets is None or layout.tokens is None:
+        return tiles
+    group = rows_of(layout.token_offsets) % max(1, layout.token_offsets.shape[-1] - 1)
+    first = group * layout.group
+    size = (layout.queries - first).clamp(max=layout.group)
+    key, one = layout.tokens.long(), torch.ones_like(size)
+    return tiles + int((causal_pairs(first + past, size, key, one) if causal else size).sum())
+
+
 def density(
     layout: Layout, causal: bool, query_positions: Tensor | None, key_positions: Tensor | None
 ) -> float:
@@ -54,6 +76,8 @@ def density(
     start, device = layout.keys - layout.queries, layout.blocks.device
     queries = as_positions("query_positions", query_positions, layout.queries)
     keys = as_positions("key_positions", key_positions, layout.keys)
+    if not causal or (start >= 0 and queries is None and keys is None):
+        return _plain_density(layout, causal)
     queries = default_positions(layout.queries, start, device) if queries is None else queries
     keys = default_positions(layout.keys, 0, device) if keys is None else keys
     lists = [
@@ -65,11 +89,38 @@ def density(
     for b in range(batch):
         for h in range(heads):
             q, k = (head_of(part, b, h, heads) for part in (queries, keys))
-            if not causal:
-                q, k = torch.zeros_like(q), torch.zeros_like(k)
             found += _in_tiles(layout, b, h, heads, q, k) + _in_lists(layout, b, h, heads, q, k)
             total += int(torch.searchsorted(k.sort().values, q, right=True).sum())
     return found / total if total else 1.0
+
+
+def _plain_density(layout: Layout, causal: bool) -> float:
+    past, n = layout.keys - layout.queries, layout.queries
+    possible = n * past + n * (n + 1) // 2 if causal else n * layout.keys
+    return pairs(layout, causal) / (possible * lists(layout)) if possible else 1.0
+
+
+def _tile_pairs(layout: Layout, causal: bool) -> Tensor:
+    """int64 (entries,): the pairs that each listed tile computes."""
+    row = rows_of(layout.offsets) % max(1, layout.query_blocks) * layout.rows
+    column = layout.blocks.long() * layout.columns
+    height = (layout.queries - row).clamp(max=layout.rows)
+    width = (layout.keys - column).clamp(max=layout.columns)
+    position = row + layout.keys - layout.queries
+    found = causal_pairs(position, height, column, width) if causal else height * width
+    if layout.tiles is None or layout.masks is None or not layout.masks.shape[0]:
+        return found
+    for entries in (layout.tiles >= 0).nonzero()[:, 0].split(1024):
+        mask = bits.unpack(layout.masks[layout.tiles[entries].long()], layout.columns)
+        query = torch.arange(layout.rows, device=mask.device)
+        key = torch.arange(layout.columns, device=mask.device)
+        inside = (query < height[entries].unsqueeze(1)).unsqueeze(2)
+        inside = inside & (key < width[entries].unsqueeze(1)).unsqueeze(1)
+        if causal:
+            ahead = (position - column)[entries].reshape(-1, 1, 1)
+            inside &= (ahead + query.unsqueeze(1) - key) >= 0
+        found[entries] = (mask & inside).sum((1, 2))
+    return found
 
 
 def _in_tiles(layout: Layout, b: int, h: int, heads: int, q: Tensor, k: Tensor) -> int:

@@ -67,7 +67,7 @@ def decode(
     if output.numel():
         work = index.numel() * page * query.shape[3] * query.shape[2]
         threads = 1 if work < _SMALL else torch.get_num_threads()
-        inputs = (_rows(query), _rows(key), _rows(value), index.to(torch.int32).contiguous())
+        inputs = (_rows(query), _rows(key), _rows(value), index.to(torch.int64).contiguous())
         extras = (_contiguous(key_bias), query_positions, key_positions)
         compiled().attention_decode(
             *inputs, page, *extras, causal, scale, output, lse, threads, isa_index()

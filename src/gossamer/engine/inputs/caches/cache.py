@@ -16,6 +16,7 @@ from gossamer.engine.inputs.attention import own_attention
 from gossamer.engine.inputs.caches import files
 from gossamer.engine.inputs.caches.binding import Binding
 from gossamer.engine.inputs.caches.calls import real_tokens
+from gossamer.engine.inputs.caches.compressed import CompressingKeeper, KeyCompressor
 from gossamer.engine.inputs.caches.evicted import EvictingKeeper
 from gossamer.engine.inputs.caches.layer import Arrival, SparseLayer
 from gossamer.engine.inputs.caches.rows import Keeper
@@ -56,6 +57,17 @@ class SparseCache(Cache):
         """Say that the prompt is over: what is evicted leaves now, and not with the next token."""
         for layer in self.layers:
             layer.end_prompt()
+
+    def start_from(self, other: SparseCache) -> None:
+        """Take a copy of a prompt that another cache of the model has seen, and not ended.
+
+        So that several methods go on from one prefill. The other cache remembers as many of the
+        prompt's last queries as this method looks at, or more.
+        """
+        if self.binding.digest != other.binding.digest:
+            raise UsageError("the other cache is of another model: the configs differ")
+        for own, their in zip(self.layers, other.layers, strict=True):
+            own.start_from(their)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the newest tokens back, given as a number below 0.
@@ -158,14 +170,15 @@ def keeper_of(method: Any, layer: int, layers: int) -> Keeper:
         if isinstance(method, kind):
             return keeper(method, layer, layers)
     raise UsageError(
-        f"{type(method).__name__} keeps no cache: such a method evicts (kept_keys) or chooses "
-        "(summarise and score); see gossamer methods attention"
+        f"{type(method).__name__} keeps no cache: such a method evicts (kept_keys), chooses "
+        "(summarise and score) or compresses (kept_entries); see gossamer methods attention"
     )
 
 
 _KEEPERS: tuple[tuple[Any, Callable[..., Keeper]], ...] = (
     (KeyEvictor, EvictingKeeper),
     (KeySelector, SelectingKeeper),
+    (KeyCompressor, CompressingKeeper),
 )
 
 

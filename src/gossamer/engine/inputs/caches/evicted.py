@@ -23,14 +23,10 @@ class EvictingKeeper(Keeper):
     def __init__(self, method: KeyEvictor, layer: int, layers: int) -> None:
         self.method, self.layer, self.layers = method, layer, layers
         self.last = method.last
-
-    @property
-    def rolling(self) -> tuple[int, int] | None:
+        self.rolling: tuple[int, int] | None = None
         """First keys and window of a method that gives up a key for each new one."""
-        method = self.method
         if isinstance(method, RollingEvictor) and method.rolls():
-            return method.sinks, method.window
-        return None
+            self.rolling = method.sinks, method.window
 
     def start(self, prompt: Prompt) -> Rows:
         """Evict from the first prompt."""
@@ -43,6 +39,8 @@ class EvictingKeeper(Keeper):
 
     def kept(self, cached: CachedKeys) -> Tensor:
         """The method's choice, checked."""
+        if not cached.positions.shape[1]:
+            return cached.exists
         with torch.no_grad():
             kept = self.method.kept_keys(cached)
         name = self.method.card.name
@@ -120,7 +118,7 @@ class EvictedRows(Rows):
     @property
     def rows(self) -> int:
         """Keys held."""
-        return int(self._counts.sum())
+        return self._total
 
     @property
     def counts(self) -> Tensor:
@@ -162,6 +160,7 @@ class EvictedRows(Rows):
         ends = room.flatten().cumsum(0).reshape(room.shape)
         self._starts = ends - room
         total = int(ends.flatten()[-1]) if ends.numel() else 0
+        self._total = int(self._counts.sum())
         self._most, self._free = (int(x) if x.numel() else 0 for x in (
             self._counts.max(), (room - self._counts).min()
         ))  # fmt: skip
@@ -192,6 +191,7 @@ class EvictedRows(Rows):
         lists = self._index.reshape(*places.shape[:2], -1)
         lists.scatter_(2, column, places.to(torch.int32))
         self._counts += new
+        self._total += new * self._counts.numel()
         self._most += new
         self._free -= new
         self.since += new
@@ -228,7 +228,7 @@ class EvictedRows(Rows):
             output = query.new_zeros(*query.shape[:3], value.shape[-1])
             return output, torch.full(query.shape[:3], -torch.inf, device=query.device)
         bias = torch.zeros(exists.shape, device=key.device).masked_fill(~exists, -torch.inf)
-        layout = every_pair(query.shape[2], key.shape[2])
+        layout = every_pair(query, key.shape[2])
         found: State = attention(query, key, value, layout, scale=scale, key_bias=bias)
         return found
 
@@ -241,7 +241,9 @@ class EvictedRows(Rows):
         """A copy that holds these texts."""
         found = EvictedRows(self.keeper)
         found._length, found.since = self._length, self.since
-        key, value, positions, exists = (x.index_select(0, texts) for x in self._padded())
+        key, value, positions, exists = (
+            x.index_select(0, texts.to(x.device)) for x in self._padded()
+        )
         found.pack(key, value, positions, exists)
         return found
 
@@ -258,6 +260,7 @@ class EvictedRows(Rows):
         if not tokens:
             return
         self._counts = self._counts - tokens
+        self._total -= tokens * self._counts.numel()
         self._most, self._free = self._most - tokens, self._free + tokens
         self._length, self.since = self._length - tokens, self.since - tokens
         column = torch.arange(self._index.shape[-1], device=self._index.device)

@@ -116,8 +116,8 @@ def _check_facts(path: Path, facts: Any) -> None:
     if facts.get("version") != VERSION:
         raise FormatError(f"{path} is a cache of version {facts.get('version')!r}, not {VERSION}")
     lengths = facts.get("lengths")
-    counts = [facts.get("seen"), facts.get("solid"), facts.get("texts")]
-    counts += lengths if isinstance(lengths, list) else [None]
+    lengths = lengths if isinstance(lengths, list) and lengths else [None]
+    counts = [facts.get("seen"), facts.get("solid"), facts.get("texts"), *lengths]
     right = set(facts) == _FACTS and all(type(x) is int and 0 <= x < 2**31 for x in counts)
-    if not right or len(counts) - 3 not in (1, counts[2]) or counts[0] < max(counts[3:]):
+    if not right or len(lengths) not in (1, facts["texts"]) or facts["seen"] < max(lengths):
         raise FormatError(f"{path}: its counts contradict each other")

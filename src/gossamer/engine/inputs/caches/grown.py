@@ -43,4 +43,4 @@ class Grown:
 
     def taken(self, texts: Tensor) -> Grown:
         """A copy that holds these texts, which may repeat."""
-        return Grown(self.used.index_select(0, texts))
+        return Grown(self.used.index_select(0, texts.to(self._data.device)))

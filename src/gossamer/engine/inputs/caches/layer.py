@@ -7,6 +7,7 @@ that are stored are what the method left of them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,7 @@ class _OpenPrompt:
 
     def taken(self, texts: Tensor) -> None:
         self.key, self.value = self.key.taken(texts), self.value.taken(texts)
-        self.real = self.real.index_select(0, texts)
+        self.real = self.real.index_select(0, texts.to(self.real.device))
 
 
 class SparseLayer(CacheLayerMixin):
@@ -134,9 +135,7 @@ class SparseLayer(CacheLayerMixin):
             output = self._first(call) if not self._rows else self._later(call)
             self._remember(call)
         self.seen += new
-        real = _real_of(call).all(0).flip(0)
-        trailing = int(real.long().cumprod(0).sum())
-        self.solid = trailing if trailing < new else self.solid + new
+        self.solid = _trailing(call, self.solid)
         return output
 
     def end_prompt(self, like: Arrival | None = None) -> None:
@@ -189,13 +188,25 @@ class SparseLayer(CacheLayerMixin):
         self._rows, self.texts, self.is_initialized = rows, texts, True
         self.seen, self.solid = seen, solid
 
+    def start_from(self, other: SparseLayer) -> None:
+        """Take a copy of a prompt that is open in another layer, of any method."""
+        if other.stored or other.keeper.last < self.keeper.last:
+            raise UsageError(
+                "a cache starts from one whose prompt is not over, and which remembers as many of "
+                f"its last queries: {self.keeper.last}, not {other.keeper.last}"
+            )
+        self.reset()
+        keeper, held = self.keeper, copy.deepcopy(vars(other))
+        self.__dict__.update(held | {"keeper": keeper})
+        self._recent = [q[:, :, max(0, q.shape[2] - keeper.last) :].clone() for q in self._recent]
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """The texts in another order, which may repeat some and leave out others."""
         if not self.seen:
             return
         texts = beam_idx.reshape(-1)
         if self._open is not None:
-            self._open.taken(texts.to(self._open.real.device))
+            self._open.taken(texts)
         if len(self._rows) == 1 and self.texts > 1:
             self._rows = [self._rows[0].taken(texts)]
         elif self._rows:
@@ -362,6 +373,15 @@ class SparseLayer(CacheLayerMixin):
 
     def _grouped(self, queries: list[Tensor]) -> list[Tensor]:
         return [torch.cat(queries)] if len(self._rows) == 1 else queries
+
+
+def _trailing(call: Arrival, before: int) -> int:
+    """How many of the newest tokens are real ones of every text, `before` those of this call."""
+    new = call.query.shape[2]
+    if call.real is None:
+        return before + new
+    padded = (~call.real.all(0)).nonzero()
+    return new - 1 - int(padded[-1]) if padded.numel() else before + new
 
 
 def _unequal(queries: list[Tensor]) -> bool:

@@ -151,14 +151,16 @@ class Keeper(ABC):
         """From `Rows.tensors`, read from a file; raises FormatError where they do not fit."""
 
 
-def every_pair(queries: int, keys: int) -> Layout:
-    """All queries by all keys."""
-    blocks = torch.ones(-(-queries // 64), -(-keys // 64), dtype=torch.bool)
+def every_pair(query: Tensor, keys: int) -> Layout:
+    """All queries (texts, heads, queries, width) by all keys."""
+    queries = query.shape[2]
+    shape = (-(-queries // 64), -(-keys // 64))
+    blocks = torch.ones(shape, dtype=torch.bool, device=query.device)
     return Layout.from_blocks(blocks, queries, keys)
 
 
 def causal_state(query: Tensor, key: Tensor, value: Tensor, scale: float) -> State:
     """The attention of new tokens to each other."""
-    layout = every_pair(query.shape[2], key.shape[2])
+    layout = every_pair(query, key.shape[2])
     found: State = attention(query, key, value, layout, causal=True, scale=scale)
     return found

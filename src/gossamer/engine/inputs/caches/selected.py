@@ -10,6 +10,7 @@ from torch import Tensor
 from gossamer.core.budget import TopK
 from gossamer.core.errors import FormatError
 from gossamer.engine.inputs.caches.grown import Grown
+from gossamer.engine.inputs.caches.paired import GrownPair
 from gossamer.engine.inputs.caches.rows import Keeper, Prompt, Read, Rows, Shape, every_pair
 from gossamer.engine.inputs.protocols import KeySelector
 from gossamer.ops.attention import State, attention, decode
@@ -49,7 +50,7 @@ class SelectedRows(Rows):
 
     def __init__(self, keeper: SelectingKeeper, key: Tensor, value: Tensor) -> None:
         self.keeper = keeper
-        self._key, self._value = Grown(key[:, :, :0]), Grown(value[:, :, :0])
+        self._pair = GrownPair(key[:, :, :0], value[:, :, :0])
         self._summary: dict[str, Grown] = {}
         self._pages = 0
         self.append(key, value)
@@ -57,34 +58,32 @@ class SelectedRows(Rows):
     @property
     def length(self) -> int:
         """Tokens of each text."""
-        return self._key.length
+        return self._pair.length
 
     @property
     def shape(self) -> Shape:
         """Of what it was given."""
-        return Shape.of(self._key.used, self._value.used)
+        return Shape.of(self._pair.key, self._pair.value)
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        parts = (self._key, self._value, *self._summary.values())
-        return sum(part.nbytes for part in parts)
+        return self._pair.nbytes + sum(part.nbytes for part in self._summary.values())
 
     @property
     def rows(self) -> int:
         """Keys held."""
-        return self._key.used[..., 0].numel()
+        return self._pair.key[..., 0].numel()
 
     def append(self, key: Tensor, value: Tensor) -> None:
         """Add tokens, and note each page that they complete."""
-        self._key.append(key)
-        self._value.append(value)
+        self._pair.append(key, value)
         page = self.keeper.method.page
-        complete = self._key.length // page
+        complete = self._pair.length // page
         if complete == self._pages:
             return
         with torch.no_grad():
-            pages = self._key.used[:, :, self._pages * page : complete * page]
+            pages = self._pair.key[:, :, self._pages * page : complete * page]
             notes = self.keeper.method.summarise(pages.unflatten(2, (-1, page)), self.keeper.layer)
         for name, note in notes.items():
             if name in self._summary:
@@ -95,18 +94,18 @@ class SelectedRows(Rows):
 
     def attend(self, query: Tensor, scale: float) -> tuple[Tensor, Read]:
         """Over the pages with the highest scores and the newest page."""
-        page, length = self.keeper.method.page, self._key.length
+        page, length = self.keeper.method.page, self._pair.length
         index, choosing = self.chosen(query)
-        output, _ = decode(query, self._key.used, self._value.used, index, page=page, scale=scale)
+        output, _ = decode(query, self._pair.key, self._pair.value, index, page=page, scale=scale)
         short = -length % page  # the newest page is always read, and may be ragged
         keys = index.shape[0] * index.shape[1] * (index.shape[2] * page - short)
-        width = (self._key.used.shape[-1] + self._value.used.shape[-1]) * query.element_size()
+        width = (self._pair.key.shape[-1] + self._pair.value.shape[-1]) * query.element_size()
         return output, Read(keys, keys * width, choosing)
 
     def chosen(self, query: Tensor) -> tuple[Tensor, int]:
         """int64 (texts, kv_heads, count): pages to read, and the bytes read to choose them."""
-        page, length = self.keeper.method.page, self._key.length
-        heads = self._key.used.shape[:2]
+        page, length = self.keeper.method.page, self._pair.length
+        heads = self._pair.key.shape[:2]
         rest = length - self._pages * page
         count = (min(self.keeper.budget(length), length) - rest) // page
         if count >= self._pages:
@@ -119,7 +118,7 @@ class SelectedRows(Rows):
         with torch.no_grad():
             scores = self.keeper.method.score(query, notes, self.keeper.layer)
         always = None
-        if not rest and page > 1:
+        if not rest:
             always = torch.arange(self._pages, device=query.device) == self._pages - 1
         kept = keep(scores, TopK(count), always)
         index = kept.nonzero()[:, -1].reshape(*heads, count)
@@ -128,8 +127,8 @@ class SelectedRows(Rows):
 
     def past(self, query: Tensor, scale: float) -> State:
         """Over all rows."""
-        key, value = self._key.used, self._value.used
-        layout = every_pair(query.shape[2], key.shape[2])
+        key, value = self._pair.key, self._pair.value
+        layout = every_pair(query, key.shape[2])
         found: State = attention(query, key, value, layout, scale=scale)
         return found
 
@@ -138,7 +137,7 @@ class SelectedRows(Rows):
 
     def taken(self, texts: Tensor) -> Rows:
         """A copy that holds these texts."""
-        key, value = (x.used.index_select(0, texts) for x in (self._key, self._value))
+        key, value = (x.index_select(0, texts) for x in (self._pair.key, self._pair.value))
         return SelectedRows(self.keeper, key, value)
 
     def check_crop(self, tokens: int) -> None:
@@ -146,17 +145,16 @@ class SelectedRows(Rows):
 
     def crop(self, tokens: int) -> None:
         """Forget the newest tokens, and what was noted of pages that are no longer complete."""
-        length = self._key.length - tokens
-        self._key.crop(length)
-        self._value.crop(length)
+        length = self._pair.length - tokens
+        self._pair.crop(length)
         self._pages = length // self.keeper.method.page
         for part in self._summary.values():
             part.crop(self._pages)
 
     def tensors(self) -> dict[str, Tensor]:
         """Keys and values."""
-        return {"key": self._key.used.contiguous(), "value": self._value.used.contiguous()}
+        return {"key": self._pair.key.contiguous(), "value": self._pair.value.contiguous()}
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """Every key and value."""
-        return self._key.used, self._value.used
+        return self._pair.key, self._pair.value

@@ -1,0 +1,1 @@
+"""Layers that multiply only some of their inputs, chosen for each token."""
