@@ -1,21 +1,19 @@
-"""FlexPrefill on SmolLM2-135M and on symbols: does a budget for each head beat a fixed one?"""
+"""FlexPrefill on SmolLM2-135M: does a budget for each head beat a fixed one?"""
 
 from __future__ import annotations
 
 import gossamer as gs
 from gossamer.claims.ledger import Claim, Figures, Promise, promise
-from gossamer.claims.prompts import SYMBOLS, WHERE, at, curve, symbol_scores
+from gossamer.claims.prompts import WHERE, at, curve
 
 FIXED = ("verticalslash", "streamingllm")
 DENSITY = 0.3
 
 
 def one(seed: int, short: bool) -> dict[str, float]:
-    """Recall beside fixed budgets, and two tasks on symbols."""
+    """Recall beside fixed budgets."""
     names = ("flexprefill", *FIXED)
-    found = {f"recall, {name}": at(curve(seed, short, name), DENSITY) for name in names}
-    tasks = ("needle", "counting")
-    return found | symbol_scores(("flexprefill", "verticalslash"), seed, short, tasks, (DENSITY,))
+    return {f"recall, {name}": at(curve(seed, short, name), DENSITY) for name in names}
 
 
 def promises(found: Figures) -> list[Promise]:
@@ -25,13 +23,11 @@ def promises(found: Figures) -> list[Promise]:
                 found["recall, flexprefill"], found[f"recall, {name}"])
         for name in FIXED
     ]  # fmt: skip
-    for task in ("needle", "counting"):
-        ours, other = (found[f"{task}, {name} at {DENSITY:g}"]
-                       for name in ("flexprefill", "verticalslash"))  # fmt: skip
-        lines.append(promise(f"{task} no less accurate than verticalslash at density {DENSITY:g}",
-                             "quality", ours, other, 0.05))  # fmt: skip
     return [
         *lines,
+        Promise("more accurate on tasks at equal density", "quality",
+                reason="on the model of symbols its settings keep over half of the pairs, where "
+                "the fixed pattern answers as well"),
         Promise("faster at equal accuracy on tasks of 128k tokens", "quality",
                 reason="no model here reads more than 8192 tokens"),
     ]  # fmt: skip
@@ -40,7 +36,7 @@ def promises(found: Figures) -> list[Promise]:
 CLAIM = Claim(
     gs.attention.FlexPrefill,
     "Better accuracy at the same speed than fixed patterns on long-context tasks.",
-    f"{WHERE} {SYMBOLS} Both methods with tiles of 16, the last 64 queries and the nearest 16 "
+    f"{WHERE} Both methods with tiles of 16, the last 64 queries and the nearest 16 "
     "offsets fixed; at least 16 keys and offsets of each head.",
     one,
     promises,

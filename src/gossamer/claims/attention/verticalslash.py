@@ -6,7 +6,7 @@ import gossamer as gs
 from gossamer.claims.ledger import Claim, Figures, Promise, promise
 from gossamer.claims.prompts import SYMBOLS, WHERE, at, curve, symbol_scores
 
-DENSITIES = (0.15, 0.3)
+DENSITIES = (0.3,)
 
 
 def one(seed: int, short: bool) -> dict[str, float]:
