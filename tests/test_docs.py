@@ -225,6 +225,36 @@ def test_the_page_on_attention_says_what_was_measured():
     assert f"bits per byte of {record['4096: sdpa']['bits_per_byte']:.3f}" in text
 
 
+def test_the_page_on_caches_says_what_was_measured():
+    text = (ROOT / "docs/guide/caches.md").read_text()
+    record = json.loads((ROOT / "benchmarks/results/attention_caches.json").read_text())["parts"]
+    rows = dict(re.findall(r"^\| `([\w:]+)` \| (\d of .+) \|$", text, re.MULTILINE))
+    assert list(rows) == list(record["needle 0"])
+    for name, cells in rows.items():
+        needles, bits = (
+            [record[f"{part} {seed}"][name] for seed in range(3)] for part in ("needle", "text")
+        )
+        shares = [
+            needles[0][key] for key in ("density", "bytes_read_of_dense", "resident_of_dense")
+        ]
+        wanted = [f"{sum(x['found'] for x in needles)} of 6"]
+        wanted += [
+            f"{sum(x['bits_per_byte'] for x in bits) / 3:.3f}",
+            *(f"{x:.2f}" for x in shares),
+        ]
+        assert cells == " | ".join(wanted), name
+    speed = dict(re.findall(r"^\| `([\w: ]+)` \| (\d\.\dx .+) \|$", text, re.MULTILINE))
+    times = record["speed"]
+    assert {*speed, "transformers"} == set(times)
+    for name, cells in speed.items():
+        gain = times["every key"]["seconds"] / times[name]["seconds"]
+        over, held = times[name]["over_transformers"], times[name]["resident_of_dense"]
+        assert cells == f"{over:.1f}x | {gain:.2f}x | {held:.2f}", name
+    theirs = json.loads((ROOT / "benchmarks/results/attention_kvpress.json").read_text())
+    for name in ("SnapKV, averages without the window's keys", "AdaSnapKV on kvpress's scores"):
+        assert theirs[name]["heads_identical"] == theirs[name]["heads"] == 90
+
+
 def test_the_page_on_diffusion_says_what_was_measured():
     text = (ROOT / "docs/guide/diffusion.md").read_text()
     record = json.loads((ROOT / "benchmarks/results/attention_video.json").read_text())

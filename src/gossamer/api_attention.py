@@ -29,6 +29,7 @@ from gossamer.methods import build, find
 
 if TYPE_CHECKING:
     from gossamer.engine.inputs.caches.cache import SparseCache
+    from gossamer.engine.inputs.caches.compressed import KeyCompressor
 
 
 def sparse_attention(
@@ -97,7 +98,7 @@ def sparse_attention(
 
 def attention_cache(
     model: nn.Module | PruneResult | CompressResult,
-    method: KeyEvictor | KeySelector | str,
+    method: KeyEvictor | KeySelector | KeyCompressor | str,
     *,
     saved: str | os.PathLike[str] | None = None,
 ) -> SparseCache:
@@ -112,7 +113,7 @@ def attention_cache(
     model : nn.Module
         A causal language model of transformers, as for `sparse_attention`. The cache is for this
         model only.
-    method : KeyEvictor, KeySelector or str
+    method : KeyEvictor, KeySelector, KeyCompressor or str
         Such as `gs.attention.SnapKV(tokens=1024)` or `gs.attention.Quest(density=0.1)`, or its name
         with options.
     saved : path, optional

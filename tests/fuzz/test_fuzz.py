@@ -18,7 +18,7 @@ import gossamer as gs
 from gossamer.core.errors import FormatError, UsageError
 from gossamer.core.matrix import as_matrix
 from gossamer.nn import BitmapLinear, NMLinear, PackedConv2d, QuantizedLinear, prepare_large_batches
-from gossamer.ops import attention, nm, quantized
+from gossamer.ops import attention, kv_tiles, nm, quantized
 from gossamer.ops import bitmap as ops
 from gossamer.ops.bitmap import reference as bitmap_reference
 from gossamer.ops.nm import reference as nm_reference
@@ -459,4 +459,33 @@ def test_random_attention_is_refused_or_right():
             continue
         for a, b in zip(found, exact, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4, msg=f"{seed}")
+    assert refused > 0
+
+
+def test_damaged_tiles_are_refused_or_right():
+    """Bits, offsets and lengths of tiled keys and values, and widths that are another's."""
+    refused = 0
+    for seed, rng in rounds():
+        generator = torch.Generator().manual_seed(seed)
+        width, heads = rng.choice([5, 20, 64, 70]), rng.choice([1, 2])
+        x = torch.randn(1, heads, 64 * rng.choice([1, 2]), width, generator=generator)
+        tiles = [kv_tiles.pack(x, x > rng.choice([-1, 0, 2]), keys=keys) for keys in (True, False)]
+        at, part = rng.randrange(2), rng.randrange(4)
+        parts = [p.clone() for p in tiles[at].parts]
+        if part < 2 and parts[part].numel():
+            place = rng.randrange(parts[part].numel())
+            parts[part].view(-1)[place] ^= 1 << rng.randrange(31)
+        elif part == 2:
+            parts[2] = parts[2][: rng.randrange(parts[2].numel() + 1)]
+        query, tail = (torch.randn(1, heads, n, width, generator=generator) for n in (1, 3))
+        try:
+            wide = width + (rng.choice([-1, 1]) if part == 3 else 0)
+            tiles[at] = kv_tiles.Tiles(*parts, wide, tiles[at].keys)
+            found = kv_tiles.decode(query, tiles[:1], tiles[1:], tail, tail)
+        except (FormatError, UsageError):
+            refused += 1
+            continue
+        both = [torch.cat([kv_tiles.unpack(one), tail], 2) for one in tiles]
+        exact = torch.nn.functional.scaled_dot_product_attention(query, *both)
+        torch.testing.assert_close(found[0], exact, rtol=1e-4, atol=1e-4, msg=f"{seed}")
     assert refused > 0

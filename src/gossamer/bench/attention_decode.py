@@ -7,8 +7,10 @@ is the time of a loop that reads the same stretches and does nothing else, over 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,43 +71,61 @@ def tiled(case: Case, limits: Limits, rounds: Repeats | int) -> dict[str, Any]:
     query, key, value = inputs(case, 1)
     method = Mustafar(density=case.kept)
     old = (case.keys - method.every // 2 - method.tail) // kv_tiles.TILE * kv_tiles.TILE
-    caches = []
-    for turn in range(_CACHES):
-        moved = [x.roll(turn, 2) for x in (key, value)]
-        masks = [method.kept_entries(x[:, :, :old], i == 0) for i, x in enumerate(moved)]
-        tiles = [
-            kv_tiles.pack(x[:, :, :old], mask, keys=i == 0)
-            for i, (x, mask) in enumerate(zip(moved, masks, strict=True))
-        ]
-        whole = [x.clone() for x in moved]
-        for x, mask in zip(whole, masks, strict=True):
-            x[:, :, :old] *= mask
-        caches.append((tiles, [x[:, :, old:].clone() for x in moved], whole))
+    caches = [_pruned(method, old, key.roll(i, 2), value.roll(i, 2)) for i in range(_CACHES)]
 
-    def ours(turn: int) -> Tensor:
-        tiles, ends, _ = caches[turn]
-        return kv_tiles.decode(query, tiles[:1], tiles[1:], *ends)[0]
-
-    def dense(name: str) -> Callable[[], Tensor]:
-        engines = itertools.cycle([_dense(case, query, *whole)[name] for _, _, whole in caches])
-        return lambda: next(engines)()
+    def ours(cache: _Pruned) -> Tensor:
+        return kv_tiles.decode(query, [cache.keys], [cache.values], cache.key, cache.value)[0]
 
     every = torch.arange(-(-case.keys // 64)).expand(1, case.kv_heads, -1)
-    turn, other = itertools.cycle(range(_CACHES)), itertools.cycle(range(_CACHES))
+
+    def whole(cache: _Pruned, cast: torch.dtype = query.dtype) -> Tensor:
+        parts = (x.to(cast) for x in (query, *cache.whole))
+        return decode(next(parts), next(parts), next(parts), every, page=64)[0]
+
+    others = [_dense(case, query, *cache.whole) for cache in caches]
     calls: Calls = {
-        "gossamer": lambda: ours(next(turn)),
-        **{name: dense(name) for name in _dense(case, query, key, value)},
-        "gossamer dense": lambda: decode(query, *caches[next(other)][2], every, page=64)[0],
+        "gossamer": _in_turn([functools.partial(ours, cache) for cache in caches]),
+        **{name: _in_turn([other[name] for other in others]) for name in others[0]},
+        "gossamer dense": _in_turn([functools.partial(whole, cache) for cache in caches]),
     }
-    exact = decode(query.double(), *(x.double() for x in caches[0][2]), every, page=64)[0]
-    check(case, "gossamer", ours(0), exact)
-    check(case, "gossamer dense", calls["gossamer dense"](), exact)
+    exact = whole(caches[0], torch.float64)
+    check(case, "gossamer", ours(caches[0]), exact)
+    check(case, "gossamer dense", whole(caches[0]), exact)
     with torch.inference_mode():
         found = interleaved(calls, rounds)
-    held = sum(part.nbytes for part in (*caches[0][0], *caches[0][1]))
-    dense_bytes = key.nbytes + value.nbytes
+    one = caches[0]
+    held = sum(part.nbytes for part in (one.keys, one.values, one.key, one.value))
     record = found.record(case, limits.seconds(held, 0))
-    return {**record, "density": case.kept, "memory": held / dense_bytes, "tail": case.keys - old}
+    memory = held / (key.nbytes + value.nbytes)
+    return {**record, "density": case.kept, "memory": memory, "tail": case.keys - old}
+
+
+@dataclass(frozen=True, eq=False)
+class _Pruned:
+    """Tiles, the dense tail, and both together with zeros where entries were dropped."""
+
+    keys: kv_tiles.Tiles
+    values: kv_tiles.Tiles
+    key: Tensor
+    value: Tensor
+    whole: tuple[Tensor, Tensor]
+
+
+def _pruned(method: Mustafar, old: int, key: Tensor, value: Tensor) -> _Pruned:
+    masks = [method.kept_entries(x[:, :, :old], i == 0) for i, x in enumerate((key, value))]
+    tiles = [
+        kv_tiles.pack(x[:, :, :old], mask, keys=i == 0)
+        for i, (x, mask) in enumerate(zip((key, value), masks, strict=True))
+    ]
+    for x, mask in zip((key, value), masks, strict=True):
+        x[:, :, :old] *= mask
+    keys, values = tiles
+    return _Pruned(keys, values, key[:, :, old:].clone(), value[:, :, old:].clone(), (key, value))
+
+
+def _in_turn(calls: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
+    turns = itertools.cycle(calls)
+    return lambda: next(turns)()
 
 
 def _dense(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Calls:

@@ -67,25 +67,25 @@ class Part:
 
     def load(self) -> nn.Module:
         """The model."""
-        return symbol_model() if self.model == "symbols" else smollm2()[0]
+        return symbol_model() if self.model == "symbols" else smollm2()
 
 
-def smollm2() -> tuple[nn.Module, Any]:
-    """SmolLM2 in bfloat16 with its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def smollm2() -> nn.Module:
+    """SmolLM2 in bfloat16."""
+    from transformers import AutoModelForCausalLM
 
-    place = folder("smollm2")
     model: Any = AutoModelForCausalLM.from_pretrained(
-        place, dtype="bfloat16", local_files_only=True
+        folder("smollm2"), dtype="bfloat16", local_files_only=True
     )
-    return model.eval(), AutoTokenizer.from_pretrained(place, local_files_only=True)
+    found: nn.Module = model.eval()
+    return found
 
 
 def parts(only: str) -> list[Part]:
     """What is measured, of which `only` leaves labels that hold this text, such as `smollm2 needles`."""
     found = [Part("symbols", SYMBOL_SETTINGS, _symbol_tasks())]
     try:
-        found.append(Part("smollm2", TEXT_SETTINGS, _text_tasks(smollm2()[1])))
+        found.append(Part("smollm2", TEXT_SETTINGS, _text_tasks()))
     except (UsageError, ImportError):
         if only.startswith("smollm2"):
             raise
@@ -110,8 +110,11 @@ def _symbol_tasks() -> tuple[LongTask, ...]:
     )  # fmt: skip
 
 
-def _text_tasks(tokenizer: Any) -> tuple[LongTask, ...]:
+def _text_tasks() -> tuple[LongTask, ...]:
     """Of 1024 tokens; fewer questions, chains and words than in the study, whose prompts are longer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder("smollm2"), local_files_only=True)
     families = (VariableTracking(3, 2), CommonWords(5, 10, 1))
     return (
         HeldOutText(1024, tokenizer), TextTask(Needles(4, 1), 1024, tokenizer),

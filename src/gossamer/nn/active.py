@@ -104,6 +104,13 @@ class ActiveProduct:
             return self.columns.values.shape[0]
         return self.columns.shape[1]
 
+    @property
+    def out_features(self) -> int:
+        """The number of outputs."""
+        if isinstance(self.columns, Neurons):
+            return self.columns.values.shape[1]
+        return self.columns.shape[0]
+
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out), of x's dtype."""
         x = x if self.rotation is None else self.rotation(x)

@@ -218,6 +218,19 @@ def test_beams_and_assistance(llama, methods, name):
     assert beams.is_croppable == (name in ("quest", "doublesparsity"))
 
 
+def test_assisted_generation_drafts_and_takes_back(llama):
+    ids, draft = inputs("llama", 40)["input_ids"], make("llama", num_hidden_layers=1)
+    options = {"max_new_tokens": 10, "do_sample": False}
+    wanted = llama.generate(ids, **options)
+    cache = gs.attention_cache(llama, "quest:tokens=999")
+    found = llama.generate(ids, assistant_model=draft, past_key_values=cache, **options)
+    assert torch.equal(found, wanted) and cache.get_seq_length() == 49
+    with pytest.raises(gs.UsageError, match="cannot be taken back"):
+        cache = gs.attention_cache(llama, "snapkv")
+        llama.generate(ids, assistant_model=draft, past_key_values=cache, **options)
+    assert llama.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("name", ["quest", "doublesparsity"])
 def test_tokens_are_taken_back_as_if_they_never_came(llama, methods, name):
     ids = inputs("llama", 80)["input_ids"]
@@ -285,14 +298,14 @@ def test_rows_grow_by_more_than_the_room_to_spare(llama):
         for each in (cache, plain):
             call(llama, ids[:, :40], each)
             call(llama, ids[:, 40:41], each)
-        call(llama, ids[:, 41:341], cache)
-        for i in range(41, 341):
+        call(llama, ids[:, 41:161], cache)
+        for i in range(41, 161):
             logits = call(llama, ids[:, i : i + 1], plain)
         if name == "adasnapkv":  # which attends all that it holds
-            found = call(llama, ids[:, 341:342], copy.deepcopy(plain))
-            assert torch.equal(call(llama, ids[:, 341:342], plain), found)
-            assert plain.layers[0].rows == 2 * (20 + 302) and logits.isfinite().all()
-        assert cache.get_seq_length() == 341
+            found = call(llama, ids[:, 161:162], copy.deepcopy(plain))
+            assert torch.equal(call(llama, ids[:, 161:162], plain), found)
+            assert plain.layers[0].rows == 2 * (20 + 122) and logits.isfinite().all()
+        assert cache.get_seq_length() == 161
 
 
 @pytest.mark.parametrize("name", [*SPARSE, "doublesparsity"])
@@ -527,6 +540,15 @@ def test_bad_input(llama):
     ):
         with pytest.raises(gs.UsageError, match=said):
             bad()
+
+    class Forgetful(torch.nn.Module):
+        config = llama.config
+
+        def forward(self, input_ids, past_key_values, use_cache):
+            return llama(input_ids, use_cache=True)
+
+    with pytest.raises(gs.UsageError, match="did not use the cache"):
+        gs.generate(Forgetful(), ids, 2, cache=gs.attention_cache(llama, SPARSE["quest"]))
     wide = calibrated(make("llama", num_key_value_heads=4), tokens=20)
     with pytest.raises(gs.UsageError, match="another model"):
         gs.attention_cache(llama, wide)

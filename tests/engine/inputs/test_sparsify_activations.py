@@ -1,6 +1,10 @@
 """Activation sparsity inside models: where it runs, what it costs, and what is refused."""
 
+import gc
 import json
+import os
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +60,35 @@ def test_one_copy_of_each_weight(model):
             assert product.columns.values.data_ptr() == weight.data_ptr()
             assert product.columns.values.is_contiguous()
         assert {n: p.untyped_storage().nbytes() for n, p in model.named_parameters()} == held
+
+
+def live():
+    """Bytes of every tensor that anything holds on to."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        held = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]
+    storages = [x.untyped_storage() for x in held if x.device.type == "cpu"]
+    return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
+
+
+def test_memory_does_not_grow():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(6)))  # 100 MB
+    data = [torch.randn(40, 2048)]
+    with torch.no_grad():
+        model(data[0])
+        before, tensors = resident(), live()
+        plan = gs.calibrate_activations(model, uniform(), data)
+        with gs.sparsify_activations(model, plan, **ANY) as run:
+            model(data[0][:1])
+            assert resident() - before < 40e6  # one weight is being transposed at most
+            assert live() - tensors < 1e6
+        assert live() - tensors < 1e6 and run.result.ways == {ONE: 6}
+        fast = gs.compress(model, activations=plan, latency="rule")
+        assert live() - tensors < 1e6 and len(fast.layers) == 6
 
 
 def test_a_batch_of_texts_decodes_as_each_alone(model):

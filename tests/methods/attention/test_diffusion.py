@@ -10,6 +10,7 @@ import torch
 from maps import attended
 
 import gossamer as gs
+from gossamer.claims.attention import videoblade
 from gossamer.claims.diffusion import blocky, call_of, normal, weights
 from gossamer.core.attention import AttentionCall
 from gossamer.core.denoising import DenoisingStep
@@ -80,7 +81,7 @@ def test_sparse_vdit_names_all_planted_heads():
 
 
 def test_blade_counts_kept_keys_twice_unless_apart():
-    found = one("videoblade", 3)
+    found = videoblade.attended(3, False)
     assert found["error, blocks alone"] > found["error, as published"] > 0.1
     assert found["error, disjoint"] < 0.02
 

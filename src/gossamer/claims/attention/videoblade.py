@@ -25,6 +25,11 @@ SPARSE = gs.attention.VideoBLADE(least=0.125, most=0.125, pool=8, block=8)
 
 
 def one(seed: int, short: bool) -> dict[str, float]:
+    """The attention alone, and distillation with it."""
+    return attended(seed, short) | distilled(seed, short)
+
+
+def attended(seed: int, short: bool) -> dict[str, float]:
     """Errors on smooth keys: blocks alone, with means as published, and merged apart."""
     call = smooth(seed, 256 if short else 512)
     wanted = torch.nn.functional.scaled_dot_product_attention(call.query, call.key, call.value)
@@ -40,7 +45,6 @@ def one(seed: int, short: bool) -> dict[str, float]:
         "density, blocks alone": float(kept.double().mean()),
         "density, as published": published.pairs / pairs,
         "density, disjoint": apart.pairs / pairs,
-        **distilled(seed, short),
     }
 
 

@@ -125,22 +125,18 @@ def compress(
     """
     root = unwrap(model)
     _check(root, bits, group, head_bits)
-    layers = {n: m for n, m in root.named_modules() if is_prunable(m)}
-    names = {name: name for name in layers}
-    wanted = matching(include, names, root, "include") if include else set(layers)
+    names = {name: name for name, module in root.named_modules() if is_prunable(module)}
+    wanted = matching(include, names, root, "include") if include else set(names)
     call = _Call(
         root, wanted - matching(exclude, names, root, "exclude"), max_density,
         serves_large_batches(root, large_batches), bits, group, head_bits, known_latency(latency), _head(root),
         type(root).__name__ not in FAMILIES, _uses(root),
     )  # fmt: skip
     asked = {r.name: r for r in model.layers} if isinstance(model, PruneResult) else {}
-    chosen = (
-        []
-        if activations is None
-        else (activations.pack(root, call.wanted, bits, latency != "rule"))
-    )
-    done = {record.name for record in chosen}
-    layers = {name: module for name, module in layers.items() if name not in done}
+    chosen: list[LayerRecord] = []
+    if activations is not None:
+        chosen = activations.pack(root, call.wanted, bits, latency != "rule")
+    layers = {name: module for name, module in root.named_modules() if is_prunable(module)}
     plans = [
         (module, *_decide(name, module, asked.get(name), call))
         for name, module in layers.items()

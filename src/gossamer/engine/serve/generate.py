@@ -83,10 +83,12 @@ def generate(
     finished = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
     rows = [ids]
     with hooks.evaluating(model):
-        step = ids
+        step, given = ids, cache
         for _ in range(max_new_tokens):
             done = past + sum(row.shape[1] for row in rows) - step.shape[1]
             step, cache = next_token(model, step, cache, done)
+            if given is not None and cache is not given:
+                raise UsageError(f"{type(model).__name__} did not use the cache that it was given")
             if ends:  # a finished row repeats the token that ended it
                 step = torch.where(finished.unsqueeze(1), rows[-1][:, -1:], step)
                 finished |= torch.isin(step.squeeze(1), torch.tensor(ends, device=ids.device))

@@ -163,6 +163,11 @@ def distil_steps(
         Before anything changes, for options that cannot be; at an update, for a loss that is not
         finite.
 
+    Notes
+    -----
+    The step at which a student stops is drawn evenly, and so is the time at which its prediction is
+    noised again, from 0.02 to 0.98. The published code may draw both otherwise.
+
     References
     ----------
     Video-BLADE: Block-Sparse Attention Meets Step Distillation for Efficient Video Generation

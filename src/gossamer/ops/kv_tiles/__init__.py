@@ -49,7 +49,8 @@ def pack(x: Tensor, mask: Tensor, *, keys: bool) -> Tiles:
             f"{tuple(mask.shape)} on {mask.device}"
         )
     call = _pack_by_backend if _dispatch.direct() else _pack
-    return Tiles(*call(x.detach(), mask, keys), x.shape[3], keys)
+    bitmaps, offsets, entries = call(x.detach(), mask, keys)
+    return Tiles(bitmaps, offsets, entries, x.shape[3], keys)
 
 
 def unpack(tiles: Tiles) -> Tensor:
@@ -105,11 +106,11 @@ def decode(
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         raise UsageError("decode has no gradients: use torch.no_grad()")
     if query.shape[2] > _MANY:
-        both = [torch.cat([*map(unpack, tiles), dense], dim=2)
-                for tiles, dense in ((keys, key), (values, value))]  # fmt: skip
+        key = torch.cat([*map(unpack, keys), key], dim=2)
+        value = torch.cat([*map(unpack, values), value], dim=2)
         every = torch.ones(-(-query.shape[2] // 64), -(-tokens // 64), dtype=torch.bool)
         layout = Layout.from_blocks(every, query.shape[2], tokens).to(query.device)
-        return attention(query, *both, layout, causal=causal, scale=scale, key_bias=key_bias)
+        return attention(query, key, value, layout, causal=causal, scale=scale, key_bias=key_bias)
     call = _decode_by_backend if _dispatch.direct() else _decode
     return call(query, key, value, parts, key_bias, causal, scale)
 

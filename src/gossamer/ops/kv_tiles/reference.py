@@ -73,10 +73,12 @@ def decode(
     """(output, lse) over the tiles' tokens, then the dense ones, in one softmax."""
     sums = torch.float64 if query.dtype == torch.float64 else torch.float32
     widths = (key.shape[3], value.shape[3])
+    tiles = [(parts[i], parts[i + 1], parts[i + 2]) for i in range(0, len(parts), 3)]
     both = [
-        torch.cat([unpack(*parts[i : i + 3], width, not first)
-                   for i in range(first, len(parts), 6)] + [dense], dim=2).to(sums)
-        for first, width, dense in ((0, widths[0], key), (3, widths[1], value))
+        torch.cat([*(unpack(*one, width, keys) for one in own), dense], dim=2).to(sums)
+        for own, width, keys, dense in (
+            (tiles[::2], widths[0], True, key), (tiles[1::2], widths[1], False, value)
+        )
     ]  # fmt: skip
     logits = _grouped(query.to(sums), both[0]) @ both[0].unsqueeze(2).transpose(-1, -2) * scale
     logits = logits.flatten(1, 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -19,7 +19,7 @@ from gossamer.ops.active import kernel_name
 def pack_layers(
     root: nn.Module,
     plans: Mapping[str, LayerPlan],
-    layers: Mapping[str, nn.Linear],
+    names: Sequence[str],
     by: str,
     bits: int | None,
     timed: bool,
@@ -27,13 +27,14 @@ def pack_layers(
     """A record of each layer that was packed; the others are left to `compress`."""
     if bits not in (None, 8):
         raise UsageError(f"layers that choose inputs are stored with 8 bits or none, not {bits}")
-    plans = {name: plans[name] for name in layers}
+    plans = {name: plans[name] for name in names}
     # integers read half as much as the dense layer at any density, so they are not timed
-    whys = stay_dense(plans, layers, None if timed and bits is None else float("inf"))
+    limit = None if timed and bits is None else float("inf")
+    whys = stay_dense(plans, {name: _linear(root, name) for name in names}, limit)
     rotations: dict[int, tuple[str, Rotation]] = {}
     records = []
-    for name, layer in layers.items():
-        each = plans[name]
+    for name in names:
+        each, layer = plans[name], _linear(root, name)
         if each.state.density >= 1 or name in whys or why_not_here(root, name, layer) is not None:
             continue
         lead, rotation = name, None
@@ -48,6 +49,12 @@ def pack_layers(
         records.append(_record(layer, packed, each))
         put(root, layer, packed)
     return records
+
+
+def _linear(root: nn.Module, name: str) -> nn.Linear:
+    layer = root.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer
 
 
 def _record(layer: nn.Linear, packed: ActiveLinear, each: LayerPlan) -> LayerRecord:

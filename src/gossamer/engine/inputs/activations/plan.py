@@ -133,7 +133,8 @@ class ActivationPlan:
         found = ((name, modules.get(name)) for name in self.layers)
         layers = {name: each for name, each in found if isinstance(each, nn.Linear)}
         self.check_model({name: each.weight for name, each in layers.items()})
-        chosen = {name: each for name, each in layers.items() if name in wanted}
+        chosen = [name for name in layers if name in wanted]
+        del modules, found, layers  # so that each weight is freed as soon as it is packed
         return pack_layers(root, self.layers, chosen, text_of(self.method), bits, timed)
 
     def check_model(self, weights: Mapping[str, Tensor]) -> None:

@@ -126,7 +126,7 @@ class ActivationResult:
 
 @dataclass(frozen=True)
 class Served:
-    """A layer's product while the block is open, or why it stays dense."""
+    """A layer's product, and `columns` or `masked`; or none, and why it stays dense."""
 
     product: ActiveProduct | None
     why: str
@@ -177,9 +177,8 @@ def _layer(name: str, width: int, part: Served, plan: ActivationPlan) -> LayerAc
     counts = part.product.counts
     density = counts.kept / (counts.tokens * width) if counts.tokens else None
     union = counts.union / (counts.calls * width) if counts.calls else None
-    served = "columns" if part.product.skips else "masked"
     asked = plan.layers[name].state.density
-    return LayerActivations(name, asked, density, union, served, dict(counts.ways), zeros)
+    return LayerActivations(name, asked, density, union, part.why, dict(counts.ways), zeros)
 
 
 def _added(product: ActiveProduct | None) -> int:

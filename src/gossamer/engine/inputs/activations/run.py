@@ -193,8 +193,15 @@ def _serve(
         columns = _columns(layer, each.rotation, simulate, stack)
         bias = None if layer.bias is None else layer.bias if simulate else layer.bias.detach()
         product = ActiveProduct(columns, each.state, each.budget, bias, rotation, prompts)
-        found[name] = Served(product, "", width)
+        found[name] = Served(product, "masked" if simulate else "columns", width)
+    stack.callback(_release, [x.product for x in found.values() if x.product is not None])
     return found
+
+
+def _release(products: Sequence[ActiveProduct]) -> None:
+    """Let go of the columns before weights are put back, since the run outlives its block."""
+    for product in products:
+        product.columns = torch.empty(product.out_features, product.width, device="meta")
 
 
 def _columns(

@@ -19,13 +19,18 @@ from gossamer.ops.kv_tiles import Tiles, decode, pack
 class KeyCompressor(Protocol):
     """A method that says which entries of cached keys and values stay."""
 
-    tail: int
-    """Newest tokens that stay dense."""
-    every: int
-    """Tokens that are compressed at once, a multiple of 64."""
-
     @property
     def card(self) -> Card: ...
+
+    @property
+    def tail(self) -> int:
+        """Newest tokens that stay dense."""
+        ...
+
+    @property
+    def every(self) -> int:
+        """Tokens that are compressed at once, a multiple of 64."""
+        ...
 
     def kept_entries(self, x: Tensor, keys: bool) -> Tensor:
         """bool, the shape of x (texts, kv_heads, tokens, width), which are keys or values."""
@@ -165,5 +170,5 @@ class CompressedRows(Rows):
 
 
 def _tiles(tensors: Mapping[str, Tensor], prefix: str, width: int, keys: bool) -> Tiles:
-    parts = (tensors[prefix + name] for name in ("bitmaps", "offsets", "entries"))
-    return Tiles(*parts, width, keys)
+    bitmaps, offsets, entries = (tensors[prefix + n] for n in ("bitmaps", "offsets", "entries"))
+    return Tiles(bitmaps, offsets, entries, width, keys)
