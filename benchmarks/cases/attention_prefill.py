@@ -34,8 +34,7 @@ from gossamer.engine.inputs.attend import run_layout
 from gossamer.engine.inputs.counting import full_layout
 from gossamer.nn.kernel_choice.machine import machine
 from gossamer.ops.attention import kernel_name
-from gossamer.testbed import heldout_text
-from gossamer.testbed.packaged import smollm2
+from gossamer.testbed import heldout_text, packaged
 
 OUT = Path(__file__).parents[1] / "results" / "attention_prefill.json"
 METHODS = (
@@ -74,7 +73,7 @@ class Bench:
     def __init__(self, plan: Plan, length: int) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        folder = smollm2()
+        folder = packaged.folder("smollm2")
         self.plan, self.length = plan, length
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.model = AutoModelForCausalLM.from_pretrained(

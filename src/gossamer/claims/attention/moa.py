@@ -15,11 +15,12 @@ from gossamer.methods.attention.moa import removal
 from gossamer.methods.attention.moa_plan import Plan
 from gossamer.testbed import calibration_text, heldout_text, language_model
 
-DENSITY, BLOCK, STEP = 0.35, 16, 32
-LENGTHS = (96, 192, 352)
+DENSITY, BLOCK, STEP = 0.35, 8, 16
+LENGTHS = (48, 112, 192)
 """Prompts that plans are made for, and the last that chooses; answers of 32 come behind."""
-PLANNED, LONGER = 224, 448
-"""Tokens of the texts that are measured: as planned for, and longer than any that was seen."""
+PLANNED, LONGER = 144, 256
+"""Tokens of the texts that are measured: as planned for, and longer than any that was seen. The
+model was trained on texts of 256."""
 
 
 def plan(seed: int, prompts: int) -> Plan:
@@ -105,10 +106,9 @@ def promises(found: Figures) -> list[Promise]:
             found["error of influences"],
         ),
         promise(
-            f"no more than {DENSITY:.0%} of the keys at the planned length",
+            f"no plan keeps more than {DENSITY:.0%} of the keys at the planned length",
             "mechanism",
-            [DENSITY + 1e-6] * len(found["keys, plan, as planned"]),
-            found["keys, plan, as planned"],
+            [0.5 - (kept > DENSITY + 1e-9) for kept in found["keys, plan, as planned"]],
         ),
     ]
     lines += [
@@ -125,7 +125,7 @@ def promises(found: Figures) -> list[Promise]:
         Promise(
             "3.9 times the effective context, and 1.5 to 7.1 times the retrieval accuracy",
             "quality",
-            reason="the bundled model reads 512 bytes and retrieves nothing",
+            reason="the bundled model was trained on texts of 256 bytes and retrieves nothing",
         ),
     ]
 
@@ -134,11 +134,12 @@ CLAIM = Claim(
     gs.attention.MoA,
     "At half the density, windows planned for each head reach 3.9 times the context of uniform ones, "
     "and extend to lengths that were not profiled.",
-    "The bundled model of bytes: 5 layers, 2 heads of keys each, blocks of 16 bytes. Plans from 8 "
+    "The bundled model of bytes: 5 layers, 2 heads of keys each, blocks of 8 bytes. Plans from 8 "
     f"prompts of each of {LENGTHS} bytes with answers of 32, at {DENSITY:.0%} of the keys. Bits per "
     f"byte of 24 held-out texts of {PLANNED} and of {LONGER} bytes, behind their first quarter.",
     one,
     promises,
     remark="One window for all heads keeps the first block too, and no fewer keys than the plan. "
-    "Seeds vary calibration prompts and held-out texts.",
+    "Seeds vary calibration prompts and held-out texts. The model was trained on 256 bytes, so nothing "
+    "longer is tried.",
 )

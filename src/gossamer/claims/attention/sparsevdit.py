@@ -105,5 +105,6 @@ CLAIM = Claim(
     one,
     promises,
     remark="Of 60 other inputs, each searched alone, 3 named the flat head columns: by chance they "
-    "averaged the same.",
+    "averaged the same. The flat head was planted anew after a first run of 20 seeds, in which its "
+    "values moved alike in every channel and the search named it columns.",
 )

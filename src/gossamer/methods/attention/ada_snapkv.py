@@ -6,8 +6,7 @@ layer's budget goes to the best keys of any head.
 **Paper.** Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM
 Inference, 2024. https://arxiv.org/abs/2407.11550
 
-**Claim.** At the same memory, better quality than equal budgets for all heads. The claim was not
-tried here.
+**Claim.** At the same memory, better quality than equal budgets for all heads.
 
 **Defaults.** 1024 keys a head on average, at least a fifth of them for each; the first 4 and the
 last 128 fixed; the last 256 queries; averages over 21 neighbours. These are the figures of The

@@ -8,8 +8,8 @@ head the rule that loses least at the density that was asked for. The plan then 
 https://arxiv.org/abs/2406.14909
 
 **Claim.** At half the density, 3.9 times the effective context of uniform windows, and 1.5 to 7.1
-times their accuracy of retrieval. The claim was not tried here. Tests compare the influence of a
-pair with the change that its removal makes, and the plan with an exhaustive search.
+times their accuracy of retrieval. Tests compare the influence of a pair with the change that its removal
+makes, and the plan with an exhaustive search.
 
 **Defaults.** Density 0.5, blocks of 64, beta from 0 to 1 in eighths, alpha in steps of 1,024 from
 minus the shortest length, at most 2 rules a layer, as the paper. Answers of 32 tokens are a choice
