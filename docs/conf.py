@@ -56,8 +56,8 @@ html_theme_options = {
 html_sidebars = {"index": [], "contributing": [], "glossary": []}
 
 GUIDE = [
-    "own-model", "weights", "attention", "caches", "diffusion", "activations", "training",
-    "train-command", "ranks-and-trainers",
+    "own-model", "weights", "attention", "attention-frontier", "caches", "diffusion", "activations",
+    "training", "train-command", "ranks-and-trainers",
     "command-line", "kernels", "file-format", "lm-eval", "model-families", "results", "benchmarks",
     "claims", "testbeds", "limits",
 ]  # fmt: skip
