@@ -2,9 +2,10 @@
 
 A small Llama with grouped queries on the language of `gossamer.testbed.symbols`. Prompts grow from
 48 to 1024 symbols. A stage ends when the answers of its last steps are right, or at its limit.
-Reproducible from `--seed` on the same machine and versions; the bundled weights come from the same
-recipe, except that words were counted from 1 to 8 in its first 350 steps. A checkpoint is kept while it trains:
-a run that was killed goes on from there when started again.
+Reproducible from `--seed` on the same machine and versions. The bundled weights are not one such
+run: words were counted from 1 to 8 in the first 350 steps, one stage ran partly at another length,
+and the last stage began without the optimizer's state. A checkpoint is kept while it trains: a run
+that was killed goes on from there when started again.
 """
 
 from __future__ import annotations
