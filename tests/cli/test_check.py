@@ -25,7 +25,7 @@ def test_it_runs_the_claim_and_tells_the_verdict(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("rigel", "did you mean 'rigl'"), ("blocksparse", "no claim of 'blocksparse'")],
+    [("rigel", "did you mean 'rigl'"), ("graphkv", "no claim of 'graphkv'")],
 )
 def test_a_method_without_a_claim_is_one_clear_line(name, message, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -36,10 +36,12 @@ def run(case, monkeypatch, out, *options):
 def test_a_stopped_run_goes_on(case, monkeypatch, tmp_path):
     out = tmp_path / "results" / "record.json"
     first, record = run(case, monkeypatch, out, "--only", "seed 0")
-    assert first == ["magnitude, seed 0", "sparsegpt, seed 0", "wanda, seed 0"]
+    once = ["magnitude, seed 0", "sparsegpt, seed 0", "wanda, seed 0"]
+    assert first == once + [label.replace(",", " 2:4,") for label in once]
     rest, record = run(case, monkeypatch, out)
     assert sorted(first + rest) == sorted(case.parts()) == sorted(record["parts"])
     assert record["summary"]["sparsegpt"]["seeds"] == 3
+    assert record["summary"]["sparsegpt 2:4"]["seeds"] == 3
     assert "interval95" in record["summary"]["wanda"]
     assert run(case, monkeypatch, out)[0] == []
     assert run(case, monkeypatch, out, "--plan", '{"samples": 4}', "--only", "dense")[0] == [
