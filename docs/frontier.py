@@ -101,11 +101,13 @@ _TEXT = """# The sparse frontier
 How much of attention can a task do without, and what does that save? This page follows The Sparse Frontier (2025): tasks on long prompts, methods at equal measured density, and the whole cost of a prompt. The tables are written from [attention_frontier.json](../../benchmarks/results/attention_frontier.json) by `make docs`. `gossamer bench --suite frontier --out FILE` measures it anew.
 
 ```python
+import gossamer as gs
 from gossamer.testbed import symbol_model
 from gossamer.testbed.symbols import SymbolTask
 
-methods = {{"blocksparse": ["blocksparse:block=16,density=0.2", "blocksparse:block=16,density=0.5"]}}
-found = gs.compare_attention(symbol_model(), methods, [SymbolTask("needle")])
+settings = [f"blocksparse:block=16,density={{x}}" for x in (0.2, 0.5)]
+methods, tasks = {{"blocksparse": settings}}, [SymbolTask("needle")]
+found = gs.compare_attention(symbol_model(), methods, tasks)
 print(found.at(0.3))
 found.save("frontier.html")
 ```
