@@ -21,7 +21,7 @@ _OTHERS = {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
 
 @contextmanager
 def attention_adapters(
-    model: nn.Module | PruneResult | CompressResult, adapters: Sequence[nn.Module]
+    model: nn.Module | PruneResult | CompressResult, adapters: Sequence[nn.Module] | nn.ModuleList
 ) -> Iterator[None]:
     """Put an adapter behind each attention of a model, and freeze the model.
 
@@ -35,7 +35,7 @@ def attention_adapters(
     model : nn.Module
         Of transformers, with blocks like Llama's: attention, then feed-forward, each added to the
         hidden states. Mistral and Qwen are of this kind.
-    adapters : sequence of nn.Module
+    adapters : sequence of nn.Module, or nn.ModuleList
         One for each attention, such as `gs.attention.SparseGIN`; train their parameters.
 
     Yields
