@@ -58,7 +58,8 @@ const X* entries_of(const Tiles& tiles, int64_t unit, int64_t units, int64_t eac
   const int64_t to = unit + 1 < units ? tiles.offsets[(unit + 1) * each] * kStep : tiles.size;
   const X* values = static_cast<const X*>(tiles.values) + from;
   if (to + kBeyond <= tiles.size) return values;
-  __builtin_memcpy(room, values, (to - from) * sizeof(X));
+  // Where all is empty there is no array to copy from.
+  if (to > from) __builtin_memcpy(room, values, (to - from) * sizeof(X));
   return room;
 }
 
