@@ -7,33 +7,10 @@ from dataclasses import dataclass
 
 from gossamer.core.errors import UsageError
 from gossamer.testbed.long_context.base import Count, Question, Sample, filled
-from gossamer.testbed.long_context.words import cycled, lines, words
+from gossamer.testbed.long_context.words import THINGS, cycled, lines, words
 
 _KEYS = [
-    "lantern",
-    "compass",
-    "violin",
-    "kettle",
-    "saddle",
-    "telescope",
-    "blanket",
-    "hammer",
-    "mirror",
-    "basket",
-    "candle",
-    "anchor",
-    "flute",
-    "ladder",
-    "barrel",
-    "ribbon",
-    "needle",
-    "goblet",
-    "pillow",
-    "shovel",
-    "whistle",
-    "saucer",
-    "bucket",
-    "lute",
+    *THINGS,
     "garden",
     "harbour",
     "castle",

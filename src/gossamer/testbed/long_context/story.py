@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gossamer.testbed.long_context.base import Count, Question, Sample, filled
+from gossamer.testbed.long_context.words import THINGS
 
 _PLACES = [
     "Arlen",
@@ -60,35 +61,9 @@ _PEOPLE = [
     "Xenia",
     "Yves",
 ]
-_THINGS = [
-    "lantern",
-    "compass",
-    "violin",
-    "kettle",
-    "saddle",
-    "telescope",
-    "blanket",
-    "hammer",
-    "mirror",
-    "basket",
-    "candle",
-    "anchor",
-    "flute",
-    "ladder",
-    "barrel",
-    "ribbon",
-    "needle",
-    "goblet",
-    "pillow",
-    "shovel",
-    "whistle",
-    "saucer",
-    "bucket",
-    "lute",
-]
 _COLOURS = ["red", "green", "blue", "black", "white", "brown", "yellow", "grey"]
 _KINDS = ["small", "large", "worn", "new", "plain", "heavy", "broken", "costly"]
-_ITEMS = [f"{kind} {colour} {thing}" for kind in _KINDS for colour in _COLOURS for thing in _THINGS]
+_ITEMS = [f"{kind} {colour} {thing}" for kind in _KINDS for colour in _COLOURS for thing in THINGS]
 _WEATHER = (
     "It had rained since the morning", "A cold wind came from the hills", "The sun was low",
     "Fog lay over the fields", "Snow had begun to fall", "The night was warm and still",

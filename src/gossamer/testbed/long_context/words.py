@@ -9,6 +9,13 @@ from functools import cache
 
 from gossamer.testbed.bundled import calibration_text, heldout_text
 
+THINGS = (
+    "lantern", "compass", "violin", "kettle", "saddle", "telescope", "blanket", "hammer",
+    "mirror", "basket", "candle", "anchor", "flute", "ladder", "barrel", "ribbon", "needle",
+    "goblet", "pillow", "shovel", "whistle", "saucer", "bucket", "lute",
+)  # fmt: skip
+"""Names of things that tasks hide and tell of."""
+
 
 @cache
 def lines() -> tuple[str, ...]:
