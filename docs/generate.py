@@ -80,67 +80,72 @@ def record_path(card: Card) -> Path:
     return LEDGER / card.topic / f"{card.name}.json"
 
 
-def usage(card: Card) -> str:
-    """How to run the method: on the command line, or in and around a training loop."""
-    if card.role == "recipe":
-        return f"""def train(model, trainer, part):  # part: which round, copy and steps
+USAGE = {
+    "recipe": """def train(model, trainer, part):  # part: which round, copy and steps
     with gs.sparse_training(model, optimizer, trainer, total_steps=n):
         ...  # the loop as it was
 
-gs.train_rounds(model, gs.{card.topic}.{find(card.name).__name__}(density=0.1), train)"""
-    name = f"gs.{card.topic}.{find(card.name).__name__}"
-    if card.role == "learned_mask":
-        loop = "    ...  # the loop as it was; schedules of the learning rate are made in here"
-        return f"with gs.sparse_training(model, optimizer, {name}(), total_steps=n):\n{loop}"
-    if card.role == "replacer":
-        return f"""result = gs.replace_layers(model, {name}(), density=0.5)
+gs.train_rounds(model, NAME(density=0.1), train)""",
+    "learned_mask": """with gs.sparse_training(model, optimizer, NAME(), total_steps=n):
+    ...  # the loop as it was; schedules of the learning rate are made in here""",
+    "replacer": """result = gs.replace_layers(model, NAME(), density=0.5)
 ...  # train: the optimizer is made after the layers
-gs.fold_layers(model)"""
-    if card.role == "planner":
-        return f'gs.prune(model, {name}(), density=0.5).model.save_pretrained("out")'
-    if card.role == "gradient_source":
-        return f"""estimates = gs.EstimatedGradients(model, {name}(), total_steps=n)
+gs.fold_layers(model)""",
+    "planner": 'gs.prune(model, NAME(), density=0.5).model.save_pretrained("out")',
+    "gradient_source": """estimates = gs.EstimatedGradients(model, NAME(), total_steps=n)
 for x, y in batches:
     optimizer.zero_grad()
     estimates.backward(lambda: loss(model(x), y))  # in place of loss.backward()
-    optimizer.step()"""
-    if card.role == "layer":
-        return f"layer = {name}(...)  # a torch module; its parameters are in the API reference"
-    if card.role == "input_scorer":
-        return f"""with gs.sparsify_activations(model, {name}(density=0.5), batches) as run:
+    optimizer.step()""",
+    "layer": "layer = NAME(...)  # a torch module; its parameters are in the API reference",
+    "input_scorer": """with gs.sparsify_activations(model, NAME(density=0.5), batches) as run:
     ...  # the model as it was
-print(run.result)"""
-    if card.role == "neuron_selector":
-        return f"""with gs.sparsify_activations(model, {name}()) as run:
+print(run.result)""",
+    "neuron_selector": """with gs.sparsify_activations(model, NAME()) as run:
     ...  # the model as it was; a prompt first
-print(run.result)"""
-    if card.role == "corrector":
-        return f"found = gs.generate_corrected(model, {name}(), ids, 100, batches)"
-    if card.role == "key_scorer" and hasattr(find(card.name), "fitted"):
-        return f"""method = gs.calibrate_attention(model, {name}(), batches)
-with gs.sparse_attention(model, method) as run:
-    ...  # the model as it was"""
-    if card.role == "key_scorer":
-        return f"""with gs.sparse_attention(model, {name}()) as run:
+print(run.result)""",
+    "corrector": "found = gs.generate_corrected(model, NAME(), ids, 100, batches)",
+    "key_scorer": """with gs.sparse_attention(model, NAME()) as run:
     ...  # the model as it was
-print(run.result)"""
-    if card.role == "cache":
-        fitted = hasattr(find(card.name), "fitted")
-        learn = f"method = gs.calibrate_attention(model, {name}(), batches)\n" if fitted else ""
-        return f"""{learn}cache = gs.attention_cache(model, {"method" if fitted else f"{name}()"})
+print(run.result)""",
+    "fitted key_scorer": """method = gs.calibrate_attention(model, NAME(), batches)
+with gs.sparse_attention(model, method) as run:
+    ...  # the model as it was""",
+    "cache": """cache = gs.attention_cache(model, NAME())
 ids = model.generate(ids, past_key_values=cache)
-print(cache.result)"""
-    if card.role == "step_attention":
-        fitted = hasattr(find(card.name), "fitted")
-        learn = f"method = gs.calibrate_denoising(model, {name}(), sample, steps=n, grid=grid)\n"
-        return f"""grid = gs.TokenGrid(frames, height, width, text=tokens)
-{learn if fitted else ""}with gs.sparse_denoising(model, {"method" if fitted else f"{name}()"}, steps=n, grid=grid) as run:
+print(cache.result)""",
+    "fitted cache": """method = gs.calibrate_attention(model, NAME(), batches)
+cache = gs.attention_cache(model, method)
+ids = model.generate(ids, past_key_values=cache)
+print(cache.result)""",
+    "step_attention": """grid = gs.TokenGrid(frames, height, width, text=tokens)
+with gs.sparse_denoising(model, NAME(), steps=n, grid=grid) as run:
     for number in range(n):
         run.step(number)
         ...  # the step of the sampler as it was
-print(run.result)"""
-    if card.role != "topology":
-        return f"gossamer compress --method {card.name} --sparsity 0.5"
+print(run.result)""",
+    "fitted step_attention": """grid = gs.TokenGrid(frames, height, width, text=tokens)
+method = gs.calibrate_denoising(model, NAME(), sample, steps=n, grid=grid)
+with gs.sparse_denoising(model, method, steps=n, grid=grid) as run:
+    for number in range(n):
+        run.step(number)
+        ...  # the step of the sampler as it was
+print(run.result)""",
+}
+"""How to run a method of each role, NAME for the method; `fitted` where it learns first."""
+
+
+def usage(card: Card) -> str:
+    """How to run the method: on the command line, or in and around a training loop."""
+    if card.role == "topology":
+        return _topology_usage(card)
+    method = find(card.name)
+    role = f"fitted {card.role}" if hasattr(method, "fitted") else card.role
+    text = USAGE.get(role, f"gossamer compress --method {card.name} --sparsity 0.5")
+    return text.replace("NAME", f"gs.{card.topic}.{method.__name__}")
+
+
+def _topology_usage(card: Card) -> str:
     method = find(card.name)
     needed = [
         x.name for x in fields(method) if x.default is MISSING and x.default_factory is MISSING
